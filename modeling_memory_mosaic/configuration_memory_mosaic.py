@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The Memory Mosaic authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of Memory Mosaics: sizes, dropout and the few choices the architecture leaves open."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+# Documented by hand: the library's generator knows its own models only. trf-ignore: TRF057
+@strict
+class MemoryMosaicConfig(PreTrainedConfig):
+    r"""
+    Sizes and choices of a Memory Mosaic (arXiv 2405.06394), the architecture of the authors' `Library`.
+
+    The default is the paper's twelve-block model; GPT-2 of the same depth and width has as many parameters.
+
+    Args:
+        vocab_size (`int`, defaults to 50257):
+            Number of token ids the embedding and the head know. The authors pad GPT-2's 50257 to 50304.
+        hidden_size (`int`, defaults to 768):
+            Width of the residual stream.
+        num_hidden_layers (`int`, defaults to 12):
+            Number of blocks; each holds one contextual and one persistent memory.
+        num_attention_heads (`int`, defaults to 12):
+            Associative memories per layer: as many contextual as persistent ones.
+        head_dim (`int`, *optional*):
+            Width of a key and of a value. `hidden_size // num_attention_heads` when absent.
+        num_persistent_slots (`int`, *optional*):
+            Learnt key-value pairs per persistent memory. `3.5 * hidden_size` when absent, which makes a block as
+            large as a transformer's.
+        max_position_embeddings (`int`, defaults to 512):
+            The training length, in tokens. Advice only: a Memory Mosaic has no positions and no longest input.
+        layer_norm_eps (`float`, defaults to 1e-05):
+            Added to the variance in each layer norm.
+        use_bias (`bool`, defaults to `False`):
+            Whether projections and layer norms have a bias. The head never has.
+        attention_dropout (`float`, defaults to 0.05):
+            Share of retrieval weights dropped in training, in contextual and persistent memories alike.
+        hidden_dropout (`float`, defaults to 0.05):
+            Share of a memory layer's outputs dropped in training, after `o_proj`.
+        logits_scaling (`float`, *optional*):
+            Logits are divided by this. `sqrt(hidden_size)` when absent, as the authors do.
+        tie_word_embeddings (`bool`, defaults to `True`):
+            Whether the head uses the embedding's matrix.
+        use_cache (`bool`, defaults to `True`):
+            Whether the model returns its memory as `past_key_values`.
+
+    Raises:
+        ValueError: if the heads do not divide `hidden_size` and no `head_dim` is given, if a size is not positive,
+            or if a dropout lies outside [0, 1).
+
+    ```python
+    >>> from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
+
+    >>> model = MemoryMosaicForCausalLM(MemoryMosaicConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
+    ```
+    """
+
+    model_type = "memory_mosaic"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    head_dim: int | None = None
+    num_persistent_slots: int | None = None
+    max_position_embeddings: int = 512
+    layer_norm_eps: float | int = 1e-5
+    use_bias: bool = False
+    attention_dropout: float | int = 0.05
+    hidden_dropout: float | int = 0.05
+    logits_scaling: float | int | None = None
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                    f"{self.num_attention_heads}: change one of them, or set head_dim."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_persistent_slots is None:
+            self.num_persistent_slots = 7 * self.hidden_size // 2
+        if self.logits_scaling is None:
+            self.logits_scaling = self.hidden_size**0.5
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Cache layer of each block. A property: `config.json` must stay readable without this package."""
+        return [self.model_type] * self.num_hidden_layers
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Tools that size a key-value cache read this name."""
+        return self.num_attention_heads
+
+    def validate_layer_type(self):
+        """Every block is alike, so there is nothing to compare with the library's list of layer types."""
+
+    def validate_architecture(self):
+        """Part of `@strict` validation: runs after `__init__` and before saving."""
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+        for name in (*sizes, "num_persistent_slots", "logits_scaling"):
+            value = getattr(self, name)
+            if value is None or value <= 0:
+                raise ValueError(f"{name}={value} must be positive.")
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1).")
+
+
+__all__ = ["MemoryMosaicConfig"]

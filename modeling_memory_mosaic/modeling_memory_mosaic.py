@@ -1,0 +1,619 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The Memory Mosaic authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Memory Mosaics (arXiv 2405.06394): language models whose every layer is a set of associative memories.
+
+Shapes use B batch, T tokens, H heads (memories per layer), D head width, C = hidden size, N persistent slots per head.
+Per-head scalars are stored divided by 10, as in the authors' `Library`: Adam then moves them ten times faster.
+
+Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_causal_mask,
+    flash_attention_mask,
+    sdpa_mask,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_memory_mosaic import MemoryMosaicStates
+from .configuration_memory_mosaic import MemoryMosaicConfig
+
+
+PARAMETER_SCALE = 10.0
+# The authors cap the log of a key's length, so that no product of two keys leaves the range of float16.
+MAX_LOG_KEY_SCALE = 5.0
+# Tokens summed by one matrix product in `leaky_average`; a longer text is a leaky average of such chunks.
+CHUNK_LENGTH = 32
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision widened; float32 and float64 as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def leaky_average(
+    states: torch.Tensor,
+    leak: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    elapsed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exponentially decaying sum of past states, one decay per head (paper, eq. 7).
+
+    s_t = exp(-leak * elapsed_t) s_(t-1) + states_t
+
+    Linear in T in time and memory. The sum is not divided by its weights' total: keys are normalised afterwards.
+
+    Args:
+        states (`torch.Tensor` of shape `(B, H, T, D)`): inputs; summed in float32 at least.
+        leak (`torch.Tensor` of shape `(H,)`): not negative, in nats per token.
+        initial_state (`torch.Tensor` of shape `(B, H, 1, D)`, *optional*): s_(-1); zeros when absent.
+        elapsed (`torch.Tensor` of shape `(B, T)`, *optional*): tokens of decay before each position: 0 where the
+            state must not age (padding), else 1. All ones when absent.
+
+    Returns:
+        sums `(B, H, T, D)` and final state `(B, H, 1, D)`: splitting T anywhere gives the same result.
+    """
+    with maybe_autocast(states.device.type, enabled=False):
+        states = at_least_float32(states)
+        sums = _leaky_sums(states, leak.to(states.dtype), initial_state, elapsed)
+    return sums, sums[:, :, -1:]
+
+
+def _leaky_sums(states, leak, initial_state, elapsed):
+    """One matrix product per chunk, then a leaky average over the chunks' last sums carries on between them."""
+    num_tokens = states.shape[2]
+    length = min(num_tokens, CHUNK_LENGTH)
+    if padding := -num_tokens % length:
+        states = F.pad(states, (0, 0, 0, padding))
+        elapsed = None if elapsed is None else F.pad(elapsed, (0, padding))
+    sums = states.unflatten(2, (-1, length))  # (B, H, chunks, length, D)
+
+    if elapsed is None:
+        ages = torch.arange(1, length + 1, device=states.device, dtype=states.dtype)[None]  # (1, length)
+        chunk_leak, chunk_elapsed = leak * length, None
+    else:
+        ages = elapsed.to(states.dtype).unflatten(1, (-1, length)).cumsum(-1)[:, None]  # (B, 1, chunks, length)
+        chunk_leak, chunk_elapsed = leak, ages[:, 0, :, -1]
+
+    if length > 1:
+        lags = (ages[..., :, None] - ages[..., None, :]).clamp(min=0)
+        weights = torch.exp(-leak[:, None, None, None] * lags).tril()  # ([B,] H, 1 or chunks, length, length)
+        if elapsed is None:
+            sums = torch.einsum("hij,bhcjd->bhcid", weights[:, 0], sums)
+        else:
+            sums = weights @ sums
+
+    if sums.shape[2] > 1:
+        ends = _leaky_sums(sums[..., -1, :], chunk_leak, initial_state, chunk_elapsed)
+        first = torch.zeros_like(ends[:, :, :1]) if initial_state is None else initial_state.to(ends.dtype)
+        initial_state = torch.cat([first, ends[:, :, :-1]], dim=2)  # (B, H, chunks, D)
+    if initial_state is not None:
+        decay = torch.exp(-leak[:, None, None] * ages)  # ([B,] H, 1 or chunks, length)
+        sums = torch.addcmul(sums, decay[..., None], initial_state[..., None, :].to(sums.dtype))
+    return sums.flatten(2, 3)[:, :, :num_tokens]
+
+
+def scale_to_length(vectors: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Vectors `(B, H, T, D)` stretched to `length` `(H,)`, in float32 at least; a zero vector stays zero."""
+    vectors = at_least_float32(vectors)
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    # Not an epsilon: it would blow up the gradient of a zero vector beyond what half precision holds.
+    return vectors * (length.to(vectors.dtype)[:, None, None] / norms.masked_fill(norms == 0, 1.0))
+
+
+def hold_last(vectors: torch.Tensor, is_token: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
+    """Vectors `(B, H, T, D)` with each one at padding replaced by the last one at a token `is_token` `(B, T)`.
+
+    Before the first token stands `initial_state` `(B, H, 1, D)`; without one, a vector of no meaning.
+    """
+    first = vectors[:, :, :1] if initial_state is None else initial_state
+    positions = torch.arange(1, is_token.shape[1] + 1, device=is_token.device)
+    last = (positions * is_token).cummax(dim=-1).values[:, None, :, None].expand_as(vectors)
+    return torch.cat([first, vectors], dim=2).gather(2, last)
+
+
+def kernel_smoothing(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average of stored values, weighted by how near their keys are to the query (paper, eq. 2 and 3).
+
+    y = sum_i softmax_i(query . key_i) value_i. With keys of one length this is a Gaussian kernel regression whose
+    bandwidth is that length. Scores and weights are computed in float32 at least.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, T, D)`), key and value (`torch.Tensor` of shape `(B or 1, H, N, D)`).
+        attention_mask (`torch.Tensor`, *optional*): added to the scores; broadcasts to `(B, H, T, N)`.
+        dropout (`float`): share of weights set to zero.
+
+    Returns:
+        retrieved values `(B, H, T, D)` in the values' dtype, and weights `(B, H, T, N)`.
+    """
+    with maybe_autocast(query.device.type, enabled=False):
+        scores = at_least_float32(query) @ at_least_float32(key).transpose(-1, -2)
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=dropout > 0)
+        return (weights @ at_least_float32(value)).to(value.dtype), weights
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, dropout=0.0, **kwargs):
+    """`kernel_smoothing` in the calling convention of transformers' attention functions."""
+    retrieved, weights = kernel_smoothing(query, key, value, attention_mask, dropout)
+    return retrieved.transpose(1, 2), weights
+
+
+class MemoryMosaicMemory(nn.Module):
+    """What contextual and persistent memories share: the key extractor, the retrieval and the combining layer."""
+
+    sum_name: str
+
+    def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        num_heads, inner_size = config.num_attention_heads, config.num_attention_heads * config.head_dim
+        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
+        self.o_proj = nn.Linear(inner_size, config.hidden_size, bias=config.use_bias)
+        self.key_leak = nn.Parameter(torch.empty(num_heads))
+        self.key_scale = nn.Parameter(torch.empty(num_heads))
+        self.value_scale = nn.Parameter(torch.empty(num_heads))
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """`(B, T, H * D)` to `(B, H, T, D)`."""
+        return projected.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+    def sum_keys(self, hidden_states, is_token, past_key_values):
+        """Leaky sums of the projected keys, `(B, H, T, D)`, and the one before them, `(B, H, 1, D)` or `None`."""
+        states = self.split_heads(self.k_proj(hidden_states))
+        if is_token is not None:
+            states = states * is_token[:, None, :, None]
+        previous = None if past_key_values is None else self.states(past_key_values).get_state(self.sum_name)
+        sums, _ = leaky_average(states, (PARAMETER_SCALE * self.key_leak).abs(), previous, is_token)
+        if past_key_values is not None:
+            self.states(past_key_values).set_state(self.sum_name, sums)
+        return sums, previous
+
+    def key_length(self, power: int = 1) -> torch.Tensor:
+        """`(H,)`: length of a key; its square is the inverse squared bandwidth of the kernel."""
+        return (power * (PARAMETER_SCALE * at_least_float32(self.key_scale)).clamp(max=MAX_LOG_KEY_SCALE)).exp()
+
+    def value_length(self) -> torch.Tensor:
+        """`(H,)`: length of a value."""
+        return (PARAMETER_SCALE * at_least_float32(self.value_scale)).exp()
+
+    def states(self, past_key_values: Cache) -> MemoryMosaicStates:
+        """This layer's part of the memory."""
+        return past_key_values.layers[self.layer_idx]
+
+    def retrieve(self, query, key, value, attention_mask, **kwargs):
+        """Kernel smoothing by the configured attention function: `(B, T, H, D)`, and weights if it returns them."""
+        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return attention_function(self, query, key, value, attention_mask, dropout=dropout, scaling=1.0, **kwargs)
+
+
+class MemoryMosaicContextualMemory(MemoryMosaicMemory):
+    """Stores each token's key with the value that follows it, and retrieves from the pairs stored before."""
+
+    sum_name = "contextual_sum"
+    is_causal = True
+
+    def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.v_proj = nn.Linear(config.hidden_size, self.k_proj.out_features, bias=config.use_bias)
+        self.value_mix = nn.Parameter(torch.empty(config.num_attention_heads))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        slot_mask: torch.Tensor | None = None,
+        is_token: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, T, C)`).
+            slot_mask (*optional*): for the attention function, queries by slots. `None`: nothing is padded, and either
+                the memory was empty or T is 1, so that the strict rule needs no mask.
+            is_token (`torch.Tensor` of shape `(B, T)`, *optional*): False at padding.
+            past_key_values ([`~transformers.Cache`], *optional*): the memory; grows by T slots.
+
+        Returns:
+            output `(B, T, C)`, and under eager attention the weight `(B, H, T, S)` that each of T tokens gives to
+            the pair of each of S tokens so far.
+        """
+        sums, previous = self.sum_keys(hidden_states, is_token, past_key_values)
+        if previous is not None:
+            sums = torch.cat([previous, sums], dim=2)
+        keys = scale_to_length(sums, self.key_length()).to(hidden_states.dtype)
+        pairs = keys[:, :, :-1], self.pair_values(hidden_states, is_token, past_key_values).to(keys.dtype)
+        queries = keys[:, :, -hidden_states.shape[1] :]
+
+        slots = pairs
+        if past_key_values is not None or slot_mask is not None:
+            slots = self.store(*pairs, past_key_values, is_first=previous is None)
+        if slot_mask is not None:
+            retrieved, weights = self.retrieve(queries, *slots, slot_mask, **kwargs)
+            # Slot t holds the pair of token t - 1, slot 0 nothing.
+            weights = None if weights is None else F.pad(weights[..., 1:], (0, 1))
+        elif previous is None:
+            # Shift identity: tokens 1.. over the pairs of tokens 0.. is plain causal attention; token 0 retrieves 0.
+            retrieved, weights = self.retrieve(queries[:, :, 1:], *pairs, None, **kwargs)
+            retrieved = F.pad(retrieved, (0, 0, 0, 0, 1, 0))
+        else:
+            retrieved, weights = self.retrieve(queries, *(slot[:, :, 1:] for slot in slots), None, **kwargs)
+        if weights is None and kwargs.get("output_attentions"):
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} computes no attention maps. Load the model "
+                'with `attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
+            )
+        return self.dropout(self.o_proj(retrieved.flatten(2))), weights
+
+    def store(self, pair_keys, pair_values, past_key_values, is_first: bool):
+        """All slots so far, `(B, H, S, D)` keys and values. The first token of all completes no pair: slot 0 is 0."""
+        if is_first:
+            pair_keys, pair_values = F.pad(pair_keys, (0, 0, 1, 0)), F.pad(pair_values, (0, 0, 1, 0))
+        if past_key_values is None:
+            return pair_keys, pair_values
+        return past_key_values.update(pair_keys, pair_values, self.layer_idx)
+
+    def pair_values(self, hidden_states, is_token, past_key_values):
+        """Values of the pairs that the new tokens complete, `(B, H, T, D)`; T - 1 if no token came before."""
+        projected = self.split_heads(self.v_proj(hidden_states))
+        pending = None if past_key_values is None else self.states(past_key_values).get_state("pending_value")
+        if is_token is not None:
+            projected = hold_last(projected, is_token, pending)
+        if past_key_values is not None:
+            self.states(past_key_values).set_state("pending_value", projected)
+        if pending is not None:
+            projected = torch.cat([pending, projected], dim=2)
+        # float32 before the blend: in half precision it would round twice.
+        projected = at_least_float32(projected)
+        mix = self.value_mix.to(projected.dtype)[:, None, None]
+        return scale_to_length(torch.lerp(projected[:, :, 1:], projected[:, :, :-1], mix), self.value_length())
+
+
+class MemoryMosaicPersistentMemory(MemoryMosaicMemory):
+    """Retrieves from learnt pairs: what the model knows before it reads. Takes the place of a feed-forward layer."""
+
+    sum_name = "persistent_sum"
+    is_causal = False
+
+    def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        shape = (config.num_attention_heads, config.num_persistent_slots, config.head_dim)
+        self.slot_keys = nn.Parameter(torch.empty(shape))
+        self.slot_values = nn.Parameter(torch.empty(shape))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        is_token: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Output `(B, T, C)` for hidden states `(B, T, C)`; arguments as for [`MemoryMosaicContextualMemory`]."""
+        batch_size, num_tokens, _ = hidden_states.shape
+        sums, _ = self.sum_keys(hidden_states, is_token, past_key_values)
+        # Slots carry no scale of their own, so the query takes both factors of the product of two keys.
+        queries = scale_to_length(sums, self.key_length(power=2)).to(self.slot_keys.dtype)
+        # Every token reads the same slots, so all rows become one batch and the slots are never repeated.
+        queries = queries.transpose(0, 1).flatten(1, 2)[None]  # (1, H, B * T, D)
+        retrieved, _ = self.retrieve(queries, self.slot_keys[None], self.slot_values[None], None, **kwargs)
+        retrieved = retrieved * self.value_length().to(retrieved.dtype)[:, None]  # (1, B * T, H, D)
+        return self.dropout(self.o_proj(retrieved.reshape(batch_size, num_tokens, -1)))
+
+
+class MemoryMosaicDecoderLayer(GradientCheckpointingLayer):
+    """One block: a contextual memory, then a persistent one, each added to the residual stream."""
+
+    def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
+        super().__init__()
+        self.contextual_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.contextual_memory = MemoryMosaicContextualMemory(config, layer_idx)
+        self.persistent_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.persistent_memory = MemoryMosaicPersistentMemory(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        slot_mask: torch.Tensor | None = None,
+        is_token: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        memory_kwargs = {"is_token": is_token, "past_key_values": past_key_values, **kwargs}
+        recalled, _ = self.contextual_memory(self.contextual_norm(hidden_states), slot_mask=slot_mask, **memory_kwargs)
+        hidden_states = hidden_states + recalled
+        return hidden_states + self.persistent_memory(self.persistent_norm(hidden_states), **memory_kwargs)
+
+
+# trf-ignore: TRF057
+class MemoryMosaicPreTrainedModel(PreTrainedModel):
+    config: MemoryMosaicConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MemoryMosaicDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": MemoryMosaicDecoderLayer,
+        "attentions": MemoryMosaicContextualMemory,
+    }
+    # Per-head scalars: decaying them would pull every kernel towards one bandwidth.
+    no_weight_decay_names = ("key_leak", "key_scale", "value_scale", "value_mix")
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """The distributions of the authors' `Library` (memory_mosaics.py)."""
+        config = self.config
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            # Tied, the embedding is initialised as the head that it also is.
+            init.normal_(module.weight, std=config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0)
+        elif isinstance(module, MemoryMosaicMemory):
+            inner_size = module.o_proj.in_features
+            init.normal_(module.o_proj.weight, std=(inner_size * config.num_hidden_layers) ** -0.5)
+            leaks = torch.linspace(0.5, 5.0, config.num_attention_heads, device="cpu") / PARAMETER_SCALE
+            init.copy_(module.key_leak, leaks)
+            init.constant_(module.key_scale, 1.0 / PARAMETER_SCALE)
+            init.constant_(module.value_scale, -0.5 / PARAMETER_SCALE)
+            if isinstance(module, MemoryMosaicContextualMemory):
+                init.uniform_(module.value_mix, 0.0, 1.0)
+            else:
+                init.normal_(module.slot_keys, std=config.head_dim**-0.5)
+                init.normal_(module.slot_values, std=config.head_dim**-0.5)
+        else:
+            super()._init_weights(module)
+
+
+def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+    """What all layers of one forward pass need to know about padding and the past.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, on either side or within.
+
+    Returns:
+        `dict`: `slot_mask` and `is_token`, the arguments of [`MemoryMosaicContextualMemory`].
+
+    Raises:
+        ValueError: if the mask is not 2-D or not as long as past and new tokens together, or if `position_ids`
+            show that several documents are packed in one row.
+    """
+    num_tokens = inputs_embeds.shape[1]
+    num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    is_static = past_key_values is not None and past_key_values.is_compileable
+    if attention_mask is not None:
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask must be 2-D (batch, tokens), not of shape {tuple(attention_mask.shape)}."
+            )
+        if isinstance(num_seen, int) and attention_mask.shape[1] != num_seen + num_tokens:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[1]} tokens, but the memory holds {num_seen} and "
+                f"{num_tokens} are new: it must cover all {num_seen + num_tokens}."
+            )
+        attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
+        if not is_torchdynamo_compiling() and attention_mask.all():
+            attention_mask = None
+    refuse_packed_documents(position_ids, attention_mask, num_tokens)
+
+    is_token = None if attention_mask is None else attention_mask[:, -num_tokens:]
+    if is_token is not None and not is_torchdynamo_compiling() and is_token.all():
+        is_token = None
+    # Many tokens over no past: the shift identity. One token over some past: it reads every slot but the empty one.
+    is_first = isinstance(num_seen, int) and num_seen == 0
+    needs_no_mask = num_tokens > 1 if is_first else num_tokens == 1 and not is_static
+    # These attention functions read a missing mask as causal; the others need it spelled out.
+    knows_causality = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation) in (
+        sdpa_mask,
+        flash_attention_mask,
+    )
+    if attention_mask is None and needs_no_mask and knows_causality:
+        return {"slot_mask": None, "is_token": is_token}
+
+    num_slots = num_tokens if past_key_values is None else past_key_values.get_mask_sizes(num_tokens, 0)[0]
+    if attention_mask is None:
+        attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], num_slots), dtype=torch.bool)
+    is_token_slot = F.pad(attention_mask, (0, num_slots - attention_mask.shape[1]))
+    count = is_token_slot.long().cumsum(-1)
+
+    def strict_rule(batch_idx, head_idx, q_idx, kv_idx):
+        """A slot is full if its token is real and not the row's first; rows with nothing stored read empty slot 0."""
+        is_full = is_token_slot[batch_idx, kv_idx] & (count[batch_idx, kv_idx] > 1)
+        return is_full | ((kv_idx == 0) & (count[batch_idx, q_idx] <= 1))
+
+    slot_mask = create_causal_mask(config, inputs_embeds, None, past_key_values, and_mask_function=strict_rule)
+    return {"slot_mask": slot_mask, "is_token": is_token}
+
+
+def refuse_packed_documents(position_ids, attention_mask, num_tokens):
+    """Positions mean nothing to a memory, but a restart among them says that a new document begins."""
+    if position_ids is None or num_tokens == 1 or is_torchdynamo_compiling():
+        return
+    restarts = position_ids.diff(dim=-1) <= 0
+    if attention_mask is not None:
+        is_token = attention_mask[:, -num_tokens:]
+        restarts = restarts & is_token[:, 1:] & is_token[:, :-1]
+    if restarts.any():
+        raise ValueError(
+            "position_ids restart within a row: several documents packed together are not supported, since the "
+            "memory of one would leak into the next. Give each document a row of its own, padded with attention_mask."
+        )
+
+
+# trf-ignore: TRF057
+class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
+    """The blocks without the head. Returns hidden states and, as `past_key_values`, the memory."""
+
+    def __init__(self, config: MemoryMosaicConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            MemoryMosaicDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    # trf-ignore: TRF057
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        self.check_memory(past_key_values)
+
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = create_memory_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(hidden_states, **masks, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+    def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """Embeddings `(B, T, C)` of token ids `(B, T)`; an id the model does not know is named."""
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            raise ValueError(
+                f"input_ids range from {input_ids.min().item()} to {input_ids.max().item()}, but vocab_size is "
+                f"{self.config.vocab_size}. Use this model's own tokenizer, or call `resize_token_embeddings`."
+            ) from error
+
+    def check_memory(self, past_key_values: Cache | None) -> None:
+        """Refuses a memory that was made for another kind of model."""
+        layers = [] if past_key_values is None else past_key_values.layers
+        if past_key_values is not None and not (layers and all(hasattr(layer, "get_state") for layer in layers)):
+            raise ValueError(
+                f"This {type(past_key_values).__name__} was not made for a Memory Mosaic. Build it from the model's "
+                "config: `DynamicCache(config=model.config)`."
+            )
+
+
+# trf-ignore: TRF057
+class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
+    """A Memory Mosaic that predicts the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MemoryMosaicConfig):
+        super().__init__(config)
+        self.model = MemoryMosaicModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    create_masks_for_generate = staticmethod(create_memory_masks)
+
+    # trf-ignore: TRF057
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): token ids below `vocab_size`.
+            attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, 1 at tokens.
+            past_key_values ([`~transformers.Cache`], *optional*): the memory of what was read before; changed in place.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): not shifted; -100 is ignored.
+            logits_to_keep (`int` or `torch.Tensor`): compute logits of the last so many tokens (0: all), or of those
+                indexed.
+
+        ```python
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        >>> tokenizer = AutoTokenizer.from_pretrained(folder)
+        >>> model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        >>> ids = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
+        >>> tokenizer.decode(ids[0])
+        ```"""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # Scaling the hidden states costs C operations a token, scaling the logits vocab_size.
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :] / self.config.logits_scaling)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["MemoryMosaicForCausalLM", "MemoryMosaicModel", "MemoryMosaicPreTrainedModel"]

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory: any way of reading a text, through any batch operation, gives the logits of one pass over it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_ids, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, GPT2Config, StaticCache
+
+from modeling_memory_mosaic import MemoryMosaicCacheLayer, memory_from_state_dict, memory_state_dict
+from modeling_memory_mosaic.cache_memory_mosaic import MemoryMosaicStates
+
+
+STATES = MemoryMosaicStates.state_names
+
+
+def read(model, ids, cache=None, mask=None):
+    """Logits of `ids`, and the memory after them."""
+    with torch.no_grad():
+        outputs = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    return outputs.logits, outputs.past_key_values
+
+
+def assert_near(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(1, 69), max_size=6, unique=True), seed=st.integers(0, 99))
+def test_any_chunking_equals_one_pass(implementation, cuts, seed):
+    model = make_model(dtype=torch.float64)
+    model.set_attn_implementation(implementation)
+    ids = make_ids(2, 70, seed=seed)
+    cache, logits = None, []
+    for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), 70], strict=True):
+        chunk, cache = read(model, ids[:, start:end], cache)
+        logits.append(chunk)
+        assert cache.get_seq_length() == end
+    torch.testing.assert_close(torch.cat(logits, dim=1), read(model, ids)[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_token_by_token_equals_one_pass(model, static):
+    ids = make_ids(2, 40)
+    cache = StaticCache(config=model.config, max_cache_len=64) if static else None
+    logits = []
+    for position in range(40):
+        step, cache = read(model, ids[:, position : position + 1], cache)
+        logits.append(step)
+    assert_near(torch.cat(logits, dim=1), read(model, ids)[0])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("prompt_length", [1, 2, 7, 16])
+def test_padded_prompts_read_token_by_token_equal_rows_alone(model, prompt_length, side, static):
+    """Four rows of unequal prompts in one batch, then eight more tokens each, against each row alone without cache."""
+    lengths, new_tokens = [prompt_length, 1, 16, 9], 8
+    width = max(lengths)
+    prompts, more = [make_ids(n, seed=n) for n in lengths], make_ids(4, new_tokens, seed=99)
+    ids, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        span = slice(width - len(prompt), width) if side == "left" else slice(0, len(prompt))
+        ids[row, span], mask[row, span] = prompt, 1
+
+    cache = StaticCache(config=model.config, max_cache_len=width + new_tokens) if static else None
+    logits, cache = read(model, ids, cache, mask)
+    steps = [logits]
+    for position in range(new_tokens):
+        mask = torch.cat([mask, torch.ones(4, 1, dtype=torch.long)], dim=1)
+        step, cache = read(model, more[:, position : position + 1], cache, mask)
+        steps.append(step)
+    logits = torch.cat(steps, dim=1)
+    for row, prompt in enumerate(prompts):
+        expected = read(model, torch.cat([prompt, more[row]])[None])[0][0]
+        assert_near(logits[row, mask[row] == 1], expected)
+
+
+def test_a_second_padded_turn_equals_rows_alone(model):
+    """Padding between two turns: the value that waits, waits through it, and the leaky sums do not age."""
+    first, second = [make_ids(5, seed=1), make_ids(3, seed=2)], [make_ids(2, seed=3), make_ids(6, seed=4)]
+    ids, mask = torch.zeros(2, 11, dtype=torch.long), torch.zeros(2, 11, dtype=torch.long)
+    for row in range(2):
+        ids[row, 5 - len(first[row]) : 5], mask[row, 5 - len(first[row]) : 5] = first[row], 1
+        ids[row, 11 - len(second[row]) :], mask[row, 11 - len(second[row]) :] = second[row], 1
+    logits, cache = read(model, ids[:, :5], mask=mask[:, :5])
+    continued, _ = read(model, ids[:, 5:], cache, mask)
+    logits = torch.cat([logits, continued], dim=1)
+    for row in range(2):
+        assert_near(logits[row, mask[row] == 1], read(model, torch.cat([first[row], second[row]])[None])[0][0])
+
+
+def test_a_row_of_padding_alone_retrieves_nothing_and_starts_later(model):
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    _, cache = read(model, make_ids(2, 3), mask=mask)
+    ids = make_ids(2, 4, seed=5)
+    mask = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], dim=1)
+    assert_near(read(model, ids, cache, mask)[0][1], read(model, ids[1:])[0][0])
+
+
+OPERATIONS = {
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_batch_operations_equal_reading_anew(model, name):
+    operation, rows = OPERATIONS[name]
+    ids, more = make_ids(3, 10), make_ids(len(rows), 5, seed=7)
+    _, cache = read(model, ids)
+    operation(cache)
+    expected = read(model, torch.cat([ids[rows], more], dim=1))[0][:, 10:]
+    assert_near(read(model, more, cache)[0], expected)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_reset_memory_is_as_good_as_new(model, static):
+    ids = make_ids(2, 10)
+    cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
+    read(model, make_ids(2, 12, seed=5), cache)
+    cache.reset()
+    first, cache = read(model, ids[:, :4], cache)
+    rest, _ = read(model, ids[:, 4:], cache)
+    assert_near(torch.cat([first, rest], dim=1), read(model, ids)[0])
+
+
+def test_a_static_memory_can_be_reordered(model):
+    ids, more = make_ids(2, 6), make_ids(2, 3, seed=1)
+    _, cache = read(model, ids, StaticCache(config=model.config, max_cache_len=16))
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert_near(read(model, more, cache)[0], read(model, torch.cat([ids[[1, 1]], more], dim=1))[0][:, 6:])
+
+
+def test_offloading_moves_everything_there_and_back(model):
+    ids = make_ids(2, 8)
+    _, cache = read(model, ids[:, :5])
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    assert_near(read(model, ids[:, 5:], cache)[0], read(model, ids)[0][:, 5:])
+
+
+def test_states_hold_one_vector_each_and_sums_are_float32():
+    model = make_model(dtype=torch.bfloat16)
+    _, cache = read(model, make_ids(2, 9))
+    for layer in cache.layers:
+        assert set(layer.states) == set(STATES)
+        for name, state in layer.states.items():
+            assert state.shape == (2, 3, 1, 8)
+            assert state.dtype == (torch.bfloat16 if name == "pending_value" else torch.float32)
+            assert state.untyped_storage().nbytes() == state.nbytes, "the whole trajectory is kept alive"
+        assert layer.keys.shape == (2, 3, 9, 8)
+        assert not layer.keys[:, :, 0].any() and not layer.values[:, :, 0].any()
+
+
+@pytest.mark.parametrize("removed", [1, 3, 6])
+def test_recorded_tokens_can_be_taken_back(model, removed):
+    ids, more = make_ids(1, 10), make_ids(1, 4, seed=3)
+    _, cache = read(model, ids[:, :3])
+    cache.activate_past_recording()
+    _, cache = read(model, ids[:, 3:7], cache)
+    _, cache = read(model, ids[:, 7:], cache)
+    cache.crop(-removed)
+    expected = read(model, torch.cat([ids[:, : 10 - removed], more], dim=1))[0][:, 10 - removed :]
+    assert_near(read(model, more, cache)[0], expected)
+
+
+def test_unrecorded_tokens_cannot_be_taken_back(model):
+    _, cache = read(model, make_ids(1, 10))
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-2)
+    assert cache.get_seq_length() == 10, "a refused crop must leave the memory as it was"
+    cache.crop(0)
+    with pytest.raises(RuntimeError, match="reset"):
+        cache.crop(-10)
+    with pytest.raises(ValueError, match="positive"):
+        cache.crop(5)
+
+
+def test_a_static_memory_refuses_to_crop(model):
+    _, cache = read(model, make_ids(1, 4), StaticCache(config=model.config, max_cache_len=8))
+    with pytest.raises(RuntimeError, match="DynamicCache"):
+        cache.crop(-1)
+
+
+@pytest.mark.parametrize(
+    "make_cache",
+    [lambda config: DynamicCache(), lambda config: DynamicCache(config=GPT2Config(n_layer=2, n_head=3, n_embd=24))],
+)
+def test_a_memory_of_another_model_is_refused(model, make_cache):
+    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
+        model(make_ids(1, 3), past_key_values=make_cache(model.config))
+
+
+def test_a_saved_memory_continues_in_a_new_process(model, tmp_path):
+    ids = make_ids(2, 12)
+    _, cache = read(model, ids[:, :7])
+    save_file(memory_state_dict(cache), tmp_path / "memory.safetensors", metadata={"model_type": "memory_mosaic"})
+    model.save_pretrained(tmp_path / "model")
+    expected = read(model, ids[:, 7:], cache)[0]
+    save_file({"ids": ids[:, 7:].contiguous(), "logits": expected.contiguous()}, tmp_path / "expected.safetensors")
+    script = """
+import sys, torch
+from safetensors.torch import load_file
+from modeling_memory_mosaic import MemoryMosaicForCausalLM, memory_from_state_dict
+folder = sys.argv[1]
+model = MemoryMosaicForCausalLM.from_pretrained(folder + "/model").eval()
+memory = memory_from_state_dict(model.config, load_file(folder + "/memory.safetensors"))
+expected = load_file(folder + "/expected.safetensors")
+with torch.no_grad():
+    assert torch.equal(model(expected["ids"], past_key_values=memory).logits, expected["logits"])
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+
+
+def test_an_empty_memory_can_be_saved_too(model):
+    cache = memory_from_state_dict(model.config, memory_state_dict(DynamicCache(config=model.config)))
+    ids = make_ids(1, 5)
+    assert_near(read(model, ids, cache)[0], read(model, ids)[0])
+
+
+def test_a_foreign_saved_memory_is_refused(model):
+    tensors = memory_state_dict(read(model, make_ids(1, 5))[1])
+    incomplete = {name: tensor for name, tensor in tensors.items() if "pending" not in name}
+    with pytest.raises(ValueError, match="layers.0.pending_value"):
+        memory_from_state_dict(model.config, incomplete)
+    with pytest.raises(ValueError, match="shape"):
+        memory_from_state_dict(make_model(num_attention_heads=6).config, tensors)
+    with pytest.raises(ValueError, match="StaticCacheLayer"):
+        memory_state_dict(StaticCache(config=model.config, max_cache_len=4))
+
+
+def test_layers_are_chosen_by_the_configuration(model):
+    cache = DynamicCache(config=model.config)
+    assert [type(layer) for layer in cache.layers] == [MemoryMosaicCacheLayer] * 2
+    assert not cache.is_compileable and StaticCache(config=model.config, max_cache_len=4).is_compileable
+
+
+def test_saved_files_hold_tensors_of_their_own(model, tmp_path):
+    save_file(memory_state_dict(read(model, make_ids(1, 5))[1]), tmp_path / "memory.safetensors")
+    assert len(load_file(tmp_path / "memory.safetensors")) == 2 * (2 + len(STATES))

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: derived sizes, strictness, round trips."""
+
+import pytest
+
+from modeling_memory_mosaic import MemoryMosaicConfig
+
+
+def test_derived_sizes():
+    config = MemoryMosaicConfig()
+    assert (config.head_dim, config.num_persistent_slots) == (64, 2688)
+    assert config.logits_scaling == pytest.approx(768**0.5)
+    assert config.num_key_value_heads == 12
+
+
+def test_round_trip_of_every_field(tmp_path):
+    config = MemoryMosaicConfig(
+        vocab_size=11,
+        hidden_size=12,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        head_dim=5,
+        num_persistent_slots=9,
+        max_position_embeddings=77,
+        layer_norm_eps=1e-3,
+        use_bias=True,
+        attention_dropout=0.2,
+        hidden_dropout=0.3,
+        logits_scaling=2.5,
+        tie_word_embeddings=False,
+        use_cache=False,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=[3, 4],
+    )
+    config.save_pretrained(tmp_path)
+    loaded = MemoryMosaicConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    default = MemoryMosaicConfig().to_dict()
+    own = {name for name in MemoryMosaicConfig.__annotations__ if name in default}
+    assert all(config.to_dict()[name] != default[name] for name in own), "the test must set every field"
+
+
+def test_layer_types_stay_out_of_the_file(tmp_path):
+    config = MemoryMosaicConfig(num_hidden_layers=2)
+    assert config.layer_types == ["memory_mosaic", "memory_mosaic"]
+    config.save_pretrained(tmp_path)
+    assert "layer_types" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_key_of_the_future_is_kept(tmp_path):
+    config = MemoryMosaicConfig(some_future_field=3)
+    config.save_pretrained(tmp_path)
+    assert MemoryMosaicConfig.from_pretrained(tmp_path).some_future_field == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 10, "num_attention_heads": 3}, "hidden_size=10.*num_attention_heads=3"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"num_persistent_slots": -1}, "num_persistent_slots=-1"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"hidden_dropout": 1.5}, "hidden_dropout=1.5"),
+        ({"hidden_size": "64"}, "hidden_size"),
+    ],
+    ids=str,
+)
+def test_nonsense_is_refused(fields, message):
+    with pytest.raises(Exception, match=message):
+        MemoryMosaicConfig(**fields)

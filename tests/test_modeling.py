@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model is the paper's function: golden tensors, the oracle, causality, padding, precision, gradients."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_ids, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, leaky_average
+from modeling_memory_mosaic.modeling_memory_mosaic import CHUNK_LENGTH, kernel_smoothing, scale_to_length
+from modeling_memory_mosaic.naive_memory_mosaic import (
+    naive_kernel_smoothing,
+    naive_leaky_average,
+    naive_logits,
+)
+from training.convert import convert_authors_state_dict
+
+
+GOLDEN = ["tiny", "small"]
+
+
+def read_golden(request, name):
+    with safe_open(request.config.rootpath / "tests" / "golden" / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return json.loads(file.metadata()["model_args"]), tensors
+
+
+def without_prefix(tensors, prefix):
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_equals_the_authors_code(request, name, implementation):
+    model_args, golden = read_golden(request, name)
+    config, state_dict = convert_authors_state_dict(without_prefix(golden, "state."), model_args)
+    _, gradients = convert_authors_state_dict(without_prefix(golden, "grad."), model_args)
+    model = MemoryMosaicForCausalLM(config).eval()
+    model.set_attn_implementation(implementation)
+    model.load_state_dict(state_dict, strict=False)
+    model.tie_weights()
+
+    outputs = model(golden["input_ids"], labels=golden["input_ids"])
+    outputs.loss.backward()
+
+    assert (outputs.logits - golden["logits"]).abs().max() <= 1e-5
+    assert (outputs.loss - golden["loss"]).abs() <= 1e-6
+    for parameter_name, parameter in model.named_parameters():
+        expected = gradients.pop(parameter_name)
+        assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm(), parameter_name
+    assert not gradients
+
+
+def test_golden_files_are_all_used(request):
+    assert sorted(p.stem for p in (request.config.rootpath / "tests" / "golden").glob("*.safetensors")) == sorted(
+        GOLDEN
+    )
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("config", [{}, {"use_bias": True, "tie_word_embeddings": False, "head_dim": 5}], ids=str)
+def test_equals_the_oracle_in_value_and_gradient(implementation, config):
+    model = make_model(dtype=torch.float64, num_persistent_slots=7, **config)
+    model.set_attn_implementation(implementation)
+    ids = make_ids(CHUNK_LENGTH + 5)
+    weights = torch.randn(len(ids), model.config.vocab_size, dtype=torch.float64)
+
+    logits = model(ids[None]).logits[0]
+    gradients = torch.autograd.grad((logits * weights).sum(), list(model.parameters()))
+    parameters = dict(model.named_parameters())
+    state = parameters | {"lm_head.weight": model.lm_head.weight}
+    expected = naive_logits(state, model.config, ids)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), list(parameters.values()))
+
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    for name, gradient, expected_gradient in zip(parameters, gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, CHUNK_LENGTH - 1, CHUNK_LENGTH, CHUNK_LENGTH + 1, 5 * CHUNK_LENGTH + 3])
+def test_leaky_average_equals_its_recurrence(num_tokens):
+    generator = torch.Generator().manual_seed(num_tokens)
+    states = torch.randn(2, 3, num_tokens, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    leak = torch.tensor([0.0, 0.01, 3.0], dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(states.shape, dtype=torch.float64, generator=generator)
+
+    sums, last = leaky_average(states, leak)
+    expected = torch.stack(
+        [torch.stack([naive_leaky_average(states[b, h], leak[h]) for h in range(3)]) for b in (0, 1)]
+    )
+
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last, expected[:, :, -1:], rtol=1e-12, atol=1e-12)
+    for gradient, expected_gradient in zip(
+        torch.autograd.grad((sums * weights).sum(), (states, leak), materialize_grads=True),
+        torch.autograd.grad((expected * weights).sum(), (states, leak), materialize_grads=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_leaky_average_over_thousands_of_tokens_needs_two_levels_of_chunks():
+    num_tokens = CHUNK_LENGTH**2 + CHUNK_LENGTH + 1
+    states = torch.randn(1, 1, num_tokens, 2, dtype=torch.float64)
+    leak = torch.tensor([1e-3], dtype=torch.float64)
+    expected = naive_leaky_average(states[0, 0], leak[0])
+    torch.testing.assert_close(leaky_average(states, leak)[0][0, 0], expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(split=st.integers(1, 3 * CHUNK_LENGTH - 1), padding=st.booleans(), seed=st.integers(0, 99))
+def test_leaky_average_may_be_split_anywhere(split, padding, seed):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(2, 2, 3 * CHUNK_LENGTH, 3, dtype=torch.float64, generator=generator)
+    leak = torch.rand(2, dtype=torch.float64, generator=generator)
+    elapsed = torch.randint(0, 2, (2, states.shape[2]), generator=generator) if padding else None
+    whole, last = leaky_average(states, leak, elapsed=elapsed)
+    head, tail = (None, None) if elapsed is None else (elapsed[:, :split], elapsed[:, split:])
+    first, state = leaky_average(states[:, :, :split], leak, elapsed=head)
+    second, state = leaky_average(states[:, :, split:], leak, state, tail)
+    torch.testing.assert_close(torch.cat([first, second], dim=2), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state, last, rtol=1e-12, atol=1e-12)
+
+
+def test_leaky_average_is_linear_in_tokens():
+    """A T x T table of decays for 2^17 tokens would take 64 GiB."""
+    sums, _ = leaky_average(torch.ones(1, 1, 2**17, 1), torch.tensor([0.1]))
+    torch.testing.assert_close(sums[0, 0, -1, 0], 1 / (1 - torch.exp(torch.tensor(-0.1))))
+
+
+def test_kernel_smoothing_equals_its_sum():
+    query, key, value = (torch.randn(1, 1, n, 4, dtype=torch.float64) for n in (1, 6, 6))
+    retrieved, weights = kernel_smoothing(query, key, value)
+    expected = naive_kernel_smoothing(query[0, 0, 0], list(key[0, 0]), list(value[0, 0]), 4)
+    torch.testing.assert_close(retrieved[0, 0, 0], expected)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
+
+
+def test_pairs_are_a_set():
+    """The order in which pairs are stored changes nothing."""
+    query, key, value = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 6, 6))
+    order = torch.randperm(6)
+    retrieved = kernel_smoothing(query, key[:, :, order], value[:, :, order])[0]
+    torch.testing.assert_close(retrieved, kernel_smoothing(query, key, value)[0])
+
+
+def test_zero_vector_stays_zero_with_a_tame_gradient():
+    vectors = torch.zeros(1, 1, 2, 4, requires_grad=True)
+    scaled = scale_to_length(vectors, torch.tensor([3.0]))
+    scaled.sum().backward()
+    assert torch.equal(scaled, torch.zeros_like(scaled))
+    assert vectors.grad.abs().max() <= 3.0
+
+
+@pytest.mark.parametrize("num_tokens", [2, 9, CHUNK_LENGTH + 9])
+def test_a_token_changes_nothing_before_itself(model, num_tokens):
+    ids = make_ids(1, num_tokens)
+    for position in {1, num_tokens // 2, num_tokens - 1}:
+        changed = ids.clone()
+        changed[0, position] = (changed[0, position] + 1) % model.config.vocab_size
+        before, after = model(ids).logits, model(changed).logits
+        assert torch.equal(before[:, :position], after[:, :position])
+        assert not torch.equal(before[:, position], after[:, position])
+
+
+def test_first_token_retrieves_exactly_zero(model):
+    memory = model.model.layers[0].contextual_memory
+    memory.o_proj = torch.nn.Identity()
+    hidden_states = torch.randn(2, 5, model.config.hidden_size)
+    retrieved, _ = memory(hidden_states)
+    assert torch.equal(retrieved[:, 0], torch.zeros_like(retrieved[:, 0]))
+    assert (retrieved[:, 1:] != 0).all()
+
+
+def test_attention_maps_of_eager_are_strictly_lower_triangular(model):
+    ids, mask = make_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    model.set_attn_implementation("eager")
+    outputs = model(ids, attention_mask=mask, output_attentions=True)
+    assert len(outputs.attentions) == model.config.num_hidden_layers
+    for weights in outputs.attentions:
+        assert weights.shape == (2, model.config.num_attention_heads, 9, 9)
+        assert torch.equal(weights, weights.tril(diagonal=-1))
+        has_memory = torch.tensor([[False] + 8 * [True], 5 * [False] + 4 * [True]])
+        torch.testing.assert_close(weights.sum(-1), has_memory[:, None].float().expand(-1, 3, -1))
+        assert torch.equal(weights[1, :, :, :4], torch.zeros_like(weights[1, :, :, :4]))
+
+
+def test_attention_maps_under_sdpa_are_refused(model):
+    with pytest.raises(ValueError, match="eager"):
+        model(make_ids(1, 4), output_attentions=True)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("pattern", ["left", "right", "both", "within"])
+@pytest.mark.parametrize("num_real", [1, 2, 7, 40])
+def test_padding_changes_nothing(model, implementation, pattern, num_real):
+    model.set_attn_implementation(implementation)
+    rows = [make_ids(num_real, seed=1), make_ids(40, seed=2)]
+    ids, mask = make_ids(2, 45, seed=3), torch.zeros(2, 45, dtype=torch.long)
+    for index, row in enumerate(rows):
+        starts = {"left": 45 - len(row), "right": 0, "both": (45 - len(row)) // 2, "within": 0}
+        positions = starts[pattern] + torch.arange(len(row))
+        if pattern == "within":  # a gap after the first token
+            positions[1:] += 5
+        ids[index, positions], mask[index, positions] = row, 1
+    logits = model(ids, attention_mask=mask).logits
+    for index, row in enumerate(rows):
+        torch.testing.assert_close(logits[index, mask[index] == 1], model(row[None]).logits[0], rtol=0, atol=1e-5)
+
+
+def test_padding_takes_no_gradient():
+    model = make_model()
+    embeddings = torch.randn(2, 12, model.config.hidden_size, requires_grad=True)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5], mask[1, 9:] = 0, 0
+    logits = model(inputs_embeds=embeddings, attention_mask=mask).logits
+    logits[mask == 1].square().sum().backward()
+    assert torch.equal(embeddings.grad[mask == 0], torch.zeros_like(embeddings.grad[mask == 0]))
+    assert (embeddings.grad[mask == 1].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("num_tokens", [1, 7])
+def test_half_precision_stays_finite(dtype, scale, num_tokens, implementation):
+    model = make_model(dtype=dtype)
+    model.set_attn_implementation(implementation)
+    embeddings = (scale * torch.randn(3, num_tokens, model.config.hidden_size)).to(dtype).requires_grad_()
+    mask = torch.ones(3, num_tokens, dtype=torch.long)
+    mask[1, : num_tokens // 2], mask[2] = 0, 0
+    outputs = model(inputs_embeds=embeddings, attention_mask=mask, labels=make_ids(3, num_tokens))
+    assert outputs.logits.dtype == dtype
+    assert outputs.logits.isfinite().all()
+    outputs.logits.float().logsumexp(-1).mean().backward()
+    assert embeddings.grad.isfinite().all()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_finite_at_the_sharpest_kernel(dtype, implementation):
+    model = make_model(dtype=dtype)
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("key_scale"):
+                parameter.fill_(2.0)  # far beyond the cap
+            if name.endswith("slot_keys"):
+                parameter.mul_(30)  # scores beyond 65504, the largest float16
+    assert model(make_ids(2, 40)).logits.isfinite().all()
+
+
+def test_autocast_keeps_sums_in_float32():
+    states = torch.randn(1, 2, 100, 4)
+    leak = torch.tensor([0.01, 0.1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(leaky_average(states, leak)[0], leaky_average(states, leak)[0].float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sums = leaky_average(states, leak)[0]
+    assert torch.equal(sums, leaky_average(states, leak)[0])
+
+
+def test_train_and_eval_agree_without_dropout():
+    model = make_model(attention_dropout=0.0, hidden_dropout=0.0)
+    ids = make_ids(2, 20)
+    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("dropout", ["attention_dropout", "hidden_dropout"])
+def test_dropout_acts_in_training_only(dropout):
+    config = {"attention_dropout": 0.0, "hidden_dropout": 0.0} | {dropout: 0.5}
+    model = make_model(**config)
+    ids = make_ids(1, 20)
+    assert not torch.equal(model.train()(ids).logits, model(ids).logits)
+    assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
+    model = make_model(attention_dropout=0.0, hidden_dropout=0.0).train()
+    ids = make_ids(2, 20)
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    assert model.is_activation_checkpointing
+    for gradient, reference in zip(gradients(), expected, strict=True):
+        assert torch.equal(gradient, reference)
+
+
+def test_gradients_of_one_batch_equal_accumulated_ones():
+    # float64: in float32 the order of the sums alone moves a gradient by 1e-6
+    model = make_model(dtype=torch.float64, attention_dropout=0.0, hidden_dropout=0.0).train()
+    ids, labels = make_ids(8, 12), make_ids(8, 12)
+    labels[2, 3:] = -100  # rows with unequal numbers of targets
+    labels[5, :9] = -100
+    count = (labels[:, 1:] != -100).sum()
+
+    def gradients(batches):
+        model.zero_grad()
+        for batch in batches:
+            model(ids[batch], labels=labels[batch], num_items_in_batch=count).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    whole, parts = gradients([slice(None)]), gradients([slice(i, i + 1) for i in range(8)])
+    for gradient, reference in zip(parts, whole, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-7)
+
+
+def test_compiled_forward_is_one_graph(model):
+    ids = make_ids(2, 20)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
+
+
+def test_flex_attention_serves_too(model):
+    ids, mask = make_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        model.set_attn_implementation("flex_attention")
+        logits = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[mask == 1], expected[mask == 1], rtol=0, atol=1e-5)
+
+
+def test_packed_documents_are_refused(model):
+    ids = make_ids(1, 6)
+    with pytest.raises(ValueError, match="packed"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    model(ids, position_ids=torch.arange(6)[None])
+
+
+@pytest.mark.parametrize("bad_id", [-1, 61])
+def test_ids_out_of_range_are_named(model, bad_id):
+    with pytest.raises(ValueError, match=rf"{bad_id}.*vocab_size is 61|vocab_size is 61"):
+        model(torch.tensor([[1, bad_id, 2]]))
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 9), (1, 1, 4, 4)])
+def test_a_mask_of_another_length_is_refused(model, shape):
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(make_ids(1, 4), attention_mask=torch.ones(shape, dtype=torch.long))
+
+
+def test_ids_and_embeddings_exclude_each_other(model):
+    with pytest.raises(ValueError, match="exactly one"):
+        model()
+    with pytest.raises(ValueError, match="exactly one"):
+        model(make_ids(1, 3), inputs_embeds=torch.zeros(1, 3, 24))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parameters"),
+    [
+        ({"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 20}, 99_932),
+        ({"hidden_size": 128, "num_attention_heads": 8, "num_hidden_layers": 2, "vocab_size": 20}, 396_528),
+        ({"num_hidden_layers": 1, "vocab_size": 50304}, 45_713_748),
+        ({"num_hidden_layers": 12, "vocab_size": 50304}, 123_588_336),
+        ({"num_hidden_layers": 18, "vocab_size": 50304}, 166_065_384),
+    ],
+    ids=str,
+)
+def test_parameter_counts_of_the_paper(sizes, parameters):
+    with torch.device("meta"):
+        model = MemoryMosaicForCausalLM(MemoryMosaicConfig(**sizes))
+    assert model.num_parameters() == parameters
+
+
+def test_initial_values_are_the_authors():
+    config = MemoryMosaicConfig(vocab_size=500, hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = MemoryMosaicForCausalLM(config)
+    layer = model.model.layers[1]
+    for memory in (layer.contextual_memory, layer.persistent_memory):
+        torch.testing.assert_close(memory.key_leak, torch.linspace(0.5, 5, 4) / 10)
+        assert torch.equal(memory.key_scale, torch.full((4,), 0.1))
+        assert torch.equal(memory.value_scale, torch.full((4,), -0.05))
+        assert memory.k_proj.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+        assert memory.o_proj.weight.std().item() == pytest.approx((128 * 4) ** -0.5, rel=0.05)
+    assert layer.contextual_memory.v_proj.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+    mixes = torch.cat([layer.contextual_memory.value_mix for layer in model.model.layers])
+    assert 0 <= mixes.min() < 0.3 and 0.7 < mixes.max() <= 1
+    assert layer.persistent_memory.slot_keys.std().item() == pytest.approx(32**-0.5, rel=0.05)
+    assert layer.persistent_memory.slot_values.std().item() == pytest.approx(32**-0.5, rel=0.05)
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+    assert torch.equal(model.model.norm.weight, torch.ones(128))
+    untied = MemoryMosaicForCausalLM(MemoryMosaicConfig(**{**config.to_dict(), "tie_word_embeddings": False}))
+    assert untied.model.embed_tokens.weight.std().item() == pytest.approx(1.0, rel=0.05)
+    assert untied.lm_head.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+
+
+def test_there_are_no_buffers(model):
+    assert dict(model.named_buffers()) == {}
+
+
+def test_no_longest_input():
+    model = make_model(max_position_embeddings=8)
+    assert model(make_ids(1, 32)).logits.isfinite().all()

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns the authors' own checkpoints (facebookresearch/MemoryMosaics, `Library`) into folders transformers loads.
+
+Both of their implementations are read: the regular one (`memory_mosaics.py`) and the fast one (`memory_mosaics_eft.py`),
+which name the key extractor differently and compute the same function.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
+
+
+# Authors' name within a block -> ours within a layer. The regular version comes first, the fast one after it.
+NAMES = {
+    "ln1": "contextual_norm",
+    "ln2": "persistent_norm",
+    "attn": "contextual_memory",
+    "pmem": "persistent_memory",
+    "k_featurizer.conv": "k_proj",
+    "leaky_average.linear": "k_proj",
+    "v_featurizer.linear": "v_proj",
+    "c_proj": "o_proj",
+    "leaky_key_beta": "key_leak",
+    "leaky_average.leaky_beta_w_under": "key_leak",
+    "kernel_beta": "key_scale",
+    "value_beta": "value_scale",
+    "v_featurizer.coef": "value_mix",
+    "pmem.M_k0": "slot_keys",
+    "pmem.M_v0": "slot_values",
+}
+TOP_NAMES = {"emb.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
+# Options that change the function and have only one value here.
+SUPPORTED_OPTIONS = {
+    "pmem_count": 1,
+    "pre_ln": True,
+    "attn_only": False,
+    "k_fe_type": "linearconv",
+    "v_fe_type": "lowrlinearconv",
+    "k_kernel_size": 1,
+    "v_kernel_size": 2,
+    "v_shift": 1,
+    "v_leaky": False,
+}
+# Defaults of the authors' classes, for arguments a checkpoint does not mention.
+DEFAULT_ARGS = {
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "pmem_size": 2688,
+    "block_size": 512,
+    "ic_dropout": 0.05,
+    "hd_dropout": 0.05,
+    "bias": False,
+    "weight_tying": True,
+}
+
+
+def convert_model_args(model_args: dict) -> MemoryMosaicConfig:
+    """The configuration that the authors' arguments describe.
+
+    Raises:
+        ValueError: for an option that changes the function in a way this package does not carry, and for a missing
+            `vocab_size`.
+    """
+    for option, supported in SUPPORTED_OPTIONS.items():
+        value = model_args.get(option, supported)
+        if value != supported:
+            raise ValueError(f"Option {option}={value!r} of this checkpoint is not carried: only {supported!r} is.")
+    if "vocab_size" not in model_args:
+        raise ValueError("The checkpoint's arguments do not say its vocab_size: pass it in `model_args`.")
+    args = DEFAULT_ARGS | model_args
+    return MemoryMosaicConfig(
+        vocab_size=args["vocab_size"],
+        hidden_size=args["n_embd"],
+        num_hidden_layers=args["n_layer"],
+        num_attention_heads=args["n_head"],
+        num_persistent_slots=args["pmem_size"],
+        max_position_embeddings=args["block_size"],
+        attention_dropout=args["ic_dropout"],
+        hidden_dropout=args["hd_dropout"],
+        use_bias=bool(args["bias"]),
+        tie_word_embeddings=bool(args["weight_tying"]),
+    )
+
+
+def convert_name(name: str) -> str | None:
+    """Our name of one of the authors' parameters; `None` for the second name of a shared one."""
+    name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+    if name in TOP_NAMES:
+        return TOP_NAMES[name]
+    if match := re.fullmatch(r"ln_out\.(weight|bias)", name):
+        return f"model.norm.{match[1]}"
+    match = re.fullmatch(r"blocks\.(\d+)\.(ln1|ln2|attn|pmem)\.(.+)", name)
+    if match is None:
+        raise ValueError(f"Unknown parameter {name!r}: not a Memory Mosaic of the authors' Library.")
+    index, part, rest = match.groups()
+    # The fast version registers one leak under two names.
+    if rest == "leaky_average.leaky_beta_u_under":
+        return None
+    layer = f"model.layers.{index}.{NAMES[part]}"
+    if rest in NAMES:
+        return f"{layer}.{NAMES[rest]}"
+    stem, _, kind = rest.rpartition(".")
+    if kind not in ("weight", "bias") or (stem and stem not in NAMES):
+        raise ValueError(f"Unknown parameter {name!r}: its option is not carried.")
+    return f"{layer}.{NAMES[stem]}.{kind}" if stem else f"{layer}.{kind}"
+
+
+def convert_authors_state_dict(
+    state_dict: dict[str, torch.Tensor], model_args: dict
+) -> tuple[MemoryMosaicConfig, dict[str, torch.Tensor]]:
+    """Configuration and parameters of [`MemoryMosaicForCausalLM`] from the authors' parameters and arguments.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): of their `StackAssoMem`, regular or fast version; prefixes left by
+            `torch.compile` and DDP are removed. Gradients under the same names convert as well.
+        model_args (`dict`): their constructor's or training script's arguments.
+
+    Raises:
+        ValueError: for an option or a parameter this package does not carry, and for shapes that contradict the
+            arguments.
+    """
+    config = convert_model_args(model_args)
+    converted = {}
+    for name, tensor in state_dict.items():
+        ours = convert_name(name)
+        if ours is None:
+            continue
+        if ours.endswith("k_proj.weight"):
+            tensor = tensor.reshape(tensor.shape[:2])  # their Conv1d of kernel size 1
+        elif ours.endswith(("slot_keys", "slot_values")):
+            tensor = tensor.squeeze(0)
+        converted[ours] = tensor
+    check_parameters(config, converted)
+    return config, converted
+
+
+def check_parameters(config: MemoryMosaicConfig, converted: dict[str, torch.Tensor]) -> None:
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in MemoryMosaicForCausalLM(config).named_parameters()}
+    # A tied head may be stored under either name or both.
+    found = {name: tensor.shape for name, tensor in converted.items()}
+    if config.tie_word_embeddings:
+        head = found.pop("lm_head.weight", None)
+        if head is not None and found.setdefault("model.embed_tokens.weight", head) != head:
+            raise ValueError("The checkpoint says its head is tied, but holds a head and an embedding that differ.")
+        converted.setdefault("model.embed_tokens.weight", converted.pop("lm_head.weight", None))
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        details = ", ".join(f"{n}: {_shape(found.get(n))} instead of {_shape(expected.get(n))}" for n in wrong[:5])
+        raise ValueError(f"{len(wrong)} parameters do not fit the checkpoint's arguments. {details}")
+
+
+def _shape(shape) -> str:
+    return "absent" if shape is None else str(tuple(shape))
+
+
+def convert_checkpoint(checkpoint: Path, output: Path) -> MemoryMosaicForCausalLM:
+    """Read the authors' training file (`ckpt.pt`) and write a folder for `from_pretrained(trust_remote_code=True)`.
+
+    The file is unpickled by `torch.load(weights_only=True)`: tensors and plain values, no code.
+
+    Raises:
+        ValueError: if the file is damaged, holds anything else, or a Memory Mosaic this package does not carry.
+    """
+    from .publish import export_model
+
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{checkpoint} is not a readable checkpoint of tensors and plain values: {error}") from error
+    missing = [key for key in ("model", "model_args") if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(
+            f"{checkpoint} has no {' and no '.join(missing)}: not a training file of the authors' Library."
+        )
+    config, state_dict = convert_authors_state_dict(content["model"], content["model_args"])
+    model = MemoryMosaicForCausalLM(config)
+    model.load_state_dict(state_dict, strict=not config.tie_word_embeddings)
+    model.tie_weights()
+    export_model(model, None, output)
+    return model
