@@ -120,7 +120,7 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
 
 
 class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
-    """Holds at most `max_cache_len` tokens at fixed addresses. Built by `StaticCache(config=..., max_cache_len=...)`."""
+    """Holds `max_cache_len` tokens at fixed addresses. Built by `StaticCache(config=..., max_cache_len=...)`."""
 
     _layer_type = "memory_mosaic"
 

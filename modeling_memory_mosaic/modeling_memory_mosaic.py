@@ -442,12 +442,9 @@ def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values, 
     # Many tokens over no past: the shift identity. One token over some past: it reads every slot but the empty one.
     is_first = isinstance(num_seen, int) and num_seen == 0
     needs_no_mask = num_tokens > 1 if is_first else num_tokens == 1 and not is_static
-    # These attention functions read a missing mask as causal; the others need it spelled out.
-    knows_causality = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation) in (
-        sdpa_mask,
-        flash_attention_mask,
-    )
-    if attention_mask is None and needs_no_mask and knows_causality:
+    # Two families of attention functions read a missing mask as causal; the others need it spelled out.
+    mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    if attention_mask is None and needs_no_mask and mask_function in (sdpa_mask, flash_attention_mask):
         return {"slot_mask": None, "is_token": is_token}
 
     num_slots = num_tokens if past_key_values is None else past_key_values.get_mask_sizes(num_tokens, 0)[0]
@@ -578,7 +575,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`): token ids below `vocab_size`.
             attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, 1 at tokens.
-            past_key_values ([`~transformers.Cache`], *optional*): the memory of what was read before; changed in place.
+            past_key_values ([`~transformers.Cache`], *optional*): memory of what was read before; changed in place.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): not shifted; -100 is ignored.
             logits_to_keep (`int` or `torch.Tensor`): compute logits of the last so many tokens (0: all), or of those
                 indexed.

@@ -58,7 +58,7 @@ def naive_contextual_memory(k_states, v_states, key_leak, key_scale, value_scale
 
 
 def naive_persistent_memory(k_states, slot_keys, slot_values, key_leak, key_scale, value_scale) -> torch.Tensor:
-    """Outputs `(T, D)` of one persistent memory: smoothing over N learnt pairs, `slot_keys` and `slot_values` `(N, D)`.
+    """Outputs `(T, D)` of one persistent memory: smoothing over N learnt pairs, keys and values both `(N, D)`.
 
     The learnt keys carry no scale, so the query carries the scale of both.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns the authors' own checkpoints (facebookresearch/MemoryMosaics, `Library`) into folders transformers loads.
 
-Both of their implementations are read: the regular one (`memory_mosaics.py`) and the fast one (`memory_mosaics_eft.py`),
-which name the key extractor differently and compute the same function.
+Both of their implementations are read, the regular one (`memory_mosaics.py`) and the fast one
+(`memory_mosaics_eft.py`): they name the key extractor differently and compute the same function.
 """
 
 import re

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed and memory beside transformers' GPT-2 of equal size: `make bench`, or `python benchmarks/speed.py --help`.
+
+Both models run in one process, in turn, so that a machine whose speed drifts slows both alike; what counts is the
+ratio of each pair of runs, and the median over the pairs. Dropout is off and attention is sdpa. Peak memory is the
+largest resident size of a process of its own, above what it had before the model was built.
+"""
+
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+
+from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, leaky_average
+
+
+SIZES = {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
+TOKENS_PER_STEP = 2048
+DECODED = 32
+# Of 32 tokens each: GPT-2's position table must reach beyond the longest context.
+MAX_LENGTH = 2048 + DECODED
+UNITS = {"training step": "s", "prefill": "s", "decode": "tokens/s", "leaky average": "ms"}
+
+
+def build(name: str) -> torch.nn.Module:
+    """The benchmarked model: `mosaic`, or `gpt2` whose blocks have equally many parameters."""
+    torch.manual_seed(0)
+    if name == "mosaic":
+        return MemoryMosaicForCausalLM(MemoryMosaicConfig(**SIZES, attention_dropout=0.0, hidden_dropout=0.0))
+    config = GPT2Config(
+        **SIZES,
+        max_position_embeddings=MAX_LENGTH,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # its class name does not say it, and each forward would warn
+    return model
+
+
+def random_ids(batch_size: int, num_tokens: int) -> torch.Tensor:
+    return torch.randint(0, SIZES["vocab_size"], (batch_size, num_tokens), generator=torch.Generator().manual_seed(0))
+
+
+def training_step(model: torch.nn.Module, num_tokens: int) -> Callable[[], float]:
+    """Seconds of forward and backward over 2,048 tokens in rows of `num_tokens`."""
+    ids = random_ids(TOKENS_PER_STEP // num_tokens, num_tokens)
+
+    def run() -> float:
+        model.train().zero_grad()
+        start = time.perf_counter()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return time.perf_counter() - start
+
+    return run
+
+
+def prefill(model: torch.nn.Module, num_tokens: int) -> Callable[[], float]:
+    """Seconds to read one text of `num_tokens` into a cache."""
+    ids = random_ids(1, num_tokens)
+
+    @torch.no_grad()
+    def run() -> float:
+        model.eval()
+        start = time.perf_counter()
+        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return time.perf_counter() - start
+
+    return run
+
+
+def decode(model: torch.nn.Module, num_tokens: int) -> Callable[[], float]:
+    """Tokens per second when one at a time is read behind `num_tokens` in the cache."""
+    ids = random_ids(1, num_tokens)
+
+    @torch.no_grad()
+    def run() -> float:
+        cache = DynamicCache(config=model.config)
+        model.eval()(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        start = time.perf_counter()
+        for _ in range(DECODED):
+            model(input_ids=ids[:, :1], past_key_values=cache, logits_to_keep=1)
+        return DECODED / (time.perf_counter() - start)
+
+    return run
+
+
+def dense_leaky_average(states: torch.Tensor, leak: torch.Tensor) -> torch.Tensor:
+    """The same sums by a T x T table of decays for each head, as the authors' regular version computes them."""
+    positions = torch.arange(states.shape[2], dtype=states.dtype)
+    lags = (positions[:, None] - positions).clamp(min=0)
+    return torch.exp(-leak[:, None, None] * lags).tril() @ states
+
+
+def leaky_step(average: Callable, num_tokens: int) -> Callable[[], float]:
+    """Milliseconds of forward and backward of one leaky average over 2,048 tokens in rows of `num_tokens`."""
+    heads, width = SIZES["num_attention_heads"], SIZES["hidden_size"] // SIZES["num_attention_heads"]
+    states = torch.randn(TOKENS_PER_STEP // num_tokens, heads, num_tokens, width, requires_grad=True)
+    leak = torch.linspace(0.5, 5.0, heads).requires_grad_()
+    weights = torch.randn(states.shape)
+
+    def run() -> float:
+        start = time.perf_counter()
+        average(states, leak).backward(weights)
+        return 1e3 * (time.perf_counter() - start)
+
+    return run
+
+
+def compare(ours: Callable[[], float], theirs: Callable[[], float], rounds: int, larger_is_better: bool) -> dict:
+    """Medians of both, and of how many times faster ours is, over `rounds` interleaved pairs after one warm-up."""
+    ours(), theirs()
+    pairs = []
+    for index in range(rounds):
+        # Whoever runs second finds warmer caches: take turns.
+        pair = (ours(), theirs()) if index % 2 else (theirs(), ours())[::-1]
+        pairs.append(pair)
+    ratios = sorted((a / b if larger_is_better else b / a) for a, b in pairs)
+    return {
+        "ours": statistics.median(a for a, _ in pairs),
+        "theirs": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+    }
+
+
+def _peak_of_training(name: str, num_tokens: int, threads: int, pipe) -> None:
+    torch.set_num_threads(threads)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = training_step(build(name), num_tokens)
+    step(), step()
+    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def peak_memory(name: str, num_tokens: int) -> float:
+    """MiB that two training steps, model included, add to a fresh process at its largest."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_peak_of_training, args=(name, num_tokens, torch.get_num_threads(), sender))
+    process.start()
+    sender.close()
+    peak = receiver.recv()
+    process.join()
+    return peak
+
+
+def measure(rounds: int) -> list[dict]:
+    """One row per measurement, printed as it is taken."""
+    mosaic, gpt2 = build("mosaic"), build("gpt2")
+    rows = []
+
+    def note(what: str, num_tokens: int, unit: str, figures: dict) -> None:
+        rows.append({"what": what, "tokens": num_tokens, "unit": unit, **figures})
+        typer.echo(table_row(rows[-1]))
+
+    for num_tokens in (512, 2048):
+        for what, task in (("training step", training_step), ("prefill", prefill), ("decode", decode)):
+            pair = task(mosaic, num_tokens), task(gpt2, num_tokens)
+            note(what, num_tokens, UNITS[what], compare(*pair, rounds, larger_is_better=what == "decode"))
+        ours, theirs = peak_memory("mosaic", num_tokens), peak_memory("gpt2", num_tokens)
+        note("peak memory of training", num_tokens, "MiB", {"ours": ours, "theirs": theirs, "ratio": ours / theirs})
+        pair = leaky_step(lambda x, y: leaky_average(x, y)[0], num_tokens), leaky_step(dense_leaky_average, num_tokens)
+        what = "leaky average (theirs: dense T x T)"
+        note(what, num_tokens, "ms", compare(*pair, rounds, larger_is_better=False))
+    return rows
+
+
+HEADER = """| measured | T | ours | theirs | unit | ratio (quartiles) |
+| --- | ---: | ---: | ---: | --- | ---: |"""
+
+
+def table_row(row: dict) -> str:
+    quartiles = " ({:.2f} to {:.2f})".format(*row["ratio_quartiles"]) if "ratio_quartiles" in row else ""
+    figures = f"{row['ours']:.4g} | {row['theirs']:.4g} | {row['unit']} | {row['ratio']:.2f}{quartiles}"
+    return f"| {row['what']} | {row['tokens']} | {figures} |"
+
+
+def table(report: dict) -> str:
+    """Markdown table of a report as `main` writes it, with its setting above."""
+    ours, theirs = (f"{report['parameters'][name] / 1e6:.1f} M parameters" for name in ("mosaic", "gpt2"))
+    setting = (
+        f"Memory Mosaic ({ours}) beside GPT-2 ({theirs}), float32, {report['threads']} threads of {report['cpu']}, "
+    )
+    setting += f"torch {report['versions']['torch']}, median of {report['rounds']} interleaved pairs.\n"
+    return "\n".join([setting, HEADER, *map(table_row, report["rows"])])
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Interleaved pairs per measurement.")] = 11,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = torch.get_num_threads(),
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Measure and print; a ratio above 1 means ours is faster, except for memory, where below 1 is better."""
+    torch.set_num_threads(threads)
+    parameters = {name: build(name).num_parameters() for name in ("mosaic", "gpt2")}
+    setting = {
+        "sizes": SIZES,
+        "parameters": parameters,
+        "threads": threads,
+        "rounds": rounds,
+        "cpu": next(
+            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+            platform.processor(),
+        ),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    typer.echo(json.dumps(setting))
+    typer.echo(HEADER)
+    rows = measure(rounds)
+    if output is not None:
+        output.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

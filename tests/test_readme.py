@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README does what it says: its Python blocks run, its commands exist, its numbers are those of the results."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import make_model
+
+from training.publish import export_model
+from training.result import main as rewrite_results
+from training.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def readme(request):
+    return (request.config.rootpath / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_python_blocks_run_in_order_in_one_session(readme, tmp_path):
+    """In an empty folder that holds nothing but an exported model where `make demo` puts its own."""
+    tokenizer = train_tokenizer(["Once upon a time there was a cat. One day, a little ball."] * 3, vocab_size=300)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    export_model(make_model(vocab_size=300, **ids), tokenizer, tmp_path / "runs/demo/mosaic-demo-seed0/model")
+    code = "\n".join(blocks(readme, "python"))
+    assert code.count("from_pretrained") >= 2 and "trainer.train()" in code and "memory_from_state_dict" in code
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_commands_exist(readme, request):
+    root = request.config.rootpath
+    targets = set(re.findall(r"^([\w-]+):", (root / "Makefile").read_text(), flags=re.MULTILINE))
+    commands = [line for block in blocks(readme, "") for line in block.splitlines() if line]
+    assert len(commands) >= 6
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert set(words[1:]) <= targets, command
+        for word in words:
+            if word.startswith("configuration/"):
+                assert (root / word).is_file(), command
+
+
+def test_set_up_is_exactly_two_commands(readme):
+    section = readme.split("## Set-up")[1].split("\n## ")[0]
+    assert blocks(section, "") == ["make demo\nmake test\n"]
+
+
+@pytest.mark.parametrize("command", ["dry-run", "--help"])
+def test_the_command_line_answers(request, command):
+    arguments = ["dry-run", "configuration/recipe/stories_tiny.yaml"] if command == "dry-run" else [command]
+    subprocess.run(
+        [sys.executable, "-m", "training", *arguments], cwd=request.config.rootpath, check=True, capture_output=True
+    )
+
+
+def test_numbers_are_those_of_the_result_files(readme, tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text(readme, encoding="utf-8")
+    rewrite_results(copy)
+    assert copy.read_text(encoding="utf-8") == readme, "run `make results`"

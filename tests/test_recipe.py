@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes and configurations: everything that ships is valid, and every mistake is named with its remedy."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from training.recipe import CONFIGURATION, Recipe, load_recipe
+from training.train import plan
+
+
+RECIPES = sorted((CONFIGURATION / "recipe").glob("*.yaml"))
+MODELS = sorted((CONFIGURATION / "model").glob("*.json"))
+SMOKE = CONFIGURATION / "recipe" / "smoke.yaml"
+TINY = CONFIGURATION / "recipe" / "stories_tiny.yaml"
+
+
+def num_parameters(path: Path) -> int:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).num_parameters()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_dry_run_of_every_recipe_needs_no_data(path):
+    recipe = load_recipe(path)
+    result = plan(recipe)
+    assert recipe.name == path.stem
+    assert result["parameters"] > 0
+    if recipe.tokens is not None:
+        assert 0 <= result["tokens"] - recipe.tokens < result["tokens_per_step"]
+        assert result["tokens"] == result["steps"] * result["tokens_per_step"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_resolved_recipe_is_a_recipe_of_the_same_hash(path, tmp_path):
+    recipe = load_recipe(path, ["seed=3"])
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(tmp_path / "again.yaml").hash == recipe.hash
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_model_files_are_complete_configurations(path):
+    values = json.loads(path.read_text(encoding="utf-8"))
+    config = AutoConfig.from_pretrained(path)
+    assert type(AutoModelForCausalLM.from_config(config)).__name__ == values["architectures"][0]
+    understood = config.to_dict()
+    assert {name: understood.get(name) for name in values} == values
+
+
+@pytest.mark.parametrize("path", [path for path in MODELS if "mosaic-" in path.stem], ids=lambda path: path.stem)
+def test_twins_have_equal_parameters(path):
+    twin = path.with_name(path.name.replace("mosaic-", "gpt2-"))
+    assert num_parameters(path) == pytest.approx(num_parameters(twin), rel=0.01)
+    mosaic, gpt2 = AutoConfig.from_pretrained(path), AutoConfig.from_pretrained(twin)
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+        assert getattr(mosaic, name) == getattr(gpt2, name), name
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGURATION / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    assert load_config_from_file(str(path)).num_processes >= 1
+
+
+@pytest.mark.parametrize(
+    ("override", "wrong", "nearest"),
+    [
+        ("sed=1", "sed", "seed"),
+        ("data.contxt_length=32", "data.contxt_length", "data.context_length"),
+        ("data.train.sorce=x", "data.train.sorce", "data.train.source"),
+        ("learning_rate=1", "learning_rate", "training.learning_rate"),
+        ("training.learning_rat=1e-3", "training.learning_rat", "training.learning_rate"),
+        ("tokenizer.vocabsize=300", "tokenizer.vocabsize", "tokenizer.vocab_size"),
+        ("model_args.hiden_size=32", "model_args.hiden_size", "model_args.hidden_size"),
+        ("model=mosaic-smok", "mosaic-smok", "mosaic-smoke"),
+    ],
+)
+def test_unknown_name_is_refused_with_the_nearest(override, wrong, nearest):
+    with pytest.raises(ValueError) as error:
+        load_recipe(SMOKE, [override])
+    assert f"{wrong!r} (nearest valid name: {nearest!r})" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=abc"], "seed: Input should be a valid integer, not 'abc'"),
+        (["seed=1.5"], "seed: Input should be a valid integer"),
+        (["training.learning_rate=fast"], "training.learning_rate: Input should be a valid number, not 'fast'"),
+        (["tokens=null"], "exactly one of `tokens`"),
+        (["training.max_steps=10"], "exactly one of `tokens`"),
+        (["tokens=null", "training.num_train_epochs=1", "data.streaming=true"], "a stream has no epochs"),
+        (["training.output_dir=x"], "use the recipe's own `output_dir`"),
+        (["training.seed=1"], "use the recipe's own `seed`"),
+        (["training.load_best_model_at_end=true"], "the last checkpoint is the result"),
+        (["tokenizer.pretrained=gpt2"], "either `pretrained` or `vocab_size`"),
+        (["tokenizer.vocab_size=513"], "raise `model_args.vocab_size`"),
+        (["data.context_length=65"], "raise `model_args.max_position_embeddings`"),
+        (["data.train=null"], "data.train"),
+        (["task=cooking"], "task: Input should be 'language_modeling'"),
+        (["seed"], "has no '='"),
+        (["seed=${nowhere}"], "cannot read recipe"),
+    ],
+)
+def test_mistakes_are_named(overrides, message):
+    with pytest.raises(ValueError, match="recipe|override") as error:
+        load_recipe(SMOKE, overrides)
+    assert message in str(error.value)
+
+
+def test_all_mistakes_are_named_at_once():
+    with pytest.raises(ValueError) as error:
+        load_recipe(SMOKE, ["sed=1", "seed=x", "tokenizer.vocabsize=3"])
+    assert all(name in str(error.value) for name in ("'sed'", "seed:", "'tokenizer.vocabsize'"))
+
+
+def test_files_that_are_no_recipe(tmp_path):
+    with pytest.raises(ValueError, match="there is no recipe"):
+        load_recipe(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1", encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot read recipe"):
+        load_recipe(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1", encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot read recipe"):
+        load_recipe(tmp_path / "list.yaml")
+
+
+def test_hash_is_of_what_determines_the_run():
+    recipe = load_recipe(SMOKE)
+    assert load_recipe(SMOKE, ["output_dir=elsewhere"]).hash == recipe.hash
+    for override in ("seed=1", "model=gpt2-smoke", "model_args.hidden_size=64", "training.learning_rate=1e-4"):
+        assert load_recipe(SMOKE, [override]).hash != recipe.hash
+
+
+@pytest.mark.parametrize("model", ["mosaic-smoke", "gpt2-smoke"])
+def test_model_args_go_by_standard_names(model):
+    overrides = [f"model={model}", "model_args.hidden_size=64", "model_args.max_position_embeddings=128"]
+    config = load_recipe(SMOKE, overrides).build_config()
+    assert (config.hidden_size, config.max_position_embeddings) == (64, 128)
+
+
+def test_folder_tells_model_and_seed_apart():
+    runs = [[f"model={model}", f"seed={seed}"] for model in ("gpt2-smoke", "mosaic-smoke") for seed in (0, 1)]
+    assert len({load_recipe(SMOKE, overrides).folder for overrides in runs}) == 4
+    assert load_recipe(SMOKE, ["output_dir=here"]).folder == Path("here")
+
+
+def test_local_files_take_the_place_of_the_hub():
+    overrides = ["data.train.source=train.jsonl.gz", "data.validation.source=validation.jsonl.gz"]
+    recipe = load_recipe(TINY, overrides)
+    assert (recipe.data.train.source, recipe.data.validation.source) == ("train.jsonl.gz", "validation.jsonl.gz")
+
+
+def test_every_key_is_explained():
+    text = (CONFIGURATION / "README.md").read_text(encoding="utf-8")
+    for name, field in Recipe.model_fields.items():
+        assert f"`{name}" in text, name
+        if name != "training" and hasattr(field.annotation, "model_fields"):
+            for inner in field.annotation.model_fields:
+                assert f"`{name}.{inner}" in text, f"{name}.{inner}"

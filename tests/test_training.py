@@ -1,0 +1,449 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a run: it learns, resumes exactly, loses nothing, and its export is what it says."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import set_seed
+
+from training import loop, train
+from training.data import collate_windows
+from training.evaluate import evaluate_folder, load_model
+from training.generate import generate_texts
+from training.loop import LanguageModelTrainer, checkpoint_faults
+from training.publish import export_model, staged_folder, verify_export, write_text
+from training.recipe import CONFIGURATION, SourceSection, load_recipe
+from training.result import bits_per_byte, results_table, rewrite_blocks
+from training.tokenizer import train_tokenizer
+
+
+CLONE = CONFIGURATION.parent
+SMOKE = CONFIGURATION / "recipe" / "smoke.yaml"
+MODELS = ["mosaic-smoke", "gpt2-smoke"]
+DROPOUT = {
+    "mosaic-smoke": ["model_args.hidden_dropout=0.1", "model_args.attention_dropout=0.1"],
+    "gpt2-smoke": ["model_args.resid_pdrop=0.1", "model_args.attn_pdrop=0.1", "model_args.embd_pdrop=0.1"],
+}
+# 11 steps an epoch, 20 steps in all.
+SHORT = [
+    "data.train.num_stories=8",
+    "data.validation.num_stories=5",
+    "tokenizer.vocab_size=300",
+    "tokens=5_120",
+    "training.per_device_train_batch_size=4",
+    "training.logging_steps=2",
+    "training.eval_steps=10",
+    "training.save_steps=5",
+    "training.save_total_limit=10",
+    "training.disable_tqdm=true",
+    "generation.prompts=[]",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small models are faster so, and share the machine with the processes that some tests start."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def without_clean_process(monkeypatch):
+    """Leave out a run's last check, which takes seconds; `test_export_of_a_run` and `test_cli.py` keep it."""
+    monkeypatch.setattr(train, "verify_export", lambda folder, prompts, **options: prompts)
+
+
+def short_recipe(folder, *overrides, model="mosaic-smoke"):
+    return load_recipe(SMOKE, [f"model={model}", *SHORT, f"output_dir={folder}", *overrides])
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same_run(one, other):
+    """Bitwise: weights, and all losses that were ever logged."""
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    results = [json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in (one, other)]
+    assert results[0]["learning_curve"] == results[1]["learning_curve"]
+    assert results[0]["metrics"] == results[1]["metrics"]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(monkeypatch, steps):
+    original, done = LanguageModelTrainer.training_step, []
+
+    def training_step(self, *arguments, **options):
+        if len(done) == steps:
+            raise Interrupted
+        done.append(None)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", training_step)
+
+
+# What a run learns
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_moves_and_the_loss_falls(model, tmp_path, without_clean_process):
+    recipe = short_recipe(tmp_path / "run", "training.learning_rate=1e-2", model=model)
+    result = train.run(recipe)
+    trained, tokenizer = load_model(recipe.folder / "model")
+    initial = train.build_model(recipe, tokenizer)
+    assert all(parameter.requires_grad for parameter in initial.parameters())
+    for (name, before), after in zip(initial.named_parameters(), trained.parameters(), strict=True):
+        assert not torch.equal(before, after), name
+    curve = result["learning_curve"]
+    assert curve["training"][-1]["loss"] < curve["training"][0]["loss"] - 0.1
+    assert curve["validation"][-1]["loss"] < curve["validation"][0]["loss"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_accumulated_gradients_equal_the_large_batch(model, tmp_path, without_clean_process):
+    large, small = tmp_path / "large", tmp_path / "small"
+    train.run(short_recipe(large, model=model))
+    sizes = ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4"]
+    train.run(short_recipe(small, *sizes, model=model))
+    first, second = weights(large), weights(small)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
+
+
+def test_models_see_the_same_batches(tmp_path, monkeypatch, without_clean_process):
+    seen = []
+
+    def recording(rows):
+        batch = collate_windows(rows)
+        seen[-1].append(hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest())
+        return batch
+
+    monkeypatch.setattr(train, "collate_windows", recording)
+    for model in MODELS:
+        seen.append([])
+        train.run(short_recipe(tmp_path / model, model=model))
+    seen.append([])
+    train.run(short_recipe(tmp_path / "other", "seed=1"))
+    assert seen[0] == seen[1]
+    assert seen[0] != seen[2]
+
+
+def test_only_matrices_decay():
+    recipe = load_recipe(SMOKE, [*SHORT, "training.eval_strategy=no"])
+    model = train.build_model(recipe, train_tokenizer(["once upon a time"] * 9, 260))
+    trainer = LanguageModelTrainer(model=model, args=train.training_arguments(recipe), data_collator=collate_windows)
+    decayed = set(trainer.get_decay_parameter_names(model))
+    others = {name.rpartition(".")[2] for name, _ in model.named_parameters() if name not in decayed}
+    assert {"key_leak", "key_scale", "value_scale", "value_mix"} <= others
+    assert all(model.get_parameter(name).dim() >= 2 for name in decayed)
+    assert any(name.endswith("slot_keys") for name in decayed)
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resume_is_bitwise(model, accumulation, tmp_path, monkeypatch, without_clean_process):
+    batch = [
+        f"training.per_device_train_batch_size={4 // accumulation}",
+        f"training.gradient_accumulation_steps={accumulation}",
+    ]
+    recipes = [short_recipe(tmp_path / name, *batch, *DROPOUT[model], model=model) for name in ("straight", "stopped")]
+    train.run(recipes[0])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 17 * accumulation)
+        train.run(recipes[1])
+    assert sorted(path.name for path in recipes[1].folder.glob("checkpoint-*")) == [
+        "checkpoint-10",
+        "checkpoint-15",
+        "checkpoint-5",
+    ]
+    state = json.loads((recipes[1].folder / "checkpoint-15" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert 1.1 < state["epoch"] < 1.9
+    train.run(recipes[1])
+    assert_same_run(recipes[0].folder, recipes[1].folder)
+
+
+def test_resume_of_a_stream_is_bitwise(tmp_path, monkeypatch, without_clean_process):
+    recipes = [short_recipe(tmp_path / name, "data.streaming=true") for name in ("straight", "stopped")]
+    train.run(recipes[0])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 17)
+        train.run(recipes[1])
+    train.run(recipes[1])
+    assert_same_run(recipes[0].folder, recipes[1].folder)
+
+
+def test_finished_run_is_shown_again_and_completed_if_cut_short(tmp_path, monkeypatch, without_clean_process):
+    recipe = short_recipe(tmp_path / "run")
+    result = train.run(recipe)
+    trained = weights(recipe.folder)
+    interrupt_after(monkeypatch, 0)  # from here on, nothing may be trained
+    assert train.run(recipe) == result
+    shutil.rmtree(recipe.folder / "model")
+    (recipe.folder / "result.json").unlink()
+    again = train.run(recipe)
+    assert (again["metrics"], again["steps"]) == (result["metrics"], 20)
+    assert all(torch.equal(trained[name], tensor) for name, tensor in weights(recipe.folder).items())
+
+
+# Runs in a process of its own, so that it can be killed or meet a full disk at the second save.
+SAVING_GOES_WRONG = """
+import os, resource, signal, sys
+from training.loop import LanguageModelTrainer
+from training.__main__ import app
+
+original = LanguageModelTrainer._save_optimizer_and_scheduler
+
+def save(self, folder):
+    if self.state.global_step == 10:
+        if sys.argv[1] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    original(self, folder)
+
+LanguageModelTrainer._save_optimizer_and_scheduler = save
+app(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(("fault", "code"), [("kill", -signal.SIGKILL), ("full disk", 1)])
+def test_saving_goes_wrong(fault, code, tmp_path, without_clean_process):
+    straight, broken = short_recipe(tmp_path / "straight"), short_recipe(tmp_path / "broken")
+    train.run(straight)
+    (tmp_path / "recipe.yaml").write_text(broken.to_yaml(), encoding="utf-8")
+    process = subprocess.run(
+        [sys.executable, "-c", SAVING_GOES_WRONG, fault, "run", str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        cwd=CLONE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == code, process.stderr
+    assert [path.name for path in broken.folder.glob("checkpoint-*")] == ["checkpoint-5"]
+    leftovers = list(broken.folder.glob(".incomplete-*"))
+    if fault == "kill":
+        assert leftovers
+    else:
+        assert not leftovers
+        assert "cannot save" in process.stderr and "resumes from checkpoint-5" in process.stderr
+        assert "Traceback" not in process.stderr
+    train.run(broken)
+    assert not list(broken.folder.glob(".incomplete-*"))
+    assert_same_run(straight.folder, broken.folder)
+
+
+def test_damaged_checkpoints(tmp_path, caplog, without_clean_process):
+    recipe = short_recipe(tmp_path / "run")
+    train.run(recipe)
+    trained = weights(recipe.folder)
+    (recipe.folder / "result.json").unlink()
+    os.truncate(recipe.folder / "checkpoint-20" / "model.safetensors", 1000)
+    (recipe.folder / "checkpoint-15" / "trainer_state.json").unlink()
+    train.run(recipe)
+    assert "checkpoint-20 is damaged (model.safetensors has 1000 bytes instead of" in caplog.text
+    assert "checkpoint-15 is damaged (trainer_state.json is missing)" in caplog.text
+    assert "continuing from checkpoint-10" in caplog.text
+    assert (recipe.folder / "broken-checkpoint-20").is_dir()
+    assert not checkpoint_faults(recipe.folder / "checkpoint-20")
+    assert all(torch.equal(trained[name], tensor) for name, tensor in weights(recipe.folder).items())
+
+
+def test_no_checkpoint_left(tmp_path, without_clean_process):
+    recipe = short_recipe(tmp_path / "run", "tokens=1_280")
+    train.run(recipe)
+    (recipe.folder / "result.json").unlink()
+    (recipe.folder / "checkpoint-5" / loop.MANIFEST).unlink()
+    for _ in range(2):  # and it is still refused the second time
+        with pytest.raises(ValueError, match="no checkpoint in .* is complete .*--restart"):
+            train.run(recipe)
+    train.run(recipe, restart=True)
+    assert [path.name for path in tmp_path.glob("run.*/checkpoint-5")] == ["checkpoint-5"]
+
+
+def test_another_recipe_in_a_used_folder(tmp_path, monkeypatch, without_clean_process):
+    train.run(short_recipe(tmp_path / "run", "tokens=1_280"))
+    with pytest.raises(ValueError, match=r"recipe.seed was 0, is 1.*another output_dir.*--restart"):
+        train.run(short_recipe(tmp_path / "run", "tokens=1_280", "seed=1"))
+    identity = train._identity
+    monkeypatch.setattr(train, "_identity", lambda *arguments: identity(*arguments) | {"num_processes": 2})
+    with pytest.raises(ValueError, match="a run of 1 processes, not 2"):
+        train.run(short_recipe(tmp_path / "run", "tokens=1_280"))
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(ValueError, match="checkpoints of an unknown run"):
+        train.run(short_recipe(tmp_path / "run", "tokens=1_280"))
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        train.run(short_recipe(tmp_path / "run", "tokens=1_280"), restart=True)
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path, monkeypatch, without_clean_process):
+    seen = []
+    original = loop.move_into_place
+
+    def recording(staged, final):
+        seen.append(sorted(path.name for path in final.parent.glob("checkpoint-*")))
+        original(staged, final)
+
+    monkeypatch.setattr(loop, "move_into_place", recording)
+    recipe = short_recipe(tmp_path / "run", "training.save_total_limit=1")
+    train.run(recipe)
+    assert seen == [[], ["checkpoint-5"], ["checkpoint-10"], ["checkpoint-15"]]
+    assert [path.name for path in recipe.folder.glob("checkpoint-*")] == ["checkpoint-20"]
+
+
+# Bad input
+
+
+def test_empty_and_short_corpora(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="empty corpus"):
+        train.run(short_recipe(tmp_path / "a", f"data.train.source={tmp_path / 'empty.jsonl'}"))
+    (tmp_path / "one.jsonl").write_text('{"text": "a b"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="too few for one window"):
+        train.run(short_recipe(tmp_path / "b", f"data.validation.source={tmp_path / 'one.jsonl'}"))
+    with pytest.raises(ValueError, match="one optimizer step takes 1000: give more stories, or lower the batch"):
+        train.run(short_recipe(tmp_path / "c", "training.per_device_train_batch_size=1000"))
+
+
+def test_tokenizer_larger_than_the_vocabulary(tmp_path):
+    train_tokenizer(["once upon a time there was a little cat"] * 9, 280).save_pretrained(tmp_path / "tokenizer")
+    overrides = ["tokenizer.vocab_size=null", "tokenizer.max_training_stories=null", "model_args.vocab_size=270"]
+    with pytest.raises(ValueError, match=r"280 entries, but the model 'mosaic-smoke' has embeddings for 270"):
+        train.run(short_recipe(tmp_path / "run", *overrides, f"tokenizer.pretrained={tmp_path / 'tokenizer'}"))
+
+
+def test_diverged_loss_ends_the_run(tmp_path):
+    with pytest.raises(ValueError, match="lower training.learning_rate"):
+        train.run(short_recipe(tmp_path / "run", "training.learning_rate=1e38", "training.max_grad_norm=0"))
+
+
+def test_best_model_at_end_is_refused():
+    recipe = load_recipe(SMOKE, [*SHORT, "training.eval_strategy=no"])
+    arguments = train.training_arguments(recipe)
+    arguments.load_best_model_at_end, arguments.metric_for_best_model = True, "loss"
+    model = train.build_model(recipe, train_tokenizer(["once upon a time"] * 9, 260))
+    with pytest.raises(ValueError, match="load_best_model_at_end=True is not supported"):
+        LanguageModelTrainer(model=model, args=arguments, data_collator=collate_windows)
+
+
+# What a run leaves
+
+
+def test_export_of_a_run(tmp_path):
+    """The whole life with its last check, and every way of using what it leaves."""
+    recipe = short_recipe(tmp_path / "run", "generation.prompts=[Once,Once]", "generation.max_new_tokens=4")
+    result = train.run(recipe)
+    assert [sample["prompt"] for sample in result["samples"]] == ["Once", "Once"]
+    assert all(sample["text"].startswith("Once") for sample in result["samples"])
+    payload = {path.name: path.read_bytes() for path in (CLONE / "modeling_memory_mosaic").glob("*_memory_mosaic.py")}
+    for folder in (recipe.folder / "model", recipe.folder / "checkpoint-20"):
+        code = {path.name: path.read_bytes() for path in folder.glob("*.py")}
+        assert code.items() <= payload.items()
+        assert code.keys() == payload.keys() - {"naive_memory_mosaic.py"}
+    config = json.loads((recipe.folder / "model" / "config.json").read_text(encoding="utf-8"))
+    assert config["use_cache"] is True
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_memory_mosaic.MemoryMosaicConfig",
+        "AutoModel": "modeling_memory_mosaic.MemoryMosaicModel",
+        "AutoModelForCausalLM": "modeling_memory_mosaic.MemoryMosaicForCausalLM",
+    }
+    assert verify_export(recipe.folder / "checkpoint-20", ["Once"], max_new_tokens=2)[0].startswith("Once")
+    source = SourceSection(source="embedded", split="validation", num_stories=5)
+    measured = evaluate_folder(recipe.folder / "model", source, batch_size=3)
+    assert measured["loss"] == pytest.approx(result["metrics"]["validation_loss"], rel=1e-5)
+    assert measured["bits_per_byte"] == pytest.approx(result["metrics"]["validation_bits_per_byte"], rel=1e-5)
+
+
+def test_verify_export_catches_other_weights_and_broken_code(tmp_path):
+    recipe = load_recipe(SMOKE, SHORT)
+    tokenizer = train_tokenizer(["once upon a time"] * 9, 260)
+    model = train.build_model(recipe, tokenizer)
+    export_model(model, tokenizer, tmp_path / "model")
+    set_seed(1)
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    with pytest.raises(RuntimeError, match="computes other logits"):
+        verify_export(tmp_path / "model", [], model=model)
+    with (tmp_path / "model" / "modeling_memory_mosaic.py").open("a", encoding="utf-8") as file:
+        file.write("\nimport a_package_that_nobody_has\n")
+    with pytest.raises(RuntimeError, match="a_package_that_nobody_has"):
+        verify_export(tmp_path / "model", [], model=model)
+
+
+def test_failed_export_leaves_the_earlier_one(tmp_path):
+    with staged_folder(tmp_path / "model") as staged:
+        (staged / "weights").write_text("good", encoding="utf-8")
+    with pytest.raises(OSError), staged_folder(tmp_path / "model") as staged:
+        (staged / "weights").write_text("half", encoding="utf-8")
+        raise OSError("no space left on device")
+    assert (tmp_path / "model" / "weights").read_text(encoding="utf-8") == "good"
+    write_text(tmp_path / "note", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "note"]
+
+
+def test_damaged_folders_are_named(tmp_path):
+    recipe = load_recipe(SMOKE, SHORT)
+    tokenizer = train_tokenizer(["once upon a time"] * 9, 260)
+    export_model(train.build_model(recipe, tokenizer), tokenizer, tmp_path / "model")
+    assert generate_texts(tmp_path / "model", ["once"], seed=3, max_new_tokens=4) == generate_texts(
+        tmp_path / "model", ["once"], seed=3, max_new_tokens=4
+    )
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        generate_texts(tmp_path / "model", [""])
+    with pytest.raises(ValueError, match="has no config.json"):
+        load_model(tmp_path)
+    os.truncate(tmp_path / "model" / "model.safetensors", 5000)
+    with pytest.raises(ValueError, match="damaged"):
+        load_model(tmp_path / "model")
+
+
+def test_result_and_its_tables(tmp_path, without_clean_process):
+    recipe = short_recipe(tmp_path / "run")
+    result = train.run(recipe)
+    assert result == json.loads((recipe.folder / "result.json").read_text(encoding="utf-8"))
+    assert (recipe.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (result["tokens"], result["steps"], result["recipe_hash"]) == (5120, 20, recipe.hash)
+    assert result["parameters"] == sum(tensor.numel() for tensor in weights(recipe.folder).values())
+    assert result["versions"]["torch"] == torch.__version__ and result["hardware"]["cores"] == os.cpu_count()
+    assert result["data"]["train"]["files"] and str(Path.home()) not in json.dumps(result["data"])
+    metrics = result["metrics"]
+    assert metrics["validation_perplexity"] == pytest.approx(math.exp(metrics["validation_loss"]))
+    assert [point["step"] for point in result["learning_curve"]["validation"]] == [10, 20]
+    assert bits_per_byte(math.log(2), 8, 1) == pytest.approx(8.0)
+
+    other = result | {"seed": 1, "metrics": metrics | {"validation_loss": metrics["validation_loss"] + 0.02}}
+    table = results_table([other, result])
+    assert f"| mosaic-smoke | {result['parameters']:,} | 0, 1 | 5,120 |" in table
+    assert f"{metrics['validation_loss'] + 0.01:.4f} ± 0.0141" in table
+    text = "before\n<!-- results: smoke -->\nold\n<!-- end of results -->\nafter"
+    filled = rewrite_blocks(text, [result, other])
+    assert table in filled and "old" not in filled and rewrite_blocks(filled, [result, other]) == filled
+    with pytest.raises(ValueError, match="asks for the results of 'absent'"):
+        rewrite_blocks(text.replace("smoke", "absent"), [result])
+    with pytest.raises(ValueError, match="one recipe"):
+        results_table([result, result | {"name": "other"}])
+
+
+def test_tensorboard_on_request(tmp_path, without_clean_process):
+    recipe = short_recipe(tmp_path / "run", "training.report_to=tensorboard", "tokens=1_280")
+    train.run(recipe)
+    assert list(recipe.folder.rglob("events.out.tfevents.*"))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `python -m training VERB ...`, from the clone."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(
+    name="python -m training",
+    help="Train, evaluate and use Memory Mosaics and the models they are compared with.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="For instance configuration/recipe/demo.yaml.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that win over the file's: seed=1 training.learning_rate=1e-3")
+]
+Folder = Annotated[Path, typer.Argument(help="An exported folder or a checkpoint.")]
+
+
+@app.callback()
+def main(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+) -> None:
+    context.obj = debug
+
+
+@contextlib.contextmanager
+def _plain_errors(context: typer.Context):
+    """Show what the user can mend as one message; anything else, and everything with --debug, as a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if context.obj:
+            raise
+        typer.echo(f"{type(error).__name__}: {error}\n(python -m training --debug ... shows where)", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Move an earlier run aside and begin anew.")] = False,
+) -> None:
+    """Train as a recipe says; the same command again resumes, or shows the finished result."""
+    with _plain_errors(context):
+        from accelerate import PartialState
+
+        from training.recipe import load_recipe
+        from training.train import run, summary
+
+        parsed = load_recipe(recipe, overrides)
+        result = run(parsed, restart=restart)
+        if PartialState().is_main_process:
+            typer.echo(summary(result, parsed.folder))
+
+
+@app.command("dry-run")
+def dry_run(context: typer.Context, recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Show the resolved recipe and what it amounts to: parameters, tokens, steps. Reads no data, writes nothing."""
+    with _plain_errors(context):
+        from training.recipe import load_recipe
+        from training.train import plan
+
+        parsed = load_recipe(recipe, overrides)
+        typer.echo(parsed.to_yaml())
+        for name, value in plan(parsed).items():
+            typer.echo(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    folder: Folder,
+    source: Annotated[str, typer.Option(help="Stories: 'embedded', a local file or folder, or a name on the Hub.")],
+    split: str = "validation",
+    text_field: str = "text",
+    separator: str = "<|endoftext|>",
+    num_stories: Annotated[int | None, typer.Option(help="Only so many; all by default.")] = None,
+    context_length: Annotated[int | None, typer.Option(help="Tokens per window; the model's own by default.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 16,
+) -> None:
+    """Print loss (nats per token), perplexity and bits per byte on any stories, as JSON."""
+    with _plain_errors(context):
+        import json
+
+        from training.evaluate import evaluate_folder
+        from training.recipe import SourceSection
+
+        section = SourceSection(
+            source=source, split=split, text_field=text_field, separator=separator, num_stories=num_stories
+        )
+        typer.echo(json.dumps(evaluate_folder(folder, section, context_length, batch_size), indent=1))
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    folder: Folder,
+    prompt: Annotated[list[str], typer.Option(help="A beginning to continue; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Length of a continuation, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Of the sampling; 0 takes the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Continue prompts."""
+    with _plain_errors(context):
+        from training.generate import generate_texts
+
+        sampling = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        for text in generate_texts(folder, prompt, seed=seed, max_new_tokens=max_new_tokens, **sampling):
+            typer.echo(text + "\n")
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of the authors' code.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Turn a checkpoint of the authors' code into a folder that transformers loads."""
+    with _plain_errors(context):
+        from training.convert import convert_checkpoint
+
+        convert_checkpoint(checkpoint, output)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stranger's view of an exported folder: run as a script in an isolated process, it knows nothing of this clone.
+
+Reads a job as JSON from standard input and prints, as its last line, the generated texts and a checksum of the logits.
+"""
+
+import hashlib
+import json
+import sys
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, pipeline, set_seed
+
+
+def logits_hash(model: PreTrainedModel, ids: list[list[int]]) -> str:
+    """sha256 of the float32 logits of `model` on `ids`, in evaluation mode."""
+    input_ids = torch.tensor(ids)
+    with torch.no_grad():
+        logits = model.eval()(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
+    return hashlib.sha256(logits.float().contiguous().numpy().tobytes()).hexdigest()
+
+
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """Load `job["folder"]` through a pipeline with its own code, hash its logits, continue its prompts."""
+    torch.set_num_threads(job["threads"])
+    generator = pipeline("text-generation", model=job["folder"], trust_remote_code=True, device="cpu")
+    digest = logits_hash(generator.model, job["ids"])
+    set_seed(job["seed"])
+    texts = [generator(prompt, **job["generation"])[0]["generated_text"] for prompt in job["prompts"]]
+    return {"logits": digest, "texts": texts}
+
+
+if __name__ == "__main__":
+    print(json.dumps(answer(json.load(sys.stdin))))

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation: how well an exported folder or a checkpoint predicts stories."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoModelForCausalLM)
+from training.data import collate_windows, load_stories, pack_windows, source_provenance
+from training.recipe import SourceSection
+from training.result import bits_per_byte, perplexity
+from training.tokenizer import load_tokenizer
+
+
+def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (on the accelerator, if there is one, and in evaluation mode) and tokenizer of a folder.
+
+    Raises:
+        ValueError: the folder is no model, its weights are cut off, or they do not fill the model.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} has no config.json: name an exported folder or a checkpoint")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {str(folder)!r} are damaged ({error}): copy or export them again") from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise ValueError(
+            f"the weights in {str(folder)!r} do not fill the model: missing {sorted(report['missing_keys'])}, of "
+            f"another shape {sorted(report['mismatched_keys'])}"
+        )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device).eval(), load_tokenizer(str(folder))
+
+
+def evaluate_folder(
+    folder: str | Path, source: SourceSection, context_length: int | None = None, batch_size: int = 16
+) -> dict[str, Any]:
+    """Loss of a saved model on the windows of a source.
+
+    Args:
+        folder: an exported folder or a checkpoint.
+        source: the stories.
+        context_length: tokens per window; the model's `max_position_embeddings` by default.
+        batch_size: windows per forward pass; changes speed, not results.
+
+    Returns:
+        `loss` (nats per token), `perplexity`, `bits_per_byte`, `num_tokens` in the windows, and the source's
+        provenance under `data`.
+    """
+    model, tokenizer = load_model(folder)
+    context_length = context_length or model.config.max_position_embeddings
+    stories = load_stories(**source.model_dump())
+    windows = pack_windows(stories, tokenizer, context_length)
+    loss = mean_loss(model, windows, batch_size)
+    num_tokens = len(windows) * context_length
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": bits_per_byte(loss, *tokens_and_bytes(stories, tokenizer)),
+        "num_tokens": num_tokens,
+        "context_length": context_length,
+        "data": source_provenance(**source.model_dump()),
+    }
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, windows: Dataset, batch_size: int) -> float:
+    """Mean loss over all predicted tokens of the windows, in nats."""
+    model.eval()
+    total, predicted = 0.0, 0
+    for start in range(0, len(windows), batch_size):
+        rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
+        batch = {name: tensor.to(model.device) for name, tensor in collate_windows(rows).items()}
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        total += model(**batch, use_cache=False).loss.item() * count
+        predicted += count
+    return total / predicted
+
+
+def tokens_and_bytes(stories: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Tokens of all stories, each with its end-of-text token, and their UTF-8 bytes without separators."""
+    texts = stories["text"]
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    num_tokens = sum(len(ids) + 1 for ids in encoded)
+    return num_tokens, sum(len(text.encode()) for text in texts)

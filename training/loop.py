@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: transformers' Trainer, whose checkpoints are whole or absent and whose resume is exact."""
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+
+from training.publish import STAGED_PREFIX, move_into_place
+from training.result import perplexity
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint_files.json"
+
+
+class LanguageModelTrainer(Trainer):
+    """`transformers.Trainer` for causal language models.
+
+    Four things differ: the per-head scalars are not decayed; the loss is the mean over the predicted tokens for every
+    architecture alike; checkpoints appear whole or not at all; and logs carry the seconds trained so far, over all
+    resumed sessions, and the perplexity. `output_dir` must be visible to all processes.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True is not supported: checkpoints are removed by age, so the best one may be "
+                "gone; set it to False and raise save_total_limit to keep more checkpoints"
+            )
+        # Trainer infers this from the class name, and GPT2LMHeadModel does not fit its pattern: it would divide by
+        # one token too many per row, and two architectures would train with different gradients.
+        self._loss_shifts_labels = True
+        self._staging: Path | None = None
+        self._clock = _Clock()
+        for callback in (self._clock, _LogWhenSaving, _StopWhenDone):
+            self.add_callback(callback)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        # Trainer itself exempts only biases and norms.
+        exempt = getattr(model, "no_weight_decay_names", ())
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise ValueError(
+                f"the training loss is {logs['loss']} at step {self.state.global_step}: lower training.learning_rate "
+                "or raise training.warmup_steps; checkpoints from before are intact"
+            )
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = perplexity(logs["eval_loss"])
+        if self.is_in_train:
+            logs["seconds"] = round(self._clock.seconds(), 3)
+        super().log(logs, start_time)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        # Resumed after its very last step, Trainer would take one step more before it looks at the number of steps.
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_folder = Path(self.args.output_dir)
+        final = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_folder / (STAGED_PREFIX + final.name)
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes its own random state
+            if self.is_world_process_zero():
+                _write_manifest(staging / final.name)
+                move_into_place(staging / final.name, final)
+                staging.rmdir()
+                rotate_checkpoints(str(run_folder), self.args.save_total_limit)
+        except Exception as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            kept = sort_checkpoints(str(run_folder))
+            resume = f"the run resumes from {Path(kept[-1]).name}" if kept else "there is no earlier checkpoint"
+            raise OSError(f"cannot save {final} ({error}); make room and start again: {resume}") from error
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        # Tied weights are stored once, so their second name is missing by right; anything else is the wrong file.
+        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"the checkpoint does not fit the model: missing {sorted(missing)}, "
+                f"unexpected {sorted(load_result.unexpected_keys)}"
+            )
+
+
+class _Clock(TrainerCallback):
+    """Seconds of training, this session and the ones it continues."""
+
+    def __init__(self):
+        self._before = 0.0
+        self._started = time.monotonic()
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        self._started = time.monotonic()
+
+
+class _LogWhenSaving(TrainerCallback):
+    """The loss summed since the last log is no part of a checkpoint, and would be lost on resume or at the end."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = control.should_log or control.should_save or state.global_step >= state.max_steps
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_log = control.should_log or control.should_save
+
+
+class _StopWhenDone(TrainerCallback):
+    """The other half of `get_batch_samples`: with nothing left to do, go through no more epochs either."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= state.max_steps
+
+
+def latest_checkpoint(run_folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None if the run never saved one.
+
+    Raises:
+        ValueError: there are checkpoints, but none is complete.
+    """
+    checkpoints = [Path(path) for path in sort_checkpoints(str(run_folder))]
+    for checkpoint in reversed(checkpoints):
+        if not checkpoint_faults(checkpoint):
+            return checkpoint
+    if not checkpoints:
+        return None
+    faults = "; ".join(f"{checkpoint.name}: {', '.join(checkpoint_faults(checkpoint))}" for checkpoint in checkpoints)
+    raise ValueError(f"no checkpoint in {run_folder} is complete ({faults}): --restart trains from the beginning")
+
+
+def set_aside_broken_checkpoints(run_folder: Path) -> None:
+    """Rename checkpoints newer than the latest complete one, so that removal by age does not count them."""
+    latest = latest_checkpoint(run_folder)
+    for path in map(Path, reversed(sort_checkpoints(str(run_folder)))):
+        if path == latest:
+            return
+        aside = path.with_name(f"broken-{path.name}")
+        logger.warning(
+            "%s is damaged (%s): continuing from %s, and keeping the damaged one as %s",
+            *(path.name, ", ".join(checkpoint_faults(path)), latest.name, aside.name),
+        )
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+
+
+def checkpoint_faults(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint's files, in words; empty if it is complete."""
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return [f"{MANIFEST} is missing or unreadable"]
+    faults = []
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            faults.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
+    return faults
+
+
+def _write_manifest(checkpoint: Path) -> None:
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    sizes = {path.relative_to(checkpoint).as_posix(): os.path.getsize(path) for path in files}
+    (checkpoint / MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export: a folder that loads anywhere, written whole or not at all, and proven in a clean process.
+
+Everything that must survive a kill or a full disk goes through `staged_folder` or `move_into_place`: it is written
+under another name on the same file system, forced to the disk, and only then renamed to where readers look.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from training import clean_process
+
+
+STAGED_PREFIX = ".incomplete-"
+REPLACED_PREFIX = ".replaced-"
+
+# What a clean process inherits: where programs and libraries are, and what may change the last bit of a sum.
+_CLEAN_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_", "TMP", "TEMP", "SYSTEMROOT", "OMP_", "MKL_", "ATEN_")
+
+
+@contextlib.contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """An empty folder beside `final` that takes its place when the block ends well, and vanishes when it fails."""
+    staged = final.with_name(STAGED_PREFIX + final.name)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        move_into_place(staged, final)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def move_into_place(staged: Path, final: Path) -> None:
+    """Force a finished folder to the disk and rename it to `final`, replacing what was there."""
+    for path in (*staged.rglob("*"), staged):
+        _force_to_disk(path)
+    replaced = final.with_name(REPLACED_PREFIX + final.name)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    staged.rename(final)
+    _force_to_disk(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    staged = path.with_name(STAGED_PREFIX + path.name)
+    staged.write_text(text, encoding="utf-8")
+    _force_to_disk(staged)
+    staged.replace(path)
+    _force_to_disk(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed runs left half written in `folder`."""
+    for path in folder.glob(".*"):
+        if path.name.startswith((STAGED_PREFIX, REPLACED_PREFIX)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _force_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def carry_code(model: PreTrainedModel) -> None:
+    """Make every later `save_pretrained` write the model's source files beside its weights.
+
+    A class that is part of transformers needs none. `save_pretrained` itself enters only the class it saves and the
+    configuration in `auto_map`; without the base model's name there, `AutoModel.from_pretrained` would fail.
+    """
+    if type(model).__module__.startswith("transformers."):
+        return
+    base = type(model.base_model)
+    type(model.config).register_for_auto_class()
+    base.register_for_auto_class("AutoModel")
+    type(model).register_for_auto_class("AutoModelForCausalLM")
+    model.config.auto_map = {"AutoModel": f"{base.__module__.rpartition('.')[2]}.{base.__name__}"}
+
+
+def export_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write weights, configuration, generation settings, tokenizer and, where it has its own, code.
+
+    Args:
+        model: any causal language model; it is left with its key-value cache switched on.
+        tokenizer: saved beside it, if there is one; its special tokens are taken to be the model's already.
+        folder: written atomically; what was there is replaced.
+        state_dict: the weights, where the model holds only a shard of them.
+    """
+    carry_code(model)
+    model.config.use_cache = True  # Trainer switches it off, and generating from the folder would be slow for ever
+    with staged_folder(Path(folder)) as staged:
+        model.save_pretrained(staged, state_dict=state_dict)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+
+
+def verify_export(
+    folder: Path,
+    prompts: list[str],
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    model: PreTrainedModel | None = None,
+    **sampling: Any,
+) -> list[str]:
+    """Load an exported folder as a stranger would, and generate from it.
+
+    A new Python process, isolated from this clone, offline and with an empty cache, loads the folder through
+    `pipeline("text-generation", trust_remote_code=True)`. Its logits on fixed input must equal ours bit for bit.
+
+    Args:
+        folder: what `export_model` wrote, or a checkpoint.
+        prompts: one text is generated for each.
+        max_new_tokens: length of each continuation, in tokens.
+        seed: of the sampling.
+        model: whose logits count as ours; by default the folder, loaded with this clone's code.
+        sampling: further arguments of `generate`, such as `temperature`.
+
+    Returns:
+        Prompt and continuation, for each prompt.
+
+    Raises:
+        RuntimeError: the process failed (with what it printed), or its logits differ.
+    """
+    folder = Path(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder) if model is None else model.to("cpu")
+    job = {
+        "folder": str(folder.resolve()),
+        "prompts": prompts,
+        "generation": {"max_new_tokens": max_new_tokens, **sampling},
+        "seed": seed,
+        "threads": torch.get_num_threads(),  # the order of summation, and so the last bit, may depend on it
+        "ids": _fixed_input(model.config.vocab_size),
+    }
+    answer = _run_clean_process(job)
+    ours = clean_process.logits_hash(model, job["ids"])
+    if answer["logits"] != ours:
+        raise RuntimeError(
+            f"{folder} loads in a clean process, but computes other logits than the model it was made from "
+            f"(sha256 {answer['logits']}, expected {ours}): do not use it"
+        )
+    return answer["texts"]
+
+
+def _fixed_input(vocab_size: int) -> list[list[int]]:
+    # A large odd stride visits the vocabulary in no particular order; two rows, so that batching takes part.
+    return [[(row + 7919 * column) % vocab_size for column in range(24)] for row in range(2)]
+
+
+def _run_clean_process(job: dict[str, Any]) -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name.startswith(_CLEAN_ENVIRONMENT)}
+    with tempfile.TemporaryDirectory() as home:
+        process = subprocess.run(
+            [sys.executable, "-I", clean_process.__file__],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env=environment | {"HF_HOME": home, "HF_HUB_OFFLINE": "1"},
+        )
+    if process.returncode != 0:
+        raise RuntimeError(f"{job['folder']} does not load in a clean process:\n{process.stderr.strip()}")
+    return json.loads(process.stdout.splitlines()[-1])

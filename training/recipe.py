@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: one YAML file fixes everything that a training run depends on.
+
+A recipe is read strictly. A key that nothing would read, in the file or in a dotted override, is an error that names
+the nearest valid key; so is a field of the model that its configuration class does not have. What the fields mean, and
+which units they have, is told in `configuration/README.md`.
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_serializer,
+    model_validator,
+)
+from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+
+import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
+
+
+CONFIGURATION = Path(__file__).resolve().parents[1] / "configuration"
+
+# Fields of TrainingArguments that the run decides itself, and what to use instead.
+DECIDED_BY_THE_RUN = {
+    "auto_find_batch_size": "the batch is part of the recipe",
+    "data_seed": "use `seed`: it also orders the data",
+    "dataloader_drop_last": "an epoch is always cut to whole optimizer steps, and validation is always whole",
+    "ignore_data_skip": "a resumed run sees the batches that it would have seen",
+    "include_num_input_tokens_seen": "tokens are always counted",
+    "logging_nan_inf_filter": "a loss that is not finite always ends the run",
+    "load_best_model_at_end": "the last checkpoint is the result; result.json shows which was best",
+    "output_dir": "use the recipe's own `output_dir`",
+    "push_to_hub": "exporting and publishing come after the run",
+    "restore_callback_states_from_checkpoint": "a run resumes by itself",
+    "resume_from_checkpoint": "a run resumes by itself",
+    "save_only_model": "a checkpoint always holds what resuming needs",
+    "seed": "use the recipe's own `seed`",
+}
+
+
+class Section(BaseModel):
+    """A part of a recipe: no unknown keys, no silent conversions, no changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class SourceSection(Section):
+    """Where stories come from; the fields are the arguments of `training.data.load_stories`."""
+
+    source: str
+    split: str = "train"
+    text_field: str = "text"
+    separator: str = "<|endoftext|>"
+    num_stories: PositiveInt | None = None
+    seed: int = 0
+
+
+class DataSection(Section):
+    """Training and validation text, cut into windows of `context_length` tokens."""
+
+    train: SourceSection
+    validation: SourceSection
+    context_length: int = Field(ge=2)
+    num_proc: PositiveInt | None = None
+    streaming: bool = False
+
+
+class TokenizerSection(Section):
+    """Either a ready tokenizer (`pretrained`) or one trained on the training stories (`vocab_size` entries)."""
+
+    pretrained: str | None = None
+    vocab_size: PositiveInt | None = None
+    max_training_stories: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if (self.pretrained is None) == (self.vocab_size is None):
+            raise ValueError("give either `pretrained` or `vocab_size`, and not both")
+        if self.pretrained is not None and self.max_training_stories is not None:
+            raise ValueError("`max_training_stories` has no effect on a `pretrained` tokenizer: remove it")
+        return self
+
+
+class GenerationSection(Section):
+    """What is generated from the finished model, in a clean process, as its last check."""
+
+    prompts: list[str] = []
+    max_new_tokens: PositiveInt = 128
+    do_sample: bool = True
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+
+class _TrainingFields(Section):
+    @model_validator(mode="before")
+    @classmethod
+    def _no_is_a_strategy(cls, values):
+        # YAML takes the bare word `no` for False, and for these three it is a name.
+        if isinstance(values, dict):
+            strategies = {f"{kind}_strategy" for kind in ("logging", "eval", "save")}
+            return {k: "no" if k in strategies and v is False else v for k, v in values.items()}
+        return values
+
+    @model_serializer
+    def _only_what_was_set(self):
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+    @model_validator(mode="after")
+    def _leave_the_run_its_own(self):
+        taken = sorted(self.model_fields_set & DECIDED_BY_THE_RUN.keys())
+        if taken:
+            raise ValueError("; ".join(f"`{name}` cannot be set here: {DECIDED_BY_THE_RUN[name]}" for name in taken))
+        return self
+
+
+def _checkable(annotation: Any) -> Any:
+    # Numbers and switches are checked here; what else TrainingArguments takes, it checks and converts itself.
+    plain = {int, float, bool, type(None)}
+    return annotation if set(typing.get_args(annotation) or [annotation]) <= plain else Any
+
+
+# Generated, so that a key is valid here exactly if the installed TrainingArguments has it.
+TrainingSection = create_model(
+    "TrainingSection",
+    __base__=_TrainingFields,
+    __doc__="Any fields of `transformers.TrainingArguments`, except those of `DECIDED_BY_THE_RUN`.",
+    **{
+        field.name: (_checkable(typing.get_type_hints(TrainingArguments)[field.name]), None)
+        for field in dataclasses.fields(TrainingArguments)
+        if field.init
+    },
+)
+
+
+class Recipe(Section):
+    """Everything that a run depends on; see `configuration/README.md` for each field."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    task: Literal["language_modeling"]
+    seed: int = Field(default=0, ge=0)
+    model: str
+    model_args: dict[str, Any] = {}
+    tokenizer: TokenizerSection
+    data: DataSection
+    tokens: PositiveInt | None = None
+    training: TrainingSection
+    generation: GenerationSection = GenerationSection()
+    output_dir: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        lengths = [self.tokens, *(getattr(self.training, name) for name in ("max_steps", "num_train_epochs"))]
+        if sum(length is not None for length in lengths) != 1:
+            raise ValueError("give exactly one of `tokens`, `training.max_steps` and `training.num_train_epochs`")
+        if self.data.streaming and self.training.num_train_epochs is not None:
+            raise ValueError("a stream has no epochs: with `data.streaming` give `tokens` or `training.max_steps`")
+        config = self.build_config()
+        if self.tokenizer.vocab_size is not None and self.tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"`tokenizer.vocab_size` is {self.tokenizer.vocab_size}, but the model {self.model!r} has embeddings "
+                f"for {config.vocab_size} tokens: lower it, or raise `model_args.vocab_size`"
+            )
+        if self.data.context_length > config.max_position_embeddings:
+            raise ValueError(
+                f"`data.context_length` is {self.data.context_length}, but the model {self.model!r} is made for "
+                f"{config.max_position_embeddings}: lower it, or raise `model_args.max_position_embeddings`"
+            )
+        return self
+
+    @functools.cached_property
+    def architecture(self) -> dict[str, Any]:
+        """Content of the model's JSON file, with `model_args` put in."""
+        path = CONFIGURATION / "model" / f"{self.model}.json"
+        if not path.is_file():
+            known = sorted(file.stem for file in path.parent.glob("*.json"))
+            raise ValueError(f"unknown model {self.model!r}{_nearest(self.model, known)}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        # `hidden_size` is the standard name of what GPT-2's own file calls `n_embd`: either may be given.
+        own_names = AutoConfig.for_model(content["model_type"]).attribute_map
+        return content | {own_names.get(name, name): value for name, value in self.model_args.items()}
+
+    def build_config(self) -> PreTrainedConfig:
+        """The model's configuration object; `ValueError` if `model_args` has a key that it does not know."""
+        config = AutoConfig.for_model(**self.architecture)
+        known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
+        for name in self.model_args:
+            if name not in known:
+                keys = [f"model_args.{key}" for key in known]
+                raise ValueError(f"unknown key 'model_args.{name}'{_nearest(f'model_args.{name}', keys)}")
+        return config
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where the run writes: `output_dir`, or `runs/NAME/MODEL-seedSEED`."""
+        return Path(self.output_dir or f"runs/{self.name}/{self.model}-seed{self.seed}")
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of all that determines the run: the recipe without `output_dir`, and the architecture it names."""
+        content = self.model_dump(exclude={"output_dir"}) | {"architecture": self.architecture}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; reading it gives a recipe of the same hash."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: settings in dotted form, such as `training.learning_rate=1e-3`; they win over the file.
+
+    Raises:
+        ValueError: no such file, not YAML, an override without `=`, an unknown key (with the nearest valid one), a
+            value of the wrong type, or values that contradict each other.
+    """
+    path, overrides = Path(path), list(overrides or [])
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {str(path)!r}; the ready ones are in configuration/recipe")
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override {override!r} has no '=': write it as key=value, such as seed=1")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, TypeError, yaml.YAMLError) as error:  # TypeError: nothing merges into a list
+        raise ValueError(f"cannot read recipe {str(path)!r} with overrides {overrides}: {error}") from error
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [f"  {_explain(problem)}" for problem in error.errors()]
+        raise ValueError(f"recipe {str(path)!r} is not valid:\n" + "\n".join(problems)) from None
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest(key, list(_dotted_keys(Recipe)))}"
+    if problem["type"] == "missing":
+        return f"missing key {key!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, not {problem['input']!r}"
+
+
+def _nearest(name: str, candidates: list[str]) -> str:
+    # Cutoff 0: the nearest name is worth showing even when it is far; sorted so that ties do not depend on hashing.
+    nearest = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.0)
+    return f" (nearest valid name: {nearest[0]!r})" if nearest else ""
+
+
+def _dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _dotted_keys(field.annotation, f"{prefix}{name}.")

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results: what a run leaves for readers, `result.json` and `loss.png`, and the tables made from them.
+
+`python -m training.result README.md` rewrites each block of a file that stands between `<!-- results: NAME -->` and
+`<!-- end of results -->` from the committed `training/results/*.json` whose recipe has that name, and the block named
+`speed` from `benchmarks/speed.json`.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks import speed
+from training.publish import write_text
+
+
+CLONE = Path(__file__).resolve().parents[1]
+RESULTS = CLONE / "training" / "results"
+SPEED = CLONE / "benchmarks" / "speed.json"
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets")
+BLOCK = re.compile(r"(<!-- results: (?P<name>[\w.-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and commit of this process; what cannot be known is None."""
+    return {
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in PACKAGES},
+        "hardware": _hardware(),
+        "commit": _commit(),
+    }
+
+
+def _hardware() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "system": platform.system(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpus": gpus,
+    }
+
+
+def _cpu_name() -> str | None:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        names = re.findall(r"^model name\s*: (.+)$", information.read_text(encoding="utf-8"), re.MULTILINE)
+        if names:
+            return names[0]
+    return platform.processor() or None
+
+
+def _commit() -> dict[str, Any] | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(CLONE), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None  # unpacked from an archive, or nothing committed yet
+
+
+def learning_curve(log_history: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Training and validation losses (nats per token) with the steps and tokens after which they were seen."""
+    curve = {"training": [], "validation": []}
+    for entry in log_history:
+        at = {"step": entry["step"], "tokens": entry.get("num_input_tokens_seen")}
+        if "loss" in entry:
+            curve["training"].append(at | {"loss": entry["loss"]})
+        if "eval_loss" in entry:
+            curve["validation"].append(at | {"loss": entry["eval_loss"], "perplexity": entry["eval_perplexity"]})
+    return curve
+
+
+def write_result(result: dict[str, Any], folder: Path) -> None:
+    """Write `result.json` and, from its learning curve, `loss.png`; the JSON last: it marks the run as done."""
+    draw_learning_curve(result, folder / "loss.png")
+    write_text(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def draw_learning_curve(result: dict[str, Any], path: Path) -> None:
+    """Loss over tokens as a PNG: the training loss faint, the validation loss marked."""
+    from matplotlib.figure import Figure  # without pyplot there is no display and no global state
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    curve = result["learning_curve"]
+    for points, style in (
+        (curve["training"], {"label": "training", "color": "tab:blue", "alpha": 0.4, "linewidth": 1}),
+        (curve["validation"], {"label": "validation", "color": "tab:orange", "marker": "o", "markersize": 4}),
+    ):
+        axes.plot([point["tokens"] for point in points], [point["loss"] for point in points], **style)
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(f"{result['name']}: {result['model']}, {result['parameters'] / 1e6:.2f} M parameters")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def results_table(results: list[dict[str, Any]]) -> str:
+    """Markdown table with a line for each model: mean and, over several seeds, standard deviation.
+
+    Args:
+        results: contents of `result.json` files of one recipe; the seeds of a model are put together.
+
+    Raises:
+        ValueError: no results, or results of different recipes, which a table would wrongly compare.
+    """
+    names = {result["name"] for result in results}
+    if len(names) != 1:
+        raise ValueError(f"a table compares results of one recipe, not of {sorted(names) or 'none'}")
+    models = defaultdict(list)
+    for result in results:
+        models[result["model"]].append(result)
+    lines = [
+        "| model | parameters | seeds | tokens | validation loss | perplexity | bits per byte | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    return "\n".join(lines + [_table_line(model, runs) for model, runs in sorted(models.items())])
+
+
+def _table_line(model: str, runs: list[dict[str, Any]]) -> str:
+    loss, perplexity, bits = (
+        [run["metrics"][name] for run in runs]
+        for name in ("validation_loss", "validation_perplexity", "validation_bits_per_byte")
+    )
+    cells = [
+        model,
+        f"{runs[0]['parameters']:,}",
+        ", ".join(str(run["seed"]) for run in sorted(runs, key=lambda run: run["seed"])),
+        f"{runs[0]['tokens']:,}",
+        _mean_and_deviation(loss, 4),
+        _mean_and_deviation(perplexity, 2),
+        _mean_and_deviation(bits, 4),
+        f"{statistics.mean(run['seconds'] for run in runs):,.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _mean_and_deviation(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def rewrite_blocks(text: str, results: list[dict[str, Any]]) -> str:
+    """Fill the marked blocks of a Markdown text; `ValueError` if a block names a recipe without results."""
+
+    def fill(match: re.Match) -> str:
+        name = match["name"]
+        if name == "speed":
+            return match[1] + speed.table(json.loads(SPEED.read_text(encoding="utf-8"))) + "\n" + match[3]
+        chosen = [result for result in results if result["name"] == name]
+        if not chosen:
+            known = sorted({result["name"] for result in results})
+            raise ValueError(f"a block asks for the results of {name!r}, but there are only those of {known}")
+        return match[1] + results_table(chosen) + "\n" + match[3]
+
+    return BLOCK.sub(fill, text)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
+    """Loss in nats per token as bits per byte of text, which does not depend on the tokenizer."""
+    return loss * num_tokens / num_bytes / math.log(2)
+
+
+def main(*paths: str | Path) -> None:
+    """Rewrite the marked blocks of each file from the committed results."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    for path in map(Path, paths):
+        write_text(path, rewrite_blocks(path.read_text(encoding="utf-8"), results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers: a byte-level BPE trained on the stories themselves, or any pretrained fast one."""
+
+import logging
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+
+logger = logging.getLogger(__name__)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE: any text can be encoded and comes back exactly.
+
+    The same texts always give the same tokenizer. It pads on the left, as generating from a batch needs.
+
+    Args:
+        texts (`Iterable[str]`): read once, never held as a whole.
+        vocab_size (`int`): number of entries: 256 bytes, `<|endoftext|>` (bos and eos), `<|pad|>`, and the merges. A
+            small corpus may have fewer merges to offer, and the tokenizer is then smaller.
+
+    Raises:
+        ValueError: `vocab_size` below 258, `texts` is one string, or the texts offer nothing to learn.
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts is a single string, whose characters would be the texts: give [text]")
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + 2
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but the {len(alphabet)} bytes and two special tokens alone need {smallest}"
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    # A pair seen once is a memory of that text, not a piece of language; all bytes are in, seen or not.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    if backend.get_vocab_size() == smallest < vocab_size:
+        raise ValueError(
+            f"nothing could be learnt for a vocabulary of {vocab_size}: the texts are empty or no two bytes occur "
+            "together twice; give more text"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer and see to it that bos, eos and pad are set and that it pads on the left.
+
+    The vocabulary is never enlarged, because a pretrained model has no embedding for a new entry. A missing bos
+    becomes the eos and the reverse: both only mark where a text begins or ends. A missing pad becomes a special token
+    made for padding if the vocabulary has one (its text contains "pad"), else the eos. The latter is logged: whoever
+    masks pads by their id then also masks every end of a text.
+
+    Args:
+        name_or_path (`str`): a folder written by `save_pretrained`, or a name on the Hub.
+
+    Raises:
+        ValueError: there is no such tokenizer, it is not a fast one, or it has neither bos nor eos.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load the tokenizer {name_or_path!r}: it has to be a folder with a tokenizer.json (or the files "
+            f"that one is made from), or the name of a repository on the Hub that can be reached ({error})"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{name_or_path!r} is a {type(tokenizer).__name__}: only fast tokenizers are supported")
+    if tokenizer.eos_token is None and tokenizer.bos_token is None:
+        raise ValueError(f"{name_or_path!r} has neither bos nor eos: set `eos_token` in its tokenizer_config.json")
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.bos_token
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = _pad_within(tokenizer)
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            logger.warning("%s has no token for padding: its eos %s pads", name_or_path, tokenizer.eos_token)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _pad_within(tokenizer: PreTrainedTokenizerFast) -> str:
+    in_use = set(tokenizer.special_tokens_map.values())
+    for _, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if token.special and "pad" in token.content.lower() and token.content not in in_use:
+            return token.content
+    return tokenizer.eos_token

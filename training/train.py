@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a run: claim a folder, prepare tokenizer and windows, build, train or resume, export, report."""
+
+import json
+import math
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from training.data import collate_windows, load_stories, pack_windows, source_provenance
+from training.evaluate import load_model, mean_loss, tokens_and_bytes
+from training.loop import LanguageModelTrainer, latest_checkpoint, set_aside_broken_checkpoints
+from training.publish import carry_code, export_model, remove_leftovers, staged_folder, verify_export, write_text
+from training.recipe import Recipe
+from training.result import bits_per_byte, environment, learning_curve, perplexity, write_result
+from training.tokenizer import load_tokenizer, train_tokenizer
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train as the recipe says, from wherever an earlier start of the same recipe got to.
+
+    Args:
+        recipe: what to do.
+        restart: move what an earlier run left in the folder aside and begin anew.
+
+    Returns:
+        The content of `result.json`; of the earlier one, if the recipe was already finished.
+
+    Raises:
+        ValueError: the folder belongs to another recipe, the data are empty, the tokenizer is too large, the loss
+            diverged, or no checkpoint is usable.
+        OSError: a checkpoint could not be saved; earlier ones are intact.
+    """
+    arguments = training_arguments(recipe)
+    state = PartialState()
+    claim_folder(recipe, state, restart)
+    finished = recipe.folder / "result.json"
+    if finished.is_file():
+        state.print(f"{recipe.folder} is finished already; --restart trains again")
+        return json.loads(finished.read_text(encoding="utf-8"))
+    tokenizer = _prepare_tokenizer(recipe, state)
+    windows = _prepare_windows(recipe, tokenizer, state)
+    model = build_model(recipe, tokenizer)
+    trainer = LanguageModelTrainer(
+        model=model,
+        args=arguments,
+        data_collator=collate_windows,
+        train_dataset=_whole_steps(windows["train"], arguments, state),
+        eval_dataset=windows["validation"],
+        processing_class=tokenizer,
+    )
+    checkpoint = get_last_checkpoint(str(recipe.folder))
+    if checkpoint is not None:
+        state.print(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return _finish(recipe, trainer, tokenizer, state)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The recipe's `training` section as `TrainingArguments`, with what the run decides itself.
+
+    Counting the steps of a token budget sets up the processes: from here on `PartialState` is what this run needs.
+    """
+    accelerator = torch.accelerator.is_available()
+    defaults = {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator, "ddp_find_unused_parameters": False}
+    arguments = TrainingArguments(
+        **defaults | recipe.training.model_dump(),
+        output_dir=str(recipe.folder),
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        include_num_input_tokens_seen="all",
+        logging_nan_inf_filter=False,
+    )
+    per_step = tokens_per_step(recipe, arguments)
+    if recipe.tokens is not None:
+        arguments.max_steps = math.ceil(recipe.tokens / per_step)
+    return arguments
+
+
+def tokens_per_step(recipe: Recipe, arguments: TrainingArguments) -> int:
+    """Tokens that one optimizer step sees, over all processes and accumulated micro-batches."""
+    return _windows_per_step(arguments) * recipe.data.context_length
+
+
+def _windows_per_step(arguments: TrainingArguments) -> int:
+    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What a run would amount to, known without reading data: `dry-run` prints it."""
+    arguments = training_arguments(recipe)
+    steps = arguments.max_steps
+    per_step = tokens_per_step(recipe, arguments)
+    known, epochs = steps > 0, f"{arguments.num_train_epochs:g}"
+    return {
+        "parameters": num_parameters(recipe),
+        "tokens_per_step": per_step,
+        "steps": steps if known else f"as many as {epochs} epochs of the data make",
+        "tokens": steps * per_step if known else f"{epochs} times those in the data",
+        "warmup_steps": arguments.get_warmup_steps(steps) if known else arguments.warmup_steps,
+        "folder": str(recipe.folder),
+        "hash": recipe.hash,
+    }
+
+
+def num_parameters(recipe: Recipe) -> int:
+    """Trainable parameters of the recipe's model, tied ones once; counted without allocating them."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(recipe.build_config()).num_parameters()
+
+
+def claim_folder(recipe: Recipe, state: PartialState, restart: bool) -> None:
+    """Make the folder this recipe's: refuse another recipe's, tidy up after a killed run of the same.
+
+    Raises:
+        ValueError: the folder holds another recipe's run, a run of another number of processes, only damaged
+            checkpoints, or, with `restart`, something that no run has written.
+    """
+    identity = _identity(recipe, state)
+    if not restart:
+        _refuse_another_run(recipe.folder, identity)
+    elif recipe.folder.is_dir() and any(recipe.folder.iterdir()) and not (recipe.folder / "run.json").is_file():
+        raise ValueError(f"{recipe.folder} is not the folder of a run and stays as it is: choose another output_dir")
+    state.wait_for_everyone()  # nobody may change the folder while others still look at it
+    if state.is_main_process:
+        if restart and recipe.folder.exists():
+            aside = recipe.folder.with_name(f"{recipe.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            recipe.folder.rename(aside)
+            state.print(f"the earlier run is now in {aside}")
+        recipe.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(recipe.folder)
+        if latest_checkpoint(recipe.folder) is not None:
+            set_aside_broken_checkpoints(recipe.folder)
+        write_text(recipe.folder / "recipe.yaml", recipe.to_yaml())
+        write_text(recipe.folder / "run.json", json.dumps(identity, indent=1))
+    state.wait_for_everyone()
+
+
+def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
+    return {
+        "hash": recipe.hash,
+        "num_processes": state.num_processes,
+        "recipe": recipe.model_dump(exclude={"output_dir"}),
+        "architecture": recipe.architecture,
+    }
+
+
+def _refuse_another_run(folder: Path, identity: dict[str, Any]) -> None:
+    remedy = "choose another output_dir, or move the earlier run aside with --restart"
+    written = folder / "run.json"
+    if not written.is_file():
+        if folder.is_dir() and get_last_checkpoint(str(folder)) is not None:
+            raise ValueError(f"{folder} holds checkpoints of an unknown run: choose another output_dir")
+        return
+    earlier = json.loads(written.read_text(encoding="utf-8"))
+    if earlier["hash"] != identity["hash"]:
+        before, now = _flat(earlier), _flat(identity)
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        changes = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed if key != "hash"]
+        raise ValueError(f"{folder} holds a run of another recipe ({'; '.join(changes)}): {remedy}")
+    if earlier["num_processes"] != identity["num_processes"]:
+        raise ValueError(
+            f"{folder} holds a run of {earlier['num_processes']} processes, not {identity['num_processes']}: start it "
+            f"with as many, so that it continues exactly, or {remedy}"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _prepare_tokenizer(recipe: Recipe, state: PartialState) -> PreTrainedTokenizerBase:
+    # Every process and every resumed session reads the saved one, so that all use the very same.
+    saved = recipe.folder / "tokenizer"
+    with state.main_process_first():
+        if state.is_main_process and not saved.is_dir():
+            with staged_folder(saved) as staged:
+                _make_tokenizer(recipe).save_pretrained(staged)
+    tokenizer = load_tokenizer(str(saved))
+    config = recipe.build_config()
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries, but the model {recipe.model!r} has embeddings for "
+            f"{config.vocab_size}: raise model_args.vocab_size, or use a smaller tokenizer"
+        )
+    return tokenizer
+
+
+def _make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    section = recipe.tokenizer
+    if section.pretrained is not None:
+        return load_tokenizer(section.pretrained)
+    source = recipe.data.train.model_dump()
+    if section.max_training_stories is not None:
+        limits = [limit for limit in (section.max_training_stories, source["num_stories"]) if limit is not None]
+        source["num_stories"] = min(limits)
+    stories = load_stories(**source, streaming=recipe.data.streaming)
+    return train_tokenizer((row["text"] for row in stories), section.vocab_size)
+
+
+def _prepare_windows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, state: PartialState
+) -> dict[str, Dataset | IterableDataset]:
+    data, windows = recipe.data, {}
+    with state.main_process_first():
+        for split, source in (("train", data.train), ("validation", data.validation)):
+            streaming = data.streaming and split == "train"
+            stories = load_stories(**source.model_dump(), streaming=streaming)
+            windows[split] = pack_windows(stories, tokenizer, data.context_length, data.num_proc)
+            if streaming:
+                windows[split] = windows[split].repeat(None)  # the budget ends the run, not the stream
+    return windows
+
+
+def _whole_steps(windows: Dataset | IterableDataset, arguments: TrainingArguments, state: PartialState):
+    # A last step of fewer windows would see fewer tokens than the budget counts.
+    if isinstance(windows, IterableDataset):
+        return windows
+    per_step = _windows_per_step(arguments)
+    whole = len(windows) - len(windows) % per_step
+    if whole == 0:
+        raise ValueError(
+            f"the training data fill {len(windows)} windows, but one optimizer step takes {per_step}: give more "
+            "stories, or lower the batch"
+        )
+    left_out = len(windows) - whole
+    state.print(f"{whole:,} training windows make {whole // per_step:,} steps an epoch; {left_out} are left out")
+    return windows.select(range(whole))
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A new model, initialised from the recipe's seed, whose special tokens are the tokenizer's."""
+    config = recipe.build_config()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    set_seed(recipe.seed)
+    model = AutoModelForCausalLM.from_config(config)
+    model.loss_type = "ForCausalLM"  # GPT-2's class name does not say it, and each forward would warn
+    carry_code(model)
+    return model
+
+
+def _finish(
+    recipe: Recipe, trainer: LanguageModelTrainer, tokenizer: PreTrainedTokenizerBase, state: PartialState
+) -> dict[str, Any]:
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    result: dict[str, Any] = {}
+    if state.is_main_process:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        folder = recipe.folder / "model"
+        export_model(model, tokenizer, folder, state_dict)
+        sampling = recipe.generation.model_dump()
+        prompts = sampling.pop("prompts")
+        # Of a sharded model no process holds the whole, so there the exported folder itself is the reference.
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            model = load_model(folder)[0]
+        loss = mean_loss(model, trainer.eval_dataset, trainer.args.eval_batch_size)
+        texts = verify_export(folder, prompts, seed=recipe.seed, model=model, **sampling)
+        result = _result(recipe, trainer, tokenizer, loss, list(zip(prompts, texts, strict=True)))
+        write_result(result, recipe.folder)
+    state.wait_for_everyone()
+    return result
+
+
+def _result(
+    recipe: Recipe,
+    trainer: LanguageModelTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    loss: float,
+    samples: list[tuple[str, str]],
+) -> dict[str, Any]:
+    history, data = trainer.state.log_history, recipe.data
+    curve = learning_curve(history)
+    size = tokens_and_bytes(load_stories(**data.validation.model_dump()), tokenizer)
+    return {
+        "name": recipe.name,
+        "task": recipe.task,
+        "model": recipe.model,
+        "seed": recipe.seed,
+        "recipe": recipe.model_dump(exclude={"output_dir"}),
+        "architecture": recipe.architecture,
+        "recipe_hash": recipe.hash,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **environment(),
+        "num_processes": trainer.args.world_size,
+        "precision": trainer.accelerator.mixed_precision,
+        "data": {
+            "train": source_provenance(**data.train.model_dump(), streaming=data.streaming),
+            "validation": source_provenance(**data.validation.model_dump()),
+        },
+        "parameters": num_parameters(recipe),
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "seconds": max(entry.get("seconds", 0.0) for entry in history),
+        "metrics": {
+            "training_loss": curve["training"][-1]["loss"],
+            "validation_loss": loss,
+            "validation_perplexity": perplexity(loss),
+            "validation_bits_per_byte": bits_per_byte(loss, *size),
+        },
+        "learning_curve": curve,
+        "samples": [{"prompt": prompt, "text": text} for prompt, text in samples],
+    }
+
+
+def summary(result: dict[str, Any], folder: Path) -> str:
+    """The end of a run in words: samples, metrics, and where everything is."""
+    samples = [f"{sample['text'].strip()}\n" for sample in result["samples"]]
+    metrics = result["metrics"]
+    lines = [
+        f"{result['model']} ({result['parameters']:,} parameters), {result['tokens']:,} tokens in "
+        f"{result['seconds']:,.0f} s: validation loss {metrics['validation_loss']:.4f}, perplexity "
+        f"{metrics['validation_perplexity']:.2f}, {metrics['validation_bits_per_byte']:.4f} bits per byte",
+        f"model, checkpoints, result.json and loss.png are in {folder}",
+    ]
+    return "\n".join(samples + lines)
