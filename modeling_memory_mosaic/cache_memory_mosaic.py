@@ -84,6 +84,11 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
 
     _layer_type = "memory_mosaic"
 
+    def reset(self) -> None:
+        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self._apply(lambda state: state.repeat_interleave(repeats, dim=0))
@@ -99,6 +104,8 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
             ValueError: if `tokens_to_remove` is positive.
             RuntimeError: if those tokens were read before `activate_past_recording()`.
         """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give minus the number of tokens to take back, not a length.")
         if tokens_to_remove < 0 and self.is_initialized:
             self._roll_back(-tokens_to_remove)
         super().crop(tokens_to_remove)

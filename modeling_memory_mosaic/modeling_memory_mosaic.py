@@ -85,37 +85,53 @@ def leaky_average(
 
 
 def _leaky_sums(states, leak, initial_state, elapsed):
-    """One matrix product per chunk, then a leaky average over the chunks' last sums carries on between them."""
+    """One matrix product sums within chunks; a leaky average of the chunks' own totals carries on between them.
+
+    Matrix products alone touch all the states, in the backward pass too: elementwise steps and slices of the whole
+    would cost more than the sums themselves.
+    """
     num_tokens = states.shape[2]
     length = min(num_tokens, CHUNK_LENGTH)
     if padding := -num_tokens % length:
         states = F.pad(states, (0, 0, 0, padding))
         elapsed = None if elapsed is None else F.pad(elapsed, (0, padding))
-    sums = states.unflatten(2, (-1, length))  # (B, H, chunks, length, D)
+    chunks = states.unflatten(2, (-1, length))  # (B, H, chunks, length, D)
+    batch_size, num_heads, num_chunks, _, width = chunks.shape
 
+    # Rows are (groups, positions, columns). Chunks that share their decays form a group: without padding all chunks of
+    # a head, their vectors side by side as columns; with padding each chunk is its own.
     if elapsed is None:
-        ages = torch.arange(1, length + 1, device=states.device, dtype=states.dtype)[None]  # (1, length)
+        ages, rates = torch.arange(1, length + 1, device=states.device, dtype=states.dtype)[None], leak[:, None]
         chunk_leak, chunk_elapsed = leak * length, None
     else:
-        ages = elapsed.to(states.dtype).unflatten(1, (-1, length)).cumsum(-1)[:, None]  # (B, 1, chunks, length)
-        chunk_leak, chunk_elapsed = leak, ages[:, 0, :, -1]
+        ages = elapsed.to(states.dtype).unflatten(1, (-1, length)).cumsum(-1)  # (B, chunks, length)
+        chunk_leak, chunk_elapsed = leak, ages[..., -1]
+        ages = ages[:, None].expand(-1, num_heads, -1, -1).flatten(0, 2)
+        rates = leak[:, None].expand(batch_size, -1, num_chunks).reshape(-1, 1)
 
+    def to_rows(vectors):
+        return vectors.permute(1, 3, 0, 2, 4).flatten(2) if elapsed is None else vectors.flatten(0, 2)
+
+    def from_rows(rows):
+        if elapsed is not None:
+            return rows.view(batch_size, num_heads, num_chunks, -1, width)
+        return rows.view(num_heads, -1, batch_size, num_chunks, width).permute(2, 0, 3, 1, 4)
+
+    rows = sums = to_rows(chunks)
     if length > 1:
-        lags = (ages[..., :, None] - ages[..., None, :]).clamp(min=0)
-        weights = torch.exp(-leak[:, None, None, None] * lags).tril()  # ([B,] H, 1 or chunks, length, length)
-        if elapsed is None:
-            sums = torch.einsum("hij,bhcjd->bhcid", weights[:, 0], sums)
-        else:
-            sums = weights @ sums
-
-    if sums.shape[2] > 1:
-        ends = _leaky_sums(sums[..., -1, :], chunk_leak, initial_state, chunk_elapsed)
+        lags = (ages[:, :, None] - ages[:, None, :]).clamp(min=0)
+        weights = torch.exp(-rates[:, :, None] * lags).tril()
+        sums = weights @ rows
+    if num_chunks > 1:
+        totals = from_rows(weights[:, -1:] @ rows).squeeze(3)
+        ends = _leaky_sums(totals, chunk_leak, initial_state, chunk_elapsed)
         first = torch.zeros_like(ends[:, :, :1]) if initial_state is None else initial_state.to(ends.dtype)
-        initial_state = torch.cat([first, ends[:, :, :-1]], dim=2)  # (B, H, chunks, D)
+        initial_state = torch.cat([first, ends[:, :, :-1]], dim=2)  # (B, H, chunks, D): what each chunk starts from
     if initial_state is not None:
-        decay = torch.exp(-leak[:, None, None] * ages)  # ([B,] H, 1 or chunks, length)
-        sums = torch.addcmul(sums, decay[..., None], initial_state[..., None, :].to(sums.dtype))
-    return sums.flatten(2, 3)[:, :, :num_tokens]
+        start = to_rows(initial_state[:, :, :, None].to(sums.dtype))
+        sums = torch.baddbmm(sums, torch.exp(-rates * ages)[:, :, None], start)
+    # Heads come first in storage, as the persistent memory reads all rows of a head together.
+    return from_rows(sums).transpose(0, 1).flatten(2, 3)[:, :, :num_tokens].transpose(0, 1)
 
 
 def scale_to_length(vectors: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
