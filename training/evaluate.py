@@ -85,7 +85,9 @@ def mean_loss(model: PreTrainedModel, windows: Dataset, batch_size: int) -> floa
 
 def tokens_and_bytes(stories: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Tokens of all stories, each with its end-of-text token, and their UTF-8 bytes without separators."""
-    texts = stories["text"]
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    num_tokens = sum(len(ids) + 1 for ids in encoded)
-    return num_tokens, sum(len(text.encode()) for text in texts)
+    num_tokens = num_bytes = 0
+    for batch in stories.iter(batch_size=1000):
+        encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        num_tokens += sum(len(ids) + 1 for ids in encoded)
+        num_bytes += sum(len(text.encode()) for text in batch["text"])
+    return num_tokens, num_bytes
