@@ -29,6 +29,7 @@ class MemoryMosaicStates:
     - `contextual_sum`, `persistent_sum`: the leaky sums of the two key extractors, in float32,
     - `pending_value`: the projected value that waits for its next token.
 
+    They stay on the model's device when pairs are offloaded: they are small, and needed before the pairs are.
     While the past is recorded (`activate_past_recording`), trajectories are kept whole so that `crop` can roll back.
     """
 
@@ -54,21 +55,12 @@ class MemoryMosaicStates:
             trajectory = torch.cat([self.states[name], trajectory], dim=2)
         self.states[name] = trajectory
 
-    def _apply(self, function) -> None:
+    def _map_states(self, function) -> None:
         self.states = {name: function(state) for name, state in self.states.items()}
 
     def activate_past_recording(self) -> None:
         """Keep trajectories from now on, so that `crop` can take tokens back."""
         self.record_past = True
-
-    def offload(self) -> None:
-        super().offload()
-        self._apply(lambda state: state.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.is_initialized:
-            self._apply(lambda state: state.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
         super().reset()
@@ -76,7 +68,7 @@ class MemoryMosaicStates:
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._apply(lambda state: state.index_select(0, beam_idx.to(state.device)))
+        self._map_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
 
 class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
@@ -91,11 +83,11 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._apply(lambda state: state.repeat_interleave(repeats, dim=0))
+        self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self._apply(lambda state: state[indices])
+        self._map_states(lambda state: state[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens, exactly; `crop(0)` only forgets the recorded past.
@@ -109,7 +101,7 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
         if tokens_to_remove < 0 and self.is_initialized:
             self._roll_back(-tokens_to_remove)
         super().crop(tokens_to_remove)
-        self._apply(lambda trajectory: trajectory[:, :, -1:].contiguous())
+        self._map_states(lambda trajectory: trajectory[:, :, -1:].contiguous())
 
     def _roll_back(self, num_tokens: int) -> None:
         if num_tokens >= self.get_seq_length():
@@ -123,7 +115,7 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
                 f"{recorded - 1} were recorded. Call `activate_past_recording()` on the cache before reading the "
                 "tokens you may want to take back, or read the shorter text anew."
             )
-        self._apply(lambda trajectory: trajectory[:, :, :-num_tokens])
+        self._map_states(lambda trajectory: trajectory[:, :, :-num_tokens])
 
 
 class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
@@ -176,7 +168,8 @@ def memory_from_state_dict(config, tensors: dict[str, torch.Tensor]) -> DynamicC
 
     Args:
         config ([`MemoryMosaicConfig`]): of the model that will read on.
-        tensors (`dict[str, torch.Tensor]`): as returned by [`memory_state_dict`], on the model's device.
+        tensors (`dict[str, torch.Tensor]`): as returned by [`memory_state_dict`], on the model's device and from a
+            model of its dtype.
 
     Raises:
         ValueError: if tensors are missing, left over, or of another shape than `config` asks for.
@@ -193,6 +186,13 @@ def memory_from_state_dict(config, tensors: dict[str, torch.Tensor]) -> DynamicC
                 f"{name} has shape {tuple(tensor.shape)}; this model stores (batch, {config.num_attention_heads}, "
                 f"tokens, {config.head_dim})."
             )
+    shapes = {name.rpartition(".")[2]: set() for name in tensors}
+    for name, tensor in tensors.items():
+        shapes[name.rpartition(".")[2]].add((tensor.shape[0], tensor.shape[2]))
+    pairs = shapes.get("keys", set()) | shapes.get("values", set())
+    states = set().union(*(shapes.get(name, set()) for name in MemoryMosaicStates.state_names))
+    if len(pairs) > 1 or states != {(batch_size, 1) for batch_size, _ in pairs}:
+        raise ValueError(f"Not one memory: its layers hold (rows, slots) {sorted(pairs)} and states {sorted(states)}.")
     for index, layer in enumerate(cache.layers if tensors else []):
         layer.update(tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"])
         for name in layer.state_names:

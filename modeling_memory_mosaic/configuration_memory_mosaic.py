@@ -58,8 +58,9 @@ class MemoryMosaicConfig(PreTrainedConfig):
             Whether the model returns its memory as `past_key_values`.
 
     Raises:
-        ValueError: if the heads do not divide `hidden_size` and no `head_dim` is given, if a size is not positive,
-            or if a dropout lies outside [0, 1).
+        ValueError: if the heads do not divide `hidden_size` and no `head_dim` is given.
+        huggingface_hub.errors.StrictDataclassError: if a size is not positive, a dropout lies outside [0, 1), or a
+            field has the wrong type.
 
     ```python
     >>> from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM

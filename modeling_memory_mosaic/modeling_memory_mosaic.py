@@ -437,20 +437,13 @@ def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values, 
     num_tokens = inputs_embeds.shape[1]
     num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     is_static = past_key_values is not None and past_key_values.is_compileable
-    if attention_mask is not None:
-        if attention_mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask must be 2-D (batch, tokens), not of shape {tuple(attention_mask.shape)}."
-            )
-        if isinstance(num_seen, int) and attention_mask.shape[1] != num_seen + num_tokens:
-            raise ValueError(
-                f"attention_mask covers {attention_mask.shape[1]} tokens, but the memory holds {num_seen} and "
-                f"{num_tokens} are new: it must cover all {num_seen + num_tokens}."
-            )
-        attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
-        if not is_torchdynamo_compiling() and attention_mask.all():
+    if not is_torchdynamo_compiling():
+        check_mask(attention_mask, inputs_embeds.shape[0], int(num_seen), num_tokens)
+        refuse_packed_documents(position_ids, attention_mask, int(num_seen), num_tokens)
+        if attention_mask is not None and attention_mask.all():
             attention_mask = None
-    refuse_packed_documents(position_ids, attention_mask, num_tokens)
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
 
     is_token = None if attention_mask is None else attention_mask[:, -num_tokens:]
     if is_token is not None and not is_torchdynamo_compiling() and is_token.all():
@@ -478,18 +471,40 @@ def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values, 
     return {"slot_mask": slot_mask, "is_token": is_token}
 
 
-def refuse_packed_documents(position_ids, attention_mask, num_tokens):
-    """Positions mean nothing to a memory, but a restart among them says that a new document begins."""
-    if position_ids is None or num_tokens == 1 or is_torchdynamo_compiling():
+def check_mask(attention_mask, batch_size, num_seen, num_tokens):
+    """Refuses a mask that would silently be read as another one."""
+    if attention_mask is None:
         return
-    restarts = position_ids.diff(dim=-1) <= 0
-    if attention_mask is not None:
-        is_token = attention_mask[:, -num_tokens:]
-        restarts = restarts & is_token[:, 1:] & is_token[:, :-1]
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: it must be (batch, tokens), here with "
+            f"{batch_size} rows."
+        )
+    if attention_mask.shape[1] != num_seen + num_tokens:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} tokens, but the memory holds {num_seen} and "
+            f"{num_tokens} are new: it must cover all {num_seen + num_tokens}."
+        )
+    if attention_mask.is_floating_point() and (attention_mask < 0).any():
+        raise ValueError("attention_mask has negative values: give 1 at tokens and 0 at padding, not what to add.")
+
+
+def refuse_packed_documents(position_ids, attention_mask, num_seen, num_tokens):
+    """Positions mean nothing to a memory, but one that goes back says that a document begins, or begins again."""
+    if position_ids is None:
+        return
+    restarts = F.pad(position_ids.diff(dim=-1) <= 0, (1, 0)) | (position_ids == 0)
+    if attention_mask is None:
+        restarts[:, : 1 if num_seen == 0 else 0] = False  # the first token of all may well be number 0
+    else:
+        is_token = attention_mask.to(position_ids.device, torch.bool)
+        has_past = (is_token.long().cumsum(-1) > 1)[:, -num_tokens:]
+        restarts = restarts & is_token[:, -num_tokens:] & has_past
     if restarts.any():
         raise ValueError(
-            "position_ids restart within a row: several documents packed together are not supported, since the "
-            "memory of one would leak into the next. Give each document a row of its own, padded with attention_mask."
+            f"position_ids restart within a row, behind {num_seen} tokens in the memory. Packed documents are not "
+            "supported, since the memory of one would leak into the next: give each a row of its own, padded with "
+            "attention_mask. A text that the memory holds already must not be passed again."
         )
 
 
@@ -526,7 +541,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             inputs_embeds = self.embed(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        self.check_memory(past_key_values)
+        self.check_request(inputs_embeds, past_key_values, kwargs)
 
         masks = attention_mask
         if not isinstance(masks, dict):
@@ -549,13 +564,31 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
                 f"{self.config.vocab_size}. Use this model's own tokenizer, or call `resize_token_embeddings`."
             ) from error
 
-    def check_memory(self, past_key_values: Cache | None) -> None:
-        """Refuses a memory that was made for another kind of model."""
-        layers = [] if past_key_values is None else past_key_values.layers
-        if past_key_values is not None and not (layers and all(hasattr(layer, "get_state") for layer in layers)):
+    def check_request(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None, kwargs) -> None:
+        """Refuses what would fail later or, worse, be answered as if it had been something else."""
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("There is no token to read: input_ids have length 0.")
+        for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} says that several documents are packed in one row, which is not supported: the memory of "
+                    "one would leak into the next. Give each document a row of its own, padded with attention_mask."
+                )
+        if kwargs.get("is_causal") is False:
+            raise ValueError("is_causal=False is not supported: a memory holds only what came before.")
+        if past_key_values is None:
+            return
+        layers = past_key_values.layers
+        # More layers than the model uses are in order: decoding with an early exit lowers num_hidden_layers.
+        if len(layers) < self.config.num_hidden_layers or not all(hasattr(layer, "get_state") for layer in layers):
             raise ValueError(
-                f"This {type(past_key_values).__name__} was not made for a Memory Mosaic. Build it from the model's "
-                "config: `DynamicCache(config=model.config)`."
+                f"This {type(past_key_values).__name__} was not made for this Memory Mosaic. Build it from the "
+                "model's config: `DynamicCache(config=model.config)`."
+            )
+        if layers[0].is_initialized and layers[0].keys.shape[0] != inputs_embeds.shape[0]:
+            raise ValueError(
+                f"The memory holds {layers[0].keys.shape[0]} rows, but {inputs_embeds.shape[0]} are passed: they must "
+                "be as many. See `batch_repeat_interleave` and `batch_select_indices` of the cache."
             )
 
 

@@ -132,6 +132,13 @@ def test_a_reset_memory_is_as_good_as_new(model, static):
     assert_near(torch.cat([first, rest], dim=1), read(model, ids)[0])
 
 
+def test_a_mask_of_the_new_tokens_alone_is_refused(model):
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
+        read(model, make_ids(1, 6), cache)
+        with pytest.raises(ValueError, match="must cover all 10"):
+            read(model, make_ids(1, 4), cache, torch.tensor([[0, 1, 1, 1]]))
+
+
 def test_a_static_memory_can_be_reordered(model):
     ids, more = make_ids(2, 6), make_ids(2, 3, seed=1)
     _, cache = read(model, ids, StaticCache(config=model.config, max_cache_len=16))
@@ -144,6 +151,7 @@ def test_offloading_moves_everything_there_and_back(model):
     _, cache = read(model, ids[:, :5])
     for layer in cache.layers:
         layer.offload()
+        assert layer.get_state("persistent_sum").device == layer.device, "needed before the pairs come back"
         layer.prefetch()
     assert_near(read(model, ids[:, 5:], cache)[0], read(model, ids)[0][:, 5:])
 
@@ -234,6 +242,9 @@ def test_a_foreign_saved_memory_is_refused(model):
         memory_from_state_dict(model.config, incomplete)
     with pytest.raises(ValueError, match="shape"):
         memory_from_state_dict(make_model(num_attention_heads=6).config, tensors)
+    shorter = tensors | {name: tensors[name][:, :, :3] for name in ("layers.1.keys", "layers.1.values")}
+    with pytest.raises(ValueError, match="Not one memory"):
+        memory_from_state_dict(model.config, shorter)
     with pytest.raises(ValueError, match="StaticCacheLayer"):
         memory_state_dict(StaticCache(config=model.config, max_cache_len=4))
 

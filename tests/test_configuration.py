@@ -2,6 +2,7 @@
 """The configuration: derived sizes, strictness, round trips."""
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 
 from modeling_memory_mosaic import MemoryMosaicConfig
 
@@ -54,10 +55,15 @@ def test_a_key_of_the_future_is_kept(tmp_path):
     assert MemoryMosaicConfig.from_pretrained(tmp_path).some_future_field == 3
 
 
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match="hidden_size=10.*num_attention_heads=3.*head_dim"):
+        MemoryMosaicConfig(hidden_size=10, num_attention_heads=3)
+    assert MemoryMosaicConfig(hidden_size=10, num_attention_heads=3, head_dim=4).head_dim == 4
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": 10, "num_attention_heads": 3}, "hidden_size=10.*num_attention_heads=3"),
         ({"vocab_size": 0}, "vocab_size=0"),
         ({"num_persistent_slots": -1}, "num_persistent_slots=-1"),
         ({"num_attention_heads": 0}, "num_attention_heads=0"),
@@ -67,5 +73,5 @@ def test_a_key_of_the_future_is_kept(tmp_path):
     ids=str,
 )
 def test_nonsense_is_refused(fields, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         MemoryMosaicConfig(**fields)

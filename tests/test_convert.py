@@ -120,6 +120,22 @@ def test_pickled_code_is_not_executed(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_head_that_is_not_the_embedding_is_refused_as_tied(golden, state_dict):
+    state_dict["head.weight"] = state_dict["emb.weight"] + 1
+    with pytest.raises(ValueError, match="weight_tying=False"):
+        convert_authors_state_dict(state_dict, golden[0])
+    config, converted = convert_authors_state_dict(state_dict, golden[0] | {"weight_tying": False})
+    assert not config.tie_word_embeddings
+    assert torch.equal(converted["lm_head.weight"], converted["model.embed_tokens.weight"] + 1)
+
+
+def test_nothing_is_overwritten(tmp_path, golden, state_dict):
+    torch.save({"model": state_dict, "model_args": golden[0]}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="not empty"):
+        convert_checkpoint(tmp_path / "ckpt.pt", tmp_path)
+    assert (tmp_path / "ckpt.pt").is_file()
+
+
 def test_other_files_are_refused(tmp_path):
     torch.save({"weights": {}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="no model and no model_args"):

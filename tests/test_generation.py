@@ -54,6 +54,14 @@ def test_a_second_turn_on_a_warm_memory(model):
     assert torch.equal(warm, generate(model, turn))
 
 
+def test_a_warm_memory_with_prompt_lookup_is_refused(model):
+    """There the library passes the whole text again: the memory would hold its beginning twice."""
+    first = generate(model, make_ids(1, 8), return_dict_in_generate=True, eos_token_id=None)
+    turn = torch.cat([first.sequences, make_ids(1, 4)], dim=1)
+    with pytest.raises(ValueError, match="must not be passed again"):
+        generate(model, turn, past_key_values=first.past_key_values, prompt_lookup_num_tokens=3)
+
+
 def test_the_returned_memory_continues_the_text(model):
     ids = make_ids(1, 5)
     first = generate(model, ids, return_dict_in_generate=True, max_new_tokens=6, eos_token_id=None)

@@ -340,9 +340,37 @@ def test_flex_attention_serves_too(model):
 
 def test_packed_documents_are_refused(model):
     ids = make_ids(1, 6)
-    with pytest.raises(ValueError, match="packed"):
+    with pytest.raises(ValueError, match="Packed documents"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    with pytest.raises(ValueError, match="cu_seq_lens_q says.*packed"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 3, 6]))
+    with pytest.raises(ValueError, match="seq_idx says.*packed"):
+        model(ids, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    padded = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]]), "position_ids": torch.tensor([[1, 1, 0, 1, 2, 3]])}
     model(ids, position_ids=torch.arange(6)[None])
+    model(ids, **padded)  # as `generate` numbers a padded row
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_a_document_that_begins_behind_another_is_refused(model, num_tokens):
+    cache = model(make_ids(1, 5), use_cache=True).past_key_values
+    ids = make_ids(1, num_tokens)
+    with pytest.raises(ValueError, match="behind 5 tokens in the memory"):
+        model(ids, position_ids=torch.arange(num_tokens)[None], past_key_values=cache)
+    model(ids, position_ids=5 + torch.arange(num_tokens)[None], past_key_values=cache)
+
+
+def test_requests_that_would_be_misread_are_refused(model):
+    ids = make_ids(2, 4)
+    with pytest.raises(ValueError, match="negative"):
+        model(ids, attention_mask=torch.tensor([[0.0, 0, 0, 0], [-1e9, 0, 0, 0]]))
+    with pytest.raises(ValueError, match="is_causal=False"):
+        model(ids, is_causal=False)
+    with pytest.raises(ValueError, match="length 0"):
+        model(ids[:, :0])
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds 2 rows, but 1"):
+        model(ids[:1], past_key_values=cache)
 
 
 @pytest.mark.parametrize("bad_id", [-1, 61])
@@ -351,7 +379,7 @@ def test_ids_out_of_range_are_named(model, bad_id):
         model(torch.tensor([[1, bad_id, 2]]))
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (1, 9), (1, 1, 4, 4)])
+@pytest.mark.parametrize("shape", [(1, 3), (1, 9), (2, 4), (1, 1, 4, 4)])
 def test_a_mask_of_another_length_is_refused(model, shape):
     with pytest.raises(ValueError, match="attention_mask"):
         model(make_ids(1, 4), attention_mask=torch.ones(shape, dtype=torch.long))

@@ -289,10 +289,28 @@ def test_another_recipe_in_a_used_folder(tmp_path, monkeypatch, without_clean_pr
     with pytest.raises(ValueError, match="a run of 1 processes, not 2"):
         train.run(short_recipe(tmp_path / "run", "tokens=1_280"))
     (tmp_path / "run" / "run.json").unlink()
-    with pytest.raises(ValueError, match="checkpoints of an unknown run"):
-        train.run(short_recipe(tmp_path / "run", "tokens=1_280"))
-    with pytest.raises(ValueError, match="is not the folder of a run"):
-        train.run(short_recipe(tmp_path / "run", "tokens=1_280"), restart=True)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    for restart in (False, True):
+        with pytest.raises(ValueError, match="is not the folder of a run"):
+            train.run(short_recipe(tmp_path / "run", "tokens=1_280"), restart=restart)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_other_data_in_a_used_folder(tmp_path, without_clean_process):
+    stories = tmp_path / "stories.jsonl"
+    stories.write_text("".join(json.dumps({"text": f"Story {n} of a cat. " * 20}) + "\n" for n in range(40)))
+    recipe = [f"data.train.source={stories}", "data.train.num_stories=null", "tokens=1_280"]
+    train.run(short_recipe(tmp_path / "run", *recipe))
+    stories.write_text(stories.read_text().replace("cat", "dog"))
+    with pytest.raises(ValueError, match=r"data.train.files.*was.*other|other data.*data.train.files"):
+        train.run(short_recipe(tmp_path / "run", *recipe))
+
+
+def test_a_run_that_is_going_on_is_left_alone(tmp_path):
+    state = train.PartialState()
+    with train.only_run_in(tmp_path / "run", state):
+        with pytest.raises(ValueError, match="a run is going on"):
+            train.run(short_recipe(tmp_path / "run", "tokens=1_280"))
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path, monkeypatch, without_clean_process):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
+from training.publish import export_model
 
 
 # Authors' name within a block -> ours within a layer. The regular version comes first, the fast one after it.
@@ -141,13 +142,17 @@ def convert_authors_state_dict(
 def check_parameters(config: MemoryMosaicConfig, converted: dict[str, torch.Tensor]) -> None:
     with torch.device("meta"):
         expected = {name: p.shape for name, p in MemoryMosaicForCausalLM(config).named_parameters()}
-    # A tied head may be stored under either name or both.
+    head = converted.get("lm_head.weight")
+    if config.tie_word_embeddings and head is not None:
+        # A tied matrix may be stored under either name or both.
+        embedding = converted.setdefault("model.embed_tokens.weight", head)
+        if not torch.equal(head, embedding):
+            raise ValueError(
+                "The head and the embedding of this checkpoint differ, but its arguments say that they are tied: pass "
+                "weight_tying=False in `model_args`."
+            )
+        del converted["lm_head.weight"]
     found = {name: tensor.shape for name, tensor in converted.items()}
-    if config.tie_word_embeddings:
-        head = found.pop("lm_head.weight", None)
-        if head is not None and found.setdefault("model.embed_tokens.weight", head) != head:
-            raise ValueError("The checkpoint says its head is tied, but holds a head and an embedding that differ.")
-        converted.setdefault("model.embed_tokens.weight", converted.pop("lm_head.weight", None))
     if expected != found:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         details = ", ".join(f"{n}: {_shape(found.get(n))} instead of {_shape(expected.get(n))}" for n in wrong[:5])
@@ -164,10 +169,11 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> MemoryMosaicForCausalL
     The file is unpickled by `torch.load(weights_only=True)`: tensors and plain values, no code.
 
     Raises:
-        ValueError: if the file is damaged, holds anything else, or a Memory Mosaic this package does not carry.
+        ValueError: if the file is damaged, holds anything else or a Memory Mosaic this package does not carry, or if
+            there is something in the output folder already.
     """
-    from .publish import export_model
-
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} exists and is not empty: name a folder that does not exist yet.")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:

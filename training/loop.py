@@ -83,7 +83,6 @@ class LanguageModelTrainer(Trainer):
                 _write_manifest(staging / final.name)
                 move_into_place(staging / final.name, final)
                 staging.rmdir()
-                rotate_checkpoints(str(run_folder), self.args.save_total_limit)
         except Exception as error:
             shutil.rmtree(staging, ignore_errors=True)
             kept = sort_checkpoints(str(run_folder))
@@ -91,6 +90,8 @@ class LanguageModelTrainer(Trainer):
             raise OSError(f"cannot save {final} ({error}); make room and start again: {resume}") from error
         finally:
             self._staging = None
+        if self.is_world_process_zero():
+            rotate_checkpoints(str(run_folder), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _issue_warnings_after_load(self, load_result) -> None:

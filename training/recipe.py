@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
@@ -44,6 +45,7 @@ DECIDED_BY_THE_RUN = {
     "ignore_data_skip": "a resumed run sees the batches that it would have seen",
     "include_num_input_tokens_seen": "tokens are always counted",
     "logging_nan_inf_filter": "a loss that is not finite always ends the run",
+    "label_smoothing_factor": "Trainer shifts labels for class names it knows only; others learn to repeat",
     "load_best_model_at_end": "the last checkpoint is the result; result.json shows which was best",
     "output_dir": "use the recipe's own `output_dir`",
     "push_to_hub": "exporting and publishing come after the run",
@@ -151,7 +153,7 @@ TrainingSection = create_model(
 class Recipe(Section):
     """Everything that a run depends on; see `configuration/README.md` for each field."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     task: Literal["language_modeling"]
     seed: int = Field(default=0, ge=0)
     model: str
@@ -197,7 +199,10 @@ class Recipe(Section):
 
     def build_config(self) -> PreTrainedConfig:
         """The model's configuration object; `ValueError` if `model_args` has a key that it does not know."""
-        config = AutoConfig.for_model(**self.architecture)
+        try:
+            config = AutoConfig.for_model(**self.architecture)
+        except StrictDataclassError as error:
+            raise ValueError(f"model {self.model!r} with model_args {self.model_args}: {error}") from error
         known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
         for name in self.model_args:
             if name not in known:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The life of a run: claim a folder, prepare tokenizer and windows, build, train or resume, export, report."""
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -38,8 +41,13 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
             diverged, or no checkpoint is usable.
         OSError: a checkpoint could not be saved; earlier ones are intact.
     """
-    arguments = training_arguments(recipe)
     state = PartialState()
+    with only_run_in(recipe.folder, state):
+        return _run(recipe, state, restart)
+
+
+def _run(recipe: Recipe, state: PartialState, restart: bool) -> dict[str, Any]:
+    arguments = training_arguments(recipe)
     claim_folder(recipe, state, restart)
     finished = recipe.folder / "result.json"
     if finished.is_file():
@@ -61,6 +69,22 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         state.print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     return _finish(recipe, trainer, tokenizer, state)
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path, state: PartialState) -> Iterator[None]:
+    """Hold a lock beside the folder: a command started twice must not tidy away what the first is just saving."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    if state.is_main_process:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(f"a run is going on in {folder}: wait for it, or choose another output_dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -123,11 +147,11 @@ def claim_folder(recipe: Recipe, state: PartialState, restart: bool) -> None:
         ValueError: the folder holds another recipe's run, a run of another number of processes, only damaged
             checkpoints, or, with `restart`, something that no run has written.
     """
+    if recipe.folder.is_dir() and any(recipe.folder.iterdir()) and not (recipe.folder / "run.json").is_file():
+        raise ValueError(f"{recipe.folder} is not the folder of a run and stays as it is: choose another output_dir")
     identity = _identity(recipe, state)
     if not restart:
         _refuse_another_run(recipe.folder, identity)
-    elif recipe.folder.is_dir() and any(recipe.folder.iterdir()) and not (recipe.folder / "run.json").is_file():
-        raise ValueError(f"{recipe.folder} is not the folder of a run and stays as it is: choose another output_dir")
     state.wait_for_everyone()  # nobody may change the folder while others still look at it
     if state.is_main_process:
         if restart and recipe.folder.exists():
@@ -138,8 +162,8 @@ def claim_folder(recipe: Recipe, state: PartialState, restart: bool) -> None:
         remove_leftovers(recipe.folder)
         if latest_checkpoint(recipe.folder) is not None:
             set_aside_broken_checkpoints(recipe.folder)
-        write_text(recipe.folder / "recipe.yaml", recipe.to_yaml())
         write_text(recipe.folder / "run.json", json.dumps(identity, indent=1))
+        write_text(recipe.folder / "recipe.yaml", recipe.to_yaml())
     state.wait_for_everyone()
 
 
@@ -149,6 +173,10 @@ def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
         "num_processes": state.num_processes,
         "recipe": recipe.model_dump(exclude={"output_dir"}),
         "architecture": recipe.architecture,
+        "data": {
+            "train": source_provenance(**recipe.data.train.model_dump(), streaming=recipe.data.streaming),
+            "validation": source_provenance(**recipe.data.validation.model_dump()),
+        },
     }
 
 
@@ -156,15 +184,13 @@ def _refuse_another_run(folder: Path, identity: dict[str, Any]) -> None:
     remedy = "choose another output_dir, or move the earlier run aside with --restart"
     written = folder / "run.json"
     if not written.is_file():
-        if folder.is_dir() and get_last_checkpoint(str(folder)) is not None:
-            raise ValueError(f"{folder} holds checkpoints of an unknown run: choose another output_dir")
         return
     earlier = json.loads(written.read_text(encoding="utf-8"))
-    if earlier["hash"] != identity["hash"]:
+    if (earlier["hash"], earlier["data"]) != (identity["hash"], identity["data"]):
         before, now = _flat(earlier), _flat(identity)
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         changes = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed if key != "hash"]
-        raise ValueError(f"{folder} holds a run of another recipe ({'; '.join(changes)}): {remedy}")
+        raise ValueError(f"{folder} holds a run of another recipe or other data ({'; '.join(changes)}): {remedy}")
     if earlier["num_processes"] != identity["num_processes"]:
         raise ValueError(
             f"{folder} holds a run of {earlier['num_processes']} processes, not {identity['num_processes']}: start it "
@@ -294,10 +320,7 @@ def _result(
         **environment(),
         "num_processes": trainer.args.world_size,
         "precision": trainer.accelerator.mixed_precision,
-        "data": {
-            "train": source_provenance(**data.train.model_dump(), streaming=data.streaming),
-            "validation": source_provenance(**data.validation.model_dump()),
-        },
+        "data": json.loads((recipe.folder / "run.json").read_text(encoding="utf-8"))["data"],
         "parameters": num_parameters(recipe),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
