@@ -214,7 +214,8 @@ class MemoryMosaicMemory(nn.Module):
         if is_token is not None:
             states = states * is_token[:, None, :, None]
         previous = None if past_key_values is None else self.states(past_key_values).get_state(self.sum_name)
-        sums, _ = leaky_average(states, (PARAMETER_SCALE * self.key_leak).abs(), previous, is_token)
+        leak = (PARAMETER_SCALE * at_least_float32(self.key_leak)).abs()
+        sums, _ = leaky_average(states, leak, previous, is_token)
         if past_key_values is not None:
             self.states(past_key_values).set_state(self.sum_name, sums)
         return sums, previous
@@ -237,6 +238,8 @@ class MemoryMosaicMemory(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.config.attention_dropout if self.training else 0.0
+        # The caller's `is_causal` would win over the module's, and persistent memories are not causal.
+        kwargs["is_causal"] = self.is_causal
         return attention_function(self, query, key, value, attention_mask, dropout=dropout, scaling=1.0, **kwargs)
 
 

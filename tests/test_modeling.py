@@ -366,6 +366,7 @@ def test_requests_that_would_be_misread_are_refused(model):
         model(ids, attention_mask=torch.tensor([[0.0, 0, 0, 0], [-1e9, 0, 0, 0]]))
     with pytest.raises(ValueError, match="is_causal=False"):
         model(ids, is_causal=False)
+    assert torch.equal(model(ids, is_causal=True).logits, model(ids).logits)
     with pytest.raises(ValueError, match="length 0"):
         model(ids[:, :0])
     cache = model(ids, use_cache=True).past_key_values
