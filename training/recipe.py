@@ -124,6 +124,13 @@ class _TrainingFields(Section):
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     @model_validator(mode="after")
+    def _positive_sizes(self):
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if name in self.model_fields_set and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least 1")
+        return self
+
+    @model_validator(mode="after")
     def _leave_the_run_its_own(self):
         taken = sorted(self.model_fields_set & DECIDED_BY_THE_RUN.keys())
         if taken:
