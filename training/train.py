@@ -41,13 +41,13 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
             diverged, or no checkpoint is usable.
         OSError: a checkpoint could not be saved; earlier ones are intact.
     """
-    state = PartialState()
-    with only_run_in(recipe.folder, state):
-        return _run(recipe, state, restart)
-
-
-def _run(recipe: Recipe, state: PartialState, restart: bool) -> dict[str, Any]:
     arguments = training_arguments(recipe)
+    state = PartialState()  # after the arguments, which settle devices and processes
+    with only_run_in(recipe.folder, state):
+        return _run(recipe, arguments, state, restart)
+
+
+def _run(recipe: Recipe, arguments: TrainingArguments, state: PartialState, restart: bool) -> dict[str, Any]:
     claim_folder(recipe, state, restart)
     finished = recipe.folder / "result.json"
     if finished.is_file():
