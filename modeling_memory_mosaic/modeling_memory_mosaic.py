@@ -635,7 +635,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         ```python
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        >>> tokenizer = AutoTokenizer.from_pretrained(folder)
+        >>> tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         >>> model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         >>> ids = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
         >>> tokenizer.decode(ids[0])

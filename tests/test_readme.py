@@ -36,6 +36,9 @@ def test_python_blocks_run_in_order_in_one_session(readme, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
+    assert "Do you wish to run the custom code" not in process.stdout, (
+        "a question to the user in the middle of a block"
+    )
 
 
 def test_commands_exist(readme, request):
