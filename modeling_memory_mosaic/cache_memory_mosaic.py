@@ -186,11 +186,9 @@ def memory_from_state_dict(config, tensors: dict[str, torch.Tensor]) -> DynamicC
                 f"{name} has shape {tuple(tensor.shape)}; this model stores (batch, {config.num_attention_heads}, "
                 f"tokens, {config.head_dim})."
             )
-    shapes = {name.rpartition(".")[2]: set() for name in tensors}
-    for name, tensor in tensors.items():
-        shapes[name.rpartition(".")[2]].add((tensor.shape[0], tensor.shape[2]))
-    pairs = shapes.get("keys", set()) | shapes.get("values", set())
-    states = set().union(*(shapes.get(name, set()) for name in MemoryMosaicStates.state_names))
+    sizes = {name: (tensor.shape[0], tensor.shape[2]) for name, tensor in tensors.items()}
+    pairs = {size for name, size in sizes.items() if name.endswith((".keys", ".values"))}
+    states = {size for name, size in sizes.items() if name.endswith(MemoryMosaicStates.state_names)}
     if len(pairs) > 1 or states != {(batch_size, 1) for batch_size, _ in pairs}:
         raise ValueError(f"Not one memory: its layers hold (rows, slots) {sorted(pairs)} and states {sorted(states)}.")
     for index, layer in enumerate(cache.layers if tensors else []):

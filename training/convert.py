@@ -135,23 +135,25 @@ def convert_authors_state_dict(
         elif ours.endswith(("slot_keys", "slot_values")):
             tensor = tensor.squeeze(0)
         converted[ours] = tensor
+    if config.tie_word_embeddings:
+        store_tied_matrix_once(converted)
     check_parameters(config, converted)
     return config, converted
+
+
+def store_tied_matrix_once(converted: dict[str, torch.Tensor]) -> None:
+    """A tied matrix may come under either name or both; it stays as the embedding."""
+    head = converted.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, converted.setdefault("model.embed_tokens.weight", head)):
+        raise ValueError(
+            "The head and the embedding of this checkpoint differ, but its arguments say that they are tied: pass "
+            "weight_tying=False in `model_args`."
+        )
 
 
 def check_parameters(config: MemoryMosaicConfig, converted: dict[str, torch.Tensor]) -> None:
     with torch.device("meta"):
         expected = {name: p.shape for name, p in MemoryMosaicForCausalLM(config).named_parameters()}
-    head = converted.get("lm_head.weight")
-    if config.tie_word_embeddings and head is not None:
-        # A tied matrix may be stored under either name or both.
-        embedding = converted.setdefault("model.embed_tokens.weight", head)
-        if not torch.equal(head, embedding):
-            raise ValueError(
-                "The head and the embedding of this checkpoint differ, but its arguments say that they are tied: pass "
-                "weight_tying=False in `model_args`."
-            )
-        del converted["lm_head.weight"]
     found = {name: tensor.shape for name, tensor in converted.items()}
     if expected != found:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
