@@ -49,6 +49,8 @@ PARAMETER_SCALE = 10.0
 MAX_LOG_KEY_SCALE = 5.0
 # Tokens summed by one matrix product in `leaky_average`; a longer text is a leaky average of such chunks.
 CHUNK_LENGTH = 32
+# What `DataCollatorWithFlattening` sends along with `position_ids`.
+PACKING_NAMES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,6 +63,7 @@ def leaky_average(
     leak: torch.Tensor,
     initial_state: torch.Tensor | None = None,
     elapsed: torch.Tensor | None = None,
+    document: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exponentially decaying sum of past states, one decay per head (paper, eq. 7).
 
@@ -74,64 +77,96 @@ def leaky_average(
         initial_state (`torch.Tensor` of shape `(B, H, 1, D)`, *optional*): s_(-1); zeros when absent.
         elapsed (`torch.Tensor` of shape `(B, T)`, *optional*): tokens of decay before each position: 0 where the
             state must not age (padding), else 1. All ones when absent.
+        document (`torch.Tensor` of shape `(B, T)`, *optional*): number of the text that each position belongs to,
+            never falling; each sum starts anew with its text, number 0 at `initial_state`. One text when absent.
 
     Returns:
         sums `(B, H, T, D)` and final state `(B, H, 1, D)`: splitting T anywhere gives the same result.
     """
     with maybe_autocast(states.device.type, enabled=False):
         states = at_least_float32(states)
-        sums = _leaky_sums(states, leak.to(states.dtype), initial_state, elapsed)
+        sums = _leaky_sums(states, leak.to(states.dtype), initial_state, elapsed, document)
     return sums, sums[:, :, -1:]
 
 
-def _leaky_sums(states, leak, initial_state, elapsed):
+def _leaky_sums(states, leak, initial_state, elapsed, document, length=None):
     """One matrix product sums within chunks; a leaky average of the chunks' own totals carries on between them.
 
     Matrix products alone touch all the states, in the backward pass too: elementwise steps and slices of the whole
     would cost more than the sums themselves.
     """
     num_tokens = states.shape[2]
-    length = min(num_tokens, CHUNK_LENGTH)
-    if padding := -num_tokens % length:
+    if num_tokens == 1 and document is None:
+        aged = leak[:, None, None] if elapsed is None else leak[:, None, None] * elapsed[:, None, :, None]
+        return states if initial_state is None else states + torch.exp(-aged) * initial_state
+    # No step of an exported program may depend on the number of tokens: two levels then serve any.
+    exporting = torch.compiler.is_exporting()
+    is_last_level = length is not None
+    if length is None:
+        length = CHUNK_LENGTH if exporting else min(num_tokens, CHUNK_LENGTH)
+    num_chunks = -(-num_tokens // length)
+    if exporting or num_chunks * length > num_tokens:
+        padding = num_chunks * length - num_tokens
         states = F.pad(states, (0, 0, 0, padding))
-        elapsed = None if elapsed is None else F.pad(elapsed, (0, padding))
-    chunks = states.unflatten(2, (-1, length))  # (B, H, chunks, length, D)
-    batch_size, num_heads, num_chunks, _, width = chunks.shape
+        elapsed, document = (None if marks is None else F.pad(marks, (0, padding)) for marks in (elapsed, document))
+    chunks = states.unflatten(2, (num_chunks, length))  # (B, H, chunks, length, D)
+    batch_size, num_heads, _, _, width = chunks.shape
+    within, before, chunk_elapsed = chunk_decays(leak, elapsed, document, num_chunks, length)
 
-    # Rows are (groups, positions, columns). Chunks that share their decays form a group: without padding all chunks of
-    # a head, their vectors side by side as columns; with padding each chunk is its own.
-    if elapsed is None:
-        ages, rates = torch.arange(1, length + 1, device=states.device, dtype=states.dtype)[None], leak[:, None]
-        chunk_leak, chunk_elapsed = leak * length, None
-    else:
-        ages = elapsed.to(states.dtype).unflatten(1, (-1, length)).cumsum(-1)  # (B, chunks, length)
-        chunk_leak, chunk_elapsed = leak, ages[..., -1]
-        ages = ages[:, None].expand(-1, num_heads, -1, -1).flatten(0, 2)
-        rates = leak[:, None].expand(batch_size, -1, num_chunks).reshape(-1, 1)
+    # Rows are (groups, positions, columns). Chunks that share their decays form a group: without marks all chunks of
+    # a head, their vectors side by side as columns; with padding or documents each chunk is its own.
+    is_shared = elapsed is None and document is None
 
     def to_rows(vectors):
-        return vectors.permute(1, 3, 0, 2, 4).flatten(2) if elapsed is None else vectors.flatten(0, 2)
+        return vectors.permute(1, 3, 0, 2, 4).flatten(2) if is_shared else vectors.flatten(0, 2)
 
     def from_rows(rows):
-        if elapsed is not None:
+        if not is_shared:
             return rows.view(batch_size, num_heads, num_chunks, -1, width)
         return rows.view(num_heads, -1, batch_size, num_chunks, width).permute(2, 0, 3, 1, 4)
 
-    rows = sums = to_rows(chunks)
-    if length > 1:
-        lags = (ages[:, :, None] - ages[:, None, :]).clamp(min=0)
-        weights = torch.exp(-rates[:, :, None] * lags).tril()
-        sums = weights @ rows
-    if num_chunks > 1:
-        totals = from_rows(weights[:, -1:] @ rows).squeeze(3)
-        ends = _leaky_sums(totals, chunk_leak, initial_state, chunk_elapsed)
+    rows = to_rows(chunks)
+    sums = within @ rows
+    if not is_last_level and (exporting or num_chunks > 1):
+        totals = from_rows(within[:, -1:] @ rows).squeeze(3)
+        ends = _leaky_sums(
+            totals,
+            leak * length if is_shared else leak,
+            initial_state,
+            None if is_shared else chunk_elapsed,
+            None if document is None else document[:, length - 1 :: length],
+            length=num_chunks if exporting else None,
+        )
         first = torch.zeros_like(ends[:, :, :1]) if initial_state is None else initial_state.to(ends.dtype)
         initial_state = torch.cat([first, ends[:, :, :-1]], dim=2)  # (B, H, chunks, D): what each chunk starts from
     if initial_state is not None:
-        start = to_rows(initial_state[:, :, :, None].to(sums.dtype))
-        sums = torch.baddbmm(sums, torch.exp(-rates * ages)[:, :, None], start)
+        sums = torch.baddbmm(sums, before[:, :, None], to_rows(initial_state[:, :, :, None].to(sums.dtype)))
     # Heads come first in storage, as the persistent memory reads all rows of a head together.
     return from_rows(sums).transpose(0, 1).flatten(2, 3)[:, :, :num_tokens].transpose(0, 1)
+
+
+def chunk_decays(leak, elapsed, document, num_chunks, length):
+    """What is left, at each position of a chunk, of each earlier one `(G, L, L)` and of the time before `(G, L)`.
+
+    Groups G are heads where all chunks are alike, else rows x heads x chunks. Third comes how far each chunk ages a
+    state, `(B, chunks)`.
+    """
+    marks = elapsed if document is None else document
+    if marks is None:
+        ages = torch.arange(1, length + 1, device=leak.device, dtype=leak.dtype)[None, None]
+    elif elapsed is None:
+        ages = leak.new_ones(marks.shape).unflatten(1, (num_chunks, length)).cumsum(-1)
+    else:
+        ages = elapsed.to(leak.dtype).unflatten(1, (num_chunks, length)).cumsum(-1)  # (B, chunks, L)
+    lags = (ages[..., :, None] - ages[..., None, :]).clamp(min=0)
+    within = torch.exp(-leak[:, None, None, None] * lags[:, None]).tril()  # (B, H, chunks, L, L)
+    before = torch.exp(-leak[:, None, None] * ages[:, None])  # (B, H, chunks, L)
+    if document is not None:
+        document = document.unflatten(1, (num_chunks, length))
+        carried = F.pad(document[:, :-1, -1:], (0, 0, 1, 0))  # the document that the time before ended with
+        within = within * (document[..., :, None] == document[..., None, :])[:, None]
+        before = before * (document == carried)[:, None]
+    return within.flatten(0, 2), before.flatten(0, 2), ages[..., -1]
 
 
 def scale_to_length(vectors: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
@@ -208,14 +243,14 @@ class MemoryMosaicMemory(nn.Module):
         """`(B, T, H * D)` to `(B, H, T, D)`."""
         return projected.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
-    def sum_keys(self, hidden_states, is_token, past_key_values):
+    def sum_keys(self, hidden_states, is_token, document, past_key_values):
         """Leaky sums of the projected keys, `(B, H, T, D)`, and the one before them, `(B, H, 1, D)` or `None`."""
         states = self.split_heads(self.k_proj(hidden_states))
         if is_token is not None:
             states = states * is_token[:, None, :, None]
         previous = None if past_key_values is None else self.states(past_key_values).get_state(self.sum_name)
         leak = (PARAMETER_SCALE * at_least_float32(self.key_leak)).abs()
-        sums, _ = leaky_average(states, leak, previous, is_token)
+        sums, _ = leaky_average(states, leak, previous, is_token, document)
         if past_key_values is not None:
             self.states(past_key_values).set_state(self.sum_name, sums)
         return sums, previous
@@ -259,6 +294,7 @@ class MemoryMosaicContextualMemory(MemoryMosaicMemory):
         hidden_states: torch.Tensor,
         slot_mask: torch.Tensor | None = None,
         is_token: torch.Tensor | None = None,
+        document: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -268,13 +304,14 @@ class MemoryMosaicContextualMemory(MemoryMosaicMemory):
             slot_mask (*optional*): for the attention function, queries by slots. `None`: nothing is padded, and either
                 the memory was empty or T is 1, so that the strict rule needs no mask.
             is_token (`torch.Tensor` of shape `(B, T)`, *optional*): False at padding.
+            document (`torch.Tensor` of shape `(B, T)`, *optional*): number of each token's text, if rows hold several.
             past_key_values ([`~transformers.Cache`], *optional*): the memory; grows by T slots.
 
         Returns:
             output `(B, T, C)`, and under eager attention the weight `(B, H, T, S)` that each of T tokens gives to
             the pair of each of S tokens so far.
         """
-        sums, previous = self.sum_keys(hidden_states, is_token, past_key_values)
+        sums, previous = self.sum_keys(hidden_states, is_token, document, past_key_values)
         if previous is not None:
             sums = torch.cat([previous, sums], dim=2)
         keys = scale_to_length(sums, self.key_length()).to(hidden_states.dtype)
@@ -341,12 +378,13 @@ class MemoryMosaicPersistentMemory(MemoryMosaicMemory):
         self,
         hidden_states: torch.Tensor,
         is_token: torch.Tensor | None = None,
+        document: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """Output `(B, T, C)` for hidden states `(B, T, C)`; arguments as for [`MemoryMosaicContextualMemory`]."""
         batch_size, num_tokens, _ = hidden_states.shape
-        sums, _ = self.sum_keys(hidden_states, is_token, past_key_values)
+        sums, _ = self.sum_keys(hidden_states, is_token, document, past_key_values)
         # Slots carry no scale of their own, so the query takes both factors of the product of two keys.
         queries = scale_to_length(sums, self.key_length(power=2)).to(self.slot_keys.dtype)
         # Every token reads the same slots, so all rows become one batch and the slots are never repeated.
@@ -371,10 +409,11 @@ class MemoryMosaicDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         slot_mask: torch.Tensor | None = None,
         is_token: torch.Tensor | None = None,
+        document: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        memory_kwargs = {"is_token": is_token, "past_key_values": past_key_values, **kwargs}
+        memory_kwargs = {"is_token": is_token, "document": document, "past_key_values": past_key_values, **kwargs}
         recalled, _ = self.contextual_memory(self.contextual_norm(hidden_states), slot_mask=slot_mask, **memory_kwargs)
         hidden_states = hidden_states + recalled
         return hidden_states + self.persistent_memory(self.persistent_norm(hidden_states), **memory_kwargs)
@@ -424,58 +463,114 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
-    """What all layers of one forward pass need to know about padding and the past.
+def create_memory_masks(
+    config, inputs_embeds, attention_mask, past_key_values, position_ids=None, seq_idx=None, **kwargs
+):
+    """What all layers of one forward pass need to know about padding, documents and the past.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, on either side or within.
+        position_ids, seq_idx, cu_seq_lens_q (*optional*): see [`find_documents`].
 
     Returns:
-        `dict`: `slot_mask` and `is_token`, the arguments of [`MemoryMosaicContextualMemory`].
+        `dict`: `slot_mask`, `is_token` and `document`, the arguments of [`MemoryMosaicContextualMemory`].
 
     Raises:
-        ValueError: if the mask is not 2-D or not as long as past and new tokens together, or if `position_ids`
-            show that several documents are packed in one row.
+        ValueError: if the mask is not 2-D or not as long as past and new tokens together, or if several documents are
+            packed in one row and there is a memory, which holds one.
     """
     num_tokens = inputs_embeds.shape[1]
     num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     is_static = past_key_values is not None and past_key_values.is_compileable
     if not is_torchdynamo_compiling():
-        check_mask(attention_mask, inputs_embeds.shape[0], int(num_seen), num_tokens)
-        refuse_packed_documents(position_ids, attention_mask, int(num_seen), num_tokens)
+        marks = {"position_ids": position_ids, "seq_idx": seq_idx}
+        check_marks(attention_mask, inputs_embeds.shape[0], int(num_seen), num_tokens, **marks)
         if attention_mask is not None and attention_mask.all():
             attention_mask = None
     if attention_mask is not None:
         attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
 
+    document = find_documents(inputs_embeds, attention_mask, past_key_values, position_ids, seq_idx, **kwargs)
+    if document is not None and past_key_values is not None:
+        raise ValueError(
+            f"A document begins in a row behind {int(num_seen)} tokens in the memory, which holds one text. Read "
+            "packed documents without `past_key_values`, or each in a row of its own, padded with attention_mask. A "
+            "text that the memory holds already must not be passed again."
+        )
     is_token = None if attention_mask is None else attention_mask[:, -num_tokens:]
     if is_token is not None and not is_torchdynamo_compiling() and is_token.all():
         is_token = None
+    marks = {"is_token": is_token, "document": document}
     # Many tokens over no past: the shift identity. One token over some past: it reads every slot but the empty one.
     is_first = isinstance(num_seen, int) and num_seen == 0
     needs_no_mask = num_tokens > 1 if is_first else num_tokens == 1 and not is_static
     # Two families of attention functions read a missing mask as causal; the others need it spelled out.
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
-    if attention_mask is None and needs_no_mask and mask_function in (sdpa_mask, flash_attention_mask):
-        return {"slot_mask": None, "is_token": is_token}
+    is_plain = attention_mask is None and document is None
+    if is_plain and needs_no_mask and mask_function in (sdpa_mask, flash_attention_mask):
+        return {"slot_mask": None, **marks}
 
     num_slots = num_tokens if past_key_values is None else past_key_values.get_mask_sizes(num_tokens, 0)[0]
     if attention_mask is None:
         attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], num_slots), dtype=torch.bool)
     is_token_slot = F.pad(attention_mask, (0, num_slots - attention_mask.shape[1]))
     count = is_token_slot.long().cumsum(-1)
+    if document is not None:
+        # Tokens of the own document only: less those that came before it, a number that stays until the next begins.
+        begins = F.pad(document.diff(dim=-1), (1, 0)) > 0
+        count = count - (begins * (count - is_token_slot.long())).cummax(dim=-1).values
 
     def strict_rule(batch_idx, head_idx, q_idx, kv_idx):
-        """A slot is full if its token is real and not the row's first; rows with nothing stored read empty slot 0."""
+        """A slot is full if its token is real and not the first; who has nothing stored reads empty slot 0."""
         is_full = is_token_slot[batch_idx, kv_idx] & (count[batch_idx, kv_idx] > 1)
+        if document is not None:
+            is_full = is_full & (document[batch_idx, kv_idx] == document[batch_idx, q_idx])
         return is_full | ((kv_idx == 0) & (count[batch_idx, q_idx] <= 1))
 
     slot_mask = create_causal_mask(config, inputs_embeds, None, past_key_values, and_mask_function=strict_rule)
-    return {"slot_mask": slot_mask, "is_token": is_token}
+    return {"slot_mask": slot_mask, **marks}
 
 
-def check_mask(attention_mask, batch_size, num_seen, num_tokens):
-    """Refuses a mask that would silently be read as another one."""
+def find_documents(
+    inputs_embeds, attention_mask, past_key_values, position_ids=None, seq_idx=None, cu_seq_lens_q=None, **kwargs
+):
+    """Number of the document that each new token belongs to, `(B, T)`; `None` if each row is one text.
+
+    A document begins where `position_ids` `(B, T)` do not rise or `seq_idx` `(B, T)` changes, and at the offsets
+    `cu_seq_lens_q` into the rows one after another. Positions mean nothing else to a memory.
+    """
+    if position_ids is None and seq_idx is None and cu_seq_lens_q is None:
+        return None
+    if is_torchdynamo_compiling() and past_key_values is not None:
+        return None  # Whether documents begin cannot be asked here; `generate` asks before it compiles a step.
+    (batch_size, num_tokens, _), device = inputs_embeds.shape, inputs_embeds.device
+    begins = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
+    if position_ids is not None:
+        positions = position_ids.to(device).expand(batch_size, num_tokens)[:, None, :, None]
+        has_past = begins[:, :1] | (past_key_values is not None and int(past_key_values.get_seq_length()) > 0)
+        is_token = torch.ones_like(begins)
+        if attention_mask is not None:
+            has_past, is_token = attention_mask[:, :-num_tokens].any(-1, True), attention_mask[:, -num_tokens:]
+        # Before a text stands -1, which 0 is above; before its continuation 0, which 0 repeats.
+        before = has_past[:, None, :, None].to(positions) - 1
+        previous = torch.cat([before, hold_last(positions, is_token, before)[:, :, :-1]], dim=2)
+        begins = begins | is_token & (positions <= previous)[:, 0, :, 0]
+    if seq_idx is not None:
+        begins = begins | F.pad(seq_idx.to(device).diff(dim=-1) != 0, (1, 0))
+    if cu_seq_lens_q is not None:
+        offsets = torch.arange(batch_size * num_tokens, device=device).view(batch_size, num_tokens)
+        begins = begins | torch.isin(offsets, cu_seq_lens_q.to(device)) & (offsets % num_tokens > 0)
+    # Compiled, the answer is not known yet: then every row is read as if it were packed.
+    return begins.long().cumsum(-1) if is_torchdynamo_compiling() or begins.any() else None
+
+
+def check_marks(attention_mask, batch_size, num_seen, num_tokens, **marks):
+    """Refuses a mask, positions or document numbers that would silently be read as others."""
+    for name, mark in marks.items():
+        if mark is not None and tuple(mark.shape) not in ((1, num_tokens), (batch_size, num_tokens)):
+            raise ValueError(
+                f"{name} has shape {tuple(mark.shape)}: it must be (batch, tokens), here {(batch_size, num_tokens)}."
+            )
     if attention_mask is None:
         return
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size:
@@ -490,25 +585,6 @@ def check_mask(attention_mask, batch_size, num_seen, num_tokens):
         )
     if attention_mask.is_floating_point() and (attention_mask < 0).any():
         raise ValueError("attention_mask has negative values: give 1 at tokens and 0 at padding, not what to add.")
-
-
-def refuse_packed_documents(position_ids, attention_mask, num_seen, num_tokens):
-    """Positions mean nothing to a memory, but one that goes back says that a document begins, or begins again."""
-    if position_ids is None:
-        return
-    restarts = F.pad(position_ids.diff(dim=-1) <= 0, (1, 0)) | (position_ids == 0)
-    if attention_mask is None:
-        restarts[:, : 1 if num_seen == 0 else 0] = False  # the first token of all may well be number 0
-    else:
-        is_token = attention_mask.to(position_ids.device, torch.bool)
-        has_past = (is_token.long().cumsum(-1) > 1)[:, -num_tokens:]
-        restarts = restarts & is_token[:, -num_tokens:] & has_past
-    if restarts.any():
-        raise ValueError(
-            f"position_ids restart within a row, behind {num_seen} tokens in the memory. Packed documents are not "
-            "supported, since the memory of one would leak into the next: give each a row of its own, padded with "
-            "attention_mask. A text that the memory holds already must not be passed again."
-        )
 
 
 # trf-ignore: TRF057
@@ -542,13 +618,18 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         self.check_request(inputs_embeds, past_key_values, kwargs)
+        # What marks documents serves here alone: an attention function would take it for marks of its own slots.
+        packing = {name: kwargs.pop(name, None) for name in PACKING_NAMES}
 
         masks = attention_mask
         if not isinstance(masks, dict):
-            masks = create_memory_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+            masks = create_memory_masks(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, **packing
+            )
+        # A memory holds one text: packed documents leave none.
+        if use_cache and past_key_values is None and masks["document"] is None:
+            past_key_values = DynamicCache(config=self.config)
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, **masks, past_key_values=past_key_values, **kwargs)
@@ -571,12 +652,6 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         """Refuses what would fail later or, worse, be answered as if it had been something else."""
         if inputs_embeds.shape[1] == 0:
             raise ValueError("There is no token to read: input_ids have length 0.")
-        for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name} says that several documents are packed in one row, which is not supported: the memory of "
-                    "one would leak into the next. Give each document a row of its own, padded with attention_mask."
-                )
         if kwargs.get("is_causal") is False:
             raise ValueError("is_causal=False is not supported: a memory holds only what came before.")
         if past_key_values is None:

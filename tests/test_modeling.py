@@ -338,28 +338,6 @@ def test_flex_attention_serves_too(model):
     torch.testing.assert_close(logits[mask == 1], expected[mask == 1], rtol=0, atol=1e-5)
 
 
-def test_packed_documents_are_refused(model):
-    ids = make_ids(1, 6)
-    with pytest.raises(ValueError, match="Packed documents"):
-        model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
-    with pytest.raises(ValueError, match="cu_seq_lens_q says.*packed"):
-        model(ids, cu_seq_lens_q=torch.tensor([0, 3, 6]))
-    with pytest.raises(ValueError, match="seq_idx says.*packed"):
-        model(ids, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
-    padded = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]]), "position_ids": torch.tensor([[1, 1, 0, 1, 2, 3]])}
-    model(ids, position_ids=torch.arange(6)[None])
-    model(ids, **padded)  # as `generate` numbers a padded row
-
-
-@pytest.mark.parametrize("num_tokens", [1, 4])
-def test_a_document_that_begins_behind_another_is_refused(model, num_tokens):
-    cache = model(make_ids(1, 5), use_cache=True).past_key_values
-    ids = make_ids(1, num_tokens)
-    with pytest.raises(ValueError, match="behind 5 tokens in the memory"):
-        model(ids, position_ids=torch.arange(num_tokens)[None], past_key_values=cache)
-    model(ids, position_ids=5 + torch.arange(num_tokens)[None], past_key_values=cache)
-
-
 def test_requests_that_would_be_misread_are_refused(model):
     ids = make_ids(2, 4)
     with pytest.raises(ValueError, match="negative"):

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents packed in one row give the logits and gradients of documents in rows of their own."""
+
+import pytest
+import torch
+from conftest import make_ids, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DataCollatorWithFlattening, DynamicCache
+
+from modeling_memory_mosaic.modeling_memory_mosaic import CHUNK_LENGTH
+
+
+LENGTHS = [3, 1, 1, CHUNK_LENGTH + 5, 2, 9]
+
+
+def make_documents(lengths=LENGTHS):
+    return [make_ids(length, seed=seed) for seed, length in enumerate(lengths)]
+
+
+def pack(documents, **options):
+    """One row `(1, T)` of documents with what marks them, as the library's collator makes it."""
+    collator = DataCollatorWithFlattening(**options)
+    return collator([{"input_ids": document.tolist()} for document in documents])
+
+
+MARKS = {
+    "position_ids": {},
+    "position_ids from 2": {"position_ids_start": 2},
+    "seq_idx": {"return_position_ids": False, "return_seq_idx": True},
+    "cu_seq_lens": {"return_position_ids": False, "return_flash_attn_kwargs": True},
+    "all": {"return_seq_idx": True, "return_flash_attn_kwargs": True},
+}
+
+
+CASES = [(implementation, marks) for implementation in ("eager", "sdpa") for marks in MARKS]
+
+
+@pytest.mark.parametrize(("implementation", "marks"), [*CASES, ("flex_attention", "position_ids")])
+def test_packed_equals_separate(marks, implementation):
+    model = make_model().requires_grad_(False)  # on a CPU, FlexAttention has no backward
+    model.set_attn_implementation(implementation)
+    documents = make_documents()
+    with torch.no_grad():
+        packed = model(**pack(documents, **MARKS[marks])).logits[0]
+        alone = torch.cat([model(document[None]).logits[0] for document in documents])
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+    assert not torch.allclose(packed, model(torch.cat(documents)[None]).logits[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_packed_gradients_equal_separate_ones(implementation):
+    model = make_model(dtype=torch.float64)
+    model.set_attn_implementation(implementation)
+    documents = make_documents()
+    batch = pack(documents)
+    num_labels = (batch["labels"] != -100).sum()
+
+    model(**batch, num_items_in_batch=num_labels).loss.backward()
+    packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for document in documents:
+        if len(document) > 1:  # one token alone has nothing to predict
+            model(document[None], labels=document[None], num_items_in_batch=num_labels).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=3), data=st.data())
+def test_packed_rows_with_padding_anywhere_equal_separate(rows, data):
+    """Several packed rows in a batch, padding before, between, after and inside documents."""
+    model = make_model(dtype=torch.float64)
+    length = max(map(sum, rows)) + data.draw(st.integers(0, 6))
+    ids, positions, mask = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
+    documents = {}
+    for index, lengths in enumerate(rows):
+        places = sorted(data.draw(st.permutations(range(length)))[: sum(lengths)])
+        numbers = torch.cat([torch.arange(length) for length in lengths])
+        ids[index, places] = make_ids(len(places), seed=index)
+        positions[index, places], mask[index, places] = numbers, 1
+        for number, part in enumerate(torch.tensor(places).split(lengths)):
+            documents[index, number] = part
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits
+        for (index, _), places in documents.items():
+            alone = model(ids[index, places][None]).logits[0]
+            torch.testing.assert_close(logits[index, places], alone, rtol=0, atol=1e-9)
+
+
+def test_the_first_token_of_each_document_retrieves_exactly_zero():
+    model = make_model()
+    model.set_attn_implementation("eager")
+    documents = make_documents()
+    attentions = model(**pack(documents), output_attentions=True, use_cache=False).attentions
+    starts = torch.tensor([0, *LENGTHS[:-1]]).cumsum(0)
+    document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    for weights in attentions:
+        assert torch.equal(weights[:, :, starts], torch.zeros_like(weights[:, :, starts]))
+        assert not weights[..., document[:, None] != document[None, :]].any()
+        others = [t for t in range(len(document)) if t not in starts]
+        torch.testing.assert_close(weights[:, :, others].sum(-1), torch.ones_like(weights[:, :, others, 0]))
+
+
+def test_one_document_is_read_as_any_text(model):
+    ids = make_ids(2, 7)
+    expected = model(ids)
+    for marks in ({"position_ids": torch.arange(7)[None]}, {"seq_idx": torch.ones_like(ids)}):
+        outputs = model(ids, **marks)
+        assert torch.equal(outputs.logits, expected.logits) and outputs.past_key_values.get_seq_length() == 7
+
+
+def test_packed_documents_leave_no_memory(model):
+    batch = pack(make_documents())
+    assert model(**batch, use_cache=True).past_key_values is None
+    with pytest.raises(ValueError, match="behind 0 tokens in the memory, which holds one text"):
+        model(**batch, past_key_values=DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_a_document_that_begins_behind_another_is_refused(model, num_tokens):
+    cache = model(make_ids(1, 5), use_cache=True).past_key_values
+    ids = make_ids(1, num_tokens)
+    with pytest.raises(ValueError, match="behind 5 tokens in the memory"):
+        model(ids, past_key_values=cache, position_ids=torch.arange(num_tokens)[None])
+    model(ids, past_key_values=cache, position_ids=5 + torch.arange(num_tokens)[None])
+    assert cache.get_seq_length() == 5 + num_tokens
+
+
+@pytest.mark.parametrize("marks", ["position_ids", "seq_idx"])
+def test_marks_of_another_length_are_refused(model, marks):
+    with pytest.raises(ValueError, match=rf"{marks} has shape \(2, 3\)"):
+        model(make_ids(2, 4), **{marks: torch.zeros(2, 3, dtype=torch.long)})
+
+
+def test_compiled_packing_is_exact_and_one_graph():
+    """Compiled, restarts cannot be asked about: whatever could mark documents is followed."""
+    model = make_model()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    batch = pack(make_documents())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)
+        plain = {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
+        torch.testing.assert_close(compiled(**plain).logits, model(**plain).logits, rtol=0, atol=1e-5)
