@@ -89,7 +89,7 @@ def leaky_average(
     return sums, sums[:, :, -1:]
 
 
-def _leaky_sums(states, leak, initial_state, elapsed, document, length=None):
+def _leaky_sums(states, leak, initial_state, elapsed, document):
     """One matrix product sums within chunks; a leaky average of the chunks' own totals carries on between them.
 
     Matrix products alone touch all the states, in the backward pass too: elementwise steps and slices of the whole
@@ -99,14 +99,10 @@ def _leaky_sums(states, leak, initial_state, elapsed, document, length=None):
     if num_tokens == 1 and document is None:
         aged = leak[:, None, None] if elapsed is None else leak[:, None, None] * elapsed[:, None, :, None]
         return states if initial_state is None else states + torch.exp(-aged) * initial_state
-    # No step of an exported program may depend on the number of tokens: two levels then serve any.
-    exporting = torch.compiler.is_exporting()
-    is_last_level = length is not None
-    if length is None:
-        length = CHUNK_LENGTH if exporting else min(num_tokens, CHUNK_LENGTH)
+    # An exported program serves any number of tokens, so it cannot depend on their number of chunks: it has one.
+    length = num_tokens if torch.compiler.is_exporting() else min(num_tokens, CHUNK_LENGTH)
     num_chunks = -(-num_tokens // length)
-    if exporting or num_chunks * length > num_tokens:
-        padding = num_chunks * length - num_tokens
+    if padding := num_chunks * length - num_tokens:
         states = F.pad(states, (0, 0, 0, padding))
         elapsed, document = (None if marks is None else F.pad(marks, (0, padding)) for marks in (elapsed, document))
     chunks = states.unflatten(2, (num_chunks, length))  # (B, H, chunks, length, D)
@@ -127,7 +123,7 @@ def _leaky_sums(states, leak, initial_state, elapsed, document, length=None):
 
     rows = to_rows(chunks)
     sums = within @ rows
-    if not is_last_level and (exporting or num_chunks > 1):
+    if num_chunks > 1:
         totals = from_rows(within[:, -1:] @ rows).squeeze(3)
         ends = _leaky_sums(
             totals,
@@ -135,7 +131,6 @@ def _leaky_sums(states, leak, initial_state, elapsed, document, length=None):
             initial_state,
             None if is_shared else chunk_elapsed,
             None if document is None else document[:, length - 1 :: length],
-            length=num_chunks if exporting else None,
         )
         first = torch.zeros_like(ends[:, :, :1]) if initial_state is None else initial_state.to(ends.dtype)
         initial_state = torch.cat([first, ends[:, :, :-1]], dim=2)  # (B, H, chunks, D): what each chunk starts from
@@ -183,8 +178,13 @@ def hold_last(vectors: torch.Tensor, is_token: torch.Tensor, initial_state: torc
     Before the first token stands `initial_state` `(B, H, 1, D)`; without one, a vector of no meaning.
     """
     first = vectors[:, :, :1] if initial_state is None else initial_state
-    positions = torch.arange(1, is_token.shape[1] + 1, device=is_token.device)
-    last = (positions * is_token).cummax(dim=-1).values[:, None, :, None].expand_as(vectors)
+    batch_size, num_tokens = is_token.shape
+    # Where the n-th token stands, counted from 1; padding writes behind the end. (ONNX has no running maximum.)
+    positions = torch.arange(1, num_tokens + 1, device=is_token.device).expand(batch_size, -1)
+    count = is_token.long().cumsum(-1)
+    places = count.new_zeros(batch_size, num_tokens + 2)
+    places = places.scatter(1, torch.where(is_token, count, num_tokens + 1), positions)
+    last = places.gather(1, count)[:, None, :, None].expand_as(vectors)
     return torch.cat([first, vectors], dim=2).gather(2, last)
 
 
@@ -518,7 +518,8 @@ def create_memory_masks(
     if document is not None:
         # Tokens of the own document only: less those that came before it, a number that stays until the next begins.
         begins = F.pad(document.diff(dim=-1), (1, 0)) > 0
-        count = count - (begins * (count - is_token_slot.long())).cummax(dim=-1).values
+        before = (count - is_token_slot.long())[:, None, :, None]
+        count = count - hold_last(before, begins, torch.zeros_like(before[:, :, :1]))[:, 0, :, 0]
 
     def strict_rule(batch_idx, head_idx, q_idx, kv_idx):
         """A slot is full if its token is real and not the first; who has nothing stored reads empty slot 0."""

@@ -2,6 +2,7 @@
 """Every test runs offline, with a cache of its own, on small models whose parameters are all away from their start."""
 
 import os
+import sys
 import tempfile
 
 
@@ -36,3 +37,11 @@ def make_ids(*shape: int, seed: int = 0, vocab_size: int = SIZES["vocab_size"]) 
 @pytest.fixture
 def model() -> MemoryMosaicForCausalLM:
     return make_model()
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """What one test compiled must not count against the limits of the next."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -321,12 +321,6 @@ def test_gradients_of_one_batch_equal_accumulated_ones():
         torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-7)
 
 
-def test_compiled_forward_is_one_graph(model):
-    ids = make_ids(2, 20)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
-
-
 def test_flex_attention_serves_too(model):
     model.requires_grad_(False)  # on a CPU, FlexAttention has no backward
     ids, mask = make_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
