@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory Mosaics for transformers. Importing this package makes `AutoModel` and its kin know them."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .cache_memory_mosaic import (
     MemoryMosaicCacheLayer,
@@ -12,6 +12,7 @@ from .cache_memory_mosaic import (
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .modeling_memory_mosaic import (
     MemoryMosaicForCausalLM,
+    MemoryMosaicForSequenceClassification,
     MemoryMosaicModel,
     MemoryMosaicPreTrainedModel,
     kernel_smoothing,
@@ -22,11 +23,19 @@ from .modeling_memory_mosaic import (
 AutoConfig.register(MemoryMosaicConfig.model_type, MemoryMosaicConfig, exist_ok=True)
 AutoModel.register(MemoryMosaicConfig, MemoryMosaicModel, exist_ok=True)
 AutoModelForCausalLM.register(MemoryMosaicConfig, MemoryMosaicForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(MemoryMosaicConfig, MemoryMosaicForSequenceClassification, exist_ok=True)
+
+# From here on `save_pretrained` writes the code beside the weights, for machines without this package.
+MemoryMosaicConfig.register_for_auto_class()
+MemoryMosaicModel.register_for_auto_class("AutoModel")
+MemoryMosaicForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+MemoryMosaicForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 __all__ = [
     "MemoryMosaicCacheLayer",
     "MemoryMosaicConfig",
     "MemoryMosaicForCausalLM",
+    "MemoryMosaicForSequenceClassification",
     "MemoryMosaicModel",
     "MemoryMosaicPreTrainedModel",
     "MemoryMosaicStaticCacheLayer",

@@ -71,6 +71,27 @@ class MemoryMosaicConfig(PreTrainedConfig):
 
     model_type = "memory_mosaic"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # Memories are independent of each other: each process holds some heads of every layer, with all their parameters.
+    # The styles say along which axis a parameter is cut: "colwise" the heads of a vector, "embedding_rowwise" the
+    # first axis, which are the heads of the slots.
+    base_model_tp_plan = {
+        "layers.*.contextual_memory": "local_params",
+        "layers.*.contextual_memory.k_proj": "colwise",
+        "layers.*.contextual_memory.v_proj": "colwise",
+        "layers.*.contextual_memory.o_proj": "rowwise",
+        "layers.*.contextual_memory.key_leak": "colwise",
+        "layers.*.contextual_memory.key_scale": "colwise",
+        "layers.*.contextual_memory.value_scale": "colwise",
+        "layers.*.contextual_memory.value_mix": "colwise",
+        "layers.*.persistent_memory": "local_params",
+        "layers.*.persistent_memory.k_proj": "colwise",
+        "layers.*.persistent_memory.o_proj": "rowwise",
+        "layers.*.persistent_memory.key_leak": "colwise",
+        "layers.*.persistent_memory.key_scale": "colwise",
+        "layers.*.persistent_memory.value_scale": "colwise",
+        "layers.*.persistent_memory.slot_keys": "embedding_rowwise",
+        "layers.*.persistent_memory.slot_values": "embedding_rowwise",
+    }
 
     vocab_size: int = 50257
     hidden_size: int = 768

@@ -33,7 +33,11 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
@@ -429,6 +433,8 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
+    # The leaky sums of one stretch of a text continue those of the stretch before it.
+    _supports_context_parallel = False
     _can_record_outputs = {
         "hidden_states": MemoryMosaicDecoderLayer,
         "attentions": MemoryMosaicContextualMemory,
@@ -676,6 +682,8 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
     """A Memory Mosaic that predicts the next token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MemoryMosaicConfig):
         super().__init__(config)
@@ -741,4 +749,86 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["MemoryMosaicForCausalLM", "MemoryMosaicModel", "MemoryMosaicPreTrainedModel"]
+# trf-ignore: TRF057
+class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
+    """A Memory Mosaic that judges a text by its hidden state at the last token."""
+
+    def __init__(self, config: MemoryMosaicConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MemoryMosaicModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    # trf-ignore: TRF057
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): token ids below `vocab_size`.
+            attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, 1 at tokens. Without
+                it, ids equal to `pad_token_id` are taken for padding.
+            labels (*optional*): `(B,)` class numbers, `(B, num_labels)` floats for several labels at once, or `(B,)`
+                floats with one label (regression); see `config.problem_type`.
+
+        Returns:
+            `SequenceClassifierOutputWithPast`: logits `(B, num_labels)`.
+
+        Raises:
+            ValueError: if there are several rows and nothing tells tokens from padding.
+        """
+        if attention_mask is None and past_key_values is None and input_ids is not None:
+            attention_mask = None if self.config.pad_token_id is None else input_ids != self.config.pad_token_id
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.last_token(outputs.last_hidden_state, attention_mask))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=None, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def last_token(self, hidden_states, attention_mask) -> torch.Tensor:
+        """Of hidden states `(B, T, C)`, each row's at its last token, `(B, C)`."""
+        batch_size, num_tokens, _ = hidden_states.shape
+        if attention_mask is None:
+            if batch_size > 1:
+                raise ValueError(
+                    f"{batch_size} rows, but nothing tells tokens from padding: pass attention_mask, or set "
+                    "config.pad_token_id."
+                )
+            return hidden_states[:, -1]
+        is_token = attention_mask[:, -num_tokens:].to(hidden_states.device, torch.bool)
+        last = (torch.arange(num_tokens, device=hidden_states.device) * is_token).argmax(dim=-1)
+        return hidden_states[torch.arange(batch_size, device=hidden_states.device), last]
+
+
+__all__ = [
+    "MemoryMosaicForCausalLM",
+    "MemoryMosaicForSequenceClassification",
+    "MemoryMosaicModel",
+    "MemoryMosaicPreTrainedModel",
+]

@@ -87,7 +87,7 @@ def test_remote_code_loads_everything_in_a_clean_process(tmp_path):
     assert {path.name for path in (tmp_path / "model").glob("*.py")} == set(PAYLOAD)
     script = """
 import sys, torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 folder, expected = sys.argv[1], torch.load(sys.argv[2])
 for _ in range(2):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -97,6 +97,10 @@ for _ in range(2):
     assert torch.equal(model.eval()(expected["ids"]).logits, expected["logits"])
     model.generate(expected["ids"], attention_mask=torch.ones_like(expected["ids"]), max_new_tokens=3, pad_token_id=0)
 assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "MemoryMosaicModel"
+classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+assert type(classifier).__name__ == "MemoryMosaicForSequenceClassification"
+classifier.save_pretrained(sys.argv[3] + "/classifier")
+AutoModelForSequenceClassification.from_pretrained(sys.argv[3] + "/classifier", trust_remote_code=True)
 assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "memory_mosaic"
 model.save_pretrained(sys.argv[3] + "/again")
 AutoModelForCausalLM.from_pretrained(sys.argv[3] + "/again", trust_remote_code=True)
@@ -116,6 +120,7 @@ def test_the_payload_is_the_package_byte_for_byte(tmp_path, request):
         "AutoConfig": "configuration_memory_mosaic.MemoryMosaicConfig",
         "AutoModel": "modeling_memory_mosaic.MemoryMosaicModel",
         "AutoModelForCausalLM": "modeling_memory_mosaic.MemoryMosaicForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_memory_mosaic.MemoryMosaicForSequenceClassification",
     }
 
 

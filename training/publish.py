@@ -81,18 +81,18 @@ def _force_to_disk(path: Path) -> None:
 
 
 def carry_code(model: PreTrainedModel) -> None:
-    """Make every later `save_pretrained` write the model's source files beside its weights.
+    """Make every later `save_pretrained` name all classes of the model's source files, which it writes there too.
 
-    A class that is part of transformers needs none. `save_pretrained` itself enters only the class it saves and the
-    configuration in `auto_map`; without the base model's name there, `AutoModel.from_pretrained` would fail.
+    A class that is part of transformers needs none. `save_pretrained` itself enters only the class it saves in
+    `auto_map`; without the others, `AutoModel` and `AutoModelForSequenceClassification` could not load the folder.
     """
     if type(model).__module__.startswith("transformers."):
         return
-    base = type(model.base_model)
-    type(model.config).register_for_auto_class()
-    base.register_for_auto_class("AutoModel")
-    type(model).register_for_auto_class("AutoModelForCausalLM")
-    model.config.auto_map = {"AutoModel": f"{base.__module__.rpartition('.')[2]}.{base.__name__}"}
+    module, prefix = type(model).__module__.rpartition(".")[2], type(model.config).__name__.removesuffix("Config")
+    model.config.auto_map = {
+        f"AutoModel{suffix}": f"{module}.{prefix}{suffix or 'Model'}"
+        for suffix in ("", "ForCausalLM", "ForSequenceClassification")
+    }
 
 
 def export_model(
