@@ -244,7 +244,12 @@ class MemoryMosaicMemory(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """`(B, T, H * D)` to `(B, H, T, D)`."""
+        """`(B, T, H * D)` to `(B, H, T, D)`; of all heads, those that this process holds."""
+        if projected.shape[-1] % self.config.head_dim:
+            raise ValueError(
+                f"{projected.shape[-1]} features are not whole heads of {self.config.head_dim}: spread the model over "
+                f"a number of processes that divides num_attention_heads={self.config.num_attention_heads}."
+            )
         return projected.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
     def sum_keys(self, hidden_states, is_token, document, past_key_values):
