@@ -595,8 +595,12 @@ def check_marks(attention_mask, batch_size, num_seen, num_tokens, **marks):
             f"attention_mask covers {attention_mask.shape[1]} tokens, but the memory holds {num_seen} and "
             f"{num_tokens} are new: it must cover all {num_seen + num_tokens}."
         )
-    if attention_mask.is_floating_point() and (attention_mask < 0).any():
-        raise ValueError("attention_mask has negative values: give 1 at tokens and 0 at padding, not what to add.")
+    if attention_mask.dtype != torch.bool and ((attention_mask != 0) & (attention_mask != 1)).any():
+        low, high = attention_mask.min().item(), attention_mask.max().item()
+        raise ValueError(
+            f"attention_mask has values from {low} to {high}: give 1 at tokens and 0 at padding, not what to add to "
+            "scores and not numbers of documents (those are told by `position_ids`)."
+        )
 
 
 # trf-ignore: TRF057
@@ -662,8 +666,11 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
 
     def check_request(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None, kwargs) -> None:
         """Refuses what would fail later or, worse, be answered as if it had been something else."""
-        if inputs_embeds.shape[1] == 0:
-            raise ValueError("There is no token to read: input_ids have length 0.")
+        if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"The ids or embeddings to read have shape {tuple(inputs_embeds.shape[:-1])}: it must be "
+                "(batch, tokens), with at least one of each."
+            )
         if kwargs.get("is_causal") is False:
             raise ValueError("is_causal=False is not supported: a memory holds only what came before.")
         if past_key_values is None:
@@ -697,6 +704,13 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         self.post_init()
 
     create_masks_for_generate = staticmethod(create_memory_masks)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: for `generate_batch`, paged caches and continuous batching of servers."""
+        raise ValueError(
+            "Continuous batching is not supported: its paged cache holds keys and values, but no leaky sums and no "
+            "value that waits for its next token. Use `generate` with a left-padded batch."
+        )
 
     # trf-ignore: TRF057
     @can_return_tuple

@@ -1,16 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """`generate`: every way of decoding that shares the memory gives what decoding without it gives."""
 
+import copy
+
 import pytest
 import torch
 from conftest import make_ids, make_model
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, GPT2Config, GPT2LMHeadModel, TextStreamer, pipeline
+
+from training.tokenizer import train_tokenizer
 
 
 @pytest.fixture
 def model():
     """Ids 59 and 60 stand for padding and the end; without an end the texts have full length."""
     return make_model(pad_token_id=59, bos_token_id=60, eos_token_id=60)
+
+
+@pytest.fixture(scope="module")
+def shared_tokenizer():
+    return train_tokenizer(["Once upon a time there was a cat. One day, a little ball."] * 3, vocab_size=300)
+
+
+@pytest.fixture
+def tokenizer(shared_tokenizer, model):
+    """Makes `model` know as many ids as the tokenizer."""
+    model.resize_token_embeddings(len(shared_tokenizer))
+    tokenizer = copy.deepcopy(shared_tokenizer)
+    for settings in (model.config, model.generation_config):
+        settings.pad_token_id, settings.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return tokenizer
 
 
 def generate(model, ids, mask=None, **kwargs):
@@ -89,15 +108,108 @@ def test_prefill_in_chunks_equals_whole(model):
     assert torch.equal(generate(model, ids, prefill_chunk_size=7), generate(model, ids))
 
 
-@pytest.mark.parametrize("assistant", ["prompt_lookup", "itself", "another"])
+@pytest.mark.parametrize("assistant", ["prompt_lookup", "itself", "another", "smaller", "gpt2", "early exit"])
 def test_assisted_decoding_gives_the_greedy_text(model, assistant):
     ids = make_ids(1, 4).repeat(1, 4)
+    special = {"pad_token_id": 59, "bos_token_id": 60, "eos_token_id": 60}
     options = {
-        "prompt_lookup": {"prompt_lookup_num_tokens": 3},
-        "itself": {"assistant_model": model},
-        "another": {"assistant_model": make_model(seed=1, pad_token_id=59, bos_token_id=60, eos_token_id=60)},
-    }[assistant]
+        "prompt_lookup": lambda: {"prompt_lookup_num_tokens": 3},
+        "itself": lambda: {"assistant_model": model},
+        "another": lambda: {"assistant_model": make_model(seed=1, **special)},
+        "smaller": lambda: {"assistant_model": make_model(num_hidden_layers=1, hidden_size=12, **special)},
+        "gpt2": lambda: {"assistant_model": make_gpt2(**special)},
+        "early exit": lambda: {"assistant_early_exit": 1},
+    }[assistant]()
     assert torch.equal(generate(model, ids, **options), generate(model, ids))
+
+
+def make_gpt2(**special):
+    return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=12, n_layer=1, n_head=2, n_positions=64, **special)).eval()
+
+
+def test_a_mosaic_assists_a_gpt2():
+    ids, assistant = make_ids(1, 9), make_model(pad_token_id=59, eos_token_id=60)
+    gpt2 = make_gpt2(pad_token_id=59, bos_token_id=60, eos_token_id=60)
+    assert torch.equal(generate(gpt2, ids, assistant_model=assistant), generate(gpt2, ids))
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"num_beams": 3, "do_sample": True},
+        {"do_sample": True, "typical_p": 0.9, "renormalize_logits": True},
+        {"do_sample": True, "min_p": 0.01, "top_p": 0.9, "temperature": 0.7},
+        {"guidance_scale": 1.5},
+        {"bad_words_ids": [[3]], "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": True, "watermarking_config": {"bias": 2.5, "seeding_scheme": "selfhash"}},
+    ],
+    ids=str,
+)
+def test_further_ways_of_choosing_tokens_run_on_the_memory(model, mode):
+    ids = make_ids(1, 6)
+    torch.manual_seed(3)
+    cached = generate(model, ids, **mode)
+    torch.manual_seed(3)
+    assert torch.equal(cached, generate(model, ids, use_cache=False, **mode))
+
+
+def test_scores_are_those_of_one_pass(model):
+    ids = make_ids(2, 6)
+    outputs = generate(model, ids, return_dict_in_generate=True, output_logits=True, eos_token_id=None)
+    logits = model(outputs.sequences).logits[:, 5:-1]
+    torch.testing.assert_close(torch.stack(outputs.logits, dim=1), logits, rtol=0, atol=1e-5)
+
+
+def test_a_stop_string_ends_the_text(model, tokenizer):
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    text = tokenizer.decode(generate(model, **renamed(inputs), max_new_tokens=30)[0])
+    stop = text[len(text) * 3 // 4 :][:3]
+    stopped = generate(model, **renamed(inputs), max_new_tokens=30, stop_strings=[stop], tokenizer=tokenizer)
+    stopped = tokenizer.decode(stopped[0])
+    assert stop in stopped and text.startswith(stopped) and len(stopped) < len(text)
+
+
+def test_a_streamer_gives_the_text_as_it_grows(model, tokenizer):
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    pieces = []
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: pieces.append(text)
+    ids = generate(model, **renamed(inputs), max_new_tokens=20, streamer=streamer)
+    assert "".join(pieces) == tokenizer.decode(ids[0, inputs.input_ids.shape[1] :])
+
+
+def test_a_pipeline_chats_by_the_tokenizers_template(model, tokenizer):
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    chat = [{"role": "user", "content": "Once upon a time"}]
+    storyteller = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    answer = storyteller(chat, max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert answer[:1] == chat and answer[1]["role"] == "assistant"
+    inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+    ids = generate(model, **renamed(inputs), max_new_tokens=5)
+    expected = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer[1]["content"] == expected
+
+
+def renamed(inputs):
+    return {"ids": inputs["input_ids"], "mask": inputs["attention_mask"]}
+
+
+def test_a_batched_pipeline_equals_one_prompt_at_a_time(model, tokenizer):
+    storyteller = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    prompts = ["Once", "Once upon a time there was a cat", "One day"]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert storyteller(prompts, batch_size=3, **options) == [storyteller(prompt, **options) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [{"num_beam_groups": 2, "num_beams": 4}, {"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}],
+    ids=str,
+)
+def test_ways_that_left_the_library_are_refused_without_their_code(model, mode):
+    with pytest.raises(ValueError, match="requires `trust_remote_code=True`"):
+        generate(model, make_ids(1, 4), **mode)
 
 
 def test_logits_of_the_last_tokens_only(model):
@@ -122,8 +234,15 @@ def test_generation_beyond_the_training_length_is_as_good_uncached():
 
 
 def test_a_quantized_cache_is_refused(model):
-    with pytest.raises((ValueError, ImportError)):
+    with pytest.raises((ValueError, ImportError), match="memory_mosaic"):
         generate(model, make_ids(1, 3), cache_implementation="quantized")
+
+
+def test_continuous_batching_is_refused(model):
+    with pytest.raises(ValueError, match="holds keys and values, but no leaky sums"):
+        model.generate_batch([make_ids(5).tolist()])
+    with pytest.raises(ValueError, match="holds keys and values, but no leaky sums"):
+        generate(model, make_ids(1, 3), cache_implementation="paged")
 
 
 def test_an_empty_dynamic_cache_of_ours_is_accepted(model):
