@@ -4,8 +4,12 @@ PYTHON ?= python3
 # Pinned, because a bare `torch` may bring another build than the one the suite was run on. Override for your GPU.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# The oldest transformers that pyproject.toml allows, and the tests that need nothing besides it.
+OLDEST := transformers==5.18.0
+CORE := $(addprefix tests/test_,modeling.py packing.py cache.py generation.py classification.py saving.py \
+	configuration.py specification.py fuzz.py)
 
-.PHONY: demo test test-slow check bench results clean
+.PHONY: demo test test-slow test-oldest check bench results clean
 
 demo: .venv/installed
 	$(BIN)/python -m training run configuration/recipe/demo.yaml
@@ -15,6 +19,11 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# In an environment of its own; the package comes as a wheel, and is imported once from elsewhere.
+test-oldest: .venv-oldest/installed
+	cd / && $(CURDIR)/.venv-oldest/bin/python -c "import modeling_memory_mosaic"
+	.venv-oldest/bin/python -m pytest $(CORE)
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -35,5 +44,12 @@ results: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[train,dev]"
 	touch $@
 
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet "$(TORCH)" "$(OLDEST)"
+	.venv-oldest/bin/pip install --quiet --no-deps .
+	.venv-oldest/bin/pip install --quiet accelerate hypothesis pytest
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest runs

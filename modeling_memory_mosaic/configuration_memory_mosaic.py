@@ -16,6 +16,22 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+from transformers.utils.versions import require_version
+
+
+logger = logging.get_logger(__name__)
+
+
+def warn_of_untested_versions():
+    """Outside the versions it was tested with, the library may call a memory in ways that give wrong answers."""
+    try:
+        require_version("transformers>=5.18,<6")
+    except ImportError as error:
+        logger.warning(f"Memory Mosaics were not tested with this version of transformers. {error}")
+
+
+warn_of_untested_versions()
 
 
 # Documented by hand: the library's generator knows its own models only. trf-ignore: TRF057

@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration: derived sizes, strictness, round trips."""
 
+import importlib.metadata
+import json
+import logging
+from pathlib import Path
+
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_memory_mosaic import MemoryMosaicConfig
+from modeling_memory_mosaic.configuration_memory_mosaic import warn_of_untested_versions
+
+
+SAVED = sorted((Path(__file__).parent / "golden" / "configs").glob("*.json"))
 
 
 def test_derived_sizes():
@@ -75,3 +84,29 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 def test_nonsense_is_refused(fields, message):
     with pytest.raises(StrictDataclassError, match=message):
         MemoryMosaicConfig(**fields)
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
+def test_every_configuration_ever_published_still_loads(path, tmp_path):
+    values = json.loads(path.read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    config = MemoryMosaicConfig.from_pretrained(tmp_path)
+    for name in MemoryMosaicConfig.__annotations__.keys() & values.keys():
+        assert getattr(config, name) == values[name], name
+
+
+def test_there_are_saved_configurations():
+    assert SAVED
+
+
+@pytest.mark.parametrize(
+    ("version", "warns"), [("5.17.1", True), ("5.18.0", False), ("5.99.0", False), ("6.0.0", True)]
+)
+def test_other_versions_of_transformers_give_one_clear_warning(version, warns, monkeypatch, caplog):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("transformers").addHandler(caplog.handler)
+        warn_of_untested_versions()
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warns and all(version in text and "transformers>=5.18,<6" in text for text in messages)

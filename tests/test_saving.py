@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import make_ids, make_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
@@ -58,6 +58,8 @@ def test_every_parameter_survives_bitwise(tmp_path, tied, sharded, loader):
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    stored = [name for path in tmp_path.glob("*.safetensors") for name in safe_open(path, "pt").keys()]
+    assert ("lm_head.weight" in stored) == (not tied)
 
 
 def test_missing_parameters_are_initialised_and_the_rest_left_alone(tmp_path):
@@ -78,7 +80,7 @@ def test_the_base_model_loads_from_a_causal_checkpoint(tmp_path):
         assert all(torch.equal(t, model.model.state_dict()[n]) for n, t in loaded.state_dict().items())
 
 
-def test_remote_code_loads_everything_in_a_clean_process(tmp_path):
+def test_remote_code_loads_everything_in_a_clean_process(tmp_path, request):
     model = make_model()
     carry_code(model)
     model.save_pretrained(tmp_path / "model")
@@ -86,7 +88,14 @@ def test_remote_code_loads_everything_in_a_clean_process(tmp_path):
     torch.save({"state": model.state_dict(), "ids": ids, "logits": model(ids).logits}, tmp_path / "expected.pt")
     assert {path.name for path in (tmp_path / "model").glob("*.py")} == set(PAYLOAD)
     script = """
-import sys, torch
+import socket, sys
+
+class Refused(socket.socket):
+    def connect(self, address):
+        raise AssertionError(f"connects to {address}")
+
+socket.socket = Refused
+import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 folder, expected = sys.argv[1], torch.load(sys.argv[2])
 for _ in range(2):
@@ -104,8 +113,14 @@ AutoModelForSequenceClassification.from_pretrained(sys.argv[3] + "/classifier", 
 assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "memory_mosaic"
 model.save_pretrained(sys.argv[3] + "/again")
 AutoModelForCausalLM.from_pretrained(sys.argv[3] + "/again", trust_remote_code=True)
+sys.path.append(sys.argv[4])
+import modeling_memory_mosaic
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert type(model) is modeling_memory_mosaic.MemoryMosaicForCausalLM
+assert torch.equal(model.eval()(expected["ids"]).logits, expected["logits"])
 """
-    run_clean(script, str(tmp_path / "model"), str(tmp_path / "expected.pt"), str(tmp_path))
+    root = str(request.config.rootpath)
+    run_clean(script, str(tmp_path / "model"), str(tmp_path / "expected.pt"), str(tmp_path), root, str(tmp_path))
 
 
 def test_the_payload_is_the_package_byte_for_byte(tmp_path, request):
@@ -184,3 +199,10 @@ def test_embeddings_can_be_resized(tmp_path):
 def test_the_library_knows_the_model_by_name():
     config = AutoConfig.for_model("memory_mosaic", hidden_size=24, num_attention_heads=3, vocab_size=11)
     assert isinstance(AutoModelForCausalLM.from_config(config), MemoryMosaicForCausalLM)
+
+
+def test_every_source_file_states_its_licence(request):
+    files = [path for path in request.config.rootpath.glob("*/*.py") if not path.parent.name.startswith(".")]
+    assert len(files) > 30
+    for path in files:
+        assert path.read_text(encoding="utf-8").startswith("# SPDX-License-Identifier: Apache-2.0\n"), path
