@@ -41,7 +41,7 @@ results: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[train,dev]"
+	$(BIN)/pip install --quiet --editable ".[train,dev,peers]"
 	touch $@
 
 .venv-oldest/installed: pyproject.toml

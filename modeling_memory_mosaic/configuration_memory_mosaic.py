@@ -87,6 +87,8 @@ class MemoryMosaicConfig(PreTrainedConfig):
 
     model_type = "memory_mosaic"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # Tools that size a key-value cache read this name.
+    attribute_map = {"num_key_value_heads": "num_attention_heads"}
     # Memories are independent of each other: each process holds some heads of every layer, with all their parameters.
     # The styles say along which axis a parameter is cut: "colwise" the heads of a vector, "embedding_rowwise" the
     # first axis, which are the heads of the slots.
@@ -145,11 +147,6 @@ class MemoryMosaicConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """Cache layer of each block. A property: `config.json` must stay readable without this package."""
         return [self.model_type] * self.num_hidden_layers
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """Tools that size a key-value cache read this name."""
-        return self.num_attention_heads
 
     def validate_layer_type(self):
         """Every block is alike, so there is nothing to compare with the library's list of layer types."""

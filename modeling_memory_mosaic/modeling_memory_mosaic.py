@@ -212,18 +212,30 @@ def kernel_smoothing(
     Returns:
         retrieved values `(B, H, T, D)` in the values' dtype, and weights `(B, H, T, N)`.
     """
+    weights = smoothing_weights(query, key, attention_mask, dropout)
+    return weighted_values(weights, value), weights
+
+
+def smoothing_weights(query, key, attention_mask, dropout):
     with maybe_autocast(query.device.type, enabled=False):
         scores = at_least_float32(query) @ at_least_float32(key).transpose(-1, -2)
         if attention_mask is not None:
             scores = scores + attention_mask
-        weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=dropout > 0)
-        return (weights @ at_least_float32(value)).to(value.dtype), weights
+        return F.dropout(scores.softmax(dim=-1), p=dropout, training=dropout > 0)
+
+
+def weighted_values(weights, value):
+    with maybe_autocast(value.device.type, enabled=False):
+        return (weights @ at_least_float32(value)).to(value.dtype)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, dropout=0.0, **kwargs):
     """`kernel_smoothing` in the calling convention of transformers' attention functions."""
-    retrieved, weights = kernel_smoothing(query, key, value, attention_mask, dropout)
-    return retrieved.transpose(1, 2), weights
+    weights = smoothing_weights(query, key, attention_mask, dropout)
+    if module.is_causal:
+        # Slot t holds the pair of token t - 1, slot 0 a zero. Moved on by one, the weights name tokens.
+        weights, value = F.pad(weights[..., 1:], (0, 1)), F.pad(value[:, :, 1:], (0, 0, 0, 1))
+    return weighted_values(weights, value).transpose(1, 2), weights
 
 
 class MemoryMosaicMemory(nn.Module):
@@ -332,19 +344,12 @@ class MemoryMosaicContextualMemory(MemoryMosaicMemory):
             slots = self.store(*pairs, past_key_values, is_first=previous is None)
         if slot_mask is not None:
             retrieved, weights = self.retrieve(queries, *slots, slot_mask, **kwargs)
-            # Slot t holds the pair of token t - 1, slot 0 nothing.
-            weights = None if weights is None else F.pad(weights[..., 1:], (0, 1))
         elif previous is None:
             # Shift identity: tokens 1.. over the pairs of tokens 0.. is plain causal attention; token 0 retrieves 0.
             retrieved, weights = self.retrieve(queries[:, :, 1:], *pairs, None, **kwargs)
             retrieved = F.pad(retrieved, (0, 0, 0, 0, 1, 0))
         else:
             retrieved, weights = self.retrieve(queries, *(slot[:, :, 1:] for slot in slots), None, **kwargs)
-        if weights is None and kwargs.get("output_attentions"):
-            raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} computes no attention maps. Load the model "
-                'with `attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
-            )
         return self.dropout(self.o_proj(retrieved.flatten(2))), weights
 
     def store(self, pair_keys, pair_values, past_key_values, is_first: bool):
@@ -670,6 +675,12 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             raise ValueError(
                 f"The ids or embeddings to read have shape {tuple(inputs_embeds.shape[:-1])}: it must be "
                 "(batch, tokens), with at least one of each."
+            )
+        implementation = self.config._attn_implementation
+        if kwargs.get("output_attentions") and implementation in ("sdpa", "flex_attention"):
+            raise ValueError(
+                f"attn_implementation={implementation!r} computes no attention maps. Load the model with "
+                '`attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
             )
         if kwargs.get("is_causal") is False:
             raise ValueError("is_causal=False is not supported: a memory holds only what came before.")

@@ -191,9 +191,24 @@ def test_attention_maps_of_eager_are_strictly_lower_triangular(model):
         assert torch.equal(weights[1, :, :, :4], torch.zeros_like(weights[1, :, :, :4]))
 
 
-def test_attention_maps_under_sdpa_are_refused(model):
-    with pytest.raises(ValueError, match="eager"):
-        model(make_ids(1, 4), output_attentions=True)
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_attention_maps_that_are_not_computed_are_refused_before_anything_is_read(model, implementation):
+    cache = model(make_ids(1, 5), use_cache=True).past_key_values
+    model.set_attn_implementation(implementation)
+    with pytest.raises(ValueError, match=f"{implementation}.*eager"):
+        model(make_ids(1, 4), output_attentions=True, past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [5, 5]
+
+
+def test_a_gradient_flows_through_the_maps(model):
+    """Attribution by gradient times map needs the map itself, not a copy beside the graph."""
+    model.set_attn_implementation("eager")
+    outputs = model(make_ids(1, 6), output_attentions=True)
+    for weights in outputs.attentions:
+        weights.retain_grad()
+    outputs.logits[0, -1, 3].backward()
+    for weights in outputs.attentions:
+        assert weights.grad[0, :, -1, :5].abs().min() > 0
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -135,6 +135,7 @@ def test_the_payload_is_the_package_byte_for_byte(tmp_path, request):
         "AutoConfig": "configuration_memory_mosaic.MemoryMosaicConfig",
         "AutoModel": "modeling_memory_mosaic.MemoryMosaicModel",
         "AutoModelForCausalLM": "modeling_memory_mosaic.MemoryMosaicForCausalLM",
+        "AutoModelForDecision": "modeling_memory_mosaic.MemoryMosaicForCausalLM",
         "AutoModelForSequenceClassification": "modeling_memory_mosaic.MemoryMosaicForSequenceClassification",
     }
 

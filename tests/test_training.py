@@ -383,6 +383,7 @@ def test_export_of_a_run(tmp_path):
         "AutoConfig": "configuration_memory_mosaic.MemoryMosaicConfig",
         "AutoModel": "modeling_memory_mosaic.MemoryMosaicModel",
         "AutoModelForCausalLM": "modeling_memory_mosaic.MemoryMosaicForCausalLM",
+        "AutoModelForDecision": "modeling_memory_mosaic.MemoryMosaicForCausalLM",
         "AutoModelForSequenceClassification": "modeling_memory_mosaic.MemoryMosaicForSequenceClassification",
     }
     assert verify_export(recipe.folder / "checkpoint-20", ["Once"], max_new_tokens=2)[0].startswith("Once")

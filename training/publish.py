@@ -93,6 +93,8 @@ def carry_code(model: PreTrainedModel) -> None:
         f"AutoModel{suffix}": f"{module}.{prefix}{suffix or 'Model'}"
         for suffix in ("", "ForCausalLM", "ForSequenceClassification")
     }
+    # `transformers serve` 5.23 asks for this class before all others, and then only for classes within transformers.
+    model.config.auto_map["AutoModelForDecision"] = f"{module}.{prefix}ForCausalLM"
 
 
 def export_model(
