@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
-from modeling_memory_mosaic import MemoryMosaicConfig
+from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
 from modeling_memory_mosaic.configuration_memory_mosaic import warn_of_untested_versions
 
 
@@ -110,3 +110,13 @@ def test_other_versions_of_transformers_give_one_clear_warning(version, warns, m
         logging.getLogger("transformers").removeHandler(caplog.handler)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == warns and all(version in text and "transformers>=5.18,<6" in text for text in messages)
+
+
+def test_tools_find_the_names_they_look_for():
+    """`num_key_value_heads` is another name of the heads: read, written, never saved."""
+    config = MemoryMosaicConfig(num_attention_heads=6)
+    assert config.num_key_value_heads == 6
+    config.num_key_value_heads = 4
+    assert config.num_attention_heads == 4 and "num_key_value_heads" not in config.to_dict()
+    assert MemoryMosaicForCausalLM.base_model_prefix == "model"
+    assert MemoryMosaicForCausalLM._no_split_modules == ["MemoryMosaicDecoderLayer"]

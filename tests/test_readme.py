@@ -21,7 +21,8 @@ def readme(request):
 
 
 def blocks(text, language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [block for name, block in fenced if name == language]
 
 
 def test_python_blocks_run_in_order_in_one_session(readme, tmp_path):
@@ -73,3 +74,14 @@ def test_numbers_are_those_of_the_result_files(readme, tmp_path):
     copy.write_text(readme, encoding="utf-8")
     rewrite_results(copy)
     assert copy.read_text(encoding="utf-8") == readme, "run `make results`"
+
+
+def test_promises_name_tests_that_exist(request):
+    tests = request.config.rootpath / "tests"
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in tests.glob("test_*.py"))
+    makefile = (request.config.rootpath / "Makefile").read_text(encoding="utf-8")
+    promised = re.findall("`(test_\\w+|make [\\w-]+)`", (tests / "README.md").read_text(encoding="utf-8"))
+    assert len(promised) > 60
+    for name in promised:
+        words = name.split()
+        assert f"\n{words[1]}:" in makefile if words[0] == "make" else f"\ndef {name}(" in sources, name

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import set_seed
+from transformers import AutoTokenizer, set_seed
 
 from training import loop, train
 from training.data import collate_windows
@@ -391,6 +391,20 @@ def test_export_of_a_run(tmp_path):
     measured = evaluate_folder(recipe.folder / "model", source, batch_size=3)
     assert measured["loss"] == pytest.approx(result["metrics"]["validation_loss"], rel=1e-5)
     assert measured["bits_per_byte"] == pytest.approx(result["metrics"]["validation_bits_per_byte"], rel=1e-5)
+
+
+def test_special_tokens_agree_in_all_files_of_an_export(tmp_path):
+    recipe = load_recipe(SMOKE, SHORT)
+    tokenizer = train_tokenizer(["once upon a time"] * 9, 260)
+    export_model(train.build_model(recipe, tokenizer), tokenizer, tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    generation = json.loads((tmp_path / "generation_config.json").read_text(encoding="utf-8"))
+    assert len(saved) <= config["vocab_size"]
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        assert getattr(saved, name) is not None
+        assert config[name] == generation[name] == getattr(saved, name)
+    assert saved.pad_token_id != saved.eos_token_id
 
 
 def test_verify_export_catches_other_weights_and_broken_code(tmp_path):
