@@ -87,6 +87,8 @@ def leaky_average(
     Returns:
         sums `(B, H, T, D)` and final state `(B, H, 1, D)`: splitting T anywhere gives the same result.
     """
+    if elapsed is None and document is not None:
+        elapsed = torch.ones_like(document)
     with maybe_autocast(states.device.type, enabled=False):
         states = at_least_float32(states)
         sums = _leaky_sums(states, leak.to(states.dtype), initial_state, elapsed, document)
@@ -113,15 +115,13 @@ def _leaky_sums(states, leak, initial_state, elapsed, document):
     batch_size, num_heads, _, _, width = chunks.shape
     within, before, chunk_elapsed = chunk_decays(leak, elapsed, document, num_chunks, length)
 
-    # Rows are (groups, positions, columns). Chunks that share their decays form a group: without marks all chunks of
-    # a head, their vectors side by side as columns; with padding or documents each chunk is its own.
-    is_shared = elapsed is None and document is None
-
+    # Rows are (groups, positions, columns). Chunks that share their decays form a group: if all tokens age alike all
+    # chunks of a head, their vectors side by side as columns; with padding or documents each chunk is its own.
     def to_rows(vectors):
-        return vectors.permute(1, 3, 0, 2, 4).flatten(2) if is_shared else vectors.flatten(0, 2)
+        return vectors.permute(1, 3, 0, 2, 4).flatten(2) if elapsed is None else vectors.flatten(0, 2)
 
     def from_rows(rows):
-        if not is_shared:
+        if elapsed is not None:
             return rows.view(batch_size, num_heads, num_chunks, -1, width)
         return rows.view(num_heads, -1, batch_size, num_chunks, width).permute(2, 0, 3, 1, 4)
 
@@ -131,9 +131,9 @@ def _leaky_sums(states, leak, initial_state, elapsed, document):
         totals = from_rows(within[:, -1:] @ rows).squeeze(3)
         ends = _leaky_sums(
             totals,
-            leak * length if is_shared else leak,
+            leak * length if elapsed is None else leak,
             initial_state,
-            None if is_shared else chunk_elapsed,
+            None if elapsed is None else chunk_elapsed,
             None if document is None else document[:, length - 1 :: length],
         )
         first = torch.zeros_like(ends[:, :, :1]) if initial_state is None else initial_state.to(ends.dtype)
@@ -150,11 +150,8 @@ def chunk_decays(leak, elapsed, document, num_chunks, length):
     Groups G are heads where all chunks are alike, else rows x heads x chunks. Third comes how far each chunk ages a
     state, `(B, chunks)`.
     """
-    marks = elapsed if document is None else document
-    if marks is None:
+    if elapsed is None:
         ages = torch.arange(1, length + 1, device=leak.device, dtype=leak.dtype)[None, None]
-    elif elapsed is None:
-        ages = leak.new_ones(marks.shape).unflatten(1, (num_chunks, length)).cumsum(-1)
     else:
         ages = elapsed.to(leak.dtype).unflatten(1, (num_chunks, length)).cumsum(-1)  # (B, chunks, L)
     lags = (ages[..., :, None] - ages[..., None, :]).clamp(min=0)
