@@ -14,10 +14,10 @@ CORE := $(addprefix tests/test_,modeling.py packing.py cache.py generation.py cl
 demo: .venv/installed
 	$(BIN)/python -m training run configuration/recipe/demo.yaml
 
-test: .venv/installed
+test: .venv/installed-for-tests
 	$(BIN)/python -m pytest
 
-test-slow: .venv/installed
+test-slow: .venv/installed-for-tests
 	$(BIN)/python -m pytest -m slow
 
 # In an environment of its own; the package comes as a wheel, and is imported once from elsewhere.
@@ -25,7 +25,7 @@ test-oldest: .venv-oldest/installed
 	cd / && $(CURDIR)/.venv-oldest/bin/python -c "import modeling_memory_mosaic"
 	.venv-oldest/bin/python -m pytest $(CORE)
 
-check: .venv/installed
+check: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mlinter modeling_memory_mosaic
@@ -41,6 +41,10 @@ results: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[train]"
+	touch $@
+
+.venv/installed-for-tests: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[train,dev,peers]"
 	touch $@
 

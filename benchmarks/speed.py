@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory beside transformers' GPT-2 of equal size: `make bench`, or `python benchmarks/speed.py --help`.
+"""Speed and memory beside transformers' GPT-2 and Llama of equal size: `make bench`, or see `--help`.
 
-Both models run in one process, in turn, so that a machine whose speed drifts slows both alike; what counts is the
+Two models at a time run in one process, in turn, so that a machine whose speed drifts slows both alike; what counts is the
 ratio of each pair of runs, and the median over the pairs. Dropout is off and attention is sdpa. Peak memory is the
 largest resident size of a process of its own, above what it had before the model was built.
 """
@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 import transformers
 import typer
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, leaky_average
 
@@ -29,14 +29,18 @@ TOKENS_PER_STEP = 2048
 DECODED = 32
 # Of 32 tokens each: GPT-2's position table must reach beyond the longest context.
 MAX_LENGTH = 2048 + DECODED
+PEERS = {"gpt2": "GPT-2", "llama": "Llama"}
 UNITS = {"training step": "s", "prefill": "s", "decode": "tokens/s", "leaky average": "ms"}
 
 
 def build(name: str) -> torch.nn.Module:
-    """The benchmarked model: `mosaic`, or `gpt2` whose blocks have equally many parameters."""
+    """The benchmarked model: `mosaic`, or `gpt2` or `llama` whose blocks have equally many parameters."""
     torch.manual_seed(0)
     if name == "mosaic":
         return MemoryMosaicForCausalLM(MemoryMosaicConfig(**SIZES, attention_dropout=0.0, hidden_dropout=0.0))
+    if name == "llama":
+        intermediate_size = 8 * SIZES["hidden_size"] // 3
+        return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=intermediate_size, tie_word_embeddings=True))
     config = GPT2Config(
         **SIZES,
         max_position_embeddings=MAX_LENGTH,
@@ -165,40 +169,44 @@ def peak_memory(name: str, num_tokens: int) -> float:
 
 def measure(rounds: int) -> list[dict]:
     """One row per measurement, printed as it is taken."""
-    mosaic, gpt2 = build("mosaic"), build("gpt2")
+    models = {name: build(name) for name in ("mosaic", *PEERS)}
     rows = []
 
-    def note(what: str, num_tokens: int, unit: str, figures: dict) -> None:
-        rows.append({"what": what, "tokens": num_tokens, "unit": unit, **figures})
+    def note(what: str, peer: str, num_tokens: int, unit: str, figures: dict) -> None:
+        rows.append({"what": what, "peer": peer, "tokens": num_tokens, "unit": unit, **figures})
         typer.echo(table_row(rows[-1]))
 
     for num_tokens in (512, 2048):
-        for what, task in (("training step", training_step), ("prefill", prefill), ("decode", decode)):
-            pair = task(mosaic, num_tokens), task(gpt2, num_tokens)
-            note(what, num_tokens, UNITS[what], compare(*pair, rounds, larger_is_better=what == "decode"))
-        ours, theirs = peak_memory("mosaic", num_tokens), peak_memory("gpt2", num_tokens)
-        note("peak memory of training", num_tokens, "MiB", {"ours": ours, "theirs": theirs, "ratio": ours / theirs})
+        memory = peak_memory("mosaic", num_tokens)
+        for name, peer in PEERS.items():
+            for what, task in (("training step", training_step), ("prefill", prefill), ("decode", decode)):
+                pair = task(models["mosaic"], num_tokens), task(models[name], num_tokens)
+                note(what, peer, num_tokens, UNITS[what], compare(*pair, rounds, larger_is_better=what == "decode"))
+            theirs = peak_memory(name, num_tokens)
+            figures = {"ours": memory, "theirs": theirs, "ratio": memory / theirs}
+            note("peak memory of training", peer, num_tokens, "MiB", figures)
         pair = leaky_step(lambda x, y: leaky_average(x, y)[0], num_tokens), leaky_step(dense_leaky_average, num_tokens)
-        what = "leaky average (theirs: dense T x T)"
-        note(what, num_tokens, "ms", compare(*pair, rounds, larger_is_better=False))
+        figures = compare(*pair, rounds, larger_is_better=False)
+        note("leaky average", "dense T x T", num_tokens, UNITS["leaky average"], figures)
     return rows
 
 
-HEADER = """| measured | T | ours | theirs | unit | ratio (quartiles) |
-| --- | ---: | ---: | ---: | --- | ---: |"""
+HEADER = """| measured | beside | T | ours | theirs | unit | ratio (quartiles) |
+| --- | --- | ---: | ---: | ---: | --- | ---: |"""
 
 
 def table_row(row: dict) -> str:
     quartiles = " ({:.2f} to {:.2f})".format(*row["ratio_quartiles"]) if "ratio_quartiles" in row else ""
     figures = f"{row['ours']:.4g} | {row['theirs']:.4g} | {row['unit']} | {row['ratio']:.2f}{quartiles}"
-    return f"| {row['what']} | {row['tokens']} | {figures} |"
+    return f"| {row['what']} | {row['peer']} | {row['tokens']} | {figures} |"
 
 
 def table(report: dict) -> str:
     """Markdown table of a report as `main` writes it, with its setting above."""
-    ours, theirs = (f"{report['parameters'][name] / 1e6:.1f} M parameters" for name in ("mosaic", "gpt2"))
+    names = {"mosaic": "Memory Mosaic", **PEERS}
+    models = [f"{names[name]} ({count / 1e6:.1f} M parameters)" for name, count in report["parameters"].items()]
     setting = (
-        f"Memory Mosaic ({ours}) beside GPT-2 ({theirs}), float32, {report['threads']} threads of {report['cpu']}, "
+        f"{models[0]} beside {' and '.join(models[1:])}, float32, {report['threads']} threads of {report['cpu']}, "
     )
     setting += f"torch {report['versions']['torch']}, median of {report['rounds']} interleaved pairs.\n"
     return "\n".join([setting, HEADER, *map(table_row, report["rows"])])
@@ -211,7 +219,7 @@ def main(
 ) -> None:
     """Measure and print; a ratio above 1 means ours is faster, except for memory, where below 1 is better."""
     torch.set_num_threads(threads)
-    parameters = {name: build(name).num_parameters() for name in ("mosaic", "gpt2")}
+    parameters = {name: build(name).num_parameters() for name in ("mosaic", *PEERS)}
     setting = {
         "sizes": SIZES,
         "parameters": parameters,

@@ -118,5 +118,7 @@ def test_tools_find_the_names_they_look_for():
     assert config.num_key_value_heads == 6
     config.num_key_value_heads = 4
     assert config.num_attention_heads == 4 and "num_key_value_heads" not in config.to_dict()
+    assert not MemoryMosaicForCausalLM(MemoryMosaicConfig(num_hidden_layers=1)).supports_context_parallel
+    assert not MemoryMosaicForCausalLM._supports_attention_backend  # what vLLM asks
     assert MemoryMosaicForCausalLM.base_model_prefix == "model"
     assert MemoryMosaicForCausalLM._no_split_modules == ["MemoryMosaicDecoderLayer"]
