@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed and memory beside transformers' GPT-2 and Llama of equal size: `make bench`, or see `--help`.
 
-Two models at a time run in one process, in turn, so that a machine whose speed drifts slows both alike; what counts is the
-ratio of each pair of runs, and the median over the pairs. Dropout is off and attention is sdpa. Peak memory is the
+Two models at a time run in one process, in turn, so that a machine whose speed drifts slows both alike; what counts is
+the ratio of each pair of runs, and the median over the pairs. Dropout is off and attention is sdpa. Peak memory is the
 largest resident size of a process of its own, above what it had before the model was built.
 """
 
