@@ -39,14 +39,15 @@ class Compiles:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_compiled_training_is_one_graph_with_equal_gradients(masked):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_is_one_graph_with_equal_gradients(backend, masked):
     model = make_model(attention_dropout=0, hidden_dropout=0).train()
     inputs = make_inputs(2, 40, masked)
     inputs["labels"] = inputs["input_ids"]
     model(**inputs).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     loss = compiled(**inputs).loss
     loss.backward()
     torch.testing.assert_close(loss, model(**inputs).loss)
