@@ -143,6 +143,8 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
 def memory_state_dict(cache: Cache) -> dict[str, torch.Tensor]:
     """Everything a `DynamicCache` of this model holds, as named tensors that `safetensors` can save.
 
+    The mask of padding is not part of it: keep it beside them if there is any, and pass all of it when reading on.
+
     Args:
         cache ([`~transformers.Cache`]): as returned by `model(..., use_cache=True).past_key_values` or by `generate`.
 

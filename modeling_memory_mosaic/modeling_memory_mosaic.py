@@ -55,6 +55,8 @@ MAX_LOG_KEY_SCALE = 5.0
 CHUNK_LENGTH = 32
 # What `DataCollatorWithFlattening` sends along with `position_ids`.
 PACKING_NAMES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# What other libraries call them: taken for anything, they would be passed over.
+FOREIGN_PACKING_NAMES = ("document_ids", "segment_ids", "sequence_ids", "cu_seqlens", "cu_seqlens_q")
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -106,8 +108,9 @@ def _leaky_sums(states, leak, initial_state, elapsed, document):
         aged = leak[:, None, None] if elapsed is None else leak[:, None, None] * elapsed[:, None, :, None]
         return states if initial_state is None else states + torch.exp(-aged) * initial_state
     # An exported program serves any number of tokens, so it cannot depend on their number of chunks: it has one.
-    length = num_tokens if torch.compiler.is_exporting() else min(num_tokens, CHUNK_LENGTH)
-    num_chunks = -(-num_tokens // length)
+    is_one_chunk = torch.compiler.is_exporting() or num_tokens <= CHUNK_LENGTH
+    length = num_tokens if is_one_chunk else CHUNK_LENGTH
+    num_chunks = 1 if is_one_chunk else (num_tokens + CHUNK_LENGTH - 1) // CHUNK_LENGTH
     if padding := num_chunks * length - num_tokens:
         states = F.pad(states, (0, 0, 0, padding))
         elapsed, document = (None if marks is None else F.pad(marks, (0, padding)) for marks in (elapsed, document))
@@ -476,14 +479,12 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-def create_memory_masks(
-    config, inputs_embeds, attention_mask, past_key_values, position_ids=None, seq_idx=None, **kwargs
-):
+def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values, **marks):
     """What all layers of one forward pass need to know about padding, documents and the past.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, on either side or within.
-        position_ids, seq_idx, cu_seq_lens_q (*optional*): see [`find_documents`].
+        marks: `position_ids`, `seq_idx` and `cu_seq_lens_q`, see [`find_documents`].
 
     Returns:
         `dict`: `slot_mask`, `is_token` and `document`, the arguments of [`MemoryMosaicContextualMemory`].
@@ -494,39 +495,48 @@ def create_memory_masks(
     """
     num_tokens = inputs_embeds.shape[1]
     num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-    is_static = past_key_values is not None and past_key_values.is_compileable
-    if not is_torchdynamo_compiling():
-        marks = {"position_ids": position_ids, "seq_idx": seq_idx}
-        check_marks(attention_mask, inputs_embeds.shape[0], int(num_seen), num_tokens, **marks)
-        if attention_mask is not None and attention_mask.all():
-            attention_mask = None
+    check_mask(attention_mask, inputs_embeds, num_seen)
     if attention_mask is not None:
         attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
-
-    document = find_documents(inputs_embeds, attention_mask, past_key_values, position_ids, seq_idx, **kwargs)
-    if document is not None and past_key_values is not None:
-        raise ValueError(
-            f"A document begins in a row behind {int(num_seen)} tokens in the memory, which holds one text. Read "
-            "packed documents without `past_key_values`, or each in a row of its own, padded with attention_mask. A "
-            "text that the memory holds already must not be passed again."
-        )
+        if not is_torchdynamo_compiling() and attention_mask.all():
+            attention_mask = None
     is_token = None if attention_mask is None else attention_mask[:, -num_tokens:]
     if is_token is not None and not is_torchdynamo_compiling() and is_token.all():
         is_token = None
-    marks = {"is_token": is_token, "document": document}
-    # Many tokens over no past: the shift identity. One token over some past: it reads every slot but the empty one.
-    is_first = isinstance(num_seen, int) and num_seen == 0
-    needs_no_mask = num_tokens > 1 if is_first else num_tokens == 1 and not is_static
+    document = find_documents(inputs_embeds, attention_mask, past_key_values, **marks)
+    memory_kwargs = {"slot_mask": None, "is_token": is_token, "document": document}
+
     # Two families of attention functions read a missing mask as causal; the others need it spelled out.
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
-    is_plain = attention_mask is None and document is None
-    if is_plain and needs_no_mask and mask_function in (sdpa_mask, flash_attention_mask):
-        return {"slot_mask": None, **marks}
+    if attention_mask is None and document is None and mask_function in (sdpa_mask, flash_attention_mask):
+        is_first = isinstance(num_seen, int) and num_seen == 0
+        by_shift_identity = is_first and num_tokens > 1
+        reads_all_slots = not is_first and num_tokens == 1 and not past_key_values.is_compileable
+        if by_shift_identity or reads_all_slots:
+            return memory_kwargs
 
     num_slots = num_tokens if past_key_values is None else past_key_values.get_mask_sizes(num_tokens, 0)[0]
     if attention_mask is None:
         attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], num_slots), dtype=torch.bool)
-    is_token_slot = F.pad(attention_mask, (0, num_slots - attention_mask.shape[1]))
+    rule = strict_rule(F.pad(attention_mask, (0, num_slots - attention_mask.shape[1])), document)
+    memory_kwargs["slot_mask"] = create_causal_mask(
+        config, inputs_embeds, None, past_key_values, and_mask_function=rule
+    )
+    if memory_kwargs["slot_mask"] is None:
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} has no function that makes its masks. Register one "
+            "under the same name with `AttentionMaskInterface.register`."
+        )
+    return memory_kwargs
+
+
+def strict_rule(is_token_slot: torch.Tensor, document: torch.Tensor | None):
+    """Which slots a token may read besides causality, as a mask function of transformers.
+
+    Args:
+        is_token_slot (`torch.Tensor` of shape `(B, S)`): False where the slot's token is padding or yet to come.
+        document (`torch.Tensor` of shape `(B, S)`, *optional*): number of each token's text, if rows hold several.
+    """
     count = is_token_slot.long().cumsum(-1)
     if document is not None:
         # Tokens of the own document only: less those that came before it, a number that stays until the next begins.
@@ -534,15 +544,14 @@ def create_memory_masks(
         before = (count - is_token_slot.long())[:, None, :, None]
         count = count - hold_last(before, begins, torch.zeros_like(before[:, :, :1]))[:, 0, :, 0]
 
-    def strict_rule(batch_idx, head_idx, q_idx, kv_idx):
+    def rule(batch_idx, head_idx, q_idx, kv_idx):
         """A slot is full if its token is real and not the first; who has nothing stored reads empty slot 0."""
         is_full = is_token_slot[batch_idx, kv_idx] & (count[batch_idx, kv_idx] > 1)
         if document is not None:
             is_full = is_full & (document[batch_idx, kv_idx] == document[batch_idx, q_idx])
         return is_full | ((kv_idx == 0) & (count[batch_idx, q_idx] <= 1))
 
-    slot_mask = create_causal_mask(config, inputs_embeds, None, past_key_values, and_mask_function=strict_rule)
-    return {"slot_mask": slot_mask, **marks}
+    return rule
 
 
 def find_documents(
@@ -552,56 +561,101 @@ def find_documents(
 
     A document begins where `position_ids` `(B, T)` do not rise or `seq_idx` `(B, T)` changes, and at the offsets
     `cu_seq_lens_q` into the rows one after another. Positions mean nothing else to a memory.
+
+    Raises:
+        ValueError: if the marks have another form, or if a document begins behind a memory.
     """
     if position_ids is None and seq_idx is None and cu_seq_lens_q is None:
         return None
-    if is_torchdynamo_compiling() and past_key_values is not None:
-        return None  # Whether documents begin cannot be asked here; `generate` asks before it compiles a step.
     (batch_size, num_tokens, _), device = inputs_embeds.shape, inputs_embeds.device
     begins = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
+    is_token, has_past = ~begins, begins[:, :1]
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(device, torch.bool)
+        is_token, has_past = attention_mask[:, -num_tokens:], attention_mask[:, :-num_tokens].any(-1, keepdim=True)
+    elif past_key_values is not None:
+        has_past = has_past | (past_key_values.get_seq_length() > 0)
     if position_ids is not None:
+        check_shape("position_ids", position_ids, batch_size, num_tokens)
         positions = position_ids.to(device).expand(batch_size, num_tokens)[:, None, :, None]
-        has_past = begins[:, :1] | (past_key_values is not None and int(past_key_values.get_seq_length()) > 0)
-        is_token = torch.ones_like(begins)
-        if attention_mask is not None:
-            has_past, is_token = attention_mask[:, :-num_tokens].any(-1, True), attention_mask[:, -num_tokens:]
-        # Before a text stands -1, which 0 is above; before its continuation 0, which 0 repeats.
-        before = has_past[:, None, :, None].to(positions) - 1
+        before = torch.zeros_like(positions[:, :, :1])  # what a memory has read began with 0: 0 goes back
         previous = torch.cat([before, hold_last(positions, is_token, before)[:, :, :-1]], dim=2)
-        begins = begins | is_token & (positions <= previous)[:, 0, :, 0]
+        begins = begins | (positions <= previous)[:, 0, :, 0]
     if seq_idx is not None:
+        check_shape("seq_idx", seq_idx, batch_size, num_tokens)
         begins = begins | F.pad(seq_idx.to(device).diff(dim=-1) != 0, (1, 0))
     if cu_seq_lens_q is not None:
+        check_offsets(cu_seq_lens_q, batch_size * num_tokens)
         offsets = torch.arange(batch_size * num_tokens, device=device).view(batch_size, num_tokens)
-        begins = begins | torch.isin(offsets, cu_seq_lens_q.to(device)) & (offsets % num_tokens > 0)
+        begins = begins | torch.isin(offsets, cu_seq_lens_q.to(device))
+    begins = begins & is_token & (has_past | (is_token.long().cumsum(-1) > 1))  # behind other tokens only
+    if past_key_values is not None:
+        refuse(
+            begins,
+            "A document begins behind the tokens in the memory, which holds one text. Read packed documents without "
+            "`past_key_values`, or each in a row of its own, padded with attention_mask. A text that the memory holds "
+            "already must not be passed again.",
+        )
+        return None
     # Compiled, the answer is not known yet: then every row is read as if it were packed.
     return begins.long().cumsum(-1) if is_torchdynamo_compiling() or begins.any() else None
 
 
-def check_marks(attention_mask, batch_size, num_seen, num_tokens, **marks):
-    """Refuses a mask, positions or document numbers that would silently be read as others."""
-    for name, mark in marks.items():
-        if mark is not None and tuple(mark.shape) not in ((1, num_tokens), (batch_size, num_tokens)):
-            raise ValueError(
-                f"{name} has shape {tuple(mark.shape)}: it must be (batch, tokens), here {(batch_size, num_tokens)}."
-            )
+def refuse(is_wrong: torch.Tensor, message: str, found: torch.Tensor | None = None) -> None:
+    """Raises `ValueError` if anything is wrong, naming the first value `found` there.
+
+    A compiled graph holds an assertion instead (`RuntimeError`), an exported program nothing.
+    """
+    if torch.compiler.is_exporting():
+        return
+    if is_torchdynamo_compiling():
+        torch._assert_async(~is_wrong.any(), message)
+    elif is_wrong.any():
+        raise ValueError(message if found is None else f"{message} Found: {found[is_wrong][0].item()}.")
+
+
+def check_shape(name: str, tensor: torch.Tensor, batch_size: int, num_tokens: int) -> None:
+    """Refuses what is not one mark for each new token, of all rows or of each."""
+    if tensor.ndim != 2 or tensor.shape[1] != num_tokens or tensor.shape[0] not in (1, batch_size):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}: it must be (batch, tokens), here {(batch_size, num_tokens)}."
+        )
+
+
+def check_offsets(cu_seq_lens_q: torch.Tensor, num_tokens: int) -> None:
+    """Refuses what is not where each document begins in rows one after another, with their end behind the last."""
+    if cu_seq_lens_q.ndim != 1:
+        raise ValueError(f"cu_seq_lens_q has shape {tuple(cu_seq_lens_q.shape)}: it must be (documents + 1,).")
+    ends = cu_seq_lens_q[[0, -1]] != torch.tensor([0, num_tokens], device=cu_seq_lens_q.device)
+    message = f"cu_seq_lens_q must rise from 0 to the number of all tokens, padding included, here {num_tokens}."
+    refuse(ends, message, cu_seq_lens_q[[0, -1]])
+    refuse(cu_seq_lens_q.diff() < 0, message, cu_seq_lens_q[1:])
+
+
+def check_mask(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, num_seen) -> None:
+    """Refuses a mask that would silently be read as another one."""
     if attention_mask is None:
         return
+    batch_size, num_tokens, _ = inputs_embeds.shape
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: it must be (batch, tokens), here with "
             f"{batch_size} rows."
         )
-    if attention_mask.shape[1] != num_seen + num_tokens:
-        raise ValueError(
-            f"attention_mask covers {attention_mask.shape[1]} tokens, but the memory holds {num_seen} and "
-            f"{num_tokens} are new: it must cover all {num_seen + num_tokens}."
-        )
-    if attention_mask.dtype != torch.bool and ((attention_mask != 0) & (attention_mask != 1)).any():
-        low, high = attention_mask.min().item(), attention_mask.max().item()
-        raise ValueError(
-            f"attention_mask has values from {low} to {high}: give 1 at tokens and 0 at padding, not what to add to "
-            "scores and not numbers of documents (those are told by `position_ids`)."
+    # How much a static memory holds is a tensor, which a compiled graph cannot compare with a shape.
+    if not is_torchdynamo_compiling() or isinstance(num_seen, int):
+        num_seen = int(num_seen)
+        if attention_mask.shape[1] != num_seen + num_tokens:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[1]} tokens, but the memory holds {num_seen} and "
+                f"{num_tokens} are new: it must cover all {num_seen + num_tokens}."
+            )
+    if attention_mask.dtype != torch.bool:
+        refuse(
+            (attention_mask != 0) & (attention_mask != 1),
+            "attention_mask must hold 1 at tokens and 0 at padding, not what to add to scores and not numbers of "
+            "documents (those are told by `position_ids`).",
+            attention_mask,
         )
 
 
@@ -638,16 +692,20 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             inputs_embeds = self.embed(input_ids)
         self.check_request(inputs_embeds, past_key_values, kwargs)
         # What marks documents serves here alone: an attention function would take it for marks of its own slots.
-        packing = {name: kwargs.pop(name, None) for name in PACKING_NAMES}
+        marks = {name: kwargs.pop(name, None) for name in PACKING_NAMES}
+        marks["position_ids"] = position_ids
 
         masks = attention_mask
         if not isinstance(masks, dict):
-            masks = create_memory_masks(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, **packing
-            )
+            masks = create_memory_masks(self.config, inputs_embeds, attention_mask, past_key_values, **marks)
         # A memory holds one text: packed documents leave none.
         if use_cache and past_key_values is None and masks["document"] is None:
             past_key_values = DynamicCache(config=self.config)
+        elif use_cache and past_key_values is None and is_torchdynamo_compiling():
+            raise ValueError(
+                "Compiled, the marks of documents cannot be asked whether there are several, which would leave no "
+                "memory: pass `use_cache=False`, a memory of your own, or no position_ids."
+            )
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, **masks, past_key_values=past_key_values, **kwargs)
@@ -668,11 +726,21 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
 
     def check_request(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None, kwargs) -> None:
         """Refuses what would fail later or, worse, be answered as if it had been something else."""
+        if torch.jit.is_tracing():
+            raise ValueError(
+                "`torch.jit.trace` would keep the padding of its example for ever: use `torch.export`, or "
+                "`torch.onnx.export` with `dynamo=True`."
+            )
         if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape[:2]:
             raise ValueError(
                 f"The ids or embeddings to read have shape {tuple(inputs_embeds.shape[:-1])}: it must be "
                 "(batch, tokens), with at least one of each."
             )
+        for name in FOREIGN_PACKING_NAMES:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is not known: tell where documents begin by position_ids that start again.")
+        if kwargs.get("cu_seq_lens_k") is not None and kwargs.get("cu_seq_lens_q") is None:
+            raise ValueError("cu_seq_lens_k is given without cu_seq_lens_q, which tells where documents begin.")
         implementation = self.config._attn_implementation
         if kwargs.get("output_attentions") and implementation in ("sdpa", "flex_attention"):
             raise ValueError(
@@ -683,6 +751,11 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             raise ValueError("is_causal=False is not supported: a memory holds only what came before.")
         if past_key_values is None:
             return
+        if self.gradient_checkpointing and self.training:
+            raise ValueError(
+                "A memory cannot be read or written under gradient checkpointing, which reads everything twice: call "
+                "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
+            )
         layers = past_key_values.layers
         # More layers than the model uses are in order: decoding with an early exit lowers num_hidden_layers.
         if len(layers) < self.config.num_hidden_layers or not all(hasattr(layer, "get_state") for layer in layers):
@@ -738,8 +811,11 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`): token ids below `vocab_size`.
             attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, 1 at tokens.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): a document begins where they do not rise;
+                they mean nothing else. `seq_idx` `(B, T)` and `cu_seq_lens_q` tell the same, by their own conventions.
             past_key_values ([`~transformers.Cache`], *optional*): memory of what was read before; changed in place.
-            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): not shifted; -100 is ignored.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): not shifted; -100 is ignored, and belongs at the
+                first token of each packed document.
             logits_to_keep (`int` or `torch.Tensor`): compute logits of the last so many tokens (0: all), or of those
                 indexed.
 
@@ -760,7 +836,14 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if isinstance(logits_to_keep, int):
+            if logits_to_keep < 0:
+                raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative.")
+            kept = slice(-logits_to_keep, None)
+        elif logits_to_keep.ndim == 1:
+            kept = logits_to_keep
+        else:
+            raise ValueError(f"logits_to_keep has shape {tuple(logits_to_keep.shape)}: it must be (tokens,).")
         # Scaling the hidden states costs C operations a token, scaling the logits vocab_size.
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :] / self.config.logits_scaling)
 
@@ -804,7 +887,7 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`): token ids below `vocab_size`.
             attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, 1 at tokens. Without
-                it, ids equal to `pad_token_id` are taken for padding.
+                it, ids equal to `pad_token_id` are taken for padding, unless that is an `eos_token_id` too.
             labels (*optional*): `(B,)` class numbers, `(B, num_labels)` floats for several labels at once, or `(B,)`
                 floats with one label (regression); see `config.problem_type`.
 
@@ -812,10 +895,11 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
             `SequenceClassifierOutputWithPast`: logits `(B, num_labels)`.
 
         Raises:
-            ValueError: if there are several rows and nothing tells tokens from padding.
+            ValueError: if there are several rows and nothing tells tokens from padding, if a row has no token, or if
+                it holds several documents.
         """
-        if attention_mask is None and past_key_values is None and input_ids is not None:
-            attention_mask = None if self.config.pad_token_id is None else input_ids != self.config.pad_token_id
+        if attention_mask is None and past_key_values is None and input_ids is not None and self.can_tell_padding():
+            attention_mask = input_ids != self.config.pad_token_id
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -825,6 +909,12 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+        marks = {"position_ids": position_ids, **kwargs}
+        if (
+            not is_torchdynamo_compiling()
+            and find_documents(outputs.last_hidden_state, attention_mask, past_key_values, **marks) is not None
+        ):
+            raise ValueError("Several documents are packed in one row, which has one verdict: give each its own row.")
         logits = self.score(self.last_token(outputs.last_hidden_state, attention_mask))
 
         loss = None
@@ -838,17 +928,23 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def can_tell_padding(self) -> bool:
+        """Whether `pad_token_id` stands for nothing else: an end of text within a text is none of its padding."""
+        ends = self.config.eos_token_id if isinstance(self.config.eos_token_id, list) else [self.config.eos_token_id]
+        return self.config.pad_token_id is not None and self.config.pad_token_id not in ends
+
     def last_token(self, hidden_states, attention_mask) -> torch.Tensor:
         """Of hidden states `(B, T, C)`, each row's at its last token, `(B, C)`."""
         batch_size, num_tokens, _ = hidden_states.shape
         if attention_mask is None:
             if batch_size > 1:
                 raise ValueError(
-                    f"{batch_size} rows, but nothing tells tokens from padding: pass attention_mask, or set "
-                    "config.pad_token_id."
+                    f"{batch_size} rows, but nothing tells tokens from padding: pass attention_mask. (Of ids alone, a "
+                    "pad_token_id that is not an eos_token_id tells it too.)"
                 )
             return hidden_states[:, -1]
         is_token = attention_mask[:, -num_tokens:].to(hidden_states.device, torch.bool)
+        refuse(~is_token.any(-1), "attention_mask leaves no token to judge a row by.")
         last = (torch.arange(num_tokens, device=hidden_states.device) * is_token).argmax(dim=-1)
         return hidden_states[torch.arange(batch_size, device=hidden_states.device), last]
 

@@ -39,6 +39,16 @@ def test_rows_of_unknown_padding_are_refused():
         make_classifier()(make_ids(2, 5))
 
 
+def test_rows_without_a_verdict_are_refused():
+    model, ids = make_classifier(pad_token_id=60, eos_token_id=60), make_ids(2, 5)
+    with pytest.raises(ValueError, match="nothing tells tokens from padding"):
+        model(ids)  # 60 may be the end of a sentence
+    with pytest.raises(ValueError, match="leaves no token to judge"):
+        model(ids, attention_mask=torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]))
+    with pytest.raises(ValueError, match="Several documents are packed"):
+        model(ids[:1], position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
+
+
 @pytest.mark.parametrize(
     ("config", "labels"),
     [

@@ -55,6 +55,33 @@ def test_compiled_training_is_one_graph_with_equal_gradients(backend, masked):
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("marks", ["none", "mask", "documents"])
+def test_compiled_training_serves_texts_of_any_length(marks):
+    model = make_model(attention_dropout=0, hidden_dropout=0)
+    backend = Compiles()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for num_tokens in (40, 57, 64, 65, 90, 129, 700):
+        inputs = make_inputs(2, num_tokens, marks == "mask")
+        if marks == "documents":
+            inputs["position_ids"] = torch.arange(num_tokens)[None] % 23
+        assert_same_at_tokens(compiled(**inputs, use_cache=False).logits, model, inputs)
+    assert backend.count <= 4
+
+
+def test_compiled_masks_of_another_form_are_refused():
+    compiled = torch.compile(make_model(), fullgraph=True, backend="eager")
+    ids = make_ids(2, 6)
+    with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match="covers 5 tokens"):
+        compiled(ids, attention_mask=torch.ones(2, 5, dtype=torch.long), use_cache=False)
+    with pytest.raises(RuntimeError, match="attention_mask must hold 1 at tokens and 0 at padding"):
+        compiled(ids, attention_mask=torch.zeros(2, 6).index_fill(1, torch.tensor([0]), -1e9), use_cache=False)
+
+
+def test_tracing_is_refused():
+    with pytest.raises(ValueError, match="use `torch.export`"):
+        torch.jit.trace(make_model(), (make_ids(2, 6),), strict=False)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("static", [False, True])
 def test_32_compiled_steps_compile_at_most_thrice(static, masked):

@@ -217,6 +217,9 @@ def test_logits_of_the_last_tokens_only(model):
     whole = model(ids).logits
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, whole[:, -2:])
     torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [0, 3]])
+    for wrong in (-1, torch.tensor([[0, 1], [2, 3]])):
+        with pytest.raises(ValueError, match="logits_to_keep"):
+            model(ids, logits_to_keep=wrong)
 
 
 def test_generation_from_embeddings(model):

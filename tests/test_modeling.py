@@ -10,6 +10,8 @@ from conftest import make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from transformers import AttentionInterface, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, leaky_average
 from modeling_memory_mosaic.modeling_memory_mosaic import CHUNK_LENGTH, kernel_smoothing, scale_to_length
@@ -305,6 +307,21 @@ def test_200_steps_in_bfloat16_lose_little():
     assert abs(losses[True] / losses[False] - 1) < 0.02
 
 
+def test_a_memory_under_gradient_checkpointing_is_refused():
+    model = make_model().train()
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        model(make_ids(1, 4), past_key_values=DynamicCache(config=model.config))
+    assert model(make_ids(1, 4)).past_key_values is None
+
+
+def test_an_attention_function_without_masks_is_refused(model):
+    AttentionInterface.register("maskless", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("maskless")
+    with pytest.raises(ValueError, match="'maskless' has no function that makes its masks"):
+        model(make_ids(1, 4), attention_mask=torch.tensor([[0, 1, 1, 1]]))
+
+
 def test_train_and_eval_agree_without_dropout():
     model = make_model(attention_dropout=0.0, hidden_dropout=0.0)
     ids = make_ids(2, 20)
@@ -372,7 +389,7 @@ def test_flex_attention_serves_too(model):
 
 def test_requests_that_would_be_misread_are_refused(model):
     ids = make_ids(2, 4)
-    with pytest.raises(ValueError, match="values from -1000000000.0 to 0.0"):
+    with pytest.raises(ValueError, match="must hold 1 at tokens.* Found: -1000000000.0"):
         model(ids, attention_mask=torch.tensor([[0.0, 0, 0, 0], [-1e9, 0, 0, 0]]))
     with pytest.raises(ValueError, match="not numbers of documents"):
         model(ids, attention_mask=torch.tensor([[1, 1, 2, 2], [1, 1, 1, 0]]))

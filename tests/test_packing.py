@@ -113,7 +113,7 @@ def test_one_document_is_read_as_any_text(model):
 def test_packed_documents_leave_no_memory(model):
     batch = pack(make_documents())
     assert model(**batch, use_cache=True).past_key_values is None
-    with pytest.raises(ValueError, match="behind 0 tokens in the memory, which holds one text"):
+    with pytest.raises(ValueError, match="behind the tokens in the memory, which holds one text"):
         model(**batch, past_key_values=DynamicCache(config=model.config))
 
 
@@ -121,7 +121,7 @@ def test_packed_documents_leave_no_memory(model):
 def test_a_document_that_begins_behind_another_is_refused(model, num_tokens):
     cache = model(make_ids(1, 5), use_cache=True).past_key_values
     ids = make_ids(1, num_tokens)
-    with pytest.raises(ValueError, match="behind 5 tokens in the memory"):
+    with pytest.raises(ValueError, match="behind the tokens in the memory"):
         model(ids, past_key_values=cache, position_ids=torch.arange(num_tokens)[None])
     model(ids, past_key_values=cache, position_ids=5 + torch.arange(num_tokens)[None])
     assert cache.get_seq_length() == 5 + num_tokens
@@ -133,12 +133,75 @@ def test_marks_of_another_length_are_refused(model, marks):
         model(make_ids(2, 4), **{marks: torch.zeros(2, 3, dtype=torch.long)})
 
 
+@pytest.mark.parametrize(
+    "offsets",
+    [[0, 3, 12], [1, 3, 8], [0, 5, 3, 8], [3, 5, 8], [[0, 3, 8]]],
+    ids=["beyond the end", "not from 0", "falling", "lengths", "two axes"],
+)
+def test_offsets_of_another_form_are_refused(model, offsets):
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        model(make_ids(1, 8), cu_seq_lens_q=torch.tensor(offsets))
+    with pytest.raises(ValueError, match="without cu_seq_lens_q"):
+        model(make_ids(1, 8), cu_seq_lens_k=torch.tensor(offsets))
+
+
+@pytest.mark.parametrize("name", ["document_ids", "segment_ids", "cu_seqlens"])
+def test_marks_of_other_libraries_are_not_passed_over(model, name):
+    with pytest.raises(ValueError, match=f"{name} is not known"):
+        model(make_ids(1, 4), **{name: torch.tensor([[0, 0, 1, 1]])})
+
+
+def test_marks_at_padding_mean_nothing(model):
+    ids, mask = make_ids(1, 6), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    expected = model(ids, attention_mask=mask).logits[:, 2:]
+    for name, marks in {"seq_idx": [9, 9, 0, 0, 0, 0], "position_ids": [5, 5, -1, 0, 1, 2]}.items():
+        outputs = model(ids, attention_mask=mask, **{name: torch.tensor([marks])})
+        assert torch.equal(outputs.logits[:, 2:], expected) and outputs.past_key_values.get_seq_length() == 6
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_packed_gradients_under_checkpointing(use_reentrant):
+    batch = pack(make_documents())
+    gradients = {}
+    for checkpointing in (False, True):
+        model = make_model(dtype=torch.float64, attention_dropout=0.0, hidden_dropout=0.0).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(**batch).loss.backward()
+        gradients[checkpointing] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, gradient in gradients[True].items():
+        torch.testing.assert_close(gradient, gradients[False][name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_compiled_documents_behind_a_memory_are_refused():
+    """Where nothing can be asked, an assertion stands in the graph, or the call is refused for what it might mean."""
+    model = make_model()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    batch = pack(make_documents(), return_seq_idx=True)
+    del batch["labels"]
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="A document begins behind the tokens in the memory"):
+            compiled(**batch, past_key_values=DynamicCache(config=model.config))
+        with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match="pass `use_cache=False`"):
+            compiled(**batch, use_cache=True)
+        cache = DynamicCache(config=model.config)
+        ids = make_ids(1, 9)
+        pieces = [
+            compiled(ids[:, a:b], position_ids=torch.arange(a, b)[None], past_key_values=cache).logits
+            for a, b in ((0, 5), (5, 9))
+        ]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, rtol=0, atol=1e-5)
+
+
 def test_compiled_packing_is_exact_and_one_graph():
     """Compiled, restarts cannot be asked about: whatever could mark documents is followed."""
     model = make_model()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     batch = pack(make_documents())
     with torch.no_grad():
-        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)
+        expected = model(**batch).logits
+        batch["use_cache"] = False
+        torch.testing.assert_close(compiled(**batch).logits, expected, rtol=0, atol=1e-5)
         plain = {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
         torch.testing.assert_close(compiled(**plain).logits, model(**plain).logits, rtol=0, atol=1e-5)

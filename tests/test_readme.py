@@ -31,6 +31,7 @@ def test_python_blocks_run_in_order_in_one_session(readme, tmp_path):
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     export_model(make_model(vocab_size=300, **ids), tokenizer, tmp_path / "runs/demo/mosaic-demo-seed0/model")
     code = "\n".join(blocks(readme, "python"))
+    code += "\nassert not model.training"  # what is exported and saved must not drop out
     assert code.count("from_pretrained") >= 2 and "trainer.train()" in code and "memory_from_state_dict" in code
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
     process = subprocess.run(
