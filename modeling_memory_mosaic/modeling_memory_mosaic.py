@@ -478,6 +478,18 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def save_pretrained(self, *args, **kwargs):
+        """As the library's, with all classes of this file in `config.json`, so that each Auto class can load the folder."""
+        module = __name__.rpartition(".")[2]
+        self.config.auto_map = {
+            "AutoModel": f"{module}.MemoryMosaicModel",
+            "AutoModelForCausalLM": f"{module}.MemoryMosaicForCausalLM",
+            "AutoModelForSequenceClassification": f"{module}.MemoryMosaicForSequenceClassification",
+            # `transformers serve` 5.23 asks for this one first, and then only for classes within transformers.
+            "AutoModelForDecision": f"{module}.MemoryMosaicForCausalLM",
+        }
+        return super().save_pretrained(*args, **kwargs)
+
 
 def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values, **marks):
     """What all layers of one forward pass need to know about padding, documents and the past.

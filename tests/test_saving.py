@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, MemoryMosaicModel
-from training.publish import carry_code
 
 
 PAYLOAD = ("configuration_memory_mosaic.py", "cache_memory_mosaic.py", "modeling_memory_mosaic.py")
@@ -82,7 +81,6 @@ def test_the_base_model_loads_from_a_causal_checkpoint(tmp_path):
 
 def test_remote_code_loads_everything_in_a_clean_process(tmp_path, request):
     model = make_model()
-    carry_code(model)
     model.save_pretrained(tmp_path / "model")
     ids = make_ids(2, 9)
     torch.save({"state": model.state_dict(), "ids": ids, "logits": model(ids).logits}, tmp_path / "expected.pt")
@@ -125,7 +123,6 @@ assert torch.equal(model.eval()(expected["ids"]).logits, expected["logits"])
 
 def test_the_payload_is_the_package_byte_for_byte(tmp_path, request):
     model = make_model()
-    carry_code(model)
     model.save_pretrained(tmp_path)
     package = request.config.rootpath / "modeling_memory_mosaic"
     for name in PAYLOAD:

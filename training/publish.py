@@ -80,23 +80,6 @@ def _force_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def carry_code(model: PreTrainedModel) -> None:
-    """Make every later `save_pretrained` name all classes of the model's source files, which it writes there too.
-
-    A class that is part of transformers needs none. `save_pretrained` itself enters only the class it saves in
-    `auto_map`; without the others, `AutoModel` and `AutoModelForSequenceClassification` could not load the folder.
-    """
-    if type(model).__module__.startswith("transformers."):
-        return
-    module, prefix = type(model).__module__.rpartition(".")[2], type(model.config).__name__.removesuffix("Config")
-    model.config.auto_map = {
-        f"AutoModel{suffix}": f"{module}.{prefix}{suffix or 'Model'}"
-        for suffix in ("", "ForCausalLM", "ForSequenceClassification")
-    }
-    # `transformers serve` 5.23 asks for this class before all others, and then only for classes within transformers.
-    model.config.auto_map["AutoModelForDecision"] = f"{module}.{prefix}ForCausalLM"
-
-
 def export_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -111,7 +94,6 @@ def export_model(
         folder: written atomically; what was there is replaced.
         state_dict: the weights, where the model holds only a shard of them.
     """
-    carry_code(model)
     model.config.use_cache = True  # Trainer switches it off, and generating from the folder would be slow for ever
     with staged_folder(Path(folder)) as staged:
         model.save_pretrained(staged, state_dict=state_dict)

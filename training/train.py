@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from training.data import collate_windows, load_stories, pack_windows, source_provenance
 from training.evaluate import load_model, mean_loss, tokens_and_bytes
 from training.loop import LanguageModelTrainer, latest_checkpoint, set_aside_broken_checkpoints
-from training.publish import carry_code, export_model, remove_leftovers, staged_folder, verify_export, write_text
+from training.publish import export_model, remove_leftovers, staged_folder, verify_export, write_text
 from training.recipe import Recipe
 from training.result import bits_per_byte, environment, learning_curve, perplexity, write_result
 from training.tokenizer import load_tokenizer, train_tokenizer
@@ -272,7 +272,6 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     set_seed(recipe.seed)
     model = AutoModelForCausalLM.from_config(config)
     model.loss_type = "ForCausalLM"  # GPT-2's class name does not say it, and each forward would warn
-    carry_code(model)
     return model
 
 
