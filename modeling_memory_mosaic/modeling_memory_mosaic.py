@@ -479,7 +479,7 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, *args, **kwargs):
-        """As the library's, with all classes of this file in `config.json`, so that each Auto class can load the folder."""
+        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
             "AutoModel": f"{module}.MemoryMosaicModel",
