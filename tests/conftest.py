@@ -34,6 +34,12 @@ def make_ids(*shape: int, seed: int = 0, vocab_size: int = SIZES["vocab_size"]) 
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def checkpoint_activations(model, use_reentrant: bool) -> None:
+    """Switch gradient checkpointing on, under the name that it has from transformers 5.23 on, or before."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 @pytest.fixture
 def model() -> MemoryMosaicForCausalLM:
     return make_model()

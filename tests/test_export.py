@@ -55,7 +55,9 @@ def test_compiled_training_is_one_graph_with_equal_gradients(backend, masked):
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("marks", ["none", "mask", "documents"])
+@pytest.mark.parametrize(
+    "marks", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mask", "documents"))]
+)
 def test_compiled_training_serves_texts_of_any_length(marks):
     model = make_model(attention_dropout=0, hidden_dropout=0)
     backend = Compiles()

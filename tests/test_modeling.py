@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_ids, make_model
+from conftest import checkpoint_activations, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -309,7 +309,7 @@ def test_200_steps_in_bfloat16_lose_little():
 
 def test_a_memory_under_gradient_checkpointing_is_refused():
     model = make_model().train()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model, use_reentrant=False)
     with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
         model(make_ids(1, 4), past_key_values=DynamicCache(config=model.config))
     assert model(make_ids(1, 4)).past_key_values is None
@@ -348,10 +348,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
         return [p.grad.clone() for p in model.parameters()]
 
     expected = gradients()
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    else:  # its name before transformers 5.23
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant)
     assert model.model.gradient_checkpointing or model.model.layers[0].gradient_checkpointing
     for gradient, reference in zip(gradients(), expected, strict=True):
         assert torch.equal(gradient, reference)
@@ -376,6 +373,7 @@ def test_gradients_of_one_batch_equal_accumulated_ones():
         torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_flex_attention_serves_too(model):
     model.requires_grad_(False)  # on a CPU, FlexAttention has no backward
     ids, mask = make_ids(2, 9), torch.ones(2, 9, dtype=torch.long)

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from conftest import make_ids, make_model
+from conftest import checkpoint_activations, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening, DynamicCache
@@ -36,7 +36,11 @@ MARKS = {
 CASES = [(implementation, marks) for implementation in ("eager", "sdpa") for marks in MARKS]
 
 
-@pytest.mark.parametrize(("implementation", "marks"), [*CASES, ("flex_attention", "position_ids")])
+# FlexAttention compiles C++ on its first call.
+FLEX = pytest.param("flex_attention", "position_ids", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("implementation", "marks"), [*CASES, FLEX])
 def test_packed_equals_separate(marks, implementation):
     model = make_model().requires_grad_(False)  # on a CPU, FlexAttention has no backward
     model.set_attn_implementation(implementation)
@@ -166,7 +170,7 @@ def test_packed_gradients_under_checkpointing(use_reentrant):
     for checkpointing in (False, True):
         model = make_model(dtype=torch.float64, attention_dropout=0.0, hidden_dropout=0.0).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            checkpoint_activations(model, use_reentrant)
             model.enable_input_require_grads()
         model(**batch).loss.backward()
         gradients[checkpointing] = {name: parameter.grad for name, parameter in model.named_parameters()}
