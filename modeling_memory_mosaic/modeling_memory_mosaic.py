@@ -591,7 +591,8 @@ def find_documents(
         check_shape("position_ids", position_ids, batch_size, num_tokens)
         positions = position_ids.to(device).expand(batch_size, num_tokens)[:, None, :, None]
         before = torch.zeros_like(positions[:, :, :1])  # what a memory has read began with 0: 0 goes back
-        previous = torch.cat([before, hold_last(positions, is_token, before)[:, :, :-1]], dim=2)
+        held = positions if attention_mask is None else hold_last(positions, is_token, before)
+        previous = torch.cat([before, held[:, :, :-1]], dim=2)
         begins = begins | (positions <= previous)[:, 0, :, 0]
     if seq_idx is not None:
         check_shape("seq_idx", seq_idx, batch_size, num_tokens)
