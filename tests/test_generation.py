@@ -39,7 +39,19 @@ def generate(model, ids, mask=None, **kwargs):
 
 @pytest.mark.parametrize(
     "mode",
-    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"do_sample": True, "top_k": 0}],
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 0},
+        {"num_beams": 3, "do_sample": True},
+        {"do_sample": True, "typical_p": 0.9, "renormalize_logits": True},
+        {"do_sample": True, "min_p": 0.01, "top_p": 0.9, "temperature": 0.7},
+        {"guidance_scale": 1.5},
+        {"bad_words_ids": [[3]], "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": True, "watermarking_config": {"bias": 2.5, "seeding_scheme": "selfhash"}},
+    ],
     ids=str,
 )
 def test_cached_equals_uncached(model, mode):
@@ -131,27 +143,6 @@ def test_a_mosaic_assists_a_gpt2():
     ids, assistant = make_ids(1, 9), make_model(pad_token_id=59, eos_token_id=60)
     gpt2 = make_gpt2(pad_token_id=59, bos_token_id=60, eos_token_id=60)
     assert torch.equal(generate(gpt2, ids, assistant_model=assistant), generate(gpt2, ids))
-
-
-@pytest.mark.parametrize(
-    "mode",
-    [
-        {"num_beams": 3, "do_sample": True},
-        {"do_sample": True, "typical_p": 0.9, "renormalize_logits": True},
-        {"do_sample": True, "min_p": 0.01, "top_p": 0.9, "temperature": 0.7},
-        {"guidance_scale": 1.5},
-        {"bad_words_ids": [[3]], "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-        {"do_sample": True, "num_return_sequences": 3},
-        {"do_sample": True, "watermarking_config": {"bias": 2.5, "seeding_scheme": "selfhash"}},
-    ],
-    ids=str,
-)
-def test_further_ways_of_choosing_tokens_run_on_the_memory(model, mode):
-    ids = make_ids(1, 6)
-    torch.manual_seed(3)
-    cached = generate(model, ids, **mode)
-    torch.manual_seed(3)
-    assert torch.equal(cached, generate(model, ids, use_cache=False, **mode))
 
 
 def test_scores_are_those_of_one_pass(model):
