@@ -11,6 +11,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,10 +186,11 @@ class Recipe(Section):
                 f"`tokenizer.vocab_size` is {self.tokenizer.vocab_size}, but the model {self.model!r} has embeddings "
                 f"for {config.vocab_size} tokens: lower it, or raise `model_args.vocab_size`"
             )
-        if self.data.context_length > config.max_position_embeddings:
+        longest = getattr(config, "max_position_embeddings", math.inf)  # an ALiBi model states none
+        if self.data.context_length > longest:
             raise ValueError(
                 f"`data.context_length` is {self.data.context_length}, but the model {self.model!r} is made for "
-                f"{config.max_position_embeddings}: lower it, or raise `model_args.max_position_embeddings`"
+                f"{longest}: lower it, or raise `model_args.max_position_embeddings`"
             )
         return self
 
