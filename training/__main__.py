@@ -51,29 +51,28 @@ def run(
     overrides: Overrides = None,
     restart: Annotated[bool, typer.Option("--restart", help="Move an earlier run aside and begin anew.")] = False,
 ) -> None:
-    """Train as a recipe says; the same command again resumes, or shows the finished result."""
+    """Do what a recipe says; the same command again resumes, or shows the finished result."""
     with _plain_errors(context):
         from accelerate import PartialState
 
-        from training.recipe import load_recipe
-        from training.train import run, summary
+        from training.recipe import load_recipe, task_module
 
         parsed = load_recipe(recipe, overrides)
-        result = run(parsed, restart=restart)
+        task = task_module(parsed.task)
+        result = task.run(parsed, restart=restart)
         if PartialState().is_main_process:
-            typer.echo(summary(result, parsed.folder))
+            typer.echo(task.summary(result, parsed.folder))
 
 
 @app.command("dry-run")
 def dry_run(context: typer.Context, recipe: RecipePath, overrides: Overrides = None) -> None:
     """Show the resolved recipe and what it amounts to: parameters, tokens, steps. Reads no data, writes nothing."""
     with _plain_errors(context):
-        from training.recipe import load_recipe
-        from training.train import plan
+        from training.recipe import load_recipe, task_module
 
         parsed = load_recipe(recipe, overrides)
         typer.echo(parsed.to_yaml())
-        for name, value in plan(parsed).items():
+        for name, value in task_module(parsed.task).plan(parsed).items():
             typer.echo(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: one YAML file fixes everything that a training run depends on.
+"""Recipes: one YAML file fixes everything that a run depends on; its `task` says what is done.
 
 A recipe is read strictly. A key that nothing would read, in the file or in a dotted override, is an error that names
 the nearest valid key; so is a field of the model that its configuration class does not have. What the fields mean, and
@@ -10,11 +10,13 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import importlib
 import json
 import math
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import yaml
@@ -37,6 +39,9 @@ import modeling_memory_mosaic  # noqa: F401  (registers the model type with Auto
 
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "configuration"
+
+# The module of each task has a class `Recipe` and functions `plan`, `run` and `summary` that take one.
+TASKS = {"language_modeling": "training.train"}
 
 # Fields of TrainingArguments that the run decides itself, and what to use instead.
 DECIDED_BY_THE_RUN = {
@@ -158,10 +163,36 @@ TrainingSection = create_model(
 )
 
 
-class Recipe(Section):
-    """Everything that a run depends on; see `configuration/README.md` for each field."""
+class BaseRecipe(Section):
+    """What the recipes of all tasks have in common."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
+    task: str
+    output_dir: str | None = None
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where the run writes: `output_dir`, or `runs/NAME`."""
+        return Path(self.output_dir or f"runs/{self.name}")
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of all that determines the run: not of `output_dir`."""
+        canonical = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def content(self) -> dict[str, Any]:
+        """All that determines the run, fit for JSON."""
+        return self.model_dump(exclude={"output_dir"})
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; reading it gives a recipe of the same hash."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+class Recipe(BaseRecipe):
+    """A language model to train; see `configuration/README.md` for each field."""
+
     task: Literal["language_modeling"]
     seed: int = Field(default=0, ge=0)
     model: str
@@ -171,7 +202,6 @@ class Recipe(Section):
     tokens: PositiveInt | None = None
     training: TrainingSection
     generation: GenerationSection = GenerationSection()
-    output_dir: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -224,20 +254,18 @@ class Recipe(Section):
         """Where the run writes: `output_dir`, or `runs/NAME/MODEL-seedSEED`."""
         return Path(self.output_dir or f"runs/{self.name}/{self.model}-seed{self.seed}")
 
-    @functools.cached_property
-    def hash(self) -> str:
-        """sha256 of all that determines the run: the recipe without `output_dir`, and the architecture it names."""
-        content = self.model_dump(exclude={"output_dir"}) | {"architecture": self.architecture}
-        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-    def to_yaml(self) -> str:
-        """The resolved recipe as YAML; reading it gives a recipe of the same hash."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+    def content(self) -> dict[str, Any]:
+        """All that determines the run: the recipe, and the architecture it names."""
+        return super().content() | {"architecture": self.architecture}
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe.
+def task_module(task: str) -> ModuleType:
+    """The module that does a task; imported only now, so that one task needs no library of another."""
+    return importlib.import_module(TASKS[task])
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> BaseRecipe:
+    """Read a recipe of any task.
 
     Args:
         path: the YAML file.
@@ -258,17 +286,23 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, TypeError, yaml.YAMLError) as error:  # TypeError: nothing merges into a list
         raise ValueError(f"cannot read recipe {str(path)!r} with overrides {overrides}: {error}") from error
+    invalid = f"recipe {str(path)!r} is not valid:\n"
+    if not isinstance(values, dict) or "task" not in values:
+        raise ValueError(f"{invalid}  missing key 'task'")
+    if values["task"] not in TASKS:
+        raise ValueError(f"{invalid}  task: {values['task']!r} is none of {', '.join(map(repr, TASKS))}")
+    schema = task_module(values["task"]).Recipe
     try:
-        return Recipe.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        problems = [f"  {_explain(problem)}" for problem in error.errors()]
-        raise ValueError(f"recipe {str(path)!r} is not valid:\n" + "\n".join(problems)) from None
+        problems = [f"  {_explain(problem, schema)}" for problem in error.errors()]
+        raise ValueError(invalid + "\n".join(problems)) from None
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: dict[str, Any], schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest(key, list(_dotted_keys(Recipe)))}"
+        return f"unknown key {key!r}{_nearest(key, list(_dotted_keys(schema)))}"
     if problem["type"] == "missing":
         return f"missing key {key!r}"
     message = problem["msg"].removeprefix("Value error, ")

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of a run: claim a folder, prepare tokenizer and windows, build, train or resume, export, report."""
+"""A training run: claim a folder, prepare tokenizer and windows, build, train or resume, export, report."""
 
-import contextlib
 import json
 import math
-import time
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,16 +10,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from training.data import collate_windows, load_stories, pack_windows, source_provenance
 from training.evaluate import load_model, mean_loss, tokens_and_bytes
-from training.loop import LanguageModelTrainer, latest_checkpoint, set_aside_broken_checkpoints
-from training.publish import export_model, remove_leftovers, staged_folder, verify_export, write_text
+from training.loop import LanguageModelTrainer
+from training.publish import export_model, staged_folder, verify_export
 from training.recipe import Recipe
 from training.result import bits_per_byte, environment, learning_curve, perplexity, write_result
+from training.run_folder import claim_folder, only_run_in
 from training.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -48,7 +45,7 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
 
 
 def _run(recipe: Recipe, arguments: TrainingArguments, state: PartialState, restart: bool) -> dict[str, Any]:
-    claim_folder(recipe, state, restart)
+    claim_folder(recipe, _identity(recipe, state), state, restart)
     finished = recipe.folder / "result.json"
     if finished.is_file():
         state.print(f"{recipe.folder} is finished already; --restart trains again")
@@ -69,22 +66,6 @@ def _run(recipe: Recipe, arguments: TrainingArguments, state: PartialState, rest
         state.print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     return _finish(recipe, trainer, tokenizer, state)
-
-
-@contextlib.contextmanager
-def only_run_in(folder: Path, state: PartialState) -> Iterator[None]:
-    """Hold a lock beside the folder: a command started twice must not tidy away what the first is just saving."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-    if state.is_main_process:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(f"a run is going on in {folder}: wait for it, or choose another output_dir") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -140,33 +121,6 @@ def num_parameters(recipe: Recipe) -> int:
         return AutoModelForCausalLM.from_config(recipe.build_config()).num_parameters()
 
 
-def claim_folder(recipe: Recipe, state: PartialState, restart: bool) -> None:
-    """Make the folder this recipe's: refuse another recipe's, tidy up after a killed run of the same.
-
-    Raises:
-        ValueError: the folder holds another recipe's run, a run of another number of processes, only damaged
-            checkpoints, or, with `restart`, something that no run has written.
-    """
-    if recipe.folder.is_dir() and any(recipe.folder.iterdir()) and not (recipe.folder / "run.json").is_file():
-        raise ValueError(f"{recipe.folder} is not the folder of a run and stays as it is: choose another output_dir")
-    identity = _identity(recipe, state)
-    if not restart:
-        _refuse_another_run(recipe.folder, identity)
-    state.wait_for_everyone()  # nobody may change the folder while others still look at it
-    if state.is_main_process:
-        if restart and recipe.folder.exists():
-            aside = recipe.folder.with_name(f"{recipe.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            recipe.folder.rename(aside)
-            state.print(f"the earlier run is now in {aside}")
-        recipe.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(recipe.folder)
-        if latest_checkpoint(recipe.folder) is not None:
-            set_aside_broken_checkpoints(recipe.folder)
-        write_text(recipe.folder / "run.json", json.dumps(identity, indent=1))
-        write_text(recipe.folder / "recipe.yaml", recipe.to_yaml())
-    state.wait_for_everyone()
-
-
 def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
     return {
         "hash": recipe.hash,
@@ -178,31 +132,6 @@ def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
             "validation": source_provenance(**recipe.data.validation.model_dump()),
         },
     }
-
-
-def _refuse_another_run(folder: Path, identity: dict[str, Any]) -> None:
-    remedy = "choose another output_dir, or move the earlier run aside with --restart"
-    written = folder / "run.json"
-    if not written.is_file():
-        return
-    earlier = json.loads(written.read_text(encoding="utf-8"))
-    if (earlier["hash"], earlier["data"]) != (identity["hash"], identity["data"]):
-        before, now = _flat(earlier), _flat(identity)
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        changes = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed if key != "hash"]
-        raise ValueError(f"{folder} holds a run of another recipe or other data ({'; '.join(changes)}): {remedy}")
-    if earlier["num_processes"] != identity["num_processes"]:
-        raise ValueError(
-            f"{folder} holds a run of {earlier['num_processes']} processes, not {identity['num_processes']}: start it "
-            f"with as many, so that it continues exactly, or {remedy}"
-        )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _prepare_tokenizer(recipe: Recipe, state: PartialState) -> PreTrainedTokenizerBase:
