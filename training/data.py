@@ -59,7 +59,8 @@ def load_stories(
 
     Args:
         source (`str`): `"embedded"`, else a file or folder if it exists (of a folder, all files of the forms above,
-            sorted by name, but not its subfolders), else the name of a data set on the Hub.
+            sorted by name, but not its subfolders), else a data set on the Hub: its name, if it has several
+            configurations also `:CONFIGURATION`, and to pin it `@REVISION`.
         split (`str`): of a data set on the Hub. The embedded writer tells other stories for each split. A local file
             is read whole whatever the split; a folder too, and refuses any but `"train"`.
         text_field (`str`): where the story is in a `.jsonl` file or a data set on the Hub.
@@ -109,10 +110,10 @@ def source_provenance(
     provenance |= {"split": split, "num_stories": num_stories, "seed": seed}
     if kind == "embedded":
         writer = Path(story_writer.__file__)
-        return provenance | {"files": {writer.name: _checksum(writer)}}
+        return provenance | {"files": {writer.name: checksum(writer)}}
     if kind == "hub":
         return provenance | {"text_field": text_field}
-    files = {path.name: _checksum(path) for path in _story_files(source, split)}
+    files = {path.name: checksum(path) for path in _story_files(source, split)}
     name = Path(source).expanduser().resolve().name
     return provenance | {"name": name, "files": files, "text_field": text_field, "separator": separator}
 
@@ -195,10 +196,11 @@ def _cached(generator: Callable, arguments: dict, features: Features, fingerprin
 
 def _fingerprint(*parts: Any) -> str:
     # This file counts as well: what an earlier version of it has written must not be taken for its own.
-    return Hasher.hash([_checksum(Path(__file__)), *parts])
+    return Hasher.hash([checksum(Path(__file__)), *parts])
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """sha256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for chunk in iter(functools.partial(file.read, _CHUNK), b""):
@@ -215,7 +217,7 @@ def _written_stories(split: str, num_stories: int | None, seed: int, streaming: 
     arguments = {"num_stories": num_stories, "seed": seed}
     if streaming:
         return IterableDataset.from_generator(_write, features=STORY_FEATURES, gen_kwargs=arguments)
-    return _cached(_write, arguments, STORY_FEATURES, _fingerprint(_checksum(Path(story_writer.__file__)), arguments))
+    return _cached(_write, arguments, STORY_FEATURES, _fingerprint(checksum(Path(story_writer.__file__)), arguments))
 
 
 def _write(num_stories: int, seed: int) -> Iterator[dict]:
@@ -225,7 +227,7 @@ def _write(num_stories: int, seed: int) -> Iterator[dict]:
 
 def _stories_of_hub(name: str, split: str, text_field: str, streaming: bool) -> Dataset | IterableDataset:
     try:
-        stories = datasets.load_dataset(name, split=split, streaming=streaming)
+        stories = datasets.load_dataset(**_hub_name(name), split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"{name!r} is neither {EMBEDDED!r} nor an existing file or folder, and as a data set on the Hub it cannot "
@@ -241,6 +243,12 @@ def _stories_of_hub(name: str, split: str, text_field: str, streaming: bool) -> 
         raise ValueError(f"field {text_field!r} of {name!r} is no text, but {stories.features[text_field]}")
     stories = stories.select_columns([text_field])
     return stories if text_field == "text" else stories.rename_column(text_field, "text")
+
+
+def _hub_name(name: str) -> dict[str, str | None]:
+    path, _, revision = name.partition("@")
+    path, _, configuration = path.partition(":")
+    return {"path": path, "name": configuration or None, "revision": revision or None}
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -277,7 +285,7 @@ def _stories_of_files(
     if streaming:
         return IterableDataset.from_generator(_read_files, features=STORY_FEATURES, gen_kwargs=arguments)
     # Content and name (whose ending tells the form), not place and time: a copy is known, an edited file is read anew.
-    contents = [(file.name, _checksum(file)) for file in files]
+    contents = [(file.name, checksum(file)) for file in files]
     return _cached(_read_files, arguments, STORY_FEATURES, _fingerprint(contents, text_field, separator))
 
 

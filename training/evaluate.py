@@ -16,8 +16,12 @@ from training.result import bits_per_byte, perplexity
 from training.tokenizer import load_tokenizer
 
 
-def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(folder: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (on the accelerator, if there is one, and in evaluation mode) and tokenizer of a folder.
+
+    Args:
+        folder: an exported folder or a checkpoint.
+        options: further arguments of `from_pretrained`, such as `attn_implementation`.
 
     Raises:
         ValueError: the folder is no model, its weights are cut off, or they do not fill the model.
@@ -26,7 +30,7 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} has no config.json: name an exported folder or a checkpoint")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except SafetensorError as error:
         raise ValueError(f"the weights in {str(folder)!r} are damaged ({error}): copy or export them again") from error
     if report["missing_keys"] or report["mismatched_keys"]:

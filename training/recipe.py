@@ -41,7 +41,13 @@ import modeling_memory_mosaic  # noqa: F401  (registers the model type with Auto
 CONFIGURATION = Path(__file__).resolve().parents[1] / "configuration"
 
 # The module of each task has a class `Recipe` and functions `plan`, `run` and `summary` that take one.
-TASKS = {"language_modeling": "training.train"}
+TASKS = {
+    "language_modeling": "training.train",
+    "training_curves": "training.experiments.training_curves",
+    "position_loss": "training.experiments.position_loss",
+    "attention_maps": "training.experiments.attention_maps",
+    "samples": "training.experiments.samples",
+}
 
 # Fields of TrainingArguments that the run decides itself, and what to use instead.
 DECIDED_BY_THE_RUN = {
@@ -264,12 +270,16 @@ def task_module(task: str) -> ModuleType:
     return importlib.import_module(TASKS[task])
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> BaseRecipe:
+def load_recipe(
+    path: str | Path, overrides: list[str] | None = None, settings: list[dict[str, Any]] | None = None
+) -> BaseRecipe:
     """Read a recipe of any task.
 
     Args:
         path: the YAML file.
         overrides: settings in dotted form, such as `training.learning_rate=1e-3`; they win over the file.
+        settings: settings in nested form, such as `{"training": {"learning_rate": 1e-3}}`, the later ones winning
+            over the earlier, over the file, and losing to `overrides`.
 
     Raises:
         ValueError: no such file, not YAML, an override without `=`, an unknown key (with the nearest valid one), a
@@ -282,7 +292,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> BaseRec
         if "=" not in override:
             raise ValueError(f"override {override!r} has no '=': write it as key=value, such as seed=1")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.merge(OmegaConf.load(path), *(settings or []), OmegaConf.from_dotlist(overrides))
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, TypeError, yaml.YAMLError) as error:  # TypeError: nothing merges into a list
         raise ValueError(f"cannot read recipe {str(path)!r} with overrides {overrides}: {error}") from error

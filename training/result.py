@@ -144,15 +144,16 @@ def _table_line(model: str, runs: list[dict[str, Any]]) -> str:
         f"{runs[0]['parameters']:,}",
         ", ".join(str(run["seed"]) for run in sorted(runs, key=lambda run: run["seed"])),
         f"{runs[0]['tokens']:,}",
-        _mean_and_deviation(loss, 4),
-        _mean_and_deviation(perplexity, 2),
-        _mean_and_deviation(bits, 4),
+        mean_and_deviation(loss, 4),
+        mean_and_deviation(perplexity, 2),
+        mean_and_deviation(bits, 4),
         f"{statistics.mean(run['seconds'] for run in runs):,.0f}",
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def _mean_and_deviation(values: list[float], digits: int) -> str:
+def mean_and_deviation(values: list[float], digits: int) -> str:
+    """Of several seeds as `mean ± standard deviation`, of one its value."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the experiments on trained models share: which models, their training, the result and its claims.
+
+An experiment names a `base` recipe and, for each model of the comparison, what differs from it. Trainings live in
+`runs/BASE/...`, outside the experiment's own folder, so that experiments on the same models train them once. Whichever
+is not finished is trained, or resumed, before anything is measured.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from accelerate import PartialState
+from matplotlib.figure import Figure
+from pydantic import Field, PositiveInt, model_validator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from training import train
+from training.evaluate import load_model
+from training.publish import write_text
+from training.recipe import CONFIGURATION, BaseRecipe, Recipe, load_recipe
+from training.result import environment
+from training.run_folder import claim_folder, only_run_in
+
+
+Verdict = Literal["reproduced", "not at this size", "contradicted"]
+
+
+class Claim(NamedTuple):
+    """A statement of the paper beside what was measured: a row of `training/results/README.md`."""
+
+    claim: str
+    paper: str
+    ours: str
+    verdict: Verdict
+
+
+class Trained(NamedTuple):
+    """One training of a comparison."""
+
+    label: str
+    depth: int
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        blocks = "1 block" if self.depth == 1 else f"{self.depth} blocks"
+        return f"{self.label}, {blocks}"
+
+    def load(self, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The finished model, in evaluation mode, and its tokenizer."""
+        return load_model(self.recipe.folder / "model", **options)
+
+    def result(self) -> dict[str, Any]:
+        """Content of the training's own `result.json`."""
+        return json.loads((self.recipe.folder / "result.json").read_text(encoding="utf-8"))
+
+
+class ComparisonRecipe(BaseRecipe):
+    """Models side by side; see `configuration/README.md` for each field."""
+
+    base: str
+    common: dict[str, Any] = {}
+    runs: dict[str, dict[str, Any]] = Field(min_length=1)
+    depths: list[PositiveInt] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _trainings_are_valid(self):
+        assert self.trainings  # building them is the check
+        return self
+
+    @functools.cached_property
+    def trainings(self) -> list[Trained]:
+        """Every model, at every depth, with every seed; all models of one seed and depth next to each other."""
+        combinations = [(s, d, label) for s in self.seeds for d in self.depths for label in self.runs]
+        return [Trained(label, depth, seed, self._training(label, depth, seed)) for seed, depth, label in combinations]
+
+    def _training(self, label: str, depth: int, seed: int) -> Recipe:
+        path = CONFIGURATION / "recipe" / f"{self.base}.yaml"
+        own = dict(self.runs[label])
+        settings = [self.common, own, {"seed": seed}]
+        if load_recipe(path, settings=settings).build_config().num_hidden_layers != depth:
+            own["model_args"] = {**own.get("model_args", {}), "num_hidden_layers": depth}
+        settings[1] = own
+        folder = f"runs/{self.base}/{'-'.join([*_leaves(own), f'seed{seed}'])}"
+        return load_recipe(path, settings=[*settings, {"output_dir": folder}])
+
+    def content(self) -> dict[str, Any]:
+        return super().content() | {"trainings": [training.recipe.hash for training in self.trainings]}
+
+
+def _leaves(settings: dict[str, Any]) -> Iterator[str]:
+    # The model's file by its bare name, all else as KEY=VALUE: the name of a training's folder.
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield str(value) if key == "model" else f"{key}={value}"
+
+
+def plan(recipe: ComparisonRecipe) -> dict[str, Any]:
+    """What the experiment would do: each training, and whether it is finished. Reads no data."""
+    steps = {}
+    for training in recipe.trainings:
+        finished = (training.recipe.folder / "result.json").is_file()
+        size = f"{train.num_parameters(training.recipe):,} parameters"
+        tokens = train.plan(training.recipe)["tokens"]
+        tokens = f"{tokens:,} tokens" if isinstance(tokens, int) else f"{tokens} as tokens"
+        status = "finished" if finished else "to be trained"
+        steps[f"{training.name}, seed {training.seed}"] = f"{size}, {tokens}, {status}, {training.recipe.folder}"
+    return steps | {"trainings": len(recipe.trainings), "folder": str(recipe.folder), "hash": recipe.hash}
+
+
+def run_comparison(
+    recipe: ComparisonRecipe,
+    restart: bool,
+    data: dict[str, Any],
+    measure: Callable[[ComparisonRecipe], dict[str, Any]],
+) -> dict[str, Any]:
+    """Train what is not trained yet, measure, and write `result.json`.
+
+    Args:
+        recipe: of the experiment.
+        restart: move what an earlier run of the experiment left aside; finished trainings stay and are used.
+        data: provenance of what is measured on, by name.
+        measure: looks at the trained models, writes pictures and tables into `recipe.folder` and returns `measured`
+            (numbers), `table` (Markdown, one line a model) and `claims` (a list of `Claim`).
+
+    Returns:
+        Content of `result.json`; of the earlier one, if the experiment was already finished.
+    """
+    train.training_arguments(recipe.trainings[0].recipe)  # settles devices and processes
+    state = PartialState()
+    with only_run_in(recipe.folder, state):
+        claim_folder(recipe, {"hash": recipe.hash, "data": data, "recipe": recipe.content()}, state, restart)
+        written = recipe.folder / "result.json"
+        if not written.is_file():
+            for training in recipe.trainings:
+                state.print(f"{training.name}, seed {training.seed}:", flush=True)
+                train.run(training.recipe)
+            if state.is_main_process:
+                result = _header(recipe, data) | measure(recipe)
+                result["claims"] = [claim._asdict() for claim in result["claims"]]
+                write_text(written, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+            state.wait_for_everyone()
+        return json.loads(written.read_text(encoding="utf-8"))
+
+
+def _header(recipe: ComparisonRecipe, data: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": recipe.name,
+        "task": recipe.task,
+        "recipe": recipe.model_dump(exclude={"output_dir"}),
+        "recipe_hash": recipe.hash,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **environment(),
+        "data": data,
+        "trainings": [_training_summary(training) for training in recipe.trainings],
+    }
+
+
+def _training_summary(training: Trained) -> dict[str, Any]:
+    result = training.result()
+    kept = (
+        "model",
+        "recipe_hash",
+        "commit",
+        "versions",
+        "data",
+        "parameters",
+        "steps",
+        "tokens",
+        "seconds",
+        "metrics",
+    )
+    own = {"label": training.label, "depth": training.depth, "seed": training.seed}
+    return own | {name: result[name] for name in kept}
+
+
+def summary(result: dict[str, Any], folder: Path) -> str:
+    """The end of an experiment in words: its table, its claims, and where everything is."""
+    claims = [
+        f"{row['verdict']}: {row['claim']} (paper: {row['paper']}; ours: {row['ours']})" for row in result["claims"]
+    ]
+    files = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".png", ".md")))
+    return "\n".join([result["table"], "", *claims, f"{files} are in {folder}"])
+
+
+def reads(model: PreTrainedModel, num_tokens: int) -> bool:
+    """Whether a model can read so many tokens: one that learns positions (GPT-2's `wpe`) has a row for each."""
+    positions = getattr(model.base_model, "wpe", None)
+    return positions is None or num_tokens <= positions.num_embeddings
+
+
+def new_figure(num_rows: int, num_columns: int, width: float = 5.0, height: float = 3.6, **options: Any):
+    """A figure without pyplot, which needs a display and global state, and its axes as a matrix."""
+    figure = Figure(figsize=(width * num_columns, height * num_rows), layout="constrained")
+    return figure, figure.subplots(num_rows, num_columns, squeeze=False, **options)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG."""
+    figure.savefig(path, dpi=110)

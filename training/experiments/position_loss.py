@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss by position in the window, in and out of distribution (Memory Mosaics, Fig. 10) and beyond the training length.
+
+Windows are longer than, or as long as, those of the training. Each text gives windows of one kind: `stream` cuts all
+documents, joined by end-of-text, as the training does; `documents` takes windows that lie within one document each.
+Every model reads the same windows. Losses are averaged over `bin_width` neighbouring positions and over the seeds; the
+bands are bootstrap intervals over documents (over windows, where a window is no part of one document).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Dataset
+from pydantic import Field, PositiveInt, model_validator
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from training.data import load_stories, pack_windows, source_provenance
+from training.evaluate import tokens_and_bytes
+from training.experiments import comparison
+from training.experiments.comparison import Claim, ComparisonRecipe, new_figure, plan, reads, save_figure, summary
+from training.recipe import CONFIGURATION, SourceSection
+from training.result import bits_per_byte
+
+
+__all__ = ["Recipe", "plan", "run", "summary"]
+
+METRIC = CONFIGURATION.parent / "training" / "metrics" / "per_position_loss"
+
+
+class TextSection(SourceSection):
+    """A source of documents, and how windows are cut from them."""
+
+    windows: Literal["stream", "documents"]
+    num_windows: PositiveInt
+    in_distribution: bool
+
+
+class Recipe(ComparisonRecipe):
+    """The first of the runs is compared with each of the others, on each text."""
+
+    task: Literal["position_loss"]
+    texts: dict[str, TextSection] = Field(min_length=1)
+    context_length: int = Field(ge=2)
+    bin_width: PositiveInt = 8
+    batch_size: PositiveInt = 16
+    better_from: PositiveInt = 50
+    flat_from: PositiveInt = 100
+
+    @model_validator(mode="after")
+    def _positions_exist(self):
+        if self.context_length % self.bin_width:
+            raise ValueError(f"`context_length` {self.context_length} is no multiple of `bin_width` {self.bin_width}")
+        if max(self.better_from, self.flat_from) >= self.context_length - self.bin_width:
+            raise ValueError(
+                f"`better_from` {self.better_from} and `flat_from` {self.flat_from} must lie more than one bin below "
+                f"`context_length` {self.context_length}"
+            )
+        return self
+
+    @property
+    def training_length(self) -> int:
+        return self.trainings[0].recipe.data.context_length
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Measure every model on every text; returns the content of `result.json`."""
+    data = {name: source_provenance(**_source(text)) for name, text in recipe.texts.items()}
+    return comparison.run_comparison(recipe, restart, data, _measure)
+
+
+def _source(text: TextSection) -> dict[str, Any]:
+    return text.model_dump(include=set(SourceSection.model_fields))
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    measured = {name: _measure_text(recipe, name, text) for name, text in recipe.texts.items()}
+    _draw(recipe, measured)
+    claims = [claim for name, text in recipe.texts.items() for claim in _claims(recipe, name, text, measured[name])]
+    return {"measured": measured, "table": _table(recipe, measured), "claims": claims}
+
+
+def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any]:
+    documents = load_stories(**_source(text))
+    losses: dict[str, dict[str, list[np.ndarray]]] = {}
+    groups, sizes = None, None
+    for training in tqdm(recipe.trainings, desc=name):
+        model, tokenizer = training.load()
+        if not reads(model, recipe.context_length):
+            continue  # the result says so by its absence
+        if groups is None:
+            windows, groups = cut_windows(documents, tokenizer, recipe.context_length, text.windows, text.num_windows)
+            sizes = tokens_and_bytes(documents, tokenizer)
+        by_token = token_losses(model, windows, recipe.batch_size)
+        losses.setdefault(training.name, []).append(_binned(by_token, recipe.bin_width))
+    means = {key: np.mean(runs, axis=0) for key, runs in losses.items()}  # over seeds
+    centres = (np.arange(recipe.context_length // recipe.bin_width) + 0.5) * recipe.bin_width
+    return {
+        "num_windows": len(groups),
+        "num_documents": len(set(groups)),
+        "positions": centres.tolist(),
+        "bits_per_byte": {key: bits_per_byte(float(mean.mean()), *sizes) for key, mean in means.items()},
+        "loss": {key: _bands(mean, groups) for key, mean in means.items()},
+        "differences": _differences(recipe, means, groups),
+        "late_fall": _late_falls(recipe, means, groups),
+    }
+
+
+def cut_windows(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int, kind: str, num_windows: int
+) -> tuple[torch.Tensor, list[int]]:
+    """At most `num_windows` windows, spread evenly over the text, each of `context_length` tokens.
+
+    Args:
+        documents: one column `text`.
+        tokenizer: with an eos, which stands between documents in a `stream`.
+        context_length: tokens of a window.
+        kind: `"stream"` or `"documents"`.
+        num_windows: how many at most.
+
+    Returns:
+        ids `(N, T)`, and for each window the number of the document (of a stream, of the window) that it is from.
+
+    Raises:
+        ValueError: no document is long enough for one window.
+    """
+    if kind == "stream":
+        rows = pack_windows(documents, tokenizer, context_length)["input_ids"]
+        found = list(enumerate(rows))
+    else:
+        found = list(_windows_within(documents, tokenizer, context_length))
+    if not found:
+        raise ValueError(
+            f"none of the {len(documents)} documents has {context_length} tokens: lower `context_length`, or cut this "
+            "text with `windows: stream`"
+        )
+    chosen = np.unique(np.linspace(0, len(found) - 1, min(num_windows, len(found))).round().astype(int))
+    ids = torch.tensor([list(found[index][1]) for index in chosen], dtype=torch.int64)
+    return ids, [found[index][0] for index in chosen]
+
+
+def _windows_within(documents: Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int) -> Iterator:
+    for number, text in enumerate(documents["text"]):
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for start in range(0, len(ids) - context_length + 1, context_length):
+            yield number, ids[start : start + context_length]
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> np.ndarray:
+    """Loss in nats of each token of each window, `(N, T)`; NaN for the first, which nothing predicts."""
+    rows = []
+    for batch in windows.split(batch_size):
+        batch = batch.to(model.device)
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        rows.append(cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").cpu())
+    return torch.nn.functional.pad(torch.cat(rows), (1, 0), value=math.nan).numpy()
+
+
+def _binned(by_token: np.ndarray, bin_width: int) -> np.ndarray:
+    return np.nanmean(by_token.reshape(len(by_token), -1, bin_width), axis=2)
+
+
+def _bands(values: np.ndarray, groups: list[int]) -> dict[str, list[float]]:
+    """Mean over windows and its 95 % band, for each column of `(N, bins)`."""
+    metric = evaluate.load(str(METRIC))
+    bands = metric.compute(predictions=values.tolist(), references=[str(group) for group in groups])
+    return {name: [round(float(number), 5) for number in bands[name]] for name in ("mean", "low", "high")}
+
+
+def _baselines(recipe: Recipe, means: dict[str, np.ndarray]) -> Iterator[tuple[str, str]]:
+    first = next(iter(recipe.runs))
+    ours = {t.depth: t.name for t in recipe.trainings if t.label == first and t.name in means}
+    theirs = {t.name: t.depth for t in recipe.trainings if t.label != first and t.name in means}
+    for name, depth in theirs.items():
+        yield ours[depth], name
+
+
+def _differences(recipe: Recipe, means: dict[str, np.ndarray], groups: list[int]) -> dict[str, dict[str, list[float]]]:
+    """Loss of the first model minus that of each other one of its depth, on the very same windows."""
+    pairs = _baselines(recipe, means)
+    return {f"{ours} - {theirs}": _bands(means[ours] - means[theirs], groups) for ours, theirs in pairs}
+
+
+def _late_falls(recipe: Recipe, means: dict[str, np.ndarray], groups: list[int]) -> dict[str, dict[str, float]]:
+    """How much the loss still falls from the quarter of the rest that follows `flat_from` to the last quarter."""
+    start = recipe.flat_from // recipe.bin_width
+    quarter = max(1, (recipe.context_length // recipe.bin_width - start) // 4)
+    falls = {key: mean[:, start : start + quarter].mean(1) - mean[:, -quarter:].mean(1) for key, mean in means.items()}
+    for ours, theirs in _baselines(recipe, means):
+        falls[f"{ours} - {theirs}"] = falls[ours] - falls[theirs]
+    bands = {key: _bands(fall[:, None], groups) for key, fall in falls.items()}
+    return {key: {name: numbers[0] for name, numbers in band.items()} for key, band in bands.items()}
+
+
+def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
+    edges = [
+        ("first 32", 0, 32),
+        ("32 to 64", 32, 64),
+        ("64 to 128", 64, 128),
+        ("from 128", 128, recipe.context_length),
+    ]
+    if recipe.context_length > recipe.training_length:
+        edges = [("within", 0, recipe.training_length), ("beyond", recipe.training_length, recipe.context_length)]
+        edges = [(f"{name} training length", *edge) for name, *edge in edges]
+    lines = [
+        f"| text | model | {' | '.join(name for name, *_ in edges)} | bits per byte |",
+        f"| --- | --- | {' | '.join('---:' for _ in edges)} | ---: |",
+    ]
+    for name, text in measured.items():
+        positions = np.array(text["positions"])
+        for key, band in text["loss"].items():
+            mean = np.array(band["mean"])
+            cells = [f"{mean[(positions >= low) & (positions < high)].mean():.3f}" for _, low, high in edges]
+            lines.append(f"| {name} | {key} | {' | '.join(cells)} | {text['bits_per_byte'][key]:.3f} |")
+    return "\n".join(lines)
+
+
+def _claims(recipe: Recipe, name: str, text: TextSection, measured: dict[str, Any]) -> Iterator[Claim]:
+    if recipe.context_length > recipe.training_length:
+        yield from _claims_beyond(recipe, name, measured)
+    elif not text.in_distribution:
+        yield from _claims_out_of_distribution(recipe, name, measured)
+
+
+def _claims_out_of_distribution(recipe: Recipe, name: str, measured: dict[str, Any]) -> Iterator[Claim]:
+    past = np.array(measured["positions"]) >= recipe.better_from
+    for pair, band in measured["differences"].items():
+        low, mean, high = (np.array(band[part])[past] for part in ("low", "mean", "high"))
+        better, worse = int((high < 0).sum()), int((low > 0).sum())
+        yield Claim(
+            f"Out of distribution ({name}), past about {recipe.better_from} tokens the mosaic predicts better",
+            "better from about 50 tokens on, on Simple English Wikipedia (Fig. 10; plotted only)",
+            f"{pair}: {mean.mean():+.3f} nats on average; of {past.sum()} bins its band lies below 0 in {better}, "
+            f"above in {worse}",
+            "reproduced" if better == past.sum() else "contradicted" if worse > better else "not at this size",
+        )
+        ours, theirs = pair.split(" - ")
+        falls = measured["late_fall"]
+        own, other, gap = (falls[key] for key in (ours, theirs, pair))
+        told = {key: f"{fall['mean']:.3f} ({fall['low']:.3f} to {fall['high']:.3f})" for key, fall in falls.items()}
+        falls_more = own["low"] > 0 and (other["low"] <= 0 or gap["low"] > 0)
+        yield Claim(
+            f"Out of distribution ({name}), the mosaic's loss keeps falling where the transformer's is flat",
+            "transformer flat after 100 to 150 tokens, mosaic still falling (Fig. 10; plotted only)",
+            f"fall past {recipe.flat_from} tokens: {ours} {told[ours]}, {theirs} {told[theirs]}, "
+            f"difference {told[pair]} nats",
+            "reproduced" if falls_more else "contradicted" if gap["high"] < 0 else "not at this size",
+        )
+
+
+def _claims_beyond(recipe: Recipe, name: str, measured: dict[str, Any]) -> Iterator[Claim]:
+    beyond = np.array(measured["positions"]) >= recipe.training_length
+    first = next(iter(recipe.runs))
+    late = ~beyond & (np.array(measured["positions"]) >= recipe.training_length // 2)
+    rises = {
+        key: float(np.array(band["mean"])[beyond].mean() - np.array(band["mean"])[late].mean())
+        for key, band in measured["loss"].items()
+    }
+    own = [rise for key, rise in rises.items() if key.startswith(f"{first},")]
+    told = ", ".join(f"{key} {rise:+.3f}" for key, rise in rises.items())
+    yield Claim(
+        f"Beyond the training length ({name}) the mosaic's loss does not rise",
+        "attention maps carry over to three times the length (Fig. 13); no losses given",
+        f"loss beyond {recipe.training_length} tokens minus that of the second half before: {told} nats",
+        "reproduced" if max(own) < 0.02 else "contradicted",
+    )
+
+
+def _draw(recipe: Recipe, measured: dict[str, Any]) -> None:
+    keys = list(dict.fromkeys(training.name for training in recipe.trainings))
+    rows = 2 if any(text["differences"] for text in measured.values()) else 1
+    figure, axes = new_figure(rows, len(measured), sharex=True)
+    for column, (name, text) in enumerate(measured.items()):
+        for row, bands in zip(range(rows), (text["loss"], text["differences"]), strict=False):
+            for key, band in bands.items():
+                color = f"C{keys.index(key.split(' - ')[-1])}"
+                axes[row, column].plot(text["positions"], band["mean"], color=color, label=key, lw=1.5)
+                axes[row, column].fill_between(
+                    text["positions"], band["low"], band["high"], color=color, alpha=0.2, lw=0
+                )
+            axes[row, column].grid(alpha=0.3)
+            if recipe.context_length > recipe.training_length:
+                axes[row, column].axvline(recipe.training_length, color="black", ls=":", label="training length")
+        axes[0, column].set_title(f"{name} ({text['num_windows']} windows)")
+        axes[-1, column].set_xlabel("position in the window (tokens)")
+    axes[0, 0].set_ylabel("loss (nats per token)")
+    axes[0, 0].legend(fontsize=8)
+    if rows == 2:
+        axes[1, 0].set_ylabel("difference (nats per token)")
+        axes[1, 0].legend(fontsize=8)
+        for axis in axes[1]:
+            axis.axhline(0, color="black", lw=0.8)
+    save_figure(figure, recipe.folder / f"{recipe.name}.png")

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples (Memory Mosaics, Tables 1 and 5): prompts continued by each model, side by side in a Markdown table."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import PositiveInt, TypeAdapter, ValidationError
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from typing_extensions import TypedDict
+
+from training.data import checksum
+from training.experiments import comparison
+from training.experiments.comparison import Claim, ComparisonRecipe, Trained, plan, summary
+from training.publish import write_text
+from training.recipe import Section
+
+
+__all__ = ["Recipe", "plan", "run", "summary"]
+
+
+class Prompt(TypedDict):
+    kind: str
+    prompt: str
+
+
+class DecodingSection(Section):
+    """How the continuations are chosen: arguments of `generate`."""
+
+    max_new_tokens: PositiveInt = 40
+    do_sample: bool = False
+    num_beams: PositiveInt = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+class Recipe(ComparisonRecipe):
+    """`prompts` is a JSON file that holds a list of objects with `kind` and `prompt`, itself or in `prompt_set`."""
+
+    task: Literal["samples"]
+    prompts: str
+    prompt_set: str | None = None
+    decoding: DecodingSection = DecodingSection()
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Continue all prompts with every model; returns the content of `result.json`."""
+    read_prompts(recipe.prompts, recipe.prompt_set)  # a mistake there must not come out after hours of training
+    file = Path(recipe.prompts).expanduser()
+    data = {"prompts": {"kind": "files", "files": {file.name: checksum(file)}}}
+    return comparison.run_comparison(recipe, restart, data, _measure)
+
+
+def read_prompts(path: str, prompt_set: str | None = None) -> list[Prompt]:
+    """The prompts of a file, in its order.
+
+    Raises:
+        ValueError: no such file, not JSON, of another form, or without any prompt.
+    """
+    file = Path(path).expanduser()
+    form = 'a list such as [{"kind": "factual", "prompt": "Alice was"}]'
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if prompt_set is not None:
+            content = content[prompt_set]
+        prompts = TypeAdapter(list[Prompt]).validate_python(content, strict=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot read the prompts {path!r} ({error.strerror}): set `prompts` to a JSON file"
+        ) from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: no field {prompt_set!r}: set `prompt_set` to the field that holds {form}"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}): it has to hold {form}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the whole"
+        raise ValueError(f"{path}: {where}: {problem['msg']}: it has to hold {form}") from None
+    if not prompts or not all(prompt["prompt"].strip() for prompt in prompts):
+        raise ValueError(f"{path}: there is no prompt, or an empty one: it has to hold {form}")
+    return prompts
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    prompts = read_prompts(recipe.prompts, recipe.prompt_set)
+    texts = [prompt["prompt"].strip() for prompt in prompts]
+    samples: dict[str, list[str]] = {}
+    trainings = [training for training in recipe.trainings if training.seed == recipe.seeds[0]]
+    for training in tqdm(trainings, desc="samples"):
+        model, tokenizer = training.load()
+        samples[training.name] = continuations(model, tokenizer, texts, recipe.seeds[0], recipe.decoding.model_dump())
+    judged = {training.name: _judge(training, trainings, texts, samples) for training in trainings}
+    write_text(recipe.folder / f"{recipe.name}.md", _side_by_side(recipe, prompts, samples))
+    rows = [
+        prompt | {"continuations": {name: sample[index] for name, sample in samples.items()}}
+        for index, prompt in enumerate(prompts)
+    ]
+    return {
+        "measured": {"judged": judged, "samples": rows},
+        "table": _table(judged),
+        "claims": _claims(recipe, judged),
+    }
+
+
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    seed: int,
+    decoding: dict[str, Any],
+) -> list[str]:
+    """What a model writes after each prompt, up to its end of text; each prompt is read alone."""
+    if not decoding["do_sample"]:
+        decoding = {name: value for name, value in decoding.items() if name not in ("temperature", "top_p")}
+    set_seed(seed)
+    found = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+        ids = model.generate(**inputs, **decoding, pad_token_id=tokenizer.pad_token_id)
+        found.append(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+    return found
+
+
+def _judge(
+    training: Trained, trainings: list[Trained], prompts: list[str], samples: dict[str, list[str]]
+) -> dict[str, float]:
+    """What can be counted of a model's continuations, and what the other models of its depth think of them."""
+    own = samples[training.name]
+    judges = [other for other in trainings if other.depth == training.depth and other.label != training.label]
+    losses = [continuation_loss(*judge.load(), prompts, own) for judge in judges]
+    return {
+        "repetition": float(np.mean([_repeats(text) for text in own])),
+        "distinct_bigrams": len({pair for text in own for pair in _bigrams(text)})
+        / max(1, sum(len(list(_bigrams(text))) for text in own)),
+        "loss_under_others": float(np.mean(losses)) if losses else float("nan"),
+    }
+
+
+def _bigrams(text: str) -> Iterator[tuple[str, str]]:
+    words = text.split()
+    return zip(words, words[1:], strict=False)
+
+
+def _repeats(text: str, length: int = 4) -> bool:
+    """Whether any run of four words occurs twice."""
+    words = text.split()
+    runs = [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
+    return len(runs) > len(set(runs))
+
+
+@torch.no_grad()
+def continuation_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str]
+) -> float:
+    """Mean loss in nats per token of the continuations, each after its prompt; of all their tokens together."""
+    total = count = 0
+    for prompt, text in zip(prompts, texts, strict=True):
+        before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        after = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if after:
+            ids = torch.tensor([before + after], device=model.device)
+            labels = torch.tensor([[-100] * len(before) + after], device=model.device)
+            total += model(input_ids=ids, labels=labels, use_cache=False).loss.item() * len(after)
+            count += len(after)
+    return total / max(count, 1)
+
+
+def _side_by_side(recipe: Recipe, prompts: list[Prompt], samples: dict[str, list[str]]) -> str:
+    how = ", ".join(f"{name} {value}" for name, value in recipe.decoding.model_dump(exclude_unset=True).items())
+    lines = [
+        f"# {recipe.name}: prompts continued side by side",
+        "",
+        f"Seed {recipe.seeds[0]} of each training; {how or 'greedy'}. Written by `{recipe.name}.yaml`.",
+        "",
+        f"| kind | prompt | {' | '.join(samples)} |",
+        f"| --- | --- | {' | '.join('---' for _ in samples)} |",
+    ]
+    for index, prompt in enumerate(prompts):
+        cells = [prompt["kind"], prompt["prompt"], *(sample[index] for sample in samples.values())]
+        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _table(judged: dict[str, dict[str, float]]) -> str:
+    lines = [
+        "| model | continuations that repeat four words | distinct word pairs | loss under the other model |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, numbers in judged.items():
+        cells = (numbers["repetition"], numbers["distinct_bigrams"], numbers["loss_under_others"])
+        lines.append(f"| {name} | {cells[0]:.0%} | {cells[1]:.0%} | {cells[2]:.3f} |")
+    return "\n".join(lines)
+
+
+def _claims(recipe: Recipe, judged: dict[str, dict[str, float]]) -> list[Claim]:
+    told = {
+        name: f"{name}: {numbers['repetition']:.0%} repeat four words, loss under the other model "
+        f"{numbers['loss_under_others']:.2f}"
+        for name, numbers in judged.items()
+    }
+    claims = []
+    for depth in recipe.depths:
+        names = [t.name for t in recipe.trainings if t.depth == depth and t.seed == recipe.seeds[0]]
+        rates = [judged[name]["repetition"] for name in names]
+        losses = [judged[name]["loss_under_others"] for name in names]
+        similar = max(rates) - min(rates) <= 0.15 and max(losses) - min(losses) <= 0.3
+        claims.append(
+            Claim(
+                f"Continuations of the prompts are of similar quality ({names[0].split(', ')[1]})",
+                "very similar (Tables 1 and 5)",
+                "; ".join(told[name] for name in names) + "; readers may judge the texts themselves",
+                "reproduced" if similar else "not at this size",
+            )
+        )
+    return claims

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training curves over depth (Memory Mosaics, Fig. 9): validation loss by depth, on equal batches."""
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from training.experiments import comparison
+from training.experiments.comparison import Claim, ComparisonRecipe, new_figure, plan, save_figure, summary
+from training.result import mean_and_deviation
+
+
+__all__ = ["Recipe", "plan", "run", "summary"]
+
+
+class Recipe(ComparisonRecipe):
+    """Curves of a comparison; `baseline` is whom the first model is measured against, if anyone."""
+
+    task: Literal["training_curves"]
+    baseline: str | None = None
+
+    @model_validator(mode="after")
+    def _baseline_is_a_run(self):
+        if self.baseline is not None and self.baseline not in list(self.runs)[1:]:
+            raise ValueError(
+                f"`baseline` is {self.baseline!r}, but the runs after the first are {list(self.runs)[1:]}"
+            )
+        return self
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train all models and compare their curves; returns the content of `result.json`."""
+    return comparison.run_comparison(recipe, restart, {}, _measure)
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    results = {(t.label, t.depth, t.seed): t.result() for t in recipe.trainings}
+    curves = [
+        {"label": label, "depth": depth, "seed": seed, **result["learning_curve"]}
+        for (label, depth, seed), result in results.items()
+    ]
+    _draw(recipe, results, recipe.folder / f"{recipe.name}.png")
+    gaps = _gaps(recipe, results) if recipe.baseline else {}
+    return {
+        "measured": {"gaps": gaps, "curves": curves},
+        "table": _table(recipe, results),
+        "claims": _claims(recipe, gaps) if recipe.baseline else [],
+    }
+
+
+def _gaps(recipe: Recipe, results: dict[tuple[str, int, int], dict[str, Any]]) -> dict[int, list[float]]:
+    """By depth: the baseline's validation loss minus the first model's, for each seed (both saw the same batches)."""
+    first = next(iter(recipe.runs))
+
+    def loss(label: str, depth: int, seed: int) -> float:
+        return results[label, depth, seed]["metrics"]["validation_loss"]
+
+    return {d: [loss(recipe.baseline, d, s) - loss(first, d, s) for s in recipe.seeds] for d in recipe.depths}
+
+
+def _table(recipe: Recipe, results: dict[tuple[str, int, int], dict[str, Any]]) -> str:
+    lines = [
+        "| model | blocks | parameters | seeds | tokens | validation loss | perplexity | tokens/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for depth in recipe.depths:
+        for label in recipe.runs:
+            runs = [results[label, depth, seed] for seed in recipe.seeds]
+            loss = mean_and_deviation([run["metrics"]["validation_loss"] for run in runs], 4)
+            perplexity = mean_and_deviation([run["metrics"]["validation_perplexity"] for run in runs], 2)
+            speed = statistics.mean(run["tokens"] / run["seconds"] for run in runs)
+            seeds = ", ".join(map(str, recipe.seeds))
+            size = f"{runs[0]['parameters']:,} | {seeds} | {runs[0]['tokens']:,}"
+            lines.append(f"| {label} | {depth} | {size} | {loss} | {perplexity} | {speed:,.0f} |")
+    return "\n".join(lines)
+
+
+def _claims(recipe: Recipe, gaps: dict[int, list[float]]) -> list[Claim]:
+    shallow, deep = min(recipe.depths), max(recipe.depths)
+    at = {d: f"{mean_and_deviation(gaps[d], 3)} nats at depth {d}" for d in sorted(gaps)}
+    means = {depth: statistics.mean(gap) for depth, gap in gaps.items()}
+    small = "reproduced" if min(gaps[shallow]) > 0 else "contradicted"
+    closed = "reproduced" if abs(means[deep]) <= 0.01 else "contradicted" if means[deep] < 0 else "not at this size"
+    baseline = f"{recipe.baseline} - {next(iter(recipe.runs))}"
+    return [
+        Claim(
+            "At small depth the mosaic's validation loss is below the transformer's of equal size",
+            "slightly better, visible at depth 1 (Fig. 9; plotted only)",
+            f"{baseline}: {at[shallow]}; lower with every seed: {'yes' if min(gaps[shallow]) > 0 else 'no'}",
+            small,
+        ),
+        Claim(
+            "As depth grows the two become indistinguishable",
+            "gone at depth 8 (Fig. 9)",
+            f"{baseline}: {', '.join(at.values())}",
+            closed,
+        ),
+    ]
+
+
+def _draw(recipe: Recipe, results: dict[tuple[str, int, int], dict[str, Any]], path: Path) -> None:
+    figure, axes = new_figure(1, len(recipe.depths), sharey=True)
+    for column, depth in zip(axes[0], recipe.depths, strict=True):
+        for number, label in enumerate(recipe.runs):
+            color, by_tokens = f"C{number}", defaultdict(list)
+            for seed in recipe.seeds:
+                points = results[label, depth, seed]["learning_curve"]["validation"]
+                column.plot([p["tokens"] for p in points], [p["loss"] for p in points], color=color, alpha=0.35, lw=1)
+                for point in points:
+                    by_tokens[point["tokens"]].append(point["loss"])
+            mean = [statistics.mean(losses) for losses in by_tokens.values()]
+            column.plot(list(by_tokens), mean, color=color, label=label, lw=1.8)
+        column.set_title(f"{depth} block{'s' if depth > 1 else ''}")
+        column.set_xlabel("training tokens")
+        column.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("validation loss (nats per token)")
+    axes[0, -1].legend()
+    save_figure(figure, path)
