@@ -34,9 +34,9 @@ check: .venv/installed-for-tests
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py --output benchmarks/speed.json
 
-# Tables of the README from the committed result files.
+# Tables of the READMEs from the committed result files.
 results: .venv/installed
-	$(BIN)/python -m training.result README.md
+	$(BIN)/python -m training.result README.md training/results/README.md
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

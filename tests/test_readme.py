@@ -70,11 +70,13 @@ def test_the_command_line_answers(request, command):
     )
 
 
-def test_numbers_are_those_of_the_result_files(readme, tmp_path):
+@pytest.mark.parametrize("name", ["README.md", "training/results/README.md"])
+def test_numbers_are_those_of_the_result_files(request, name, tmp_path):
+    text = (request.config.rootpath / name).read_text(encoding="utf-8")
     copy = tmp_path / "README.md"
-    copy.write_text(readme, encoding="utf-8")
+    copy.write_text(text, encoding="utf-8")
     rewrite_results(copy)
-    assert copy.read_text(encoding="utf-8") == readme, "run `make results`"
+    assert copy.read_text(encoding="utf-8") == text, "run `make results`"
 
 
 def test_promises_name_tests_that_exist(request):

@@ -9,11 +9,12 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from training.recipe import CONFIGURATION, Recipe, load_recipe
+from training.recipe import CONFIGURATION, Recipe, load_recipe, task_module
 from training.train import plan
 
 
 RECIPES = sorted((CONFIGURATION / "recipe").glob("*.yaml"))
+TRAININGS = [path for path in RECIPES if "task: language_modeling" in path.read_text(encoding="utf-8")]
 MODELS = sorted((CONFIGURATION / "model").glob("*.json"))
 SMOKE = CONFIGURATION / "recipe" / "smoke.yaml"
 TINY = CONFIGURATION / "recipe" / "stories_tiny.yaml"
@@ -27,8 +28,15 @@ def num_parameters(path: Path) -> int:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_dry_run_of_every_recipe_needs_no_data(path):
     recipe = load_recipe(path)
-    result = plan(recipe)
+    result = task_module(recipe.task).plan(recipe)
     assert recipe.name == path.stem
+    assert result["folder"] == str(recipe.folder) and result["hash"] == recipe.hash
+
+
+@pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.stem)
+def test_dry_run_of_a_training_counts_what_it_takes(path):
+    recipe = load_recipe(path)
+    result = plan(recipe)
     assert result["parameters"] > 0
     if recipe.tokens is not None:
         assert 0 <= result["tokens"] - recipe.tokens < result["tokens_per_step"]
@@ -37,7 +45,7 @@ def test_dry_run_of_every_recipe_needs_no_data(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_resolved_recipe_is_a_recipe_of_the_same_hash(path, tmp_path):
-    recipe = load_recipe(path, ["seed=3"])
+    recipe = load_recipe(path, ["output_dir=elsewhere"])
     (tmp_path / "again.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(tmp_path / "again.yaml").hash == recipe.hash
 

@@ -2,8 +2,8 @@
 """Results: what a run leaves for readers, `result.json` and `loss.png`, and the tables made from them.
 
 `python -m training.result README.md` rewrites each block of a file that stands between `<!-- results: NAME -->` and
-`<!-- end of results -->` from the committed `training/results/*.json` whose recipe has that name, and the block named
-`speed` from `benchmarks/speed.json`.
+`<!-- end of results -->` from the committed `training/results/*.json` whose recipe has that name, the block named
+`speed` from `benchmarks/speed.json`, and the block named `claims` from the claims of all experiments.
 """
 
 import importlib.metadata
@@ -158,6 +158,16 @@ def mean_and_deviation(values: list[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def claims_table(results: list[dict[str, Any]]) -> str:
+    """Markdown table with a row for each claim of the paper that a result of an experiment speaks to."""
+    lines = ["| claim | recipe | paper | ours | verdict |", "| --- | --- | --- | --- | --- |"]
+    for result in results:
+        for row in result.get("claims", []):
+            cells = (row["claim"], f"`{result['name']}`", row["paper"], row["ours"], row["verdict"])
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def rewrite_blocks(text: str, results: list[dict[str, Any]]) -> str:
     """Fill the marked blocks of a Markdown text; `ValueError` if a block names a recipe without results."""
 
@@ -167,11 +177,14 @@ def rewrite_blocks(text: str, results: list[dict[str, Any]]) -> str:
             from benchmarks import speed  # a benchmark, which no training run should depend on
 
             return match[1] + speed.table(json.loads(SPEED.read_text(encoding="utf-8"))) + "\n" + match[3]
+        if name == "claims":
+            return match[1] + claims_table(results) + "\n" + match[3]
         chosen = [result for result in results if result["name"] == name]
         if not chosen:
             known = sorted({result["name"] for result in results})
             raise ValueError(f"a block asks for the results of {name!r}, but there are only those of {known}")
-        return match[1] + results_table(chosen) + "\n" + match[3]
+        table = chosen[0]["table"] if "table" in chosen[0] else results_table(chosen)
+        return match[1] + table + "\n" + match[3]
 
     return BLOCK.sub(fill, text)
 
