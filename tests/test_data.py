@@ -285,8 +285,11 @@ def test_hub_data_sets_are_loaded_by_name(monkeypatch):
         assert list(loaded) == [{"text": text} for text in STORIES[:3]]
         with pytest.raises(ValueError, match="'some/stories' has no field 'text', but 'story', 'id': set text_field"):
             load_stories("some/stories", streaming=streaming)
-    assert calls[0] == (("some/stories",), {"split": "test", "streaming": False})
-    assert calls[2] == (("some/stories",), {"split": "test", "streaming": True})
+    named = {"path": "some/stories", "name": None, "revision": None}
+    assert calls[0] == ((), named | {"split": "test", "streaming": False})
+    assert calls[2] == ((), named | {"split": "test", "streaming": True})
+    load_stories("some/stories:simple@v1", text_field="story")
+    assert calls[-1][1].items() >= {"path": "some/stories", "name": "simple", "revision": "v1"}.items()
     with pytest.raises(ValueError, match="field 'id' of 'some/stories' is no text"):
         load_stories("some/stories", text_field="id")
 

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from training import story_writer
+from training.archive import archive_volumes, archives_in, names_archive, unpacked_file
 
 
 EMBEDDED = "embedded"
@@ -57,12 +58,17 @@ def load_stories(
     its own or not (as TinyStories does); there, space around a story is dropped and line ends become `\\n`. Either may
     be compressed (`.gz`). Empty lines and empty stories are passed over.
 
+    An archive is a `.7z` file, whole or in volumes (`.7z.001` and so on, as BabiStories is published): the file in it
+    whose name begins with `train` or with `val` is unpacked once, into the cache, and read like any other.
+
     Args:
         source (`str`): `"embedded"`, else a file or folder if it exists (of a folder, all files of the forms above,
-            sorted by name, but not its subfolders), else a data set on the Hub: its name, if it has several
-            configurations also `:CONFIGURATION`, and to pin it `@REVISION`.
-        split (`str`): of a data set on the Hub. The embedded writer tells other stories for each split. A local file
-            is read whole whatever the split; a folder too, and refuses any but `"train"`.
+            sorted by name, but not its subfolders; or the one archive in it), else a data set on the Hub: its name,
+            if it has several configurations also `:CONFIGURATION`, and to pin it `@REVISION`. Of an archive in
+            volumes, the first.
+        split (`str`): of a data set on the Hub, or the file in an archive (`"train"` or `"validation"`). The embedded
+            writer tells other stories for each split. A local file is read whole whatever the split; a folder too, and
+            refuses any but `"train"`.
         text_field (`str`): where the story is in a `.jsonl` file or a data set on the Hub.
         separator (`str`): what stands between stories in a `.txt` file.
         num_stories (`int`, *optional*): take only the first ones; the embedded writer has to be told.
@@ -77,7 +83,7 @@ def load_stories(
     kind = _kind(source)
     if kind == "embedded":
         stories = _written_stories(split, num_stories, seed, streaming)
-    elif kind == "files":
+    elif kind in ("files", "archive"):
         stories = _stories_of_files(source, split, text_field, separator, streaming)
     else:
         stories = _stories_of_hub(source, split, text_field, streaming)
@@ -101,9 +107,10 @@ def source_provenance(
     """What the stories of `load_stories` with the same arguments depend on, fit for JSON and for another machine.
 
     Returns:
-        `dict`: `kind` (`"embedded"`, `"files"` or `"hub"`), `name` (never a path), `files` (sha256 by file name; for
-        the embedded writer its own code's; none for the Hub), and the arguments, `text_field` and `separator` only if
-        they matter to this kind. `streaming` never does: the stories are the same.
+        `dict`: `kind` (`"embedded"`, `"files"`, `"archive"` or `"hub"`), `name` (never a path), `files` (sha256 by
+        file name; of an archive, its volumes; for the embedded writer its own code's; none for the Hub), and the
+        arguments, `text_field` and `separator` only if they matter to this kind. `streaming` never does: the stories
+        are the same.
     """
     kind = _kind(source)
     provenance = {"kind": kind, "name": source, "files": {}}
@@ -113,8 +120,10 @@ def source_provenance(
         return provenance | {"files": {writer.name: checksum(writer)}}
     if kind == "hub":
         return provenance | {"text_field": text_field}
-    files = {path.name: checksum(path) for path in _story_files(source, split)}
-    name = Path(source).expanduser().resolve().name
+    path = Path(source).expanduser()
+    files = archive_volumes(path) if kind == "archive" else _story_files(source, split)
+    files = {file.name: checksum(file) for file in files}
+    name = path.resolve().name
     return provenance | {"name": name, "files": files, "text_field": text_field, "separator": separator}
 
 
@@ -175,12 +184,30 @@ def _kind(source: str) -> str:
         return "embedded"
     path = Path(source).expanduser()
     if source and path.exists():
-        return "files"
-    if not source or path.is_absolute() or source.startswith(".") or source.lower().endswith(FILE_FORMS):
+        return "archive" if _is_archive(path) else "files"
+    is_path = path.is_absolute() or source.startswith(".") or source.lower().endswith(FILE_FORMS)
+    if not source or is_path or names_archive(path.name):
         raise ValueError(
             f"source {source!r} does not exist: name a file or folder, {EMBEDDED!r}, or a data set on the Hub"
         )
     return "hub"
+
+
+def _is_archive(path: Path) -> bool:
+    if path.is_file():
+        return names_archive(path.name)
+    archives, texts = archives_in(path), _texts_in(path)
+    if archives and texts:
+        raise ValueError(
+            f"folder {str(path)!r} holds an archive ({archives[0].name}) and files of stories ({texts[0].name}): name "
+            "the one that is meant"
+        )
+    return bool(archives)
+
+
+def _texts_in(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(FILE_FORMS) and file.is_file())
+    return [file for file in files if not file.name.startswith(".")]
 
 
 def _cached(generator: Callable, arguments: dict, features: Features, fingerprint: str) -> Dataset:
@@ -257,17 +284,19 @@ def _listed(names: Iterable[str]) -> str:
 
 def _story_files(source: str, split: str) -> list[Path]:
     path = Path(source).expanduser()
+    if _is_archive(path):
+        volumes = archive_volumes(path)
+        return [unpacked_file(volumes, [checksum(volume) for volume in volumes], split, FILE_FORMS)]
     if path.is_file():
         if not path.name.lower().endswith(FILE_FORMS):
-            raise ValueError(f"{source}: not one of the known forms {', '.join(FILE_FORMS)}")
+            raise ValueError(f"{source}: not one of the known forms {', '.join(FILE_FORMS)}, .7z, .7z.001")
         return [path]
     if split != "train":
         raise ValueError(
             f"folder {source!r} has no split {split!r}, it is always read whole: name the file that holds that split, "
             "or leave out the split (give 'train') to read all files"
         )
-    files = sorted(file for file in path.iterdir() if file.name.lower().endswith(FILE_FORMS) and file.is_file())
-    files = [file for file in files if not file.name.startswith(".")]
+    files = _texts_in(path)
     if not files:
         raise ValueError(f"empty corpus: folder {source!r} has no file of the forms {', '.join(FILE_FORMS)}")
     return files

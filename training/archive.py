@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""7z archives of stories, such as the authors' BabiStories: check the volumes, unpack one split's file, once.
+
+`7z -v` cuts an archive into files `NAME.7z.001`, `NAME.7z.002` and so on, which are its bytes and nothing else. The
+unpacked file lies in the cache of `datasets`, in a folder named by the checksums of the volumes. It appears there
+whole or not at all, and is found there the next time, wherever the volumes lie by then.
+"""
+
+import contextlib
+import glob
+import hashlib
+import io
+import logging
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
+from typing import BinaryIO
+
+import datasets
+import py7zr
+from filelock import FileLock
+from multivolumefile import MultiVolume
+from py7zr import FileInfo
+from py7zr.exceptions import PasswordRequired, UnsupportedCompressionMethodError
+
+from training.publish import staged_folder
+
+
+# How the file of a split begins, by the names that a split may have.
+MEMBERS = {"train": "train", "validation": "val", "valid": "val", "val": "val"}
+
+_NAME = re.compile(r"(?P<archive>.+\.7z)(?:\.(?P<number>\d{3,}))?", re.IGNORECASE)
+# Signature, version, checksum of the rest; then where the list of members begins, its length and its checksum.
+_START = struct.Struct("<6s2sIQQI")
+_SIGNATURE = b"7z\xbc\xaf\x27\x1c"
+
+logger = logging.getLogger(__name__)
+
+
+def names_archive(name: str) -> bool:
+    """Whether a file of this name is an archive or one of its volumes: `.7z`, `.7z.001`, `.7z.002` and so on."""
+    return _NAME.fullmatch(name) is not None
+
+
+def archives_in(folder: Path) -> list[Path]:
+    """The archives of a folder, but not of its subfolders: of each, the first volume that is there."""
+    first: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if names_archive(path.name) and path.is_file() and not path.name.startswith("."):
+            first.setdefault(_NAME.fullmatch(path.name)["archive"], path)
+    return list(first.values())
+
+
+def archive_volumes(path: Path) -> list[Path]:
+    """All files of an archive, in order.
+
+    Args:
+        path: the `.7z` file, its first volume, or a folder that holds one archive.
+
+    Raises:
+        ValueError: a volume is missing or cut off, something else lies among them, `path` is not the first one, the
+            folder holds several archives, or the file is no 7z archive.
+    """
+    if path.is_dir():
+        archives = archives_in(path)
+        if len(archives) != 1:
+            names = ", ".join(archive.name for archive in archives) or "none"
+            raise ValueError(f"folder {str(path)!r} has to hold one archive, but holds {names}: name the file")
+        path = archives[0]
+    name, number = _NAME.fullmatch(path.name).groups()
+    if number is None:
+        volumes = [path]
+    else:
+        first = _volume(path, name, 1, len(number))
+        if not first.is_file():
+            raise ValueError(f"{first} is missing: put all volumes of the archive into one folder")
+        if int(number) != 1:
+            raise ValueError(f"{path} is not the first volume of its archive: name {first.name}")
+        volumes = _numbered_volumes(path, name, len(number))
+    _refuse_what_is_cut_off(volumes)
+    return volumes
+
+
+def unpacked_file(volumes: list[Path], checksums: list[str], split: str, forms: tuple[str, ...]) -> Path:
+    """The file of a split, unpacked unless it has been already; nothing else of the archive is written.
+
+    Args:
+        volumes: what `archive_volumes` gave.
+        checksums: sha256 of each.
+        split: a key of `MEMBERS`; the file is the one member whose name begins with the value, in any folder.
+        forms: how the names of files with stories end.
+
+    Raises:
+        ValueError: there is no such split or file, or there are several; the archive is damaged, encrypted or packed
+            by an unknown method; a member would be written outside the folder.
+        OSError: the disk is full.
+    """
+    key = hashlib.sha256(" ".join([*checksums, MEMBERS.get(split, split)]).encode()).hexdigest()
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "archives" / key[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.is_dir():
+            with _stream(volumes) as stream, staged_folder(folder) as staged:
+                _unpack(stream, volumes[0], split, forms, staged)
+    return next(path for path in folder.iterdir())
+
+
+def _volume(path: Path, archive: str, number: int, digits: int) -> Path:
+    return path.with_name(f"{archive}.{number:0{digits}d}")
+
+
+def _numbered_volumes(path: Path, archive: str, digits: int) -> list[Path]:
+    # All that begins with the archive's name, for that is what the library will take for volumes.
+    found = sorted(path.parent.glob(f"{glob.escape(archive)}.*"))
+    numbers = [file.name.removeprefix(f"{archive}.") for file in found]
+    strangers = [file.name for file, number in zip(found, numbers, strict=True) if not re.fullmatch(r"\d{3,}", number)]
+    if strangers:
+        raise ValueError(f"{', '.join(strangers)} beside {path} is no volume: move it to another folder")
+    volumes = [_volume(path, archive, number, digits) for number in range(1, int(numbers[-1]) + 1)]
+    for volume in volumes:
+        if not volume.is_file():
+            raise ValueError(f"{volume} is missing, but {found[-1].name} is there: get all volumes of the archive")
+    if found != volumes:
+        others = sorted({file.name for file in found} - {volume.name for volume in volumes})
+        raise ValueError(f"volumes of two archives lie in one folder ({', '.join(others)} beside {path}): move one")
+    return volumes
+
+
+def _refuse_what_is_cut_off(volumes: list[Path]) -> None:
+    """The first bytes tell how long the archive is; what is missing of it can be named before anything is unpacked."""
+    with _stream(volumes) as stream:
+        start = stream.read(_START.size)
+    if len(start) < _START.size or not start.startswith(_SIGNATURE):
+        raise ValueError(f"{volumes[0]} is no 7z archive, it begins with {start[:6]!r}: get the file again")
+    _, _, checksum, offset, length, _ = _START.unpack(start)
+    if checksum != zlib.crc32(start[12:]):
+        raise ValueError(f"{volumes[0]}: the archive is damaged (checksum of its start): get the file again")
+    needed, sizes = _START.size + offset + length, [volume.stat().st_size for volume in volumes]
+    if sum(sizes) >= needed:
+        return
+    lengths = f"the archive has {needed:,} bytes, of which {sum(sizes):,} are there"
+    for volume, size in zip(volumes, sizes, strict=True):
+        if size < max(sizes):
+            raise ValueError(f"{volume} is cut off, {lengths}: get the file again")
+    _, number = _NAME.fullmatch(volumes[-1].name).groups()
+    if number is None:
+        raise ValueError(f"{volumes[0]} is cut off, {lengths}: get the file again")
+    following = _volume(volumes[0], volumes[0].name[: -len(number) - 1], len(volumes) + 1, len(number))
+    alone = f" (or {volumes[0].name} is cut off)" if len(volumes) == 1 else ""
+    raise ValueError(f"{following} is missing{alone}, {lengths}: get all volumes of the archive")
+
+
+def _stream(volumes: list[Path]) -> BinaryIO:
+    if len(volumes) == 1:
+        return volumes[0].open("rb")
+    first = volumes[0]
+    # Escaped, as the library looks for the volumes by a pattern; buffered, as it reads only to the end of a volume
+    # where more is asked for, and py7zr does not ask twice.
+    return io.BufferedReader(MultiVolume(first.with_name(glob.escape(first.name.rpartition(".")[0])), mode="rb"))
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Tell what the library says about a bad archive as what the user can do about it."""
+    try:
+        yield
+    except PasswordRequired as error:
+        raise ValueError(f"{path} is encrypted: unpack it, and name the text files") from error
+    except UnsupportedCompressionMethodError as error:
+        raise ValueError(
+            f"{path} is packed by a method that py7zr does not know ({error}): unpack it with 7-Zip, and name the "
+            "text files"
+        ) from error
+    except Exception as error:  # each of the many codecs has an error of its own
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            raise  # the machine's trouble, not the archive's
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: the archive is damaged ({reason}): get all its files again") from error
+
+
+def _member(members: list[FileInfo], path: Path, split: str, forms: tuple[str, ...]) -> str:
+    """The name of the one member that holds the split."""
+    names = [member.filename for member in members]
+    for name in names:
+        # Read as Windows does, for which both slashes separate, on every system.
+        inside = PureWindowsPath(name)
+        if inside.anchor or ".." in inside.parts:
+            raise ValueError(f"{path}: member {name!r} would be written outside the folder: do not trust this archive")
+    listed = ", ".join(map(repr, names)) or "nothing"
+    if split not in MEMBERS:
+        known = ", ".join(map(repr, MEMBERS))
+        raise ValueError(f"{path} has no split {split!r}, but {listed}: set split to one of {known}")
+    files = [member.filename for member in members if member.is_file and member.filename.lower().endswith(forms)]
+    chosen = [name for name in files if Path(name).name.lower().startswith(MEMBERS[split])]
+    if len(chosen) != 1:
+        number = "several files" if chosen else "no file"
+        raise ValueError(
+            f"{path} has {number} for split {split!r} (of the forms {', '.join(forms)}, with a name that begins with "
+            f"{MEMBERS[split]!r}), but {listed}: unpack it, and name the file that is meant"
+        )
+    return chosen[0]
+
+
+def _unpack(stream: BinaryIO, path: Path, split: str, forms: tuple[str, ...], folder: Path) -> None:
+    """Write the file of the split into the folder, without the folders that it is in inside the archive."""
+    with _explained(path):
+        archive = py7zr.SevenZipFile(stream)
+        members = archive.list()
+    member = _member(members, path, split, forms)
+    logger.info("unpacking %s of %s", member, path)
+    parts = folder / "parts"
+    with _explained(path):
+        archive.extract(path=parts, targets=[member])
+    file = (parts / member).rename(folder / Path(member).name)
+    file.chmod(0o644)  # whatever permissions the packer had
+    for part in sorted([parts, *parts.rglob("*")], reverse=True):
+        part.rmdir()

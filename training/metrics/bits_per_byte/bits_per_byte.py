@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bits per byte of texts, from their negative log likelihoods: a loss that does not depend on the tokenizer."""
+
+import math
+
+import datasets
+import evaluate
+
+
+_DESCRIPTION = """\
+Bits that a language model needs for each UTF-8 byte of text: its summed negative log likelihood in bits, divided by
+the length of the texts in bytes. Models with different tokenizers can be compared by it.
+"""
+
+_CITATION = """\
+@article{gao2020pile,
+    title={The {P}ile: An 800{GB} Dataset of Diverse Text for Language Modeling},
+    author={Gao, Leo and Biderman, Stella and Black, Sid and Golding, Laurence and Hoppe, Travis and Foster, Charles
+        and Phang, Jason and He, Horace and Thite, Anish and Nabeshima, Noa and Presser, Shawn and Leahy, Connor},
+    journal={arXiv preprint arXiv:2101.00027},
+    year={2020},
+}
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions (list of float): for each text its negative log likelihood in nats, summed over its tokens.
+    references (list of str): the texts.
+Returns:
+    bits_per_byte (float): bits divided by bytes, over all texts together.
+    bits (float): the negative log likelihood of all texts, in bits.
+    bytes (int): the length of all texts in UTF-8.
+Raises:
+    ValueError: no text, texts of no bytes at all, or a negative log likelihood that is negative or not finite.
+Examples:
+    >>> metric = evaluate.load("training/metrics/bits_per_byte")
+    >>> metric.compute(predictions=[8.0], references=["good"])["bytes"]
+    4
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class BitsPerByte(evaluate.Metric):
+    """See the card, README.md."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions, references):
+        if len(predictions) == 0:
+            raise ValueError("predictions are empty: give at least one text and its negative log likelihood")
+        for index, (nats, text) in enumerate(zip(predictions, references, strict=True)):
+            if text is None:
+                raise ValueError(f"text {index} is missing: leave it and its prediction out")
+            if nats is None or not (math.isfinite(nats) and nats >= 0):
+                raise ValueError(
+                    f"the negative log likelihood of text {index} is {nats}: it has to be finite and at least 0 (in "
+                    "nats, with the sign of a loss)"
+                )
+        length = sum(len(text.encode("utf-8")) for text in references)
+        if length == 0:
+            raise ValueError("the texts have no bytes: give at least one that is not empty")
+        bits = math.fsum(predictions) / math.log(2)
+        return {"bits_per_byte": bits / length, "bits": bits, "bytes": length}
