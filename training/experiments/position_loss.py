@@ -199,15 +199,11 @@ def _late_falls(recipe: Recipe, means: dict[str, np.ndarray], groups: list[int])
 
 
 def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
-    edges = [
-        ("first 32", 0, 32),
-        ("32 to 64", 32, 64),
-        ("64 to 128", 64, 128),
-        ("from 128", 128, recipe.context_length),
-    ]
-    if recipe.context_length > recipe.training_length:
-        edges = [("within", 0, recipe.training_length), ("beyond", recipe.training_length, recipe.context_length)]
-        edges = [(f"{name} training length", *edge) for name, *edge in edges]
+    length, trained = recipe.context_length, recipe.training_length
+    edges = [("first 32", 0, 32), ("32 to 64", 32, 64), ("64 to 128", 64, 128), ("from 128", 128, length)]
+    edges = [edge for edge in edges if edge[1] < length]
+    if length > trained:
+        edges = [("within training length", 0, trained), ("beyond training length", trained, length)]
     lines = [
         f"| text | model | {' | '.join(name for name, *_ in edges)} | bits per byte |",
         f"| --- | --- | {' | '.join('---:' for _ in edges)} | ---: |",
