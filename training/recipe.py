@@ -41,7 +41,7 @@ import modeling_memory_mosaic  # noqa: F401  (registers the model type with Auto
 CONFIGURATION = Path(__file__).resolve().parents[1] / "configuration"
 
 # The module of each task has a class `Recipe` and functions `plan`, `run` and `summary` that take one.
-TASKS = {"language_modeling": "training.train"}
+TASKS = {"language_modeling": "training.train", "babistories": "training.experiments.babistories"}
 
 # Fields of TrainingArguments that the run decides itself, and what to use instead.
 DECIDED_BY_THE_RUN = {

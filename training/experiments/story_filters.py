@@ -26,7 +26,7 @@ _LINE_MARKERS = {
     "to parents": r"(?:dear|to the|for|message (?:to|for)) (?:parents?|teachers?|grown-?ups?)\b",
     "the end": r"(?:the end|fin|finis|end of (?:the )?story)\s*[.!]*\W*$",
     "to be continued": r"to be continued\b",
-    "word list": r"(?:key ?words?|vocabulary|glossary|(?:new|required|simple|useful) words?|words? (?:used|list))\b.*:",
+    "word list": r"(?:key ?words?|vocabulary|glossary|(?:new|required|simple) words?|words? (?:used|list))\b.*:",
     "required word": r"(?:verb|noun|adjective|name|character)s?(?: (?:used|name))?\s*:",
     "features": r"(?:story )?(?:features?|elements?)(?: (?:used|included))?\s*:",
     "feature": r"(?:dialogue|conflict|(?:plot )?twist|foreshadowing|bad ending|moral value|theme)\s*:",
@@ -51,7 +51,7 @@ _MARKERS = {
     "moral in a sentence": r"\bthe moral of (?:the|this|our) (?:story|tale)\b",
     "farewell": r"\bi hope (?:that )?you (?:like|liked|enjoy|enjoyed) (?:the|this|my) (?:story|tale)\b",
     "offer": r"\blet me know if (?:you|there|this)\b",
-    "about the story": r"\b(?:this|the above) (?:short )?story (?:was|is|uses?|contains?|includes?|features?|teaches)\b",
+    "about the story": r"\b(?:this|the above) (?:short )?story (?:was written|uses|contains|includes|features|teaches)\b",
     "the end in a line": r"(?<=[.!?\"”’])[ \t]+the end(?=\s*[.!]*\s*(?:\n|$))",
     "code": r"```",
     "template": r"<\|?/?(?:s|im_start|im_end|endoftext|user|assistant|system|eot_id)\|?>|\[/?INST\]",
@@ -133,7 +133,7 @@ def words(text: str) -> list[str]:
 
 def contains(text: str, word: str) -> bool:
     """Whether a word occurs, in any case and with any regular ending: `walk` is in "walked", `run` is not in "ran"."""
-    stem = re.sub(r"(?<=\w{2})[ey]$", "", word.lower())
+    stem = re.sub(r"(?<=\w{3})[ey]$", "", word.lower())
     return re.search(rf"\b{re.escape(stem)}\w*", text.lower()) is not None
 
 

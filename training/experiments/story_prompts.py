@@ -159,7 +159,7 @@ def _entries_of_line(kind: str, line: str) -> list[str]:
             return []
         told = line.split()[:LONGEST_OPENING]
         return [" ".join(told[:length]) for length in range(1, len(told) + 1)]
-    line = line.strip("\"“”*_,;. ")
+    line = line.strip('"“”*_,;. ')
     if not re.fullmatch(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*", line):
         return []
     if kind == "names":
