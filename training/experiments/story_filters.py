@@ -51,12 +51,12 @@ _MARKERS = {
     "moral in a sentence": r"\bthe moral of (?:the|this|our) (?:story|tale)\b",
     "farewell": r"\bi hope (?:that )?you (?:like|liked|enjoy|enjoyed) (?:the|this|my) (?:story|tale)\b",
     "offer": r"\blet me know if (?:you|there|this)\b",
-    "about the story": r"\b(?:this|the above) (?:short )?story (?:was written|uses|contains|includes|features|teaches)\b",
+    "about the story": r"\b(?:this|the above) (?:short )?story (?:uses|contains|includes|features|teaches)\b",
     "the end in a line": r"(?<=[.!?\"”’])[ \t]+the end(?=\s*[.!]*\s*(?:\n|$))",
     "code": r"```",
     "template": r"<\|?/?(?:s|im_start|im_end|endoftext|user|assistant|system|eot_id)\|?>|\[/?INST\]",
 }
-_PATTERNS = {name: re.compile(rf"^[^\w\n©=~-]*(?:{p})", re.I | re.M) for name, p in _LINE_MARKERS.items()}
+_PATTERNS = {name: re.compile(rf"^[^\w\n©]*(?:{p})", re.I | re.M) for name, p in _LINE_MARKERS.items()}
 _PATTERNS["rule"] = re.compile(rf"^[ \t]*{_LINE_MARKERS['rule']}", re.M)
 _PATTERNS |= {name: re.compile(pattern, re.I) for name, pattern in _MARKERS.items()}
 
