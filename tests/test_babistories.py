@@ -11,12 +11,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import PartialState
 from conftest import make_model
 from huggingface_hub import DatasetCard
 from test_cli import CLONE, launch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from training.__main__ import app
@@ -44,7 +45,7 @@ CHAT = "{% for message in messages %}[{{ message.role }}] {{ message.content }}<
 NOTHING_ASKED = "asked={names: null, openings: null, verbs: null, nouns: null, adjectives: null}"
 
 
-def save_generator(folder, chat_template=None):
+def save_generator(folder, chat_template=None, mosaic=False):
     """A few thousand random parameters that tell words, full stops and now and then a forbidden character."""
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[2]))
@@ -58,8 +59,12 @@ def save_generator(folder, chat_template=None):
         padding_side="left",
     )
     tokenizer.chat_template = chat_template
-    sizes = {"vocab_size": len(vocabulary), "hidden_size": 12, "num_hidden_layers": 1}
-    export_model(make_model(bos_token_id=0, eos_token_id=0, pad_token_id=1, **sizes), tokenizer, folder)
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    sizes = {"vocab_size": len(vocabulary), "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", n_positions=256, initializer_range=0.3, **sizes, **special)
+    model = make_model(**sizes, **special) if mosaic else AutoModelForCausalLM.from_config(config)
+    export_model(model, tokenizer, folder)
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +237,11 @@ def generator_of(recipe):
     return babistories.Generator(recipe.generator, PartialState(cpu=True))
 
 
-def test_answers_do_not_depend_on_the_padding(material, tmp_path):
-    recipe = recipe_of(material, tmp_path, "generator.top_k=1")
+@pytest.mark.parametrize("mosaic", [False, True], ids=["gpt2", "mosaic"])
+def test_answers_do_not_depend_on_the_padding(mosaic, material, tmp_path):
+    save_generator(tmp_path / "generator", mosaic=mosaic)
+    more = [f"generator.model={tmp_path / 'generator'}", "generator.top_k=1"]
+    recipe = recipe_of(material, tmp_path / "run", *more)
     generator = generator_of(recipe)
     prompts, beginnings = ["the dog ran . the cat ran and ran", "tree", "a big boat"], ["One day", "In a", "the"]
     together = generator.answer(prompts, beginnings, 0)

@@ -51,6 +51,8 @@ from training.tokenizer import load_tokenizer
 
 CARD = CONFIGURATION.parent / "hub_cards" / "dataset_card.md.jinja"
 NUM_SAMPLES = 3
+# Of a generator in a local folder, what its stories depend on: configuration, tokenizer, chat template and weights.
+GENERATOR_FILES = ("*.json", "*.model", "*.jinja", "*.safetensors", "*.bin")
 # Processes that are done wait for the slowest, which may have most of an interrupted run left to do.
 LONGEST_WAIT = timedelta(days=30)
 
@@ -196,7 +198,7 @@ def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
     provenance = [None]
     if state.is_main_process:
         folder = Path(recipe.generator.model)
-        files = sorted(file for pattern in ("*.json", "*.safetensors") for file in folder.glob(pattern))
+        files = sorted(file for pattern in GENERATOR_FILES for file in folder.glob(pattern))
         lists = recipe.lists and {"file": Path(recipe.lists).name, "sha256": _checksum(Path(recipe.lists))}
         generator = {"name": recipe.generator_name, "files": {file.name: _checksum(file) for file in files}}
         provenance = [{"lists": lists, "generator": generator}]
