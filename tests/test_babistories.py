@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -571,6 +572,19 @@ def test_missing_bitsandbytes_is_said_before_anything_else(material, tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
+def test_experts_that_would_stay_as_they_are_are_refused(material, tmp_path, monkeypatch):
+    save_generator(tmp_path / "generator")
+    sizes = {"vocab_size": 64, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    AutoConfig.for_model("mixtral", num_attention_heads=2, num_key_value_heads=1, **sizes).save_pretrained(
+        tmp_path / "generator"
+    )
+    monkeypatch.setattr(babistories.importlib.util, "find_spec", lambda name: True)
+    more = [f"generator.model={tmp_path / 'generator'}", "generator.quantization=4bit"]
+    monkeypatch.setattr(babistories.AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(ValueError, match="% of the parameters of .* are stacked experts"):
+        babistories.run(recipe_of(material, tmp_path / "run", *more))
+
+
 # The card
 
 
@@ -606,6 +620,14 @@ def test_card_is_valid_and_its_numbers_are_the_results(finished_run):
 )
 def test_size_category(rows, category):
     assert babistories.size_category(rows) == category
+
+
+def test_licence_may_be_stated_later(finished_run, material, tmp_path):
+    folder = shutil.copytree(finished_run[0].folder, tmp_path / "run")
+    (folder / "result.json").unlink()
+    babistories.run(recipe_of(material, folder, "license=cc-by-4.0"))
+    card = DatasetCard.load(folder / "README.md")
+    assert card.data.license == "cc-by-4.0" and "`cc-by-4.0`, as stated by" in card.text
 
 
 def test_dry_run_reads_nothing():

@@ -109,6 +109,12 @@ class Recipe(BaseRecipe):
             raise ValueError("`lists` has no effect, as everything is asked of the generator: remove one of the two")
         return self
 
+    def content(self) -> dict[str, Any]:
+        """All that determines the run: not the licence, which only the card states."""
+        content = super().content()
+        del content["license"]
+        return content
+
     @functools.cached_property
     def needed(self) -> list[str]:
         """The lists that something is drawn from: those of the template's placeholders, and always the openings."""
@@ -231,6 +237,8 @@ class Generator:
         self.section = section
         self.device = state.device
         self.tokenizer = load_tokenizer(section.model)
+        if section.quantization == "4bit":
+            _refuse_stacked_experts(section.model)
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -306,6 +314,23 @@ class Generator:
             return self.tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
         # A template may end with the opening itself.
         return prompt if prompt.endswith(beginning) else f"{prompt}\n\n{beginning}"
+
+
+def _refuse_stacked_experts(name: str) -> None:
+    """bitsandbytes packs linear layers only, and passes over experts that transformers 5 stacks into one tensor.
+
+    Unsaid, such a model would take several times the memory that 4 bit promises (issue 1849 of bitsandbytes).
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    stacked = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 2)
+    total = model.num_parameters()
+    if stacked > total / 10:
+        raise ValueError(
+            f"generator.quantization is 4bit, but {stacked / total:.0%} of the parameters of {name!r} are stacked "
+            f"experts, which bitsandbytes leaves as they are: set generator.quantization=none on a GPU that holds its "
+            f"{2 * total / 1e9:.1f} GB of bfloat16 weights, or take a generator without experts"
+        )
 
 
 class Desk:
