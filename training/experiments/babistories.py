@@ -5,7 +5,8 @@ The data set on which the paper trains its language models (arXiv 2405.06394, Fi
 is drawn for a prompt: `story_prompts.py`; which answers become stories: `story_filters.py`.
 
 The unit of work is a batch of answers, one file, seeded by its number: what is told depends neither on the number of
-processes nor on when a run was interrupted.
+processes nor on when a run was interrupted. Answers are kept as they came: after a change of the filters, remove
+`result.json` and start the run again, which then only filters.
 """
 
 import functools
@@ -184,7 +185,7 @@ def _run(recipe: Recipe, state: PartialState, restart: bool) -> dict[str, Any]:
         state.print(f"{recipe.folder} is finished already; --restart makes the stories again")
         return json.loads(finished.read_text(encoding="utf-8"))
     if state.is_main_process:
-        for name in ("asked", "parts"):
+        for name in ("asked", "parts") if recipe.requests else ("parts",):
             (recipe.folder / name).mkdir(exist_ok=True)
             remove_leftovers(recipe.folder / name)
     state.wait_for_everyone()
