@@ -24,7 +24,7 @@ _LINE_MARKERS = {
     "note": r"(?:important |additional |final )?notes?(?: (?:to|for) [\w ]+)?\s*:",
     "note of a person": r"(?:author|editor|teacher|parent|writer|translator)s?['’]?s? (?:notes?|guide|corner)\b",
     "to parents": r"(?:dear|to the|for|message (?:to|for)) (?:parents?|teachers?|grown-?ups?)\b",
-    "the end": r"(?:the end|fin|finis|end of (?:the )?story)\s*[.!]*\W*$",
+    "the end": r"(?:the end|fin|finis|end of (?:the )?story)\b\W*$",
     "to be continued": r"to be continued\b",
     "word list": r"(?:key ?words?|vocabulary|glossary|(?:new|required|simple) words?|words? (?:used|list))\b.*:",
     "required word": r"(?:verb|noun|adjective|name|character)s?(?: (?:used|name))?\s*:",
@@ -91,7 +91,8 @@ def clean(text: str, opening: str) -> Story:
     """
     begin, rest = text[: len(opening)], text[len(opening) :]
     rest, marker = cut_at_marker(rest)
-    text = re.sub(r"[ \t]*(?:\r\n?|\n)\s*", "\n", begin + rest).strip()
+    lines = (line.strip() for line in (begin + rest).splitlines())
+    text = "\n".join(line for line in lines if line)
     if len(text) <= len(opening.strip()):
         return Story(text, "empty", marker=marker)
     found = forbidden(text)
