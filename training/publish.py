@@ -58,11 +58,22 @@ def move_into_place(staged: Path, final: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    staged = path.with_name(STAGED_PREFIX + path.name)
-    staged.write_text(text, encoding="utf-8")
-    _force_to_disk(staged)
-    staged.replace(path)
-    _force_to_disk(path.parent)
+    with staged_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """Where to write a file that appears as `final` when the block ends well, and not at all when it fails."""
+    staged = final.with_name(STAGED_PREFIX + final.name)
+    try:
+        yield staged
+        _force_to_disk(staged)
+        staged.replace(final)
+        _force_to_disk(final.parent)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -47,6 +47,7 @@ TASKS = {
     "position_loss": "training.experiments.position_loss",
     "attention_maps": "training.experiments.attention_maps",
     "samples": "training.experiments.samples",
+    "babistories": "training.experiments.babistories",
 }
 
 # Fields of TrainingArguments that the run decides itself, and what to use instead.

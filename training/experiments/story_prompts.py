@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts for stories: lists of names, words and openings, from a file or from a model's answers, and what is drawn.
+
+After the BabiStories data set (arXiv 2405.06394, Fig. 14): a name and the first words of the story are drawn beside
+the words and features that the story must have, which makes the stories diverse.
+"""
+
+import json
+import random
+import re
+import string
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from training.experiments.story_filters import forbidden
+
+
+# The list that each placeholder of a template is drawn from.
+LISTS = {
+    "name": "names",
+    "verb": "verbs",
+    "noun": "nouns",
+    "adjective": "adjectives",
+    "features": "features",
+    "opening": "openings",
+}
+# What a model can be asked for; features are few, and we have them.
+ASKED = ("names", "openings", "verbs", "nouns", "adjectives")
+FEATURES = {
+    "BadEnding": "a sad ending",
+    "Conflict": "a quarrel or a problem that somebody has to deal with",
+    "Dialogue": "people or animals that talk with each other",
+    "Foreshadowing": "an early hint at what happens later",
+    "MoralValue": "something good to learn from it",
+    "Twist": "a surprise that changes everything",
+}
+LONGEST_NAME = 7  # characters
+LONGEST_OPENING = 12  # words
+MOST_FEATURES = 3
+TEMPLATE = (
+    "Tell a story of three to five short paragraphs for a very small child, in simple words that three-year-olds "
+    'know. The story must have a character with the name "{name}", and use the verb "{verb}", the noun "{noun}" and '
+    'the adjective "{adjective}". The story has {features}. Remember that every word has to be simple, and write '
+    "nothing besides the story."
+)
+# Answers begin with this, so that each is a numbered list from its first line on.
+FIRST_NUMBER = "1."
+_ONE_A_LINE = "Number them from 1 to 100, one a line, and write nothing else."
+_WORDS = "List 100 different {} that a child of three years knows, each a single word. " + _ONE_A_LINE
+REQUESTS = {
+    "names": ("List 100 different first names for people, whether girls or boys. " + _ONE_A_LINE,),
+    "openings": (
+        "List 100 different ways to begin a story for small children, each one sentence of simple words. "
+        + _ONE_A_LINE,
+        "List 100 different ways to begin a story for small children, each one sentence of simple words, no two of "
+        "them with the same first word. " + _ONE_A_LINE,
+    ),
+    "verbs": (_WORDS.format("verbs"),),
+    "nouns": (_WORDS.format("nouns"),),
+    "adjectives": (_WORDS.format("adjectives"),),
+}
+
+Entry = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Entries = Annotated[list[Entry], Field(min_length=1)]
+
+
+class StoryLists(BaseModel):
+    """The lists of a file: those that the template needs must be there, and none may be empty; others are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    names: Entries | None = None
+    openings: Entries | None = None
+    verbs: Entries | None = None
+    nouns: Entries | None = None
+    adjectives: Entries | None = None
+    features: Entries | None = Field(default=None, validation_alias=AliasChoices("features", "feature_labels"))
+
+    @field_validator("features")
+    @classmethod
+    def _as_phrases(cls, entries):
+        for entry in entries or ():
+            if entry not in FEATURES and " " not in entry:
+                raise ValueError(f"{entry!r} is neither a phrase nor one of the labels {', '.join(FEATURES)}")
+        return entries and [FEATURES.get(entry, entry) for entry in entries]
+
+
+def placeholders(template: str) -> set[str]:
+    """The names in braces of a template.
+
+    Raises:
+        ValueError: one of them is unknown or decorated, or a brace stands alone.
+    """
+    known = ", ".join(f"{{{name}}}" for name in LISTS)
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{error}: placeholders are {known}; a brace that is meant as such is doubled") from error
+    found = [(name, form, conversion) for _, name, form, conversion in parts if name is not None]
+    for name, form, conversion in found:
+        if name not in LISTS or form or conversion:
+            raise ValueError(f"unknown placeholder {{{name}}}: there are {known}, and nothing else inside the braces")
+    return {name for name, _, _ in found}
+
+
+def read_lists(path: str | Path, needed: Iterable[str]) -> dict[str, list[str]]:
+    """Read lists from a JSON file.
+
+    Args:
+        path: one object whose values are lists of texts, by the names that `LISTS` has.
+        needed: names of lists that must be there.
+
+    Raises:
+        ValueError: no such file, not JSON, a key is missing, or its value is no list of texts, or empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no list file {str(path)!r}: correct `lists`")
+    try:
+        lists = StoryLists.model_validate_json(path.read_text(encoding="utf-8")).model_dump()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"list file {str(path)!r} is not UTF-8 ({error.reason}): convert it") from error
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, p['loc'])) or 'the file'}: {p['msg']}" for p in error.errors()]
+        raise ValueError(f"list file {str(path)!r} is not as it should be: {'; '.join(problems)}") from None
+    missing = [name for name in needed if lists[name] is None]
+    if missing:
+        raise ValueError(
+            f"list file {str(path)!r} misses the key{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}: add "
+            "a list of texts, or leave the placeholder out of the template"
+        )
+    return {name: lists[name] for name in needed}
+
+
+def parse_answers(kind: str, answers: Iterable[str]) -> list[str]:
+    """The entries of numbered lists, each once, in the order of their first appearance.
+
+    A name has at most 7 characters. Of an opening, every beginning of 1 to 12 words is an entry. A verb, noun or
+    adjective is a single word, in lower case. Lines that are no such entry are passed over.
+
+    Args:
+        kind: one of `ASKED`.
+        answers: texts with lines such as `12. Anna`.
+    """
+    entries: dict[str, None] = {}
+    for answer in answers:
+        for line in re.findall(r"^[ \t]*\d+[.)][ \t]*(\S.*?)[ \t]*$", answer, re.M):
+            entries |= dict.fromkeys(_entries_of_line(kind, line))
+    return list(entries)
+
+
+def _entries_of_line(kind: str, line: str) -> list[str]:
+    if kind == "openings":
+        line = line.strip("\"“”'*_ ")
+        if not line or forbidden(line):  # every story that began with it would be refused
+            return []
+        told = line.split()[:LONGEST_OPENING]
+        return [" ".join(told[:length]) for length in range(1, len(told) + 1)]
+    line = line.strip('"“”*_,;. ')
+    if not re.fullmatch(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*", line):
+        return []
+    if kind == "names":
+        return [line] if len(line) <= LONGEST_NAME else []
+    return [line.lower()]
+
+
+def draw(lists: dict[str, list[str]], seed: int, index: int) -> dict[str, Any]:
+    """What the story of this index is about; it depends on nothing but the arguments.
+
+    Args:
+        lists: by the names that `LISTS` has; only from those given is anything drawn.
+        seed: of the recipe.
+        index: of the story, from 0.
+
+    Returns:
+        For instance `{"name": "Anna", ..., "features": ["a sad ending"], "opening": "One day"}`; up to 3 features.
+    """
+    rng = random.Random(f"{seed} {index}")
+    drawn: dict[str, Any] = {}
+    for placeholder, name in LISTS.items():
+        if name not in lists:
+            continue
+        if placeholder == "features":
+            count = rng.randint(1, min(MOST_FEATURES, len(lists[name])))
+            drawn[placeholder] = rng.sample(lists[name], count)
+        else:
+            drawn[placeholder] = rng.choice(lists[name])
+    return drawn
+
+
+def fill(template: str, drawn: dict[str, Any]) -> str:
+    """The prompt: a template with what was drawn in place of its placeholders."""
+    values = dict(drawn)
+    if "features" in values:
+        *others, last = values["features"]
+        values["features"] = f"{', '.join(others)} and {last}" if others else last
+    return template.format(**values)
+
+
+def to_json(lists: dict[str, list[str]]) -> str:
+    """Lists as the content of a list file."""
+    return json.dumps(lists, indent=1, ensure_ascii=False) + "\n"
