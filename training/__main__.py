@@ -77,7 +77,7 @@ def dry_run(
         float | None, typer.Option(help="Share of the peak that training reaches; 0.4 by default.")
     ] = None,
     devices: Annotated[
-        int | None, typer.Option(help="Number of devices that train; the processes of this command by default.")
+        int | None, typer.Option(help="Number of devices that train; those that this command has by default.")
     ] = None,
 ) -> None:
     """Show the resolved recipe and what it amounts to: tokens, steps, operations, memory. Reads no data."""

@@ -187,14 +187,23 @@ def measured_teraflops(device: torch.device, precision: str = "no") -> float:
 
     It is a measurement, not the maker's figure: a busy machine, or one that throttles, has a lower one. On a GPU,
     `"no"` multiplies float32 in whatever way torch is set to (TF32 or not), as the training does.
+
+    Raises:
+        ValueError: another precision than those of `AUTOCAST`.
     """
+    rate = _rate_of_products(device, _autocast_dtype(precision) or torch.float32)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # these matrices are no part of what training needs
+    return rate / 1e12
+
+
+def _rate_of_products(device: torch.device, dtype: torch.dtype) -> float:
     size = 512 if device.type == "cpu" else 8192
-    dtype = _autocast_dtype(precision) or torch.float32
     # A generator of its own: what training draws must not depend on a measurement.
     draw = functools.partial(torch.randn, size, size, generator=torch.Generator(device).manual_seed(0), device=device)
     matrices = {"left": draw().to(dtype), "right": draw().to(dtype)}
     timer = Timer("left @ right", globals=matrices, num_threads=torch.get_num_threads())
-    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.1).median / 1e12
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.1).median
 
 
 def peak_memory_bytes(device: torch.device) -> int:

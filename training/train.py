@@ -63,7 +63,7 @@ def _run(recipe: Recipe, arguments: TrainingArguments, state: PartialState, rest
     tokenizer = _prepare_tokenizer(recipe, state)
     windows = _prepare_windows(recipe, tokenizer, state)
     model = build_model(recipe, tokenizer)
-    peak = measured_teraflops(arguments.device, arguments.mixed_precision) * arguments.world_size
+    peak = measured_teraflops(arguments.device, arguments.mixed_precision) * num_devices(arguments)
     per_token = flops_per_token(model.config, recipe.data.context_length)
     trainer = LanguageModelTrainer(
         model=model,
@@ -110,6 +110,11 @@ def tokens_per_step(recipe: Recipe, arguments: TrainingArguments) -> int:
     return _windows_per_step(arguments) * recipe.data.context_length
 
 
+def num_devices(arguments: TrainingArguments) -> int:
+    """Devices that train together: one a process, or all those that a single process was left to find."""
+    return arguments.world_size * max(1, arguments.n_gpu)
+
+
 def _windows_per_step(arguments: TrainingArguments) -> int:
     return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
 
@@ -127,7 +132,7 @@ def plan(
         teraflops (`float`, *optional*): peak rate of one device in the training precision, in 10^12 operations a
             second; gives `hours`.
         utilisation (`float`, *optional*): share of the peak that training reaches; 0.4 by default.
-        devices (`int`, *optional*): that train, a process each; by default as many as this command has processes.
+        devices (`int`, *optional*): that train; by default those that this command would use.
 
     Raises:
         ValueError: a rate, share or number that no machine has, or `utilisation` without `teraflops`.
@@ -135,9 +140,10 @@ def plan(
     if utilisation is not None and teraflops is None:
         raise ValueError(f"utilisation is {utilisation}, but a share of what? Give teraflops, the peak of one device")
     arguments = training_arguments(recipe)
-    devices = arguments.world_size if devices is None else devices
+    here = num_devices(arguments)
+    devices = here if devices is None else devices
     check_devices(devices)
-    per_step = tokens_per_step(recipe, arguments) // arguments.world_size * devices
+    per_step = tokens_per_step(recipe, arguments) // here * devices
     steps = arguments.max_steps if recipe.tokens is None else math.ceil(recipe.tokens / per_step)
     known, epochs = steps > 0, f"{arguments.num_train_epochs:g}"
     result = {
