@@ -2,9 +2,6 @@
 """What training costs: counts agree with formulas and real tensors, estimates with arithmetic, logs with clocks."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import psutil
@@ -272,21 +269,3 @@ def test_less_memory_learns_the_same_or_nearly(model, tmp_path, without_clean_pr
     losses = [[point["loss"] for point in result["learning_curve"]["training"]] for result in (plain, half)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
-
-
-@pytest.mark.slow
-def test_compiled_learns_nearly_the_same(tmp_path):
-    """In processes of their own: `torch_compile` is told to accelerate by the environment, for good."""
-    for name, compiled in (("plain", "false"), ("compiled", "true")):
-        overrides = [*SHORT, f"training.torch_compile={compiled}", f"output_dir={tmp_path / name}"]
-        process = subprocess.run(
-            [sys.executable, "-m", "training", "run", str(SMOKE), *overrides],
-            capture_output=True,
-            text=True,
-            cwd=CONFIGURATION.parent,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert process.returncode == 0, process.stderr
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("plain", "compiled")]
-    losses = [[point["loss"] for point in result["learning_curve"]["training"]] for result in results]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
