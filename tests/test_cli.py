@@ -28,7 +28,7 @@ SHORT = [
 ]
 SURFACE = {
     "run": {"recipe", "overrides", "--restart"},
-    "dry-run": {"recipe", "overrides"},
+    "dry-run": {"recipe", "overrides", "--teraflops", "--utilisation", "--devices"},
     "evaluate": {
         "folder",
         "--source",

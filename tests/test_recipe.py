@@ -54,7 +54,8 @@ def test_resolved_recipe_is_a_recipe_of_the_same_hash(path, tmp_path):
 def test_model_files_are_complete_configurations(path):
     values = json.loads(path.read_text(encoding="utf-8"))
     config = AutoConfig.from_pretrained(path)
-    assert type(AutoModelForCausalLM.from_config(config)).__name__ == values["architectures"][0]
+    with torch.device("meta"):
+        assert type(AutoModelForCausalLM.from_config(config)).__name__ == values["architectures"][0]
     understood = config.to_dict()
     assert {name: understood.get(name) for name in values} == values
 

@@ -2,6 +2,7 @@
 """The command line: `python -m training VERB ...`, from the clone."""
 
 import contextlib
+import inspect
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -65,15 +66,38 @@ def run(
 
 
 @app.command("dry-run")
-def dry_run(context: typer.Context, recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Show the resolved recipe and what it amounts to: parameters, tokens, steps. Reads no data, writes nothing."""
+def dry_run(
+    context: typer.Context,
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    teraflops: Annotated[
+        float | None, typer.Option(help="Peak of one device in the training precision; gives the hours.")
+    ] = None,
+    utilisation: Annotated[
+        float | None, typer.Option(help="Share of the peak that training reaches; 0.4 by default.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Number of devices that train; those that this command has by default.")
+    ] = None,
+) -> None:
+    """Show the resolved recipe and what it amounts to: tokens, steps, operations, memory. Reads no data."""
     with _plain_errors(context):
         from training.recipe import load_recipe, task_module
 
         parsed = load_recipe(recipe, overrides)
         typer.echo(parsed.to_yaml())
-        for name, value in task_module(parsed.task).plan(parsed).items():
+        machine = {"teraflops": teraflops, "utilisation": utilisation, "devices": devices}
+        for name, value in _plan(task_module(parsed.task), parsed, machine).items():
             typer.echo(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+
+
+def _plan(task, recipe, machine: dict[str, float | None]) -> dict:
+    given = {name: value for name, value in machine.items() if value is not None}
+    unknown = sorted(given.keys() - inspect.signature(task.plan).parameters.keys())
+    if unknown:
+        options = ", ".join(f"--{name}" for name in unknown)
+        raise ValueError(f"the task {recipe.task!r} estimates no cost of a machine: leave out {options}")
+    return task.plan(recipe, **given)
 
 
 @app.command()

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: transformers' Trainer, whose checkpoints are whole or absent and whose resume is exact."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -27,10 +29,18 @@ class LanguageModelTrainer(Trainer):
 
     Four things differ: the per-head scalars are not decayed; the loss is the mean over the predicted tokens for every
     architecture alike; checkpoints appear whole or not at all; and logs carry the seconds trained so far, over all
-    resumed sessions, and the perplexity. `output_dir` must be visible to all processes.
+    resumed sessions, the perplexity, and the speed. `output_dir` must be visible to all processes.
+
+    The speed is `tokens_per_second` of all processes since the training loss was last logged, without the time that
+    evaluating and saving took (Trainer's own `train_tokens_per_second` is the mean of the session, with it), and
+    `mfu`, its share of `peak_tokens_per_second`.
+
+    Args:
+        peak_tokens_per_second (`float`, *optional*): of all processes, if they did nothing but the model's matrix
+            products, as fast as they can; without it there is no `mfu`.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, peak_tokens_per_second: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.load_best_model_at_end:
             raise ValueError(
@@ -42,7 +52,9 @@ class LanguageModelTrainer(Trainer):
         self._loss_shifts_labels = True
         self._staging: Path | None = None
         self._clock = _Clock()
-        for callback in (self._clock, _LogWhenSaving, _StopWhenDone):
+        self._meter = _Meter()
+        self.peak_tokens_per_second = peak_tokens_per_second
+        for callback in (self._clock, self._meter, _LogWhenSaving, _StopWhenDone):
             self.add_callback(callback)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -60,7 +72,16 @@ class LanguageModelTrainer(Trainer):
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
         if self.is_in_train:
             logs["seconds"] = round(self._clock.seconds(), 3)
+        if self.is_in_train and "loss" in logs:
+            speed = self._meter.tokens_per_second(self.state)
+            logs["tokens_per_second"] = round(speed, 3)
+            if self.peak_tokens_per_second is not None:
+                logs["mfu"] = round(speed / self.peak_tokens_per_second, 5)
         super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs):
+        with self._meter.paused():
+            return super().evaluate(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # Resumed after its very last step, Trainer would take one step more before it looks at the number of steps.
@@ -72,6 +93,10 @@ class LanguageModelTrainer(Trainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
+        with self._meter.paused():
+            self._save_whole_checkpoint(model, trial)
+
+    def _save_whole_checkpoint(self, model, trial) -> None:
         run_folder = Path(self.args.output_dir)
         final = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = run_folder / (STAGED_PREFIX + final.name)
@@ -117,6 +142,35 @@ class _Clock(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
         self._started = time.monotonic()
+
+
+class _Meter(TrainerCallback):
+    """Tokens per second since they were last asked for, less the time in which training was paused."""
+
+    def __init__(self):
+        self._since: float | None = None
+        self._tokens = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # Not when training begins: a resumed run first goes past the batches that it has seen.
+        if self._since is None:
+            self._since, self._tokens = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._since = None
+
+    def tokens_per_second(self, state) -> float:
+        now = time.perf_counter()
+        speed = (state.num_input_tokens_seen - self._tokens) / (now - self._since)
+        self._since, self._tokens = now, state.num_input_tokens_seen
+        return speed
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self._since is not None:
+            self._since += time.perf_counter() - began
 
 
 class _LogWhenSaving(TrainerCallback):

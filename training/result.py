@@ -86,6 +86,22 @@ def learning_curve(log_history: list[dict[str, Any]]) -> dict[str, list[dict[str
     return curve
 
 
+def tokens_per_second(log_history: list[dict[str, Any]]) -> float | None:
+    """Mean speed of training, over all resumed sessions, without evaluating and saving; None if none was logged.
+
+    A run that was killed between two checkpoints has done some steps twice: they count once, as they were last done.
+    """
+    tokens = seconds = before = 0
+    for entry in log_history:
+        if "loss" not in entry:
+            continue
+        if "tokens_per_second" in entry:
+            done = entry["num_input_tokens_seen"] - before
+            tokens, seconds = tokens + done, seconds + done / entry["tokens_per_second"]
+        before = entry["num_input_tokens_seen"]
+    return round(tokens / seconds, 3) if seconds else None
+
+
 def write_result(result: dict[str, Any], folder: Path) -> None:
     """Write `result.json` and, from its learning curve, `loss.png`; the JSON last: it marks the run as done."""
     draw_learning_curve(result, folder / "loss.png")

@@ -13,12 +13,22 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from training.cost import (
+    DEFAULT_UTILISATION,
+    STATE_BYTES_PER_PARAMETER,
+    activation_bytes,
+    check_devices,
+    flops_per_token,
+    hours,
+    measured_teraflops,
+    peak_memory_bytes,
+)
 from training.data import collate_windows, load_stories, pack_windows, source_provenance
 from training.evaluate import load_model, mean_loss, tokens_and_bytes
 from training.loop import LanguageModelTrainer
 from training.publish import export_model, staged_folder, verify_export
 from training.recipe import Recipe
-from training.result import bits_per_byte, environment, learning_curve, perplexity, write_result
+from training.result import bits_per_byte, environment, learning_curve, perplexity, tokens_per_second, write_result
 from training.run_folder import claim_folder, only_run_in
 from training.tokenizer import load_tokenizer, train_tokenizer
 
@@ -53,6 +63,8 @@ def _run(recipe: Recipe, arguments: TrainingArguments, state: PartialState, rest
     tokenizer = _prepare_tokenizer(recipe, state)
     windows = _prepare_windows(recipe, tokenizer, state)
     model = build_model(recipe, tokenizer)
+    peak = measured_teraflops(arguments.device, arguments.mixed_precision) * num_devices(arguments)
+    per_token = flops_per_token(model.config, recipe.data.context_length)
     trainer = LanguageModelTrainer(
         model=model,
         args=arguments,
@@ -60,12 +72,16 @@ def _run(recipe: Recipe, arguments: TrainingArguments, state: PartialState, rest
         train_dataset=_whole_steps(windows["train"], arguments, state),
         eval_dataset=windows["validation"],
         processing_class=tokenizer,
+        peak_tokens_per_second=peak * 1e12 / per_token,
     )
     checkpoint = get_last_checkpoint(str(recipe.folder))
     if checkpoint is not None:
         state.print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
-    return _finish(recipe, trainer, tokenizer, state)
+    # Before the last evaluation, which may need more than training did.
+    memory = peak_memory_bytes(arguments.device)
+    cost = {"model_flops_per_token": per_token, "measured_teraflops": peak, "peak_memory_gb": round(memory / 1e9, 3)}
+    return _finish(recipe, trainer, tokenizer, state, cost)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -94,24 +110,78 @@ def tokens_per_step(recipe: Recipe, arguments: TrainingArguments) -> int:
     return _windows_per_step(arguments) * recipe.data.context_length
 
 
+def num_devices(arguments: TrainingArguments) -> int:
+    """Devices that train together: one a process, or all those that a single process was left to find."""
+    return arguments.world_size * max(1, arguments.n_gpu)
+
+
 def _windows_per_step(arguments: TrainingArguments) -> int:
     return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """What a run would amount to, known without reading data: `dry-run` prints it."""
+def plan(
+    recipe: Recipe,
+    teraflops: float | None = None,
+    utilisation: float | None = None,
+    devices: int | None = None,
+) -> dict[str, Any]:
+    """What a run would amount to, known without reading data: `dry-run` prints it.
+
+    Args:
+        recipe: of the run.
+        teraflops (`float`, *optional*): peak rate of one device in the training precision, in 10^12 operations a
+            second; gives `hours`.
+        utilisation (`float`, *optional*): share of the peak that training reaches; 0.4 by default.
+        devices (`int`, *optional*): that train; by default those that this command would use.
+
+    Raises:
+        ValueError: a rate, share or number that no machine has, or `utilisation` without `teraflops`.
+    """
+    if utilisation is not None and teraflops is None:
+        raise ValueError(f"utilisation is {utilisation}, but a share of what? Give teraflops, the peak of one device")
     arguments = training_arguments(recipe)
-    steps = arguments.max_steps
-    per_step = tokens_per_step(recipe, arguments)
+    here = num_devices(arguments)
+    devices = here if devices is None else devices
+    check_devices(devices)
+    per_step = tokens_per_step(recipe, arguments) // here * devices
+    steps = arguments.max_steps if recipe.tokens is None else math.ceil(recipe.tokens / per_step)
     known, epochs = steps > 0, f"{arguments.num_train_epochs:g}"
-    return {
+    result = {
         "parameters": num_parameters(recipe),
         "tokens_per_step": per_step,
         "steps": steps if known else f"as many as {epochs} epochs of the data make",
         "tokens": steps * per_step if known else f"{epochs} times those in the data",
         "warmup_steps": arguments.get_warmup_steps(steps) if known else arguments.warmup_steps,
-        "folder": str(recipe.folder),
-        "hash": recipe.hash,
+        **_cost(recipe, arguments, steps * per_step if known else None),
+    }
+    if teraflops is not None:
+        share = DEFAULT_UTILISATION if utilisation is None else utilisation
+        flops = result["training_flops"] if known else 0
+        estimate = round(hours(flops, teraflops, share, devices), 3)
+        result["hours"] = estimate if known else "unknown, as the number of tokens is"
+    return result | {"folder": str(recipe.folder), "hash": recipe.hash}
+
+
+def _cost(recipe: Recipe, arguments: TrainingArguments, tokens: int | None) -> dict[str, Any]:
+    # Memory is that of one device with a whole copy of the model. DDP adds one of the gradients; FSDP shares out.
+    config, context_length = recipe.build_config(), recipe.data.context_length
+    per_token = flops_per_token(config, context_length)
+    activations = activation_bytes(
+        config,
+        arguments.per_device_train_batch_size,
+        context_length,
+        arguments.mixed_precision,
+        bool(arguments.activation_checkpointing),
+        arguments.activation_checkpointing_kwargs,
+    )
+    is_adamw = arguments.optim.startswith("adamw_torch") and "bit" not in arguments.optim
+    state = round(STATE_BYTES_PER_PARAMETER * num_parameters(recipe) / 1e9, 3)
+    return {
+        "flops_per_token": round(per_token),
+        "training_flops": f"{per_token:.3e} times the tokens" if tokens is None else round(per_token * tokens),
+        "memory_parameters_gb": state if is_adamw else f"known of AdamW only, which takes {state}",
+        "memory_activations_gb": round(activations / 1e9, 3),
+        "precision": arguments.mixed_precision,
     }
 
 
@@ -205,7 +275,11 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
 
 
 def _finish(
-    recipe: Recipe, trainer: LanguageModelTrainer, tokenizer: PreTrainedTokenizerBase, state: PartialState
+    recipe: Recipe,
+    trainer: LanguageModelTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    state: PartialState,
+    cost: dict[str, float],
 ) -> dict[str, Any]:
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     result: dict[str, Any] = {}
@@ -220,7 +294,7 @@ def _finish(
             model = load_model(folder)[0]
         loss = mean_loss(model, trainer.eval_dataset, trainer.args.eval_batch_size)
         texts = verify_export(folder, prompts, seed=recipe.seed, model=model, **sampling)
-        result = _result(recipe, trainer, tokenizer, loss, list(zip(prompts, texts, strict=True)))
+        result = _result(recipe, trainer, tokenizer, loss, list(zip(prompts, texts, strict=True)), cost)
         write_result(result, recipe.folder)
     state.wait_for_everyone()
     return result
@@ -232,9 +306,12 @@ def _result(
     tokenizer: PreTrainedTokenizerBase,
     loss: float,
     samples: list[tuple[str, str]],
+    cost: dict[str, float],
 ) -> dict[str, Any]:
     history, data = trainer.state.log_history, recipe.data
     curve = learning_curve(history)
+    speed = tokens_per_second(history)
+    utilisation = None if speed is None else round(speed / trainer.peak_tokens_per_second, 5)
     size = tokens_and_bytes(load_stories(**data.validation.model_dump()), tokenizer)
     return {
         "name": recipe.name,
@@ -253,6 +330,7 @@ def _result(
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
         "seconds": max(entry.get("seconds", 0.0) for entry in history),
+        "throughput": {"tokens_per_second": speed, "utilisation": utilisation, **cost},
         "metrics": {
             "training_loss": curve["training"][-1]["loss"],
             "validation_loss": loss,

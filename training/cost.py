@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training costs: operations and memory of a step, counted before it is taken, and the rate of a device.
+
+Counting needs neither the memory nor the device of the run: it computes with `FakeTensorMode`, whose tensors have
+shapes and no contents. A model of 124 M parameters takes seconds.
+
+Operations are those of matrix products, in forward and backward pass, as utilisation (MFU) is defined: no elementwise
+steps, nothing that gradient checkpointing computes again, and causal attention in full, though kernels skip the half
+of it that the mask removes.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import resource
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
+
+
+# Weights, gradients and the two moments of AdamW, four bytes each: they stay in float32 under bfloat16 autocast.
+STATE_BYTES_PER_PARAMETER = 16
+# The backward pass of a matrix product is two such products.
+FORWARD_AND_BACKWARD = 3
+AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULT_UTILISATION = 0.4
+
+
+def flops_per_token(config: PreTrainedConfig, context_length: int) -> float:
+    """Floating-point operations of training on one token, forward and backward.
+
+    Args:
+        config: of any causal language model.
+        context_length (`int`): tokens per sequence; attention costs more per token in a longer one.
+    """
+    flops = _forward_flops(config.to_json_string(use_diff=False), context_length)
+    return FORWARD_AND_BACKWARD * flops / context_length
+
+
+@functools.lru_cache  # by the text of the configuration, as configurations cannot be hashed
+def _forward_flops(config: str, context_length: int) -> int:
+    # torch's counter does not know `_scaled_dot_product_flash_attention_for_cpu`, which sdpa would choose here; MATH
+    # computes the same by two matrix products that it knows.
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+        model = _training_model(AutoConfig.for_model(**json.loads(config)))
+        ids = torch.zeros(1, context_length, dtype=torch.long)
+        with counter, torch.no_grad():
+            model(input_ids=ids, labels=ids, use_cache=False)
+    return counter.get_total_flops()
+
+
+def activation_bytes(
+    config: PreTrainedConfig,
+    batch_size: int,
+    context_length: int,
+    precision: str = "no",
+    checkpointing: bool = False,
+    checkpointing_kwargs: dict | None = None,
+) -> int:
+    """Bytes that one micro-batch keeps for its backward pass, on one device, as GPUs keep them.
+
+    There, sdpa draws its dropout again in the backward pass and keeps no weights; other dropout keeps one byte a
+    number. The CPU keeps more of both. The peak is higher, by the gradients that are on their way (the largest
+    is that of the logits, 4 bytes x tokens x vocabulary) and by what the allocator leaves unused. `torch.compile`
+    fuses steps and keeps less.
+
+    Args:
+        config: of any causal language model.
+        batch_size (`int`): sequences of one micro-batch on one device.
+        context_length (`int`): tokens per sequence.
+        precision (`str`): `"no"` for float32, or autocast to `"bf16"` or `"fp16"`, whose copies of the weights count.
+        checkpointing (`bool`): of gradients; then the inputs of all layers are kept, and everything of that one layer
+            whose turn it is.
+        checkpointing_kwargs (`dict`, *optional*): `activation_checkpointing_kwargs` of the training. What `offload`
+            moves away is counted as if it stayed.
+    """
+    with FakeTensorMode():
+        model = _training_model(config)
+        ids = torch.zeros(batch_size, context_length, dtype=torch.long)
+        with _GpuKernels():
+            everything = saved_bytes(model, ids, precision)
+            if not checkpointing:
+                return everything
+            options = dict(checkpointing_kwargs or {})
+            options.pop("offload", None)
+            every = options.pop("every_n_layers", 1)
+            model.activation_checkpointing_enable(options or None, every_n_layers=every)
+            inputs = saved_bytes(model, ids, precision)
+    return inputs + (everything - inputs) // math.ceil(config.num_hidden_layers / every)
+
+
+def saved_bytes(model: PreTrainedModel, ids: torch.Tensor, precision: str = "no") -> int:
+    """Bytes that autograd keeps of one forward pass with labels, parameters themselves excepted.
+
+    Args:
+        model: in training mode.
+        ids (`torch.Tensor` of shape `(B, T)`): token ids, which are the labels too.
+        precision (`str`): `"no"`, or autocast to `"bf16"` or `"fp16"`.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that no other storage takes its address
+        return tensor
+
+    dtype = _autocast_dtype(precision)
+    autocast = contextlib.nullcontext() if dtype is None else torch.autocast(ids.device.type, dtype=dtype)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+        model(input_ids=ids, labels=ids, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _autocast_dtype(precision: str) -> torch.dtype | None:
+    if precision not in AUTOCAST:
+        raise ValueError(f"cannot tell the cost in precision {precision!r}: use one of {', '.join(AUTOCAST)}")
+    return AUTOCAST[precision]
+
+
+def _training_model(config: PreTrainedConfig) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(config).train()
+    model.loss_type = "ForCausalLM"  # as `training.train.build_model` does
+    return model
+
+
+class _GpuKernels(TorchFunctionMode):
+    """Makes a forward pass of fake tensors on the CPU keep what a real one on a GPU keeps."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = dict(options or {})
+        if function is F.scaled_dot_product_attention:
+            options["dropout_p"] = 0.0  # else the CPU leaves its fused kernel and keeps all T x T weights
+            if options.get("attn_mask") is not None:
+                # The library spells causality out because it cannot ask fake tensors whether anything is padded.
+                options |= {"attn_mask": None, "is_causal": True}
+        if function is F.dropout:
+            return _masked(*arguments, **options)
+        return function(*arguments, **options)
+
+
+def _masked(input, p=0.5, training=True, inplace=False):
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+def hours(flops: float, teraflops: float, utilisation: float = DEFAULT_UTILISATION, devices: int = 1) -> float:
+    """Wall-clock hours of a training.
+
+    Args:
+        flops (`float`): of the whole training, forward and backward.
+        teraflops (`float`): peak rate of one device in the training precision, in 10^12 operations a second.
+        utilisation (`float`): share of the peak that training reaches, above 0 and at most 1.
+        devices (`int`): that share the work.
+
+    Raises:
+        ValueError: a rate, share or number that no machine has.
+    """
+    if not teraflops > 0:
+        raise ValueError(f"teraflops is {teraflops}: give the peak rate of one device, such as 312 of an A100 in bf16")
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"utilisation is {utilisation}: give a share of the peak above 0 and at most 1, such as 0.4")
+    check_devices(devices)
+    return flops / (teraflops * 1e12 * utilisation * devices) / 3600
+
+
+def check_devices(devices: int) -> None:
+    """`ValueError` if there is no such number of devices."""
+    if devices < 1:
+        raise ValueError(f"devices is {devices}: give the number of devices that share the work, at least 1")
+
+
+@functools.lru_cache
+def measured_teraflops(device: torch.device, precision: str = "no") -> float:
+    """Rate of one large matrix product on this device, now, in 10^12 operations a second; takes a part of a second.
+
+    It is a measurement, not the maker's figure: a busy machine, or one that throttles, has a lower one. On a GPU,
+    `"no"` multiplies float32 in whatever way torch is set to (TF32 or not), as the training does.
+
+    Raises:
+        ValueError: another precision than those of `AUTOCAST`.
+    """
+    rate = _rate_of_products(device, _autocast_dtype(precision) or torch.float32)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # these matrices are no part of what training needs
+    return rate / 1e12
+
+
+def _rate_of_products(device: torch.device, dtype: torch.dtype) -> float:
+    size = 512 if device.type == "cpu" else 8192
+    # A generator of its own: what training draws must not depend on a measurement.
+    draw = functools.partial(torch.randn, size, size, generator=torch.Generator(device).manual_seed(0), device=device)
+    matrices = {"left": draw().to(dtype), "right": draw().to(dtype)}
+    timer = Timer("left @ right", globals=matrices, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.1).median
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has had: of a CUDA device what torch allocated, else the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
