@@ -103,17 +103,29 @@ def _leaves(settings: dict[str, Any]) -> Iterator[str]:
             yield str(value) if key == "model" else f"{key}={value}"
 
 
-def plan(recipe: ComparisonRecipe) -> dict[str, Any]:
-    """What the experiment would do: each training, and whether it is finished. Reads no data."""
-    steps = {}
+def plan(
+    recipe: ComparisonRecipe,
+    teraflops: float | None = None,
+    utilisation: float | None = None,
+    devices: int | None = None,
+) -> dict[str, Any]:
+    """What the experiment would do: each training, and whether it is finished. Reads no data.
+
+    The arguments are those of `training.train.plan`; given `teraflops`, there are the hours of each training, and of
+    all that are not finished.
+    """
+    lines, remaining = {}, 0.0
     for training in recipe.trainings:
         finished = (training.recipe.folder / "result.json").is_file()
-        size = f"{train.num_parameters(training.recipe):,} parameters"
-        tokens = train.plan(training.recipe)["tokens"]
-        tokens = f"{tokens:,} tokens" if isinstance(tokens, int) else f"{tokens} as tokens"
-        status = "finished" if finished else "to be trained"
-        steps[f"{training.name}, seed {training.seed}"] = f"{size}, {tokens}, {status}, {training.recipe.folder}"
-    return steps | {"trainings": len(recipe.trainings), "folder": str(recipe.folder), "hash": recipe.hash}
+        told = [f"{train.num_parameters(training.recipe):,} parameters", "finished" if finished else "to be trained"]
+        if teraflops is not None:
+            hours = train.plan(training.recipe, teraflops, utilisation, devices)["hours"]
+            told.append(f"{hours} hours")
+            remaining += 0 if finished else hours
+        lines[f"{training.name}, seed {training.seed}"] = ", ".join([*told, str(training.recipe.folder)])
+    if teraflops is not None:
+        lines["hours"] = round(remaining, 3)
+    return lines | {"trainings": len(recipe.trainings), "folder": str(recipe.folder), "hash": recipe.hash}
 
 
 def run_comparison(
