@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from training.experiments import story_filters, story_prompts
+from training.experiments.comparison import Claim
 from training.experiments.story_prompts import FEATURES, FIRST_NUMBER, LISTS, REQUESTS, TEMPLATE
 from training.publish import remove_leftovers, staged_file, write_text
 from training.recipe import CONFIGURATION, BaseRecipe, Section
@@ -129,9 +130,9 @@ class Recipe(BaseRecipe):
 
     @functools.cached_property
     def generator_name(self) -> str:
-        """The generator as readers may know it: of a folder, its name only."""
+        """The generator as readers may know it: of a folder, the end of its path only (a run's ends in `/model`)."""
         folder = Path(self.generator.model)
-        return folder.resolve().name if folder.is_dir() else self.generator.model
+        return "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else self.generator.model
 
     @functools.cached_property
     def num_batches(self) -> int:
@@ -522,9 +523,25 @@ def _finish(
         "metrics": tally.metrics(),
         "samples": samples,
     }
+    result["claims"] = [claim._asdict() for claim in _claims(result)]
     write_text(recipe.folder / "README.md", card(result))
     write_text(recipe.folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
+
+
+def _claims(result: dict[str, Any]) -> list[Claim]:
+    metrics = result["metrics"]
+    paper = {"kept": 2_200_000, "characters_mean": 888.0}  # its training split
+    near = all(abs(metrics[name] / value - 1) <= 0.1 for name, value in paper.items())
+    return [
+        Claim(
+            "A language model that is given names, words and openings tells a corpus of short stories",
+            "2.2 M stories of 888 characters, 474,704,907 GPT-2 tokens, from Mixtral 8x7B (Table 2)",
+            f"{metrics['kept']:,} stories of {metrics['characters_mean']:.0f} characters, {metrics['tokens']:,} of the "
+            f"generator's tokens, from {metrics['prompted']:,} prompts to {result['generator']['name']}",
+            "reproduced" if near else "not at this size",
+        )
+    ]
 
 
 def _filter(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, paths: list[Path]) -> tuple[Tally, list[str]]:
