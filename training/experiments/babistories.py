@@ -537,8 +537,8 @@ def _claims(result: dict[str, Any]) -> list[Claim]:
         Claim(
             "A language model that is given names, words and openings tells a corpus of short stories",
             "2.2 M stories of 888 characters, 474,704,907 GPT-2 tokens, from Mixtral 8x7B (Table 2)",
-            f"{metrics['kept']:,} stories of {metrics['characters_mean']:.0f} characters, {metrics['tokens']:,} of the "
-            f"generator's tokens, from {metrics['prompted']:,} prompts to {result['generator']['name']}",
+            f"{metrics['kept']:,} stories of {metrics['characters_mean']:.0f} characters, {metrics['tokens']:,} of "
+            f"the generator's tokens, from {metrics['prompted']:,} prompts to {result['generator']['name']}",
             "reproduced" if near else "not at this size",
         )
     ]
