@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import skip_first_batches
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
@@ -409,6 +410,25 @@ def test_a_stream_gives_each_window_once_in_a_loader(tmp_path, tokenizer, num_wo
     streamed = pack_windows(load_stories(str(tmp_path), streaming=True), tokenizer, 64)
     loader = DataLoader(streamed, batch_size=4, num_workers=num_workers, collate_fn=collate_windows)
     assert np.array_equal(torch.cat([batch["input_ids"] for batch in loader]).numpy(), expected)
+
+
+def test_a_stream_resumed_anywhere_goes_on_with_the_next_window(tmp_path, tokenizer):
+    """As Trainer resumes: within a file, where a window spans two, and where the corpus begins anew."""
+    files = [list(write_stories(12, seed=index)) for index in range(3)]
+    for index, texts in enumerate(files):
+        (tmp_path / f"{index}.txt").write_text(END.join(texts))
+    one_pass = _ids(pack_windows(load_stories(str(tmp_path)), tokenizer, 64))
+    borders = np.cumsum([len(_stream(texts, tokenizer)) for texts in files])[:2]
+    assert (borders % 64 != 0).all() and len(one_pass) % 4 != 0  # in the middle of a window, and of a batch
+    streamed = pack_windows(load_stories(str(tmp_path), streaming=True), tokenizer, 64).repeat(None)
+    loader = DataLoader(streamed, batch_size=4, collate_fn=collate_windows)
+    expected = np.concatenate([one_pass] * 4)
+    num_batches = 2 * len(one_pass) // 4 + 2
+    assert num_batches > 15
+    for seen in range(num_batches):
+        resumed = iter(skip_first_batches(loader, seen))
+        following = np.concatenate([next(resumed)["input_ids"].numpy() for _ in range(2)])
+        assert np.array_equal(following, expected[4 * seen : 4 * seen + 8]), seen
 
 
 def test_end_of_text_inside_a_story_ends_nothing(tokenizer):

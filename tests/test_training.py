@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, set_seed
 
 from training import loop, train
-from training.data import collate_windows
+from training.data import collate_windows, load_stories, pack_windows
 from training.evaluate import evaluate_folder, load_model
 from training.generate import generate_texts
 from training.loop import LanguageModelTrainer, checkpoint_faults
 from training.publish import export_model, staged_folder, verify_export, write_text
 from training.recipe import CONFIGURATION, SourceSection, load_recipe
 from training.result import bits_per_byte, results_table, rewrite_blocks
+from training.story_writer import write_stories
 from training.tokenizer import train_tokenizer
 
 
@@ -189,6 +190,29 @@ def test_resume_of_a_stream_is_bitwise(tmp_path, monkeypatch, without_clean_proc
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt_after(patch, 17)
         train.run(recipes[1])
+    train.run(recipes[1])
+    assert_same_run(recipes[0].folder, recipes[1].folder)
+
+
+@pytest.mark.parametrize(("stop", "repeated"), [(8, False), (18, True)])
+def test_resume_of_a_stream_of_files_is_bitwise(stop, repeated, tmp_path, monkeypatch, without_clean_process):
+    """Stopped in the middle of the second file, in the first pass over the corpus and in the second."""
+    (tmp_path / "stories").mkdir()
+    for index, count in enumerate([2, 3, 2]):
+        (tmp_path / "stories" / f"{index}.txt").write_text("<|endoftext|>".join(write_stories(count, seed=index)))
+    source = [f"data.train.source={tmp_path / 'stories'}", "data.train.num_stories=null", "data.streaming=true"]
+    recipes = [short_recipe(tmp_path / name, *source) for name in ("straight", "stopped")]
+    train.run(recipes[0])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, stop)
+        train.run(recipes[1])
+    tokenizer = AutoTokenizer.from_pretrained(recipes[1].folder / "tokenizer")
+    paths = sorted((tmp_path / "stories").iterdir())
+    first, second, whole = (
+        len(pack_windows(load_stories(str(source)), tokenizer, 64)) for source in (paths[0], paths[1], paths[0].parent)
+    )
+    passes, seen = divmod(4 * (stop - stop % 5), whole)  # windows before the newest checkpoint
+    assert passes == repeated and first + 1 < seen < first + second
     train.run(recipes[1])
     assert_same_run(recipes[0].folder, recipes[1].folder)
 
