@@ -13,9 +13,9 @@ import contextlib
 import functools
 import json
 import math
-import resource
 import sys
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -210,5 +210,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has had: of a CUDA device what torch allocated, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows does not have
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
