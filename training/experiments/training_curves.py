@@ -39,7 +39,7 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
 def _measure(recipe: Recipe) -> dict[str, Any]:
     results = {(t.label, t.depth, t.seed): t.result() for t in recipe.trainings}
     curves = [
-        {"label": label, "depth": depth, "seed": seed, **result["learning_curve"]}
+        {"label": label, "depth": depth, "seed": seed, "validation": result["learning_curve"]["validation"]}
         for (label, depth, seed), result in results.items()
     ]
     _draw(recipe, results, recipe.folder / f"{recipe.name}.png")
