@@ -151,20 +151,30 @@ def test_maps_are_the_models_own_and_a_model_without_positions_is_absent(small):
     mean = attention_maps.last_position_map(model, windows, batch_size=3)
     assert mean == pytest.approx(weights.detach().numpy(), abs=1e-6)
     assert mean.sum(1) == pytest.approx(1.0, abs=1e-5)
-    assert result["measured"]["maps"][0]["map"][0] == pytest.approx(mean[0].tolist(), rel=1e-3)
+    bins = mean[0].reshape(-1, attention_maps.BIN).mean(1)
+    assert result["measured"]["maps"][0]["bins"][0] == pytest.approx(bins.tolist(), rel=1e-3)
 
 
 def test_a_flat_map_with_a_peak_is_described_as_such():
-    weights = np.full(256, 1e-3)
-    weights[-5:] = 0.1
+    weights = np.full(257, 1e-3)
+    weights[-6:-1], weights[-1] = 0.1, 0  # a mosaic's last pair is not complete
     described = attention_maps.describe(weights)
     assert [described["sink"], described["old"]] == pytest.approx([1.0, 1.0])
-    assert described["roughness"] == pytest.approx(0.0, abs=1e-9)
+    assert described["unevenness"] == pytest.approx(0.0, abs=1e-9)
     assert described["peak_width"] == 5
+    assert described["newest"] + described["middle"] + 4 * 1e-3 == pytest.approx(weights.sum())
     weights[0] = 0.3
-    weights[4:220:2] = 2e-3
-    noisy = attention_maps.describe(weights)
-    assert noisy["sink"] > 100 and noisy["roughness"] > 0.1
+    weights[4:120] = 4e-3
+    uneven = attention_maps.describe(weights)
+    assert uneven["sink"] > 50 and uneven["unevenness"] > 0.5
+
+
+def test_heads_that_look_elsewhere_say_little_about_the_shape_of_the_rest():
+    about = {"label": "M", "length": 256}
+    flat = about | {"unevenness": 0.1, "middle": 0.9, "newest": 0.1}
+    peaked = about | {"unevenness": 2.0, "middle": 0.0, "newest": 1.0}
+    assert attention_maps._mean([flat, peaked], "unevenness", "M", 256) == pytest.approx(0.1)
+    assert attention_maps._mean([flat, peaked], "newest", "M", 256) == pytest.approx(0.55)
 
 
 def test_samples_are_what_the_model_generates(small, tmp_path):

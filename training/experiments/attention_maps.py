@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of the last position (Memory Mosaics, Figs. 12, 13, 15): where each head of a one-block model looks.
 
-The weights come from the models' own `output_attentions`, averaged over windows. A mosaic stores at slot t the pair
-that completes at t, so column t of its map is the pair (key of t-1, value of t-1 and t); in a transformer it is t.
+The weights come from the models' own `output_attentions`, averaged over windows. Column t of a mosaic's map is the
+pair of token t, so that the last column, whose pair is not complete yet, is 0; in a transformer it is token t itself.
 """
 
 import math
@@ -25,7 +25,9 @@ from training.recipe import SourceSection
 
 __all__ = ["Recipe", "plan", "run", "summary"]
 
-NEWEST = 32  # positions at the end that the statistics of the flat part leave out
+# The level of a map is told by what lies between the first and the newest positions, in bins.
+FIRST, NEWEST, BIN = 4, 32, 8
+NO_POSITIONS = "No positions"  # the run that is no subject of the paper's claims, but shows what positions do
 
 
 class Recipe(ComparisonRecipe):
@@ -70,7 +72,12 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     _draw_maps(recipe, maps)
     _draw_leaks(recipe, heads)
     first_seed = [
-        {"label": label, "length": length, "seed": seed, "map": [[float(f"{w:.4g}") for w in row] for row in rows]}
+        {
+            "label": label,
+            "length": length,
+            "seed": seed,
+            "bins": [[float(f"{w:.4g}") for w in _binned(r)] for r in rows],
+        }
         for (label, length, seed), rows in maps.items()
         if seed == recipe.seeds[0]
     ]
@@ -92,25 +99,33 @@ def last_position_map(model: PreTrainedModel, windows: torch.Tensor, batch_size:
 
 
 def describe(weights: np.ndarray) -> dict[str, float]:
-    """A head's averaged map `(T,)` in numbers; the flat part is what lies between position 4 and the newest 32.
+    """A head's averaged map `(T,)` in numbers.
 
     Returns:
-        `sink`: the weight at the largest of the first two positions, `old`: the mean weight in the older half of the
-        flat part, both relative to the flat part's median; `roughness`: standard deviation of the flat part around
-        its own moving mean, relative to it; `newest`: share of all weight on the newest 32; `peak_width`: how many of
-        the newest positions reach half way from the flat part's median to the largest weight among them.
+        `level`: median of the bins between position 4 and the newest 32. Relative to it, `sink`: the larger weight of
+        the first two positions, and `old`: the mean of the older half. `unevenness`: standard deviation of the
+        logarithm of the bins, 0 if flat. `middle`: share of all weight between the two ends. `newest`: share on the
+        newest 32. `peak_width`: how many positions, counted back from the newest, lie above twice the level.
     """
-    flat, newest = weights[4:-NEWEST], weights[-NEWEST:]
-    level = max(float(np.median(flat)), 1e-12)
-    smooth = np.convolve(flat, np.ones(9) / 9, mode="valid")
-    half_way = level + (newest.max() - level) / 2
+    weights = np.trim_zeros(weights, "b")
+    middle, newest = weights[FIRST:-NEWEST], weights[-NEWEST:]
+    bins = np.maximum(_binned(middle), 1e-12)
+    level = float(np.median(bins))
+    above = weights[::-1] > 2 * level
     return {
+        "level": level,
         "sink": float(weights[:2].max() / level),
-        "old": float(flat[: len(flat) // 2].mean() / level),
-        "roughness": float(np.std(flat[4:-4] / np.maximum(smooth, 1e-12) - 1)),
+        "old": float(middle[: len(middle) // 2].mean() / level),
+        "unevenness": float(np.std(np.log(bins))),
+        "middle": float(middle.sum()),
         "newest": float(newest.sum()),
-        "peak_width": int((newest >= half_way).sum()),
+        "peak_width": int(len(above) if above.all() else np.argmin(above)),
     }
+
+
+def _binned(weights: np.ndarray) -> np.ndarray:
+    whole = len(weights) - len(weights) % BIN
+    return weights[len(weights) - whole :].reshape(-1, BIN).mean(axis=1)
 
 
 def _leak(model: PreTrainedModel, head: int) -> dict[str, float]:
@@ -121,72 +136,76 @@ def _leak(model: PreTrainedModel, head: int) -> dict[str, float]:
 
 
 def _mean(heads: list[dict[str, Any]], name: str, label: str, length: int) -> float:
-    chosen = [head[name] for head in heads if (head["label"], head["length"]) == (label, length)]
-    return float(np.mean(chosen)) if chosen else math.nan
+    """Over heads and seeds; of the shape of the middle part, each head counts as far as it looks there at all."""
+    chosen = [head for head in heads if (head["label"], head["length"]) == (label, length)]
+    if not chosen:
+        return math.nan
+    weights = [head["middle"] for head in chosen] if name in ("sink", "old", "unevenness") else None
+    return float(np.average([head[name] for head in chosen], weights=weights))
 
 
 def _table(recipe: Recipe, heads: list[dict[str, Any]]) -> str:
-    columns = ("sink", "old", "roughness", "newest", "peak_width")
+    columns = ("sink", "old", "unevenness", "newest", "peak_width")
     lines = [
-        "| model | length | seeds | first position | older half | roughness | weight on newest 32 | peak width |",
+        "| model | length | seeds | first position | older half | unevenness | weight on newest 32 | peak width |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     seeds = ", ".join(map(str, recipe.seeds))
     for length in recipe.lengths:
         for label in recipe.runs:
             cells = [_mean(heads, name, label, length) for name in columns]
-            told = (
-                " | ".join(f"{cell:.3g}" for cell in cells)
-                if not math.isnan(cells[0])
-                else "cannot be read |" + " |" * 3
-            )
-            lines.append(f"| {label} | {length} | {seeds} | {told} |")
+            told = ["cannot be read" if math.isnan(cell) else f"{cell:.3g}" for cell in cells]
+            lines.append(f"| {label} | {length} | {seeds} | {' | '.join(told)} |")
     return "\n".join(lines)
 
 
 def _claims(recipe: Recipe, heads: list[dict[str, Any]]) -> list[Claim]:
-    mosaic, *others = recipe.runs
-    short, *long = recipe.lengths
-    at = {label: {n: _mean(heads, n, label, short) for n in ("sink", "roughness")} for label in (mosaic, *others)}
-    learnt = others[0]
-    flatter = at[mosaic]["sink"] < at[learnt]["sink"] and at[mosaic]["roughness"] < at[learnt]["roughness"]
-    claims = [
-        Claim(
-            f"At the training length {learnt}'s map is noisy with a sink at the first position, the mosaic's flat",
-            "Fig. 12 (pictures)",
-            "; ".join(
-                f"{k}: first position {v['sink']:.2f} times the flat level, roughness {v['roughness']:.3f}"
-                for k, v in at.items()
-                if k in (mosaic, learnt)
-            ),
-            "reproduced" if flatter else "contradicted",
-        )
+    return [
+        _claim_on_learnt_positions(recipe, heads),
+        *(_claim_beyond(recipe, heads, length) for length in recipe.lengths[1:]),
+        _claim_on_leaks(recipe, heads),
     ]
-    for length in long:
-        old = {label: _mean(heads, "old", label, length) for label in (mosaic, *others)}
-        old = {label: value for label, value in old.items() if not math.isnan(value)}
-        flattest = min(old, key=lambda label: abs(math.log(max(old[label], 1e-12))))
-        claims.append(
-            Claim(
-                f"Read at {length / short:g} times the training length the mosaic's map stays flat, others' do not",
-                "RoPE does not carry over, ALiBi fades with distance, mosaic flat (Fig. 13; pictures)",
-                f"weight on the older half relative to the flat level, 1 is flat, at {length} tokens: "
-                + ", ".join(f"{label} {value:.2f}" for label, value in old.items()),
-                "reproduced" if flattest == mosaic else "contradicted",
-            )
-        )
-    own = [head for head in heads if head["label"] == mosaic and head["length"] == short]
-    rank = spearmanr([head["leak_coefficient"] for head in own], [head["peak_width"] for head in own])
-    correlates = rank.statistic > 0 and rank.pvalue < 0.05
-    claims.append(
-        Claim(
-            "The larger a head's leak coefficient, the wider the peak on the newest positions",
-            "Fig. 15 (pictures)",
-            f"rank correlation {rank.statistic:.2f} (p = {rank.pvalue:.2g}) over {len(own)} heads of all seeds",
-            "reproduced" if correlates else "contradicted" if rank.statistic < 0 else "not at this size",
-        )
+
+
+def _claim_on_learnt_positions(recipe: Recipe, heads: list[dict[str, Any]]) -> Claim:
+    (mosaic, learnt), length = list(recipe.runs)[:2], recipe.lengths[0]
+    sink, unevenness = (
+        [_mean(heads, name, label, length) for label in (mosaic, learnt)] for name in ("sink", "unevenness")
     )
-    return claims
+    flatter, rougher = sink[0] < sink[1] and unevenness[0] < unevenness[1], unevenness[0] > unevenness[1]
+    return Claim(
+        f"At the training length {learnt}'s map is uneven with a sink at the first position, the mosaic's flat",
+        "Fig. 12 (pictures)",
+        f"{mosaic}: first position {sink[0]:.2f} times the level, unevenness {unevenness[0]:.2f}; "
+        f"{learnt}: {sink[1]:.2f}, {unevenness[1]:.2f}",
+        "reproduced" if flatter else "contradicted" if rougher else "not at this size",
+    )
+
+
+def _claim_beyond(recipe: Recipe, heads: list[dict[str, Any]], length: int) -> Claim:
+    mosaic, *others = recipe.runs
+    found = {label: _mean(heads, "unevenness", label, length) for label in (mosaic, *others)}
+    found = {label: value for label, value in found.items() if not math.isnan(value)}
+    with_positions = [value for label, value in found.items() if label not in (mosaic, NO_POSITIONS)]
+    return Claim(
+        f"Read at {length / recipe.lengths[0]:g} times the training length the mosaic's map stays flat, unlike those "
+        "of transformers with positions",
+        "RoPE does not carry over, ALiBi fades with distance, mosaic flat (Fig. 13; pictures)",
+        f"unevenness at {length} tokens: " + ", ".join(f"{label} {value:.2f}" for label, value in found.items()),
+        "reproduced" if found[mosaic] < min(with_positions, default=math.inf) else "contradicted",
+    )
+
+
+def _claim_on_leaks(recipe: Recipe, heads: list[dict[str, Any]]) -> Claim:
+    own = [head for head in heads if "leak_coefficient" in head and head["length"] == recipe.lengths[0]]
+    rank = spearmanr([head["leak_coefficient"] for head in own], [head["peak_width"] for head in own])
+    sure = rank.pvalue < 0.05
+    return Claim(
+        "The larger a head's leak coefficient, the wider the peak on the newest positions",
+        "Fig. 15 (pictures)",
+        f"rank correlation {rank.statistic:.2f} (p = {rank.pvalue:.2g}) over {len(own)} heads of all seeds",
+        "not at this size" if not sure else "reproduced" if rank.statistic > 0 else "contradicted",
+    )
 
 
 def _draw_maps(recipe: Recipe, maps: dict[tuple[str, int, int], np.ndarray]) -> None:
