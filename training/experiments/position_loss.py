@@ -286,10 +286,10 @@ def _draw(recipe: Recipe, measured: dict[str, Any]) -> None:
         axes[0, column].set_title(f"{name} ({text['num_windows']} windows)")
         axes[-1, column].set_xlabel("position in the window (tokens)")
     axes[0, 0].set_ylabel("loss (nats per token)")
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     if rows == 2:
-        axes[1, 0].set_ylabel("difference (nats per token)")
-        axes[1, 0].legend(fontsize=8)
+        # In the colour of the other.
+        axes[1, 0].set_ylabel(f"{next(iter(recipe.runs))} minus the other (nats per token)")
         for axis in axes[1]:
             axis.axhline(0, color="black", lw=0.8)
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
