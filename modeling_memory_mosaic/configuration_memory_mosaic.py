@@ -86,7 +86,7 @@ class MemoryMosaicConfig(PreTrainedConfig):
     """
 
     model_type = "memory_mosaic"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     # Tools that size a key-value cache read this name.
     attribute_map = {"num_key_value_heads": "num_attention_heads"}
     # Memories are independent of each other: each process holds some heads of every layer, with all their parameters.

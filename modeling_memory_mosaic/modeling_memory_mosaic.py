@@ -57,6 +57,22 @@ CHUNK_LENGTH = 32
 PACKING_NAMES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # What other libraries call them: taken for anything, they would be passed over.
 FOREIGN_PACKING_NAMES = ("document_ids", "segment_ids", "sequence_ids", "cu_seqlens", "cu_seqlens_q")
+# What outputs call the memory: `cache` from transformers 5.24 on, which warns of the old name, `past_key_values`.
+MEMORY_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def one_memory(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The memory, under whichever name it was given: transformers calls it `cache` from 5.24 on.
+
+    Raises:
+        ValueError: if two different memories are given.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError(
+            "`past_key_values` and `cache` are two names of one memory, but two memories are given: pass one. (Before "
+            "transformers 5.24, `generate` makes its own beside `cache`: pass it `past_key_values`.)"
+        )
+    return past_key_values if cache is None else cache
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -439,7 +455,7 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MemoryMosaicDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
@@ -491,7 +507,7 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
         return super().save_pretrained(*args, **kwargs)
 
 
-def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values, **marks):
+def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values=None, cache=None, **marks):
     """What all layers of one forward pass need to know about padding, documents and the past.
 
     Args:
@@ -505,6 +521,7 @@ def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values, 
         ValueError: if the mask is not 2-D or not as long as past and new tokens together, or if several documents are
             packed in one row and there is a memory, which holds one.
     """
+    past_key_values = one_memory(past_key_values, cache)
     num_tokens = inputs_embeds.shape[1]
     num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     check_mask(attention_mask, inputs_embeds, num_seen)
@@ -697,8 +714,10 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        past_key_values = one_memory(past_key_values, cache)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -724,7 +743,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             hidden_states = layer(hidden_states, **masks, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            **{MEMORY_NAME: past_key_values},
         )
 
     def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
@@ -818,6 +837,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
@@ -827,6 +847,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): a document begins where they do not rise;
                 they mean nothing else. `seq_idx` `(B, T)` and `cu_seq_lens_q` tell the same, by their own conventions.
             past_key_values ([`~transformers.Cache`], *optional*): memory of what was read before; changed in place.
+                `cache` is another name for it.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): not shifted; -100 is ignored, and belongs at the
                 first token of each packed document.
             logits_to_keep (`int` or `torch.Tensor`): compute logits of the last so many tokens (0: all), or of those
@@ -844,7 +865,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_memory(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -866,9 +887,9 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{MEMORY_NAME: getattr(outputs, MEMORY_NAME)},
         )
 
 
@@ -894,6 +915,7 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         r"""
@@ -911,6 +933,7 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
             ValueError: if there are several rows and nothing tells tokens from padding, if a row has no token, or if
                 it holds several documents.
         """
+        past_key_values = one_memory(past_key_values, cache)
         if attention_mask is None and past_key_values is None and input_ids is not None and self.can_tell_padding():
             attention_mask = input_ids != self.config.pad_token_id
         outputs: BaseModelOutputWithPast = self.model(
@@ -936,9 +959,9 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{MEMORY_NAME: getattr(outputs, MEMORY_NAME)},
         )
 
     def can_tell_padding(self) -> bool:

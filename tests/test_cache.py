@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, GPT2Config, StaticCache
+from transformers.utils import generic as library_generic
 
-from modeling_memory_mosaic import MemoryMosaicCacheLayer, memory_from_state_dict, memory_state_dict
+from modeling_memory_mosaic import (
+    MemoryMosaicCacheLayer,
+    MemoryMosaicForCausalLM,
+    MemoryMosaicForSequenceClassification,
+    memory_from_state_dict,
+    memory_state_dict,
+)
 from modeling_memory_mosaic.cache_memory_mosaic import MemoryMosaicStates
 
 
@@ -206,6 +213,63 @@ def test_a_static_memory_refuses_to_crop(model):
 def test_a_memory_of_another_model_is_refused(model, make_cache):
     with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
         model(make_ids(1, 3), past_key_values=make_cache(model.config))
+
+
+@pytest.mark.parametrize("head", [None, MemoryMosaicForCausalLM, MemoryMosaicForSequenceClassification])
+def test_a_memory_has_two_names(model, head):
+    """transformers calls it `cache` from 5.24 on, `past_key_values` before: both serve on all versions."""
+    model = model.model if head is None else head(model.config).eval()
+    ids, mask = make_ids(2, 9), torch.ones(2, 9)
+    answers = []
+    for names in (["past_key_values"], ["cache"], ["past_key_values", "cache"]):
+        memory = DynamicCache(config=model.config)
+        given = dict.fromkeys(names, memory)
+        with torch.no_grad():
+            model(ids[:, :5], attention_mask=mask[:, :5], **given)
+            outputs = model(ids[:, 5:], attention_mask=mask, **given)
+        assert outputs.past_key_values is memory and memory.get_seq_length() == 9
+        answers.append({"outputs": outputs[0], **memory_state_dict(memory)})
+    for answer in answers[1:]:
+        assert all(torch.equal(answer[name], tensor) for name, tensor in answers[0].items())
+    other = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="two memories"):
+        model(ids, attention_mask=mask, past_key_values=memory, cache=other)
+    with pytest.raises(ValueError, match="two memories"):
+        model(ids, mask, None, other, cache=memory)
+    assert (memory.get_seq_length(), other.get_seq_length()) == (9, 0)
+
+
+def test_masks_know_both_names_of_a_memory(model):
+    """`generate` makes the masks ahead of a compiled step, and hands the memory over under the name of its version."""
+    memory = StaticCache(config=model.config, max_cache_len=8)
+    read(model, make_ids(1, 3), memory)
+    inputs = {"config": model.config, "inputs_embeds": torch.zeros(1, 2, 24), "attention_mask": torch.ones(1, 5)}
+    old = model.create_masks_for_generate(**inputs, past_key_values=memory)
+    new = model.create_masks_for_generate(**inputs, cache=memory)
+    assert old["slot_mask"].shape == (1, 1, 2, 8) and torch.equal(old["slot_mask"], new["slot_mask"])
+    with pytest.raises(ValueError, match="two memories"):
+        model.create_masks_for_generate(**inputs, past_key_values=memory, cache=DynamicCache(config=model.config))
+
+
+def test_no_outdated_name_is_used_within(model, monkeypatch):
+    """Whoever calls the memory by the name of the installed version reads no warning that it is deprecated."""
+
+    def fail(message, *args, **kwargs):
+        raise AssertionError(message)
+
+    monkeypatch.setattr(library_generic.logger, "warning_once", fail)
+    ids = make_ids(2, 5)
+    for cache_implementation in (None, "static"):
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=3,
+            cache_implementation=cache_implementation,
+            disable_compile=True,
+        )
+    classifier = MemoryMosaicForSequenceClassification(model.config)
+    for answer in (model(ids), classifier(ids, attention_mask=torch.ones_like(ids))):
+        assert "past_key_values" in [*answer] or "cache" in [*answer]
 
 
 def test_a_saved_memory_continues_in_a_new_process(model, tmp_path):
