@@ -63,18 +63,17 @@ def _gaps(recipe: Recipe, results: dict[tuple[str, int, int], dict[str, Any]]) -
 
 def _table(recipe: Recipe, results: dict[tuple[str, int, int], dict[str, Any]]) -> str:
     lines = [
-        "| model | blocks | parameters | seeds | tokens | validation loss | perplexity | tokens/s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model | blocks | parameters | seeds | tokens | validation loss | perplexity |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for depth in recipe.depths:
         for label in recipe.runs:
             runs = [results[label, depth, seed] for seed in recipe.seeds]
             loss = mean_and_deviation([run["metrics"]["validation_loss"] for run in runs], 4)
             perplexity = mean_and_deviation([run["metrics"]["validation_perplexity"] for run in runs], 2)
-            speed = statistics.mean(run["tokens"] / run["seconds"] for run in runs)
             seeds = ", ".join(map(str, recipe.seeds))
             size = f"{runs[0]['parameters']:,} | {seeds} | {runs[0]['tokens']:,}"
-            lines.append(f"| {label} | {depth} | {size} | {loss} | {perplexity} | {speed:,.0f} |")
+            lines.append(f"| {label} | {depth} | {size} | {loss} | {perplexity} |")
     return "\n".join(lines)
 
 
