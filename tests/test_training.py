@@ -25,7 +25,7 @@ from training.publish import export_model, staged_folder, verify_export, write_t
 from training.recipe import CONFIGURATION, SourceSection, load_recipe
 from training.result import bits_per_byte, results_table, rewrite_blocks
 from training.story_writer import write_stories
-from training.tokenizer import train_tokenizer
+from training.tokenizer import load_tokenizer, train_tokenizer
 
 
 CLONE = CONFIGURATION.parent
@@ -505,3 +505,15 @@ def test_tensorboard_on_request(tmp_path, without_clean_process):
     recipe = short_recipe(tmp_path / "run", "training.report_to=tensorboard", "tokens=1_280")
     train.run(recipe)
     assert list(recipe.folder.rglob("events.out.tfevents.*"))
+
+
+def test_mixed_precision_exports_the_plain_model(tmp_path):
+    """The clean process computes in float32: so must the model whose logits and loss it is held against."""
+    recipe = short_recipe(tmp_path / "run", "training.bf16=true")
+    result = train.run(recipe)
+    model, _ = load_model(tmp_path / "run" / "model")
+    validation = load_stories(**recipe.data.validation.model_dump())
+    windows = pack_windows(validation, load_tokenizer(str(tmp_path / "run" / "tokenizer")), recipe.data.context_length)
+    loss = train.mean_loss(model, windows, recipe.training.per_device_eval_batch_size)
+    assert result["metrics"]["validation_loss"] == pytest.approx(loss, rel=1e-6)
+    assert result["precision"] == "bf16"

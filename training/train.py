@@ -282,15 +282,19 @@ def _finish(
     cost: dict[str, float],
 ) -> dict[str, Any]:
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    # So torch.compile names what is inside its wrapper; a folder has the model's own names.
+    state_dict = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state_dict or {}).items()}
     result: dict[str, Any] = {}
     if state.is_main_process:
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        # Without autocast: what is evaluated and exported is the model in float32.
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         folder = recipe.folder / "model"
         export_model(model, tokenizer, folder, state_dict)
         sampling = recipe.generation.model_dump()
         prompts = sampling.pop("prompts")
-        # Of a sharded model no process holds the whole, so there the exported folder itself is the reference.
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        # Of a sharded model no process holds the whole, and a compiled one rounds in another order: there the exported
+        # folder itself is the reference.
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.torch_compile:
             model = load_model(folder)[0]
         loss = mean_loss(model, trainer.eval_dataset, trainer.args.eval_batch_size)
         texts = verify_export(folder, prompts, seed=recipe.seed, model=model, **sampling)
