@@ -29,7 +29,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import DatasetCard, DatasetCardData
-from huggingface_hub.utils.sha import sha_fileobj
 from pydantic import Field, PositiveInt, model_validator
 from tqdm import tqdm
 from transformers import (
@@ -41,6 +40,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from training.data import checksum
 from training.experiments import story_filters, story_prompts
 from training.experiments.comparison import Claim
 from training.experiments.story_prompts import FEATURES, FIRST_NUMBER, LISTS, REQUESTS, TEMPLATE
@@ -207,19 +207,14 @@ def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
     if state.is_main_process:
         folder = Path(recipe.generator.model)
         files = sorted(file for pattern in GENERATOR_FILES for file in folder.glob(pattern))
-        lists = recipe.lists and {"file": Path(recipe.lists).name, "sha256": _checksum(Path(recipe.lists))}
-        generator = {"name": recipe.generator_name, "files": {file.name: _checksum(file) for file in files}}
+        lists = recipe.lists and {"file": Path(recipe.lists).name, "sha256": checksum(Path(recipe.lists))}
+        generator = {"name": recipe.generator_name, "files": {file.name: checksum(file) for file in files}}
         provenance = [{"lists": lists, "generator": generator}]
     return {
         "hash": recipe.hash,
         "recipe": recipe.model_dump(exclude={"output_dir"}),
         "data": broadcast_object_list(provenance)[0],
     }
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return sha_fileobj(file).hex()
 
 
 class Generator:
@@ -518,7 +513,7 @@ def _finish(
         "data": json.loads((recipe.folder / "run.json").read_text(encoding="utf-8"))["data"],
         "generator": {"name": recipe.generator_name, "revision": _revision(recipe.generator.model)},
         "lists": {kind: len(entries) for kind, entries in lists.items()},
-        "stories_sha256": _checksum(recipe.folder / "stories.jsonl.gz"),
+        "stories_sha256": checksum(recipe.folder / "stories.jsonl.gz"),
         "seconds": desk.seconds,
         "metrics": tally.metrics(),
         "samples": samples,
