@@ -10,7 +10,13 @@ import torch
 from conftest import make_model
 from scipy.stats import chisquare
 
-from training.experiments.induction_data import InductionDataset, random_bigrams, text_bigrams, trigger_accuracy
+from training.experiments.induction_data import (
+    InductionDataset,
+    InformedReader,
+    random_bigrams,
+    text_bigrams,
+    trigger_accuracy,
+)
 
 
 def stack(dataset, name):
@@ -126,6 +132,28 @@ def test_who_looks_up_is_always_right_at_triggers_seen_before():
     assert chance == 1 / 60 and found["best_first_loss"] == pytest.approx(math.log(60))
     assert found["first_accuracy"] < chance + 6 * math.sqrt(chance / found["num_first"])
     assert found["num_positions"] == stack(dataset, "is_induction").sum()
+
+
+def test_who_knows_the_rules_is_as_sure_as_it_is_right():
+    dataset = InductionDataset(300)
+    reader = InformedReader(dataset)
+    assert sum(reader.prior) == pytest.approx(dataset.num_triggers)
+    ids = stack(dataset, "input_ids")
+    probabilities = reader(ids).logits.exp()
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(ids.shape, dtype=torch.float64))
+    confidence, best = probabilities[:, :-1].max(-1)
+    is_right = (best == ids[:, 1:]).double()
+    deviation = (confidence * (1 - confidence)).sum().sqrt()
+    assert (is_right - confidence).sum().abs() < 4 * deviation
+    by_bigrams = torch.from_numpy(dataset.bigrams)[ids[:, :-1]].argmax(-1) == ids[:, 1:]
+    assert is_right.mean() > by_bigrams.double().mean() + 0.02
+
+
+def test_who_knows_the_rules_doubts_a_trigger_seen_once():
+    dataset = InductionDataset(300)
+    informed, lookup = (trigger_accuracy(r, dataset) for r in (InformedReader(dataset), Lookup(65)))
+    assert 0.85 < informed["accuracy"] < 0.95 < lookup["accuracy"]
+    assert informed["loss"] < 0.5 and informed["best_first_loss"] < informed["first_loss"] < 7
 
 
 def test_a_model_is_measured_alike_in_any_batches_and_untrained_knows_nothing():
