@@ -17,7 +17,12 @@ from training.tokenizer import load_tokenizer
 
 
 def load_model(folder: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (on the accelerator, if there is one, and in evaluation mode) and tokenizer of a folder.
+    """Model and tokenizer of a folder; arguments and errors as for `load_causal_lm`."""
+    return load_causal_lm(folder, **options), load_tokenizer(str(folder))
+
+
+def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """Model of a folder, on the accelerator, if there is one, and in evaluation mode.
 
     Args:
         folder: an exported folder or a checkpoint.
@@ -39,7 +44,7 @@ def load_model(folder: str | Path, **options: Any) -> tuple[PreTrainedModel, Pre
             f"another shape {sorted(report['mismatched_keys'])}"
         )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device).eval(), load_tokenizer(str(folder))
+    return model.to(device).eval()
 
 
 def evaluate_folder(

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
+from training.parallel import tell_progress
 from training.publish import STAGED_PREFIX, move_into_place
 from training.result import perplexity
 
@@ -54,7 +55,7 @@ class LanguageModelTrainer(Trainer):
         self._clock = _Clock()
         self._meter = _Meter()
         self.peak_tokens_per_second = peak_tokens_per_second
-        for callback in (self._clock, self._meter, _LogWhenSaving, _StopWhenDone):
+        for callback in (self._clock, self._meter, _LogWhenSaving, _StopWhenDone, _TellProgress):
             self.add_callback(callback)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -188,6 +189,13 @@ class _StopWhenDone(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= state.max_steps
+
+
+class _TellProgress(TrainerCallback):
+    """For the one bar of several trainings at once."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        tell_progress(Path(args.output_dir), state.global_step / state.max_steps)
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:

@@ -36,6 +36,7 @@ from pydantic import (
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
+import training.experiments.lstm  # noqa: F401  (likewise)
 
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "configuration"
@@ -48,6 +49,9 @@ TASKS = {
     "attention_maps": "training.experiments.attention_maps",
     "samples": "training.experiments.samples",
     "babistories": "training.experiments.babistories",
+    "symbols": "training.experiments.symbols",
+    "regbench": "training.experiments.regbench",
+    "induction": "training.experiments.induction",
 }
 
 # Fields of TrainingArguments that the run decides itself, and what to use instead.
@@ -197,39 +201,12 @@ class BaseRecipe(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-class Recipe(BaseRecipe):
-    """A language model to train; see `configuration/README.md` for each field."""
+class TrainingRecipe(BaseRecipe):
+    """A model to train: what training recipes of all kinds of data have in common."""
 
-    task: Literal["language_modeling"]
     seed: int = Field(default=0, ge=0)
     model: str
     model_args: dict[str, Any] = {}
-    tokenizer: TokenizerSection
-    data: DataSection
-    tokens: PositiveInt | None = None
-    training: TrainingSection
-    generation: GenerationSection = GenerationSection()
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        lengths = [self.tokens, *(getattr(self.training, name) for name in ("max_steps", "num_train_epochs"))]
-        if sum(length is not None for length in lengths) != 1:
-            raise ValueError("give exactly one of `tokens`, `training.max_steps` and `training.num_train_epochs`")
-        if self.data.streaming and self.training.num_train_epochs is not None:
-            raise ValueError("a stream has no epochs: with `data.streaming` give `tokens` or `training.max_steps`")
-        config = self.build_config()
-        if self.tokenizer.vocab_size is not None and self.tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"`tokenizer.vocab_size` is {self.tokenizer.vocab_size}, but the model {self.model!r} has embeddings "
-                f"for {config.vocab_size} tokens: lower it, or raise `model_args.vocab_size`"
-            )
-        longest = getattr(config, "max_position_embeddings", math.inf)  # an ALiBi model states none
-        if self.data.context_length > longest:
-            raise ValueError(
-                f"`data.context_length` is {self.data.context_length}, but the model {self.model!r} is made for "
-                f"{longest}: lower it, or raise `model_args.max_position_embeddings`"
-            )
-        return self
 
     @functools.cached_property
     def architecture(self) -> dict[str, Any]:
@@ -264,6 +241,38 @@ class Recipe(BaseRecipe):
     def content(self) -> dict[str, Any]:
         """All that determines the run: the recipe, and the architecture it names."""
         return super().content() | {"architecture": self.architecture}
+
+
+class Recipe(TrainingRecipe):
+    """A language model to train; see `configuration/README.md` for each field."""
+
+    task: Literal["language_modeling"]
+    tokenizer: TokenizerSection
+    data: DataSection
+    tokens: PositiveInt | None = None
+    training: TrainingSection
+    generation: GenerationSection = GenerationSection()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        lengths = [self.tokens, *(getattr(self.training, name) for name in ("max_steps", "num_train_epochs"))]
+        if sum(length is not None for length in lengths) != 1:
+            raise ValueError("give exactly one of `tokens`, `training.max_steps` and `training.num_train_epochs`")
+        if self.data.streaming and self.training.num_train_epochs is not None:
+            raise ValueError("a stream has no epochs: with `data.streaming` give `tokens` or `training.max_steps`")
+        config = self.build_config()
+        if self.tokenizer.vocab_size is not None and self.tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"`tokenizer.vocab_size` is {self.tokenizer.vocab_size}, but the model {self.model!r} has embeddings "
+                f"for {config.vocab_size} tokens: lower it, or raise `model_args.vocab_size`"
+            )
+        longest = getattr(config, "max_position_embeddings", math.inf)  # an ALiBi model states none
+        if self.data.context_length > longest:
+            raise ValueError(
+                f"`data.context_length` is {self.data.context_length}, but the model {self.model!r} is made for "
+                f"{longest}: lower it, or raise `model_args.max_position_embeddings`"
+            )
+        return self
 
 
 def task_module(task: str) -> ModuleType:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
 from training.data import load_stories, source_provenance
 from training.experiments import comparison
-from training.experiments.comparison import Claim, ComparisonRecipe, new_figure, plan, reads, save_figure, summary
+from training.experiments.comparison import Claim, DepthComparisonRecipe, new_figure, plan, reads, save_figure, summary
 from training.experiments.position_loss import cut_windows
 from training.recipe import SourceSection
 
@@ -30,7 +30,7 @@ FIRST, NEWEST, BIN = 4, 32, 8
 NO_POSITIONS = "No positions"  # the run that is no subject of the paper's claims, but shows what positions do
 
 
-class Recipe(ComparisonRecipe):
+class Recipe(DepthComparisonRecipe):
     """The first of the runs is the mosaic; the `lengths` are tokens, the first of them the training's."""
 
     task: Literal["attention_maps"]

@@ -15,13 +15,15 @@ from typing import Any, Literal, NamedTuple
 
 from accelerate import PartialState
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from pydantic import Field, PositiveInt, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training import train
 from training.evaluate import load_model
+from training.parallel import run_all
 from training.publish import write_text
-from training.recipe import CONFIGURATION, BaseRecipe, Recipe, load_recipe
+from training.recipe import CONFIGURATION, BaseRecipe, TrainingRecipe, load_recipe, task_module
 from training.result import environment
 from training.run_folder import claim_folder, only_run_in
 
@@ -44,7 +46,7 @@ class Trained(NamedTuple):
     label: str
     depth: int
     seed: int
-    recipe: Recipe
+    recipe: TrainingRecipe
 
     @property
     def name(self) -> str:
@@ -66,8 +68,8 @@ class ComparisonRecipe(BaseRecipe):
     base: str
     common: dict[str, Any] = {}
     runs: dict[str, dict[str, Any]] = Field(min_length=1)
-    depths: list[PositiveInt] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
+    workers: PositiveInt = 1
 
     @model_validator(mode="after")
     def _trainings_are_valid(self):
@@ -76,22 +78,51 @@ class ComparisonRecipe(BaseRecipe):
 
     @functools.cached_property
     def trainings(self) -> list[Trained]:
-        """Every model, at every depth, with every seed; all models of one seed and depth next to each other."""
-        combinations = [(s, d, label) for s in self.seeds for d in self.depths for label in self.runs]
-        return [Trained(label, depth, seed, self._training(label, depth, seed)) for seed, depth, label in combinations]
+        """Every model, in every variant, with every seed; all models of one seed and variant next to each other."""
+        combinations = [(s, v, label) for s in self.seeds for v in self.variants for label in self.runs]
+        return [self._training(label, variant, seed) for seed, variant, label in combinations]
 
-    def _training(self, label: str, depth: int, seed: int) -> Recipe:
+    @property
+    def variants(self) -> list[dict[str, Any]]:
+        """Settings, besides their own, with which all models are trained."""
+        return [{}]
+
+    def _training(self, label: str, variant: dict[str, Any], seed: int) -> Trained:
         path = CONFIGURATION / "recipe" / f"{self.base}.yaml"
-        own = dict(self.runs[label])
-        settings = [self.common, own, {"seed": seed}]
-        if load_recipe(path, settings=settings).build_config().num_hidden_layers != depth:
-            own["model_args"] = {**own.get("model_args", {}), "num_hidden_layers": depth}
-        settings[1] = own
+        settings = [self.common, self.runs[label], {"seed": seed}]
+        own = _merged(self.runs[label], _news(variant, load_recipe(path, settings=settings)))
         folder = f"runs/{self.base}/{'-'.join([*_leaves(own), f'seed{seed}'])}"
-        return load_recipe(path, settings=[*settings, {"output_dir": folder}])
+        recipe = load_recipe(path, settings=[self.common, own, {"seed": seed, "output_dir": folder}])
+        return Trained(label, recipe.build_config().num_hidden_layers, seed, recipe)
 
     def content(self) -> dict[str, Any]:
-        return super().content() | {"trainings": [training.recipe.hash for training in self.trainings]}
+        content = super().content() | {"trainings": [training.recipe.hash for training in self.trainings]}
+        del content["workers"]
+        return content
+
+
+class DepthComparisonRecipe(ComparisonRecipe):
+    """The models at several depths."""
+
+    depths: list[PositiveInt] = Field(min_length=1)
+
+    @property
+    def variants(self) -> list[dict[str, Any]]:
+        return [{"model_args": {"num_hidden_layers": depth}} for depth in self.depths]
+
+
+def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.merge(settings, more))
+
+
+def _news(variant: dict[str, Any], recipe: BaseRecipe) -> dict[str, Any]:
+    """What a variant changes in a recipe: what it has already gives a training no name of its own."""
+    news = {}
+    for section, settings in variant.items():
+        has = recipe.build_config() if section == "model_args" else getattr(recipe, section)
+        changed = {name: value for name, value in settings.items() if getattr(has, name) != value}
+        news |= {section: changed} if changed else {}
+    return news
 
 
 def _leaves(settings: dict[str, Any]) -> Iterator[str]:
@@ -122,7 +153,7 @@ def plan(
             hours = train.plan(training.recipe, teraflops, utilisation, devices)["hours"]
             told.append(f"{hours} hours")
             remaining += 0 if finished else hours
-        lines[f"{training.name}, seed {training.seed}"] = ", ".join([*told, str(training.recipe.folder)])
+        lines[str(training.recipe.folder)] = ", ".join([f"{training.name}, seed {training.seed}", *told])
     if teraflops is not None:
         lines["hours"] = round(remaining, 3)
     return lines | {"trainings": len(recipe.trainings), "folder": str(recipe.folder), "hash": recipe.hash}
@@ -146,15 +177,14 @@ def run_comparison(
     Returns:
         Content of `result.json`; of the earlier one, if the experiment was already finished.
     """
-    train.training_arguments(recipe.trainings[0].recipe)  # settles devices and processes
+    first = recipe.trainings[0].recipe
+    task_module(first.task).training_arguments(first)  # settles devices and processes
     state = PartialState()
     with only_run_in(recipe.folder, state):
         claim_folder(recipe, {"hash": recipe.hash, "data": data, "recipe": recipe.content()}, state, restart)
         written = recipe.folder / "result.json"
         if not written.is_file():
-            for training in recipe.trainings:
-                state.print(f"{training.name}, seed {training.seed}:", flush=True)
-                train.run(training.recipe)
+            run_all([training.recipe for training in recipe.trainings], recipe.workers)
             if state.is_main_process:
                 result = _header(recipe, data) | measure(recipe)
                 result["claims"] = [claim._asdict() for claim in result["claims"]]
@@ -191,7 +221,7 @@ def _training_summary(training: Trained) -> dict[str, Any]:
         "metrics",
     )
     own = {"label": training.label, "depth": training.depth, "seed": training.seed}
-    return own | {name: result[name] for name in kept}
+    return own | {name: result[name] for name in kept if name in result}
 
 
 def summary(result: dict[str, Any], folder: Path) -> str:

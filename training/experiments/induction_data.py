@@ -11,19 +11,34 @@ import functools
 import math
 from bisect import bisect
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, PositiveInt
 from scipy.optimize import brentq
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from training.recipe import Section
 
+
+VOCAB_SIZE = 65
 # The smaller, the fewer tokens follow a token. 65 tokens then leave 2.4 nats each, about what English letters do.
 CONCENTRATION = 0.1
+
+
+class InductionSection(Section):
+    """Sizes of the task; `num_sequences` are for training, `num_test` each for validation and test."""
+
+    language: Literal["induction"]
+    num_sequences: PositiveInt
+    num_test: PositiveInt = 500
+    length: int = Field(default=128, ge=2)
+    num_triggers: int = Field(default=5, ge=1, lt=VOCAB_SIZE)
+    seed: int = Field(default=0, ge=0)
 
 
 class InductionDataset(Dataset):
@@ -50,7 +65,7 @@ class InductionDataset(Dataset):
         num_sequences: int,
         length: int = 128,
         seed: int = 0,
-        vocab_size: int = 65,
+        vocab_size: int = VOCAB_SIZE,
         num_triggers: int = 5,
         bigram_seed: int = 0,
         text_file: str | Path | None = None,
@@ -227,3 +242,27 @@ def trigger_accuracy(model: PreTrainedModel, dataset: InductionDataset, batch_si
         "num_positions": again.shape[1],
         "num_first": first.shape[1],
     }
+
+
+def draw_splits(section: InductionSection) -> dict[str, InductionDataset]:
+    """Training sequences, and others for validation and test."""
+    task = {"length": section.length, "num_triggers": section.num_triggers, "bigram_seed": section.seed}
+    sizes = {"train": section.num_sequences, "validation": section.num_test, "test": section.num_test}
+    # Seeds apart, so that no two splits share a sequence.
+    return {
+        name: InductionDataset(size, seed=3 * section.seed + number, **task)
+        for number, (name, size) in enumerate(sizes.items())
+    }
+
+
+def provenance(section: InductionSection) -> dict[str, Any]:
+    """Nothing is read: the settings tell all."""
+    return {}
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch to train on: all next tokens count, so nothing tells a model which are triggers."""
+    return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+
+score = trigger_accuracy

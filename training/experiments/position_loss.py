@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from training.data import load_stories, pack_windows, source_provenance
 from training.evaluate import tokens_and_bytes
 from training.experiments import comparison
-from training.experiments.comparison import Claim, ComparisonRecipe, new_figure, plan, reads, save_figure, summary
+from training.experiments.comparison import Claim, DepthComparisonRecipe, new_figure, plan, reads, save_figure, summary
 from training.recipe import CONFIGURATION, SourceSection
 from training.result import bits_per_byte
 
@@ -41,7 +41,7 @@ class TextSection(SourceSection):
     in_distribution: bool
 
 
-class Recipe(ComparisonRecipe):
+class Recipe(DepthComparisonRecipe):
     """The first of the runs is compared with each of the others, on each text."""
 
     task: Literal["position_loss"]

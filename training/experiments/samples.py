@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from training.data import checksum
 from training.experiments import comparison
-from training.experiments.comparison import Claim, ComparisonRecipe, Trained, plan, summary
+from training.experiments.comparison import Claim, DepthComparisonRecipe, Trained, plan, summary
 from training.publish import write_text
 from training.recipe import Section
 
@@ -38,7 +38,7 @@ class DecodingSection(Section):
     top_p: float = 1.0
 
 
-class Recipe(ComparisonRecipe):
+class Recipe(DepthComparisonRecipe):
     """`prompts` is a JSON file that holds a list of objects with `kind` and `prompt`, itself or in `prompt_set`."""
 
     task: Literal["samples"]

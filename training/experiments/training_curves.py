@@ -9,14 +9,14 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from training.experiments import comparison
-from training.experiments.comparison import Claim, ComparisonRecipe, new_figure, plan, save_figure, summary
+from training.experiments.comparison import Claim, DepthComparisonRecipe, new_figure, plan, save_figure, summary
 from training.result import mean_and_deviation
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]
 
 
-class Recipe(ComparisonRecipe):
+class Recipe(DepthComparisonRecipe):
     """Curves of a comparison; `baseline` is whom the first model is measured against, if anyone."""
 
     task: Literal["training_curves"]

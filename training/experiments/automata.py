@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RegBench: a language for each sequence, drawn as a probabilistic finite automaton (arXiv 2401.12973).
+
+A sequence holds strings of one automaton, so that a model which has never met it can learn it from the strings read so
+far. Everything is drawn from (seed, split, number) alone: automaton 7 is the same among 100 and among 1,000.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jinja2
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, DatasetDict, Features, List, Value
+from filelock import FileLock
+from huggingface_hub import DatasetCardData
+from pydantic import PositiveInt, model_validator
+from transformers import PreTrainedModel
+
+from training.data import checksum
+from training.publish import staged_folder, write_text
+from training.recipe import CONFIGURATION, Section
+
+
+NUM_SYMBOLS = 18
+SEPARATOR, PADDING = NUM_SYMBOLS, NUM_SYMBOLS + 1
+VOCAB_SIZE = NUM_SYMBOLS + 2
+IGNORED = -100
+# Numbers of the random streams. Those of the training automata tell new strings of them in `test_iid`.
+TRAIN, VALIDATION, TEST, TEST_IID = range(4)
+SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST, "test_iid": TEST_IID}
+CARD = CONFIGURATION.parent / "hub_cards" / "automata_card.md.jinja"
+FEATURES = Features(
+    {
+        "automaton": Value("int64"),
+        "input_ids": List(Value("int64")),
+        "states": List(Value("int64")),
+        "transitions": List(List(Value("int64"))),
+    }
+)
+
+
+class AutomataSection(Section):
+    """Sizes of automata and sequences, both ends included; the defaults are RegBench's.
+
+    `num_automata` are those that the training sequences come from, one each; half of `num_test` sequences, of automata
+    of their own, are for validation.
+    """
+
+    language: Literal["automata"]
+    num_automata: PositiveInt = 100
+    num_test: int = 500
+    num_states: tuple[int, int] = (4, 12)
+    num_symbols: tuple[int, int] = (4, NUM_SYMBOLS)
+    num_edges: tuple[int, int] = (1, 3)
+    num_strings: tuple[int, int] = (10, 19)
+    string_length: tuple[int, int] = (1, 49)
+    seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ranges_from_yaml(cls, values):
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
+
+    @model_validator(mode="after")
+    def _possible(self):
+        for name in ("num_states", "num_symbols", "num_edges", "num_strings", "string_length"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ValueError(f"`{name}` is [{low}, {high}]: give a range from 1 on, the smaller number first")
+        most = self.num_edges[1]
+        if most >= self.num_states[0]:
+            raise ValueError(
+                f"{most} edges need as many other states, but `num_states` begins at {self.num_states[0]}"
+            )
+        if most > self.num_symbols[0] or self.num_symbols[1] > NUM_SYMBOLS:
+            raise ValueError(f"`num_symbols` is {list(self.num_symbols)}: it must lie within [{most}, {NUM_SYMBOLS}]")
+        if self.num_test < 2 or self.num_test % 2:
+            raise ValueError(f"`num_test` is {self.num_test}: give an even number, half of it is for validation")
+        return self
+
+
+class Automaton(NamedTuple):
+    """`transitions` `(states, symbols)`: the state that a symbol leads to, -1 where it may not come.
+
+    It starts in state 0, may stop anywhere, and takes each symbol that a state allows with equal probability.
+    """
+
+    transitions: np.ndarray
+
+    def tell(self, rng: np.random.Generator, length: int) -> tuple[list[int], list[int]]:
+        """One string of `length` symbols, and the state after each."""
+        edges = [[(s, t) for s, t in enumerate(row) if t >= 0] for row in self.transitions.tolist()]
+        symbols, states, state = [], [], 0
+        for draw in rng.random(length).tolist():
+            symbol, state = edges[state][int(draw * len(edges[state]))]
+            symbols.append(symbol)
+            states.append(state)
+        return symbols, states
+
+
+def draw_automaton(section: AutomataSection, rng: np.random.Generator) -> Automaton:
+    """A random automaton, trimmed and minimal (which changes no probability of a string)."""
+    num_states = rng.integers(*section.num_states, endpoint=True)
+    alphabet = rng.choice(NUM_SYMBOLS, rng.integers(*section.num_symbols, endpoint=True), replace=False)
+    transitions = np.full((num_states, NUM_SYMBOLS), -1)
+    for state in range(num_states):
+        num_edges = rng.integers(*section.num_edges, endpoint=True)
+        others = np.delete(np.arange(num_states), state)
+        symbols = rng.choice(alphabet, num_edges, replace=False)
+        transitions[state, symbols] = rng.choice(others, num_edges, replace=False)
+    return Automaton(minimize(trim(transitions)))
+
+
+def trim(transitions: np.ndarray) -> np.ndarray:
+    """Only the states that can be reached from state 0, in the order in which a search in breadth meets them."""
+    reached = [0]
+    for state in reached:
+        reached += [target for target in transitions[state] if target >= 0 and target not in reached]
+    return _renumbered(transitions, reached, {state: number for number, state in enumerate(reached)})
+
+
+def minimize(transitions: np.ndarray) -> np.ndarray:
+    """States from which the same strings follow made one (Moore's partition refinement); state 0 stays first."""
+    group = np.zeros(len(transitions), dtype=int)
+    while True:
+        led_to = np.where(transitions >= 0, group[transitions], -1)
+        _, first, refined = np.unique(np.column_stack([group, led_to]), axis=0, return_index=True, return_inverse=True)
+        refined = np.argsort(np.argsort(first))[refined.reshape(-1)]  # numbered by their first states
+        if refined.max() == group.max():
+            return _renumbered(transitions, np.sort(first), dict(enumerate(refined)))
+        group = refined
+
+
+def _renumbered(transitions, kept, numbers):
+    return np.array([[numbers[target] if target >= 0 else -1 for target in transitions[state]] for state in kept])
+
+
+def draw_sequence(section: AutomataSection, automaton: Automaton, rng: np.random.Generator) -> dict[str, Any]:
+    """Strings of one automaton, with a separator between two; the state after a separator is the first."""
+    tokens, states = [], []
+    for number in range(rng.integers(*section.num_strings, endpoint=True)):
+        if number:
+            tokens.append(SEPARATOR)
+            states.append(0)
+        symbols, passed = automaton.tell(rng, rng.integers(*section.string_length, endpoint=True))
+        tokens += symbols
+        states += passed
+    return {"input_ids": tokens, "states": states, "transitions": automaton.transitions.tolist()}
+
+
+def draw_split(section: AutomataSection, split: int) -> Dataset:
+    """The sequences of one split, with the automaton of each and its state after each token."""
+    is_iid = split == TEST_IID
+    count = section.num_automata if split == TRAIN else section.num_test // 2
+    rows = []
+    for index in range(count):
+        number = index % section.num_automata if is_iid else index
+        rng = np.random.default_rng([section.seed, TRAIN if is_iid else split, number])
+        automaton = draw_automaton(section, rng)
+        if is_iid:
+            rng = np.random.default_rng([section.seed, TEST_IID, index])
+        rows.append({"automaton": number, **draw_sequence(section, automaton, rng)})
+    return Dataset.from_list(rows, features=FEATURES)
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch, padded on the right, which needs no mask: nothing reads what comes later.
+
+    Labels stand for what comes next, unshifted as transformers wants them. Separators and padding are never asked for.
+    """
+    length = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.full((len(rows), length), PADDING)
+    for row, ids in zip(input_ids, (row["input_ids"] for row in rows), strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return {"input_ids": input_ids, "labels": input_ids.masked_fill(input_ids >= NUM_SYMBOLS, IGNORED)}
+
+
+def next_symbols(rows: list[dict[str, Any]], length: int) -> torch.Tensor:
+    """What the automata say at each position of a padded batch: probabilities of the next token, `(B, length, V)`.
+
+    All zero where nothing is asked: before a separator, at the end and at padding.
+    """
+    probabilities = torch.zeros(len(rows), length, VOCAB_SIZE, dtype=torch.float64)
+    for row, batch_row in zip(rows, probabilities, strict=True):
+        ids = torch.tensor(row["input_ids"])
+        allowed = (torch.tensor(row["transitions"]) >= 0).double()[torch.tensor(row["states"])]  # (T, symbols)
+        asked = torch.cat([ids[1:] < NUM_SYMBOLS, torch.tensor([False])])
+        batch_row[: len(ids), :NUM_SYMBOLS] = allowed / allowed.sum(-1, keepdim=True) * asked[:, None]
+    return probabilities
+
+
+def score(model: PreTrainedModel, split: Dataset, batch_size: int) -> dict[str, float]:
+    """How a model predicts the automata: at all positions where a symbol comes next, and at the last of each sequence.
+
+    Returns:
+        `accuracy`: share of positions at which the most probable token may come next. `tvd`: total variation distance
+        (half of the summed absolute differences) to the automaton's probabilities. `last_accuracy`, `last_tvd`: the
+        same of last positions alone. `loss`: nats per symbol.
+    """
+    order = np.argsort([len(ids) for ids in split["input_ids"]])  # batches of like lengths have little padding
+    rows = split.select(order).to_list()
+    found = [_score_batch(model, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    position = torch.cat([positions for positions, _ in found])
+    last = torch.cat([lasts for _, lasts in found])
+    accuracy, tvd, loss = position.mean(0).tolist()
+    last_accuracy, last_tvd, _ = last.mean(0).tolist()
+    return {
+        "accuracy": accuracy,
+        "tvd": tvd,
+        "last_accuracy": last_accuracy,
+        "last_tvd": last_tvd,
+        "loss": loss,
+        "num_positions": len(position),
+    }
+
+
+@torch.no_grad()
+def _score_batch(model: PreTrainedModel, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accuracy, distance and loss at each position that is asked `(positions, 3)`, and at each last one `(B, 3)`."""
+    ids = collate(rows)["input_ids"]
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits[..., :VOCAB_SIZE]
+    log_predicted = logits.double().log_softmax(-1).cpu()
+    true = next_symbols(rows, ids.shape[1])
+    is_right = true.gather(-1, log_predicted.argmax(-1, keepdim=True))[..., 0] > 0
+    distance = (log_predicted.exp() - true).abs().sum(-1) / 2
+    loss = -log_predicted[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    scores = torch.stack([is_right.double(), distance, torch.nn.functional.pad(loss, (0, 1))], dim=-1)
+    is_asked = true.sum(-1) > 0
+    positions = torch.arange(ids.shape[1]).expand_as(is_asked)
+    last = torch.where(is_asked, positions, -1).max(dim=1).values
+    return scores[is_asked], scores[torch.arange(len(rows)), last]
+
+
+def draw_splits(section: AutomataSection) -> DatasetDict:
+    """Training sequences, and those for validation and the two tests: of unseen automata, and new ones of the seen.
+
+    They are drawn once, into `data_folder`, where `datasets.load_dataset` reads them too.
+    """
+    folder = data_folder(section)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.is_dir():
+            splits = DatasetDict({name: draw_split(section, number) for name, number in SPLITS.items()})
+            save_splits(section, splits, folder)
+    return DatasetDict({name: Dataset(pq.read_table(folder / f"{name}.parquet")) for name in SPLITS})
+
+
+def data_folder(section: AutomataSection) -> Path:
+    """Where the sequences are, by their settings: `runs/automata-HASH`."""
+    settings = json.dumps(section.model_dump(), sort_keys=True)
+    return Path(f"runs/automata-{hashlib.sha256(settings.encode()).hexdigest()[:12]}")
+
+
+def provenance(section: AutomataSection) -> dict[str, Any]:
+    """What a training reads, as its result tells it; draws it if it is not there yet."""
+    draw_splits(section)
+    return {name: {"sha256": checksum(data_folder(section) / f"{name}.parquet")} for name in SPLITS}
+
+
+def save_splits(section: AutomataSection, splits: DatasetDict, folder: Path) -> None:
+    """Write a data set of the Hub's form: a Parquet file for each split, and its card."""
+    with staged_folder(folder) as staged:
+        for name, split in splits.items():
+            split.to_parquet(staged / f"{name}.parquet")
+        write_text(staged / "README.md", _card(section, splits))
+
+
+def _card(section: AutomataSection, splits: DatasetDict) -> str:
+    about = {
+        "train": "one sequence each",
+        "validation": "others, one sequence each",
+        "test": "others again, one sequence each",
+        "test_iid": "those of `train`, new sequences",
+    }
+    rows = [
+        {"name": name, "sequences": len(split), "tokens": sum(map(len, split["input_ids"])), "about": about[name]}
+        for name, split in splits.items()
+    ]
+    files = [{"split": name, "path": f"{name}.parquet"} for name in splits]
+    metadata = DatasetCardData(
+        license="apache-2.0",
+        task_categories=["text-generation"],
+        tags=["in-context-learning", "regular-languages", "synthetic"],
+        pretty_name=f"RegBench, {section.num_automata:,} automata",
+        configs=[{"config_name": "default", "data_files": files}],
+    )
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(CARD.read_text(encoding="utf-8")).render(
+        metadata=metadata.to_yaml(),
+        section=section,
+        splits=rows,
+        num_symbols=NUM_SYMBOLS,
+        separator=SEPARATOR,
+        padding=PADDING,
+    )

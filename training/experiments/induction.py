@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Induction (Memory Mosaics, footnote 5): one block of a mosaic does what takes a transformer two."""
+
+import statistics
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from training.experiments import comparison
+from training.experiments.comparison import Claim, ComparisonRecipe, new_figure, save_figure, summary
+from training.result import mean_and_deviation
+
+
+__all__ = ["Recipe", "plan", "run", "summary"]
+
+# From where on a model counts as doing the task, and up to where as not.
+SOLVED, UNSOLVED = 0.9, 0.8
+
+
+class Recipe(ComparisonRecipe):
+    """In this order: a mosaic of one block, a transformer of one block, a transformer of two."""
+
+    task: Literal["induction"]
+
+    @model_validator(mode="after")
+    def _three_models(self):
+        depths = [training.depth for training in self.trainings[: len(self.runs)]]
+        if depths[:3] != [1, 1, 2]:
+            raise ValueError(
+                f"the `runs` have {depths} blocks: the claim is of a mosaic of 1, transformers of 1 and 2"
+            )
+        return self
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What the experiment would do: each training, and whether it is finished. Draws no data."""
+    return comparison.plan(recipe)
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train all models and compare them; returns the content of `result.json`."""
+    return comparison.run_comparison(recipe, restart, {}, _measure)
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    results = {label: [t.result() for t in recipe.trainings if t.label == label] for label in recipe.runs}
+    _draw(recipe, results)
+    curves = {
+        label: [[(point["step"], round(point["accuracy"], 4)) for point in run["learning_curve"]] for run in runs]
+        for label, runs in results.items()
+    }
+    scores = {
+        label: [{"seed": run["seed"], **run["metrics"]["test"]} for run in runs] for label, runs in results.items()
+    }
+    return {
+        "measured": {"test": scores, "validation_accuracy": curves},
+        "table": _table(recipe, results),
+        "claims": [_claim(results)],
+    }
+
+
+def _accuracy(runs: list[dict[str, Any]]) -> list[float]:
+    return [run["metrics"]["test"]["accuracy"] for run in runs]
+
+
+def _table(recipe: Recipe, results: dict[str, list[dict[str, Any]]]) -> str:
+    lines = [
+        "| model | parameters | seeds | accuracy on triggers seen before | of each seed | loss there "
+        "| accuracy at first occurrence |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for label, runs in results.items():
+        measures = [[run["metrics"]["test"][name] for run in runs] for name in ("accuracy", "loss", "first_accuracy")]
+        accuracy, loss, first = (mean_and_deviation(values, 3) for values in measures)
+        each = ", ".join(f"{value:.3f}" for value in measures[0])
+        size = f"{runs[0]['parameters']:,} | {', '.join(map(str, recipe.seeds))}"
+        lines.append(f"| {label} | {size} | {accuracy} | {each} | {loss} | {first} |")
+    return "\n".join(lines)
+
+
+def _claim(results: dict[str, list[dict[str, Any]]]) -> Claim:
+    mosaic, shallow, deep = (_accuracy(runs) for runs in list(results.values())[:3])
+    told = [f"{label} {mean_and_deviation(_accuracy(runs), 3)}" for label, runs in list(results.items())[:3]]
+    if min(mosaic) >= SOLVED and min(deep) >= SOLVED and max(shallow) <= UNSOLVED:
+        verdict = "reproduced"
+    else:
+        verdict = "contradicted" if statistics.mean(mosaic) <= statistics.mean(shallow) else "not at this size"
+    return Claim(
+        "One block of mosaic solves the induction task, which takes two blocks of transformer",
+        "stated in footnote 5",
+        f"accuracy on triggers seen before: {', '.join(told)}",
+        verdict,
+    )
+
+
+def _draw(recipe: Recipe, results: dict[str, list[dict[str, Any]]]) -> None:
+    figure, axes = new_figure(1, 1, width=6.5, height=4.2)
+    for number, (label, runs) in enumerate(results.items()):
+        for index, result in enumerate(runs):
+            points = result["learning_curve"]
+            steps, accuracy = [p["step"] for p in points], [p["accuracy"] for p in points]
+            axes[0, 0].plot(steps, accuracy, color=f"C{number}", lw=1.4, alpha=0.8, label=None if index else label)
+    axes[0, 0].set(xlabel="step", ylabel="accuracy on triggers seen before (validation)", ylim=(0, 1))
+    axes[0, 0].grid(alpha=0.3)
+    axes[0, 0].legend()
+    save_figure(figure, recipe.folder / f"{recipe.name}.png")

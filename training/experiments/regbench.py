@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RegBench (Memory Mosaics, Fig. 11 and Table 4): learning a language that was never met from the strings just read.
+
+Models are trained on one sequence of each training automaton, and tested on sequences of automata that they have not
+met (out of distribution) and on new sequences of the same ones (in distribution).
+"""
+
+import statistics
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, PositiveInt, model_validator
+
+from training.experiments import comparison
+from training.experiments.comparison import (
+    Claim,
+    ComparisonRecipe,
+    Trained,
+    Verdict,
+    new_figure,
+    save_figure,
+    summary,
+)
+from training.result import mean_and_deviation
+
+
+__all__ = ["Recipe", "plan", "run", "summary"]
+
+# Figure 11 by number of training automata, read off the authors' picture: accuracy, total variation distance.
+PAPER_MOSAIC = {
+    100: (0.924, 0.570),
+    500: (0.928, 0.253),
+    1000: (0.934, 0.215),
+    2500: (0.941, 0.185),
+    40000: (0.959, 0.121),
+}
+PAPER_TRANSFORMER = {
+    100: (0.523, 0.68),
+    500: (0.543, 0.64),
+    1000: (0.53, 0.63),
+    2500: (0.925, 0.231),
+    40000: (0.95, 0.144),
+}
+# From where on a model counts as having learnt to learn, and up to where as not.
+SOLVED, UNSOLVED = 0.90, 0.60
+
+
+class Recipe(ComparisonRecipe):
+    """The first of the runs is the mosaic; `transformer` is the label that the paper's claim is about, if any."""
+
+    task: Literal["regbench"]
+    num_automata: list[PositiveInt] = Field(min_length=1)
+    transformers: list[str] = []
+
+    @property
+    def variants(self) -> list[dict[str, Any]]:
+        return [{"data": {"num_automata": number}} for number in self.num_automata]
+
+    @model_validator(mode="after")
+    def _transformers_are_runs(self):
+        unknown = [label for label in self.transformers if label not in list(self.runs)[1:]]
+        if unknown:
+            raise ValueError(f"`transformers` names {unknown}, but the runs after the first are {list(self.runs)[1:]}")
+        return self
+
+
+class Series(NamedTuple):
+    """One model trained on so many automata, with every seed."""
+
+    label: str
+    num_automata: int
+    results: list[dict[str, Any]]
+
+    def values(self, split: str, measure: str) -> list[float]:
+        return [result["metrics"][split][measure] for result in self.results]
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What the experiment would do: each training, and whether it is finished. Draws no data."""
+    return comparison.plan(recipe)
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train all models and compare them; returns the content of `result.json`."""
+    return comparison.run_comparison(recipe, restart, {}, _measure)
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    series = _series(recipe, recipe.trainings)
+    _draw(recipe, series)
+    return {
+        "measured": {"series": [_numbers(one) for one in series]},
+        "table": _table(series),
+        "claims": list(_claims(recipe, series)),
+    }
+
+
+def _series(recipe: Recipe, trainings: Iterable[Trained]) -> list[Series]:
+    results = {(t.label, t.recipe.data.num_automata, t.seed): t.result() for t in trainings}
+    return [
+        Series(label, number, [results[label, number, seed] for seed in recipe.seeds])
+        for number in recipe.num_automata
+        for label in recipe.runs
+    ]
+
+
+def _numbers(series: Series) -> dict[str, Any]:
+    curves = [[(p["step"], round(p["accuracy"], 4)) for p in r["learning_curve"]] for r in series.results]
+    kept = [{"seed": r["seed"], "seconds": r["seconds"], **r["metrics"]} for r in series.results]
+    return {"label": series.label, "num_automata": series.num_automata, "seeds": kept, "validation_accuracy": curves}
+
+
+def _table(series: list[Series]) -> str:
+    lines = [
+        "| model | parameters | training automata | seeds | accuracy | TVD | accuracy, last token | TVD, last token "
+        "| accuracy in distribution | TVD in distribution |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    columns = [("test", "accuracy"), ("test", "tvd"), ("test", "last_accuracy"), ("test", "last_tvd")]
+    columns += [("test_iid", "accuracy"), ("test_iid", "tvd")]
+    for one in series:
+        cells = [mean_and_deviation(one.values(*column), 3) for column in columns]
+        seeds = ", ".join(str(result["seed"]) for result in one.results)
+        size = f"{one.results[0]['parameters']:,} | {one.num_automata:,} | {seeds}"
+        lines.append(f"| {one.label} | {size} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _claims(recipe: Recipe, series: list[Series]) -> Iterable[Claim]:
+    by_name = {(one.label, one.num_automata): one for one in series}
+    mosaic = next(iter(recipe.runs))
+    for number in recipe.num_automata:
+        for label in recipe.transformers:
+            pair = by_name[mosaic, number], by_name[label, number]
+            yield _claim_out_of_distribution(*pair)
+            yield _claim_on_distance(*pair)
+            yield _claim_in_distribution(by_name[label, number])
+    if len(recipe.num_automata) > 1:
+        yield from _claims_on_number([by_name[mosaic, number] for number in sorted(recipe.num_automata)])
+
+
+def _paper(values: dict[int, tuple[float, float]], number: int, measure: int) -> str:
+    return f"{values[number][measure]:.3f}" if number in values else "not given"
+
+
+def _claim_out_of_distribution(mosaic: Series, transformer: Series) -> Claim:
+    ours, theirs = (one.values("test", "accuracy") for one in (mosaic, transformer))
+    reproduced = min(ours) >= SOLVED and max(theirs) <= UNSOLVED
+    verdict: Verdict = (
+        "reproduced" if reproduced else "contradicted" if max(ours) <= min(theirs) else "not at this size"
+    )
+    number = mosaic.num_automata
+    return Claim(
+        f"Of {number} training automata, the mosaic learns to learn a new language, the transformer does not "
+        f"({transformer.label})",
+        f"accuracy {_paper(PAPER_MOSAIC, number, 0)} against {_paper(PAPER_TRANSFORMER, number, 0)} (Fig. 11)",
+        f"{mosaic.label} {mean_and_deviation(ours, 3)}, {transformer.label} {mean_and_deviation(theirs, 3)}",
+        verdict,
+    )
+
+
+def _claim_on_distance(mosaic: Series, transformer: Series) -> Claim:
+    ours, theirs = (one.values("test", "tvd") for one in (mosaic, transformer))
+    lower, higher = max(ours) < min(theirs), min(ours) > max(theirs)
+    number = mosaic.num_automata
+    return Claim(
+        f"Of {number} training automata, the mosaic's distances to new automata are the smaller ({transformer.label})",
+        f"TVD {_paper(PAPER_MOSAIC, number, 1)} against {_paper(PAPER_TRANSFORMER, number, 1)} (Fig. 11)",
+        f"{mosaic.label} {mean_and_deviation(ours, 3)}, {transformer.label} {mean_and_deviation(theirs, 3)}",
+        "reproduced" if lower else "contradicted" if higher else "not at this size",
+    )
+
+
+def _claim_in_distribution(baseline: Series) -> Claim:
+    inside, outside = (baseline.values(split, "accuracy") for split in ("test_iid", "test"))
+    gaps = [i - o for i, o in zip(inside, outside, strict=True)]
+    return Claim(
+        f"{baseline.label} does far better on new sequences of its {baseline.num_automata} training automata: it has "
+        "learnt them by heart",
+        "good in distribution (Table 4), about 0.45 out of it",
+        f"accuracy {mean_and_deviation(inside, 3)} against {mean_and_deviation(outside, 3)}",
+        "reproduced" if min(gaps) > 0.1 else "contradicted" if max(gaps) < 0 else "not at this size",
+    )
+
+
+def _claims_on_number(mosaics: list[Series]) -> Iterable[Claim]:
+    fewest, most = mosaics[0], mosaics[-1]
+    numbers = ", ".join(f"{one.num_automata:,}" for one in mosaics)
+    for measure, name, digit, better in (("accuracy", "accuracy", 0, 1), ("tvd", "TVD", 1, -1)):
+        told = [mean_and_deviation(one.values("test", measure), 3) for one in mosaics]
+        first, last = (statistics.mean(one.values("test", measure)) for one in (fewest, most))
+        grows = (last - first) * better > 0
+        yield Claim(
+            f"More training automata ({numbers}) make the mosaic's {name} better",
+            ", ".join(_paper(PAPER_MOSAIC, one.num_automata, digit) for one in mosaics) + " (Fig. 11)",
+            ", ".join(told),
+            "reproduced" if grows else "contradicted",
+        )
+
+
+def _draw(recipe: Recipe, series: list[Series]) -> None:
+    figure, axes = new_figure(1, 3, width=4.6)
+    for axis, measure in zip(axes[0], ("accuracy", "tvd"), strict=False):
+        _draw_measure(recipe, axis, series, measure)
+    for number, one in enumerate(series):
+        label = one.label if len(recipe.num_automata) == 1 else f"{one.label}, {one.num_automata}"
+        for index, result in enumerate(one.results):
+            points = result["learning_curve"]
+            steps, accuracy = [p["step"] for p in points], [p["accuracy"] for p in points]
+            axes[0, 2].plot(steps, accuracy, color=f"C{number}", lw=1, alpha=0.7, label=None if index else label)
+    axes[0, 2].set(xlabel="step", ylabel="validation accuracy", title="while training")
+    axes[0, 2].legend(fontsize=7)
+    axes[0, 2].grid(alpha=0.3)
+    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+
+
+def _draw_measure(recipe: Recipe, axis, series: list[Series], measure: str) -> None:
+    """Of one number of automata bars, in and out of distribution; of several, curves."""
+    axis.set_title({"accuracy": "accuracy", "tvd": "total variation distance"}[measure])
+    axis.grid(alpha=0.3)
+    if len(recipe.num_automata) == 1:
+        for shift, split, name in ((-0.2, "test", "new automata"), (0.2, "test_iid", "training automata")):
+            places = [number + shift for number in range(len(series))]
+            values = [one.values(split, measure) for one in series]
+            axis.barh(places, [statistics.mean(v) for v in values], height=0.4, label=name, alpha=0.7)
+            for place, value in zip(places, values, strict=True):
+                axis.plot(value, [place] * len(value), "k.", ms=3)
+        axis.set_yticks(range(len(series)), [one.label for one in series], fontsize=8)
+        axis.invert_yaxis()
+        axis.legend(fontsize=7)
+        return
+    for number, label in enumerate(recipe.runs):
+        own = [one for one in series if one.label == label]
+        means = [statistics.mean(one.values("test", measure)) for one in own]
+        axis.semilogx([one.num_automata for one in own], means, "o-", color=f"C{number}", label=label)
+        for one in own:
+            values = one.values("test", measure)
+            axis.plot([one.num_automata] * len(values), values, ".", color=f"C{number}", alpha=0.4)
+    axis.set_xlabel("training automata")
+    axis.set_xticks(recipe.num_automata, [f"{number:,}" for number in recipe.num_automata])
+    axis.minorticks_off()
+    axis.legend(fontsize=7)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model trained on an artificial language: one training of the experiments `regbench` and `induction`.
+
+A language is a module with a section of settings, `draw_splits`, `collate` and `score`. The measure that counts is
+the accuracy that `score` tells; of all evaluations on validation data, the model of the best is kept, as the number of
+epochs is chosen in RegBench.
+"""
+
+import json
+import math
+from datetime import datetime, timezone
+from typing import Annotated, Any, Literal
+
+import torch
+from accelerate import PartialState
+from pydantic import Field, PositiveInt, model_validator
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from training import train
+from training.evaluate import load_causal_lm
+from training.experiments import automata, induction_data
+from training.experiments.automata import AutomataSection
+from training.experiments.induction_data import InductionSection
+from training.loop import LanguageModelTrainer
+from training.publish import export_model, write_text
+from training.recipe import TrainingRecipe, TrainingSection
+from training.result import environment
+from training.run_folder import claim_folder, only_run_in
+
+
+LANGUAGES = {"automata": automata, "induction": induction_data}
+
+
+class Recipe(TrainingRecipe):
+    """A model and an artificial language; see `configuration/README.md` for each field."""
+
+    task: Literal["symbols"]
+    data: Annotated[AutomataSection | InductionSection, Field(discriminator="language")]
+    training: TrainingSection
+    batch_size: PositiveInt = 50
+
+    @model_validator(mode="after")
+    def _the_model_fits(self):
+        config, language = self.build_config(), LANGUAGES[self.data.language]
+        if config.vocab_size < language.VOCAB_SIZE:
+            raise ValueError(
+                f"the language {self.data.language!r} has {language.VOCAB_SIZE} tokens, the model {self.model!r} "
+                f"embeddings for {config.vocab_size}: raise model_args.vocab_size"
+            )
+        if (self.training.max_steps is None) == (self.training.num_train_epochs is None):
+            raise ValueError("give exactly one of `training.max_steps` and `training.num_train_epochs`")
+        if self.training.eval_strategy in (None, "no"):
+            raise ValueError("set `training.eval_strategy`: the best evaluation decides which model is kept")
+        return self
+
+
+class SymbolTrainer(LanguageModelTrainer):
+    """Evaluates by the language's own measures, and keeps the model of the best accuracy so far in `best`."""
+
+    def __init__(self, *args, recipe: Recipe, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._recipe = recipe
+
+    def evaluate(self, *args, **kwargs):
+        with self._meter.paused():
+            scores = score(self._recipe, self.model, self.eval_dataset)
+            history = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
+            if scores["accuracy"] > max(history, default=-math.inf):
+                export_model(self.model, None, self._recipe.folder / "best")
+        metrics = {f"eval_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def score(recipe: Recipe, model: PreTrainedModel, split) -> dict[str, Any]:
+    """The language's measures of a model on one split; the model is left as it was."""
+    was_training = model.training
+    try:
+        return LANGUAGES[recipe.data.language].score(model.eval(), split, recipe.batch_size)
+    finally:
+        model.train(was_training)
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What a training would amount to, known without drawing data."""
+    arguments = training_arguments(recipe)
+    steps = arguments.max_steps if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
+    sizes = {"parameters": train.num_parameters(recipe), "steps": steps}
+    return sizes | {"folder": str(recipe.folder), "hash": recipe.hash}
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train from wherever an earlier start got to; returns the content of `result.json`."""
+    arguments = training_arguments(recipe)
+    state = PartialState()
+    if state.num_processes > 1:
+        raise ValueError(
+            f"{state.num_processes} processes would share one small model: start this without `accelerate launch`; "
+            "the experiments train several models at once with `workers`"
+        )
+    with only_run_in(recipe.folder, state):
+        data = LANGUAGES[recipe.data.language].provenance(recipe.data)
+        identity = {"hash": recipe.hash, "num_processes": 1, "recipe": recipe.content(), "data": data}
+        claim_folder(recipe, identity, state, restart)
+        written = recipe.folder / "result.json"
+        if not written.is_file():
+            result = _train(recipe, arguments) | {"data": data}
+            write_text(written, json.dumps(result, indent=1) + "\n")
+        return json.loads(written.read_text(encoding="utf-8"))
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The recipe's `training` section as `TrainingArguments`, with what the run decides itself."""
+    accelerator = torch.accelerator.is_available()
+    return TrainingArguments(
+        **{"use_cpu": not accelerator, "dataloader_pin_memory": accelerator} | recipe.training.model_dump(),
+        output_dir=str(recipe.folder),
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="all",
+        logging_nan_inf_filter=False,
+    )
+
+
+def build_model(recipe: Recipe) -> PreTrainedModel:
+    """A new model, initialised from the recipe's seed."""
+    set_seed(recipe.seed)
+    model = AutoModelForCausalLM.from_config(recipe.build_config())
+    model.loss_type = "ForCausalLM"  # not every class name says it
+    return model
+
+
+def _train(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
+    language = LANGUAGES[recipe.data.language]
+    splits = language.draw_splits(recipe.data)
+    trainer = SymbolTrainer(
+        model=build_model(recipe),
+        args=arguments,
+        data_collator=language.collate,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        recipe=recipe,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(recipe.folder)))
+    curve = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    best = max(curve, key=lambda entry: entry["eval_accuracy"])  # of equals the first, as `evaluate` keeps it
+    model = load_causal_lm(recipe.folder / "best")
+    return {
+        "name": recipe.name,
+        "task": recipe.task,
+        "model": recipe.model,
+        "seed": recipe.seed,
+        "recipe": recipe.model_dump(exclude={"output_dir"}),
+        "architecture": recipe.architecture,
+        "recipe_hash": recipe.hash,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **environment(),
+        "parameters": train.num_parameters(recipe),
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "seconds": max(entry.get("seconds", 0.0) for entry in trainer.state.log_history),
+        "metrics": {
+            "best_step": best["step"],
+            "best_epoch": best["epoch"],
+            **{name: score(recipe, model, split) for name, split in splits.items() if name != "train"},
+        },
+        "learning_curve": [
+            {"step": entry["step"]} | {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
+            for entry in curve
+        ],
+    }
+
+
+def summary(result: dict[str, Any], folder) -> str:
+    """The end of a training in words."""
+    scores = {name: value["accuracy"] for name, value in result["metrics"].items() if isinstance(value, dict)}
+    told = ", ".join(f"{name} {accuracy:.4f}" for name, accuracy in scores.items())
+    return (
+        f"{result['model']} ({result['parameters']:,} parameters): accuracy {told}\nthe model is in {folder / 'best'}"
+    )
