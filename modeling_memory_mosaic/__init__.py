@@ -10,6 +10,7 @@ from .cache_memory_mosaic import (
     memory_state_dict,
 )
 from .configuration_memory_mosaic import MemoryMosaicConfig
+from .inspection_memory_mosaic import MemoryMosaicUnits, inspect_units, summarize_units
 from .modeling_memory_mosaic import (
     MemoryMosaicForCausalLM,
     MemoryMosaicForSequenceClassification,
@@ -39,8 +40,11 @@ __all__ = [
     "MemoryMosaicModel",
     "MemoryMosaicPreTrainedModel",
     "MemoryMosaicStaticCacheLayer",
+    "MemoryMosaicUnits",
+    "inspect_units",
     "kernel_smoothing",
     "leaky_average",
     "memory_from_state_dict",
     "memory_state_dict",
+    "summarize_units",
 ]
