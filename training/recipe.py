@@ -33,6 +33,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
@@ -320,7 +321,7 @@ def load_recipe(
 
 
 def _explain(problem: dict[str, Any], schema: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(_without_tags(problem["loc"], schema))
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_nearest(key, list(_dotted_keys(schema)))}"
     if problem["type"] == "missing":
@@ -340,5 +341,28 @@ def _nearest(name: str, candidates: list[str]) -> str:
 def _dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in schema.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
+        for section in _sections(field):
+            yield from _dotted_keys(section, f"{prefix}{name}.")
+
+
+def _sections(field: FieldInfo) -> list[type[BaseModel]]:
+    """The section that a field is, or the kinds of section that it may be."""
+    kinds = typing.get_args(field.annotation) or [field.annotation]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _without_tags(location: tuple, schema: type[BaseModel]) -> Iterator[str]:
+    """A place in a recipe as its keys lead to it: pydantic also names the kind of a section that has several."""
+    parts = list(location)
+    while parts:
+        part = str(parts.pop(0))
+        yield part
+        field = schema.model_fields.get(part)
+        sections = _sections(field) if field else []
+        if len(sections) > 1 and parts:
+            tag = parts.pop(0)
+            sections = [
+                s for s in sections if typing.get_args(s.model_fields[field.discriminator].annotation) == (tag,)
+            ]
+        if sections:
+            schema = sections[0]

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings on artificial languages and their comparisons: resumable, several at once, the best evaluation kept."""
+
+import json
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from training import parallel
+from training.experiments import symbols
+from training.experiments.automata import AutomataSection
+from training.experiments.regbench import Series, _claims_on_number
+from training.recipe import CONFIGURATION, load_recipe, task_module
+from training.result import claims_table
+
+
+RECIPES = CONFIGURATION / "recipe"
+AUTOMATA = {"num_automata": 6, "num_test": 6, "num_strings": [2, 3], "string_length": [1, 8]}
+TRAINING = {
+    "max_steps": 6,
+    "eval_steps": 2,
+    "save_steps": 3,
+    "logging_steps": 2,
+    "per_device_train_batch_size": 4,
+    "disable_tqdm": True,
+}
+SIZES = {"model_args": {"hidden_size": 16}}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def small(name="regbench_training", **settings):
+    data = AUTOMATA if name == "regbench_training" else {"num_sequences": 24, "num_test": 4, "length": 64}
+    return load_recipe(RECIPES / f"{name}.yaml", settings=[{"data": data, "training": TRAINING}, SIZES, settings])
+
+
+def small_comparison(tmp_path, name, **settings):
+    """A shipped comparison of models as small as they come; two of a language's models are enough."""
+    values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    data = AUTOMATA if name == "regbench" else {"num_sequences": 24, "num_test": 4, "length": 64}
+    data = {key: value for key, value in data.items() if key != "num_automata"}
+    values["common"] = {"data": data, "training": TRAINING}
+    values["runs"] = {label: {**SIZES, **run} for label, run in values["runs"].items() if "2" not in label}
+    if name == "regbench":
+        kept = ("Memory Mosaic", "Transformer, RoPE", "LSTM")
+        values["runs"] = {label: run for label, run in values["runs"].items() if label in kept}
+        values |= {"transformers": ["Transformer, RoPE"], "num_automata": [6, 7]}
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values | settings, sort_keys=False), encoding="utf-8")
+    return load_recipe(path)
+
+
+@pytest.mark.parametrize("name", ["regbench_training", "induction_training"])
+def test_an_interrupted_training_ends_as_one_that_was_not(name, monkeypatch):
+    whole = symbols.run(small(name, output_dir="whole"))
+    recipe = small(name, output_dir="parts")
+    told = []
+
+    def interrupt(folder, share):
+        told.append(share)
+        if len(told) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("training.loop.tell_progress", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            symbols.run(recipe)
+    assert not (recipe.folder / "result.json").exists()
+    parts = symbols.run(recipe)
+    for key in ("metrics", "tokens", "steps", "learning_curve", "parameters"):
+        assert parts[key] == whole[key], key
+    weights = [load_file(f"{folder}/best/model.safetensors") for folder in ("whole", "parts")]
+    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+
+
+def test_the_model_of_the_best_evaluation_is_kept(monkeypatch):
+    accuracies = iter([0.2, 0.5, 0.5])
+    shown = []
+
+    def score(recipe, model, split):
+        if next_is := next(accuracies, None):
+            shown.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"accuracy": next_is or 0.0, "loss": 1.0}
+
+    monkeypatch.setattr(symbols, "score", score)
+    result = symbols.run(small(output_dir="run"))
+    assert result["metrics"]["best_step"] == 4
+    best, second = load_file("run/best/model.safetensors"), shown[1]
+    assert all((best[name] == second[name]).all() for name in best)
+    assert not all((best[name] == shown[2][name]).all() for name in best)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"training": {"eval_strategy": "no"}}, "eval_strategy"),
+        ({"training": {"num_train_epochs": 2}}, "exactly one"),
+        ({"model_args": {"vocab_size": 7}}, "20 tokens"),
+        ({"data": {"num_autamata": 7}}, "num_automata"),
+        ({"data": {"language": "latin"}}, "latin"),
+        ({"data": {"num_strings": [3, 1]}}, "num_strings"),
+    ],
+)
+def test_bad_recipes_are_refused(settings, named):
+    with pytest.raises(ValueError, match=named):
+        small(**settings)
+
+
+def test_a_folder_of_another_recipe_is_refused():
+    symbols.run(small(output_dir="run"))
+    with pytest.raises(ValueError, match="another recipe"):
+        symbols.run(small(output_dir="run", training={"learning_rate": 1e-3}))
+
+
+def test_a_comparison_runs_its_trainings_at_once_and_measures_the_same(tmp_path):
+    one = small_comparison(tmp_path, "regbench", seeds=[0], workers=1)
+    many = small_comparison(tmp_path, "regbench", seeds=[0], workers=2, output_dir="many")
+    assert one.hash == many.hash
+    result = task_module("regbench").run(many)
+    assert [row["label"] for row in result["measured"]["series"]] == 2 * ["Memory Mosaic", "Transformer, RoPE", "LSTM"]
+    assert [row["num_automata"] for row in result["measured"]["series"]] == 3 * [6] + 3 * [7]
+    logs = sorted(path.name for path in (tmp_path / "runs/regbench_training").glob("*.log"))
+    assert len(logs) == 6
+    assert (many.folder / "regbench.png").stat().st_size > 10_000
+    assert result["table"].count("\n") == 7 and len(result["claims"]) == 2 * 3 + 2
+    assert claims_table([result]).count("\n") == 9
+    # Trained anew, one after the other: the same measures.
+    (tmp_path / "runs").rename(tmp_path / "set_aside")
+    again = task_module("regbench").run(one)
+    for row, other in zip(again["measured"]["series"], result["measured"]["series"], strict=True):
+        assert row["seeds"][0]["test"] == pytest.approx(other["seeds"][0]["test"], rel=1e-4)
+
+
+def test_the_induction_comparison_runs(tmp_path):
+    recipe = small_comparison(tmp_path, "induction", seeds=[0, 1], workers=1)
+    result = task_module("induction").run(recipe)
+    assert len(result["measured"]["test"]["Two-block transformer"]) == 2
+    assert [row["claim"] for row in result["claims"]]
+    assert (recipe.folder / "induction.png").is_file()
+    assert json.loads((recipe.folder / "result.json").read_text())["table"].count("\n") == 4
+
+
+def test_models_of_other_depths_are_refused_for_the_induction_claim(tmp_path):
+    with pytest.raises(ValueError, match="1, transformers of 1 and 2"):
+        small_comparison(tmp_path, "induction", runs={"Memory Mosaic": {"model": "mosaic-induction"}})
+
+
+def test_a_failed_training_stops_those_not_begun_and_is_told(tmp_path):
+    fine, bad = small(output_dir="fine"), small(output_dir="bad", seed=1)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "somebody's file").touch()
+    with pytest.raises(ValueError, match="not the folder of a run"):
+        parallel.run_all([bad, fine], workers=2)
+    assert (tmp_path / "bad" / "somebody's file").exists()
+
+
+def series(number, accuracy, tvd):
+    metrics = {"test": {"accuracy": accuracy, "tvd": tvd}}
+    return Series("Memory Mosaic", number, [{"metrics": metrics, "seed": 0}])
+
+
+def test_the_curve_over_automata_counts_as_reproduced_only_if_it_gets_better():
+    better = list(_claims_on_number([series(100, 0.8, 0.6), series(500, 0.9, 0.5)]))
+    assert [claim.verdict for claim in better] == ["reproduced", "reproduced"]
+    mixed = list(_claims_on_number([series(100, 0.9, 0.6), series(500, 0.8, 0.5)]))
+    assert [claim.verdict for claim in mixed] == ["contradicted", "reproduced"]
+    assert "0.924, 0.928" in better[0].paper
+
+
+def test_automata_default_to_the_sizes_of_regbench():
+    section = AutomataSection(language="automata")
+    assert section.model_dump(exclude={"language", "seed", "num_automata"}) == {
+        "num_test": 500,
+        "num_states": (4, 12),
+        "num_symbols": (4, 18),
+        "num_edges": (1, 3),
+        "num_strings": (10, 19),
+        "string_length": (1, 49),
+    }
