@@ -9,7 +9,10 @@ OLDEST := transformers==5.18.0
 CORE := $(addprefix tests/test_,modeling.py packing.py cache.py generation.py classification.py saving.py \
 	configuration.py specification.py fuzz.py)
 
-.PHONY: demo test test-slow test-oldest check bench results clean
+RESULTS ?= three_moons induction regbench_search regbench_search_rope regbench regbench_automata \
+	stories_tuning training_curves out_of_distribution beyond_training_length attention_maps babistories_micro
+
+.PHONY: demo test test-slow test-oldest check bench results tables clean
 
 demo: .venv/installed
 	$(BIN)/python -m training run configuration/recipe/demo.yaml
@@ -34,9 +37,19 @@ check: .venv/installed-for-tests
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py --output benchmarks/speed.json
 
-# Tables of the READMEs from the committed result files.
+# Every experiment at CPU size, each less than an hour on two cores: interrupt it anywhere, and start it again to go on.
+# Those from `training_curves` on read stories from the Hub.
 results: .venv/installed
-	$(BIN)/python -m training.result README.md training/results/README.md
+	@for recipe in $(RESULTS); do \
+		echo "== $$recipe" && \
+		$(BIN)/python -m training run configuration/recipe/$$recipe.yaml && \
+		$(BIN)/python -m training.result collect $$recipe || exit 1; \
+	done
+	$(MAKE) tables
+
+# Tables of the READMEs from the committed result files.
+tables: .venv/installed
+	$(BIN)/python -m training.result tables README.md training/results/README.md
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

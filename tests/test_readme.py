@@ -11,7 +11,7 @@ import pytest
 from conftest import make_model
 
 from training.publish import export_model
-from training.result import main as rewrite_results
+from training.result import rewrite_tables
 from training.tokenizer import train_tokenizer
 
 
@@ -75,8 +75,8 @@ def test_numbers_are_those_of_the_result_files(request, name, tmp_path):
     text = (request.config.rootpath / name).read_text(encoding="utf-8")
     copy = tmp_path / "README.md"
     copy.write_text(text, encoding="utf-8")
-    rewrite_results(copy)
-    assert copy.read_text(encoding="utf-8") == text, "run `make results`"
+    rewrite_tables(copy)
+    assert copy.read_text(encoding="utf-8") == text, "run `make tables`"
 
 
 def test_promises_name_tests_that_exist(request):

@@ -60,7 +60,19 @@ def test_model_files_are_complete_configurations(path):
     assert {name: understood.get(name) for name in values} == values
 
 
-@pytest.mark.parametrize("path", [path for path in MODELS if "mosaic-" in path.stem], ids=lambda path: path.stem)
+def test_models_of_regbench_have_equal_parameters_besides_positions():
+    models = {path.stem: num_parameters(path) for path in MODELS if path.stem.endswith("-regbench")}
+    positions = AutoConfig.from_pretrained(CONFIGURATION / "model/gpt2-regbench.json")
+    models["gpt2-regbench"] -= positions.n_positions * positions.n_embd
+    assert len(models) == 7
+    assert models == {name: pytest.approx(100_000, rel=0.1) for name in models}
+    assert models["rope-regbench"] == pytest.approx(models["mosaic-regbench"], rel=0.02)
+
+
+TWINS = [path for path in MODELS if "mosaic-" in path.stem and not path.stem.endswith("-regbench")]
+
+
+@pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)
 def test_twins_have_equal_parameters(path):
     twin = path.with_name(path.name.replace("mosaic-", "gpt2-"))
     assert num_parameters(path) == pytest.approx(num_parameters(twin), rel=0.01)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results: what a run leaves for readers, `result.json` and `loss.png`, and the tables made from them.
 
-`python -m training.result README.md` rewrites each block of a file that stands between `<!-- results: NAME -->` and
-`<!-- end of results -->` from the committed `training/results/*.json` whose recipe has that name, the block named
+`python -m training.result collect NAME` copies what an experiment left in `runs/NAME` to `training/results`.
+`python -m training.result tables README.md` rewrites each block of a file that stands between `<!-- results: NAME -->`
+and `<!-- end of results -->` from the committed `training/results/*.json` whose recipe has that name, the block named
 `speed` from `benchmarks/speed.json`, and the block named `claims` from the claims of all experiments.
 """
 
@@ -12,17 +13,18 @@ import math
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import typer
 
-from training.publish import write_text
+from training.publish import staged_file, write_text
 
 
 CLONE = Path(__file__).resolve().parents[1]
@@ -215,12 +217,48 @@ def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
     return loss * num_tokens / num_bytes / math.log(2)
 
 
-def main(*paths: str | Path) -> None:
+def collect(*names: str) -> None:
+    """Copy result, pictures and tables of finished experiments from `runs/NAME` to `training/results`.
+
+    A `README.md` is copied as `NAME.md`; the name of any other file has to begin with the experiment's.
+
+    Raises:
+        ValueError: an experiment is not finished, or a file of it could replace another's.
+    """
+    for name in names:
+        folder = Path("runs") / name
+        if not (folder / "result.json").is_file():
+            raise ValueError(f"{folder} holds no result.json: run the recipe {name!r} to its end first")
+        files = {path: path.name for path in sorted(folder.iterdir()) if path.suffix in (".png", ".md")}
+        files |= {path: f"{name}.md" for path in files if path.name == "README.md"}
+        foreign = [own for own in files.values() if not own.startswith(name)]
+        if foreign:
+            raise ValueError(f"{folder} holds {foreign}: files of {name!r} begin with its name")
+        for path, own in files.items():
+            with staged_file(RESULTS / own) as staged:
+                shutil.copyfile(path, staged)
+        write_text(RESULTS / f"{name}.json", (folder / "result.json").read_text(encoding="utf-8"))
+
+
+def rewrite_tables(*paths: str | Path) -> None:
     """Rewrite the marked blocks of each file from the committed results."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     for path in map(Path, paths):
         write_text(path, rewrite_blocks(path.read_text(encoding="utf-8"), results))
 
 
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command("collect")
+def _collect(names: list[str]) -> None:
+    collect(*names)
+
+
+@app.command("tables")
+def _tables(paths: list[Path]) -> None:
+    rewrite_tables(*paths)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    app()

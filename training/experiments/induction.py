@@ -14,7 +14,7 @@ from training.result import mean_and_deviation
 
 __all__ = ["Recipe", "plan", "run", "summary"]
 
-# From where on a model counts as doing the task, and up to where as not: as shares of what an informed reader gets right.
+# From where on a model counts as doing the task, and up to where as not: shares of what an informed reader gets right.
 SOLVED, UNSOLVED = 0.95, 0.85
 
 

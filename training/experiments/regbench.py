@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
 
-from training.experiments import comparison
+from modeling_memory_mosaic import inspect_units, summarize_units
+from training.evaluate import load_causal_lm
+from training.experiments import automata, comparison
 from training.experiments.comparison import (
     Claim,
     ComparisonRecipe,
@@ -21,6 +23,7 @@ from training.experiments.comparison import (
     save_figure,
     summary,
 )
+from training.experiments.units import draw_units
 from training.result import mean_and_deviation
 
 
@@ -41,6 +44,9 @@ PAPER_TRANSFORMER = {
     2500: (0.925, 0.231),
     40000: (0.95, 0.144),
 }
+# Of the units: test sequences that are looked at, and tokens of the first that are drawn, as letters and bars.
+NUM_INSPECTED, NUM_DRAWN = 20, 80
+SYMBOLS = "abcdefghijklmnopqr|."
 # From where on a model counts as having learnt to learn, and up to where as not.
 SOLVED, UNSOLVED = 0.90, 0.60
 
@@ -89,7 +95,7 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     series = _series(recipe, recipe.trainings)
     _draw(recipe, series)
     return {
-        "measured": {"series": [_numbers(one) for one in series]},
+        "measured": {"series": [_numbers(one) for one in series], "units": _inspect(recipe)},
         "table": _table(series),
         "claims": list(_claims(recipe, series)),
     }
@@ -108,6 +114,20 @@ def _numbers(series: Series) -> dict[str, Any]:
     curves = [[(p["step"], round(p["accuracy"], 4)) for p in r["learning_curve"]] for r in series.results]
     kept = [{"seed": r["seed"], "seconds": r["seconds"], **r["metrics"]} for r in series.results]
     return {"label": series.label, "num_automata": series.num_automata, "seeds": kept, "validation_accuracy": curves}
+
+
+def _inspect(recipe: Recipe) -> list[dict[str, Any]]:
+    """Which unit of the first mosaic predicts what, on test sequences; the beginning of the first of them is drawn."""
+    first = recipe.trainings[0].recipe
+    model = load_causal_lm(first.folder / "best")
+    rows = automata.draw_splits(first.data)["test"].select(range(NUM_INSPECTED)).to_list()
+    batch = automata.collate(rows)["input_ids"]
+    units = inspect_units(model, batch, attention_mask=(batch != automata.PADDING).long())
+    beginning = batch[:1, :NUM_DRAWN]
+    letters = [SYMBOLS[token] for token in beginning[0].tolist()]
+    draw_units(inspect_units(model, beginning), recipe.folder / f"{recipe.name}_units.png", letters)
+    table = summarize_units(units)
+    return [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in table]
 
 
 def _table(series: list[Series]) -> str:
