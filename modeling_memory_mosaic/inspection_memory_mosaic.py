@@ -41,8 +41,10 @@ class MemoryMosaicUnits:
 
     Args:
         error (`torch.Tensor` of shape `(L, B, H, T)`): the surprise of contextual units, |y_t - v_t|^2 / |v_t|^2, of
-            what was retrieved at token t and the value that the next token gave its pair. 0 is a perfect prediction; a
-            text's first token retrieves 0, an error of 1. NaN at each text's last token, whose pair never completes.
+            what was retrieved at token t and the value that the next token gave its pair. 0 is a perfect prediction,
+            1 what retrieving 0 would have, as a text's first token does; beyond 1 it is worse than that, which happens
+            as training never asks a unit for the value itself. NaN at each text's last token, whose pair never
+            completes.
         entropy (`torch.Tensor` of shape `(L, 2, B, H, T)`): of the retrieval weights, in nats; of contextual units
             first, then of persistent ones. NaN for a token that has no pair to read: the first of each text.
         share (`torch.Tensor` of shape `(L, 2, B, H, T)`): c . o / |o|^2, where o is the output of the memory layer
@@ -76,7 +78,8 @@ def inspect_units(
     Needs room for the weights of one layer at a time: B x H x T x (T or persistent slots) numbers, whichever are more.
 
     Args:
-        model: a Memory Mosaic with any head, in eval mode; adapters of PEFT may be in it or around it.
+        model: a Memory Mosaic with any head, in eval mode; adapters of PEFT may be in it or around it. Virtual tokens
+            that an adapter puts before the text are measured too, so that T counts them.
         input_ids (`torch.LongTensor` of shape `(B, T)`).
         attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at padding, 1 at tokens.
         position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): a document begins where they do not rise.
@@ -120,8 +123,6 @@ def _measuring_hooks(model: nn.Module, measured: dict):
         after_memory("persistent", memory, inputs[0], kwargs)
 
     def after_memory(kind, memory, hidden_states, kwargs):
-        if kwargs["past_key_values"] is not None:
-            raise ValueError("The model reads behind tokens that are not in input_ids: inspect whole texts.")
         is_token, document = kwargs["is_token"], kwargs["document"]
         read = _read_contextual if kind == "contextual" else _read_persistent
         found = read(memory, hidden_states, is_token, document)

@@ -76,7 +76,7 @@ def test_masks_mark_triggers_and_tell_first_from_later():
 
 
 def test_successors_are_uniform_over_the_other_tokens():
-    dataset = InductionDataset(3000, length=40, vocab_size=12, num_triggers=1)
+    dataset = InductionDataset(1500, length=40, vocab_size=12, num_triggers=1)
     ids, is_first = stack(dataset, "input_ids"), stack(dataset, "is_first")
     counts = np.zeros((12, 12))
     np.add.at(counts, (ids[:, :-1][is_first[:, :-1]].numpy(), ids[:, 1:][is_first[:, :-1]].numpy()), 1)

@@ -3,10 +3,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_ids, make_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_packing import make_documents, pack
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -20,6 +21,8 @@ from modeling_memory_mosaic.naive_memory_mosaic import (
     naive_norm,
     naive_persistent_memory,
 )
+from training.experiments import units as units_module
+from training.experiments.comparison import save_figure
 
 
 NAMES = ("error", "entropy", "share", "norm")
@@ -272,6 +275,18 @@ def test_any_head_and_any_adapter_is_read_as_it_computes():
     assert_same(inspect_units(adapted.merge_and_unload(), ids), found)
 
 
+def test_virtual_tokens_of_an_adapter_are_measured_too(model):
+    ids = make_ids(2, 5)
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    with torch.no_grad():
+        embeddings = torch.cat([prompted.get_prompt(2), model.model.embed_tokens(ids)], dim=1)
+        model.set_attn_implementation("eager")
+        weights = model(inputs_embeds=embeddings, output_attentions=True, use_cache=False).attentions[-1]
+    entropy = inspect_units(prompted, ids).entropy[-1, 0]
+    assert entropy.shape == (2, 3, 8)
+    torch.testing.assert_close(entropy[..., 1:], torch.special.entr(weights).sum(-1)[..., 1:])
+
+
 def test_inspection_leaves_no_hooks_and_no_gradients(model):
     inspect_units(model, make_ids(1, 5))
     with pytest.raises(ValueError, match="attention_mask covers 4 tokens"):
@@ -318,6 +333,53 @@ def test_summaries_are_means_over_tokens_that_have_something_to_read():
     for kind in ("contextual", "persistent"):
         shares = [row["share"] for row in table if (row["layer"], row["kind"]) == (0, kind)]
         assert sum(shares) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draws, and returns the axes of the picture that was saved, rows by columns."""
+    figures = []
+    monkeypatch.setattr(units_module, "save_figure", lambda *saved: (figures.append(saved[0]), save_figure(*saved)))
+
+    def draw(*arguments, **options):
+        units_module.draw_units(arguments[0], tmp_path / "units.png", *arguments[1:], **options)
+        assert (tmp_path / "units.png").stat().st_size > 10_000
+        return np.array([axis for axis in figures[-1].axes if axis.get_label() != "<colorbar>"]).reshape(3, 2)
+
+    return draw
+
+
+def test_pictures_show_every_unit_of_the_row_at_every_token(drawn):
+    (ids, mask), tokens = padded_rows(), [*"a cat's $5.", "\n"]
+    units = inspect_units(make_model(), ids, attention_mask=mask)
+    axes = drawn(units, tokens, row=1)
+    for axis, numbers in zip(axes[:, 0], (units.error, units.entropy[:, 0], units.entropy[:, 1]), strict=True):
+        shown = axis.images[0].get_array()
+        expected = numbers[:, 1].flatten(0, 1)
+        assert np.array_equal(shown.mask, expected.isnan().numpy()) and shown.mask[:, :5].all()
+        assert np.array_equal(shown.compressed(), expected[~expected.isnan()].numpy())
+        assert [label.get_text() for label in axis.get_xticklabels()][:3] == ["a", "␣", "c"]
+    alone = summarize_units(inspect_units(make_model(), ids[1:2, 5:]))
+    for axis, kind, name in zip(
+        axes[:, 1], ("contextual", "contextual", "persistent"), ("share", "norm", "share"), strict=True
+    ):
+        widths = [bar.get_width() for bar in axis.patches]
+        assert widths == pytest.approx([row[name] for row in alone if row["kind"] == kind], rel=1e-4)
+
+
+def test_pictures_of_one_token_and_of_more_than_can_be_named(drawn, model):
+    assert drawn(inspect_units(model, make_ids(1, 1)))[0, 0].images[0].get_array().mask.all()
+    num_tokens = units_module.MOST_NAMED_TOKENS + 1
+    axes = drawn(inspect_units(model, make_ids(1, num_tokens)), ["a"] * num_tokens)
+    assert "a" not in [label.get_text() for label in axes[0, 0].get_xticklabels()]
+
+
+def test_pictures_of_what_is_not_there_are_refused(model, tmp_path):
+    units = inspect_units(model, make_ids(2, 5))
+    with pytest.raises(ValueError, match="row=2, but units of 2 rows"):
+        units_module.draw_units(units, tmp_path / "units.png", row=2)
+    with pytest.raises(ValueError, match="4 tokens are given, but units were inspected at 5"):
+        units_module.draw_units(units, tmp_path / "units.png", list("abcd"))
 
 
 def test_folders_of_models_do_not_hold_the_inspection(model, tmp_path):

@@ -16,7 +16,7 @@ MOST_NAMED_TOKENS = 80
 
 
 def draw_units(units: MemoryMosaicUnits, path: Path, tokens: list[str] | None = None, row: int = 0) -> None:
-    """Draw the units of one text as a PNG: error and entropy over its tokens, and their means' shares and norms.
+    """Draw the units of one text as a PNG: error and entropy over its tokens, means of share and norm.
 
     Args:
         units: as `inspect_units` returned them.
@@ -60,7 +60,9 @@ def _draw_map(axis: Axes, numbers: torch.Tensor, title: str) -> None:
     # An error may be large at a few tokens, which would leave all the others in one colour.
     known = numbers[~numbers.isnan()]
     top = known.quantile(0.99).item() if known.numel() else 1.0
-    image = axis.imshow(numbers.flatten(0, 1), aspect="auto", interpolation="nearest", vmin=0, vmax=max(top, 1e-6))
+    image = axis.imshow(
+        numbers.flatten(0, 1).numpy(), aspect="auto", interpolation="nearest", vmin=0, vmax=max(top, 1e-6)
+    )
     axis.figure.colorbar(image, ax=axis, extend="max", fraction=0.03, pad=0.01)
     axis.set_facecolor("lightgrey")
     axis.set_title(title, fontsize=9)
