@@ -69,7 +69,12 @@ def test_models_of_regbench_have_equal_parameters_besides_positions():
     assert models["rope-regbench"] == pytest.approx(models["mosaic-regbench"], rel=0.02)
 
 
-TWINS = [path for path in MODELS if "mosaic-" in path.stem and not path.stem.endswith("-regbench")]
+def test_one_block_models_of_the_induction_task_have_equal_parameters():
+    mosaic, transformer = (num_parameters(CONFIGURATION / f"model/{name}-induction.json") for name in ("mosaic", "rope"))
+    assert mosaic == pytest.approx(transformer, rel=0.02)
+
+
+TWINS = [path for path in MODELS if "mosaic-" in path.stem and not path.stem.endswith(("-regbench", "-induction"))]
 
 
 @pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)

@@ -66,7 +66,7 @@ def _draw_map(axis: Axes, numbers: torch.Tensor, title: str) -> None:
     axis.figure.colorbar(image, ax=axis, extend="max", fraction=0.03, pad=0.01)
     axis.set_facecolor("lightgrey")
     axis.set_title(title, fontsize=9)
-    axis.set_ylabel("layer, its heads from above")
+    axis.set_ylabel("layer, head")
     axis.set_yticks(np.arange(num_layers) * num_heads, [str(layer) for layer in range(num_layers)])
     for layer in range(1, num_layers):
         axis.axhline(layer * num_heads - 0.5, color="white", lw=0.8)
