@@ -70,7 +70,9 @@ def test_models_of_regbench_have_equal_parameters_besides_positions():
 
 
 def test_one_block_models_of_the_induction_task_have_equal_parameters():
-    mosaic, transformer = (num_parameters(CONFIGURATION / f"model/{name}-induction.json") for name in ("mosaic", "rope"))
+    mosaic, transformer = (
+        num_parameters(CONFIGURATION / f"model/{name}-induction.json") for name in ("mosaic", "rope")
+    )
     assert mosaic == pytest.approx(transformer, rel=0.02)
 
 
