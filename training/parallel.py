@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several runs at once on one machine, each in a process of its own, with one progress bar for all.
 
-Small models gain little from many threads: two of them side by side, one core each, finish sooner than one after the
+Small models gain little from many threads: two trainings side by side, one core each, end sooner than one after the
 other. What a run prints goes to `FOLDER.log`, beside its folder.
 """
 
+import contextlib
 import multiprocessing
 import os
 import queue
-import sys
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from tqdm import tqdm
 
 from training.recipe import BaseRecipe, task_module
 
 
-_progress: Any = None  # of a worker process: the queue to the process that waits for it
+_messages: Any = None  # of a worker: the queue to the process that shows how far it is
+
+
+def tell_progress(folder: Path, share: float) -> None:
+    """Let whoever waits for this process, if anyone, know what share of the run in `folder` is done."""
+    if _messages is not None:
+        _messages.put((str(folder), share))
 
 
 def run_all(recipes: Sequence[BaseRecipe], workers: int, description: str = "trainings") -> None:
@@ -30,87 +36,127 @@ def run_all(recipes: Sequence[BaseRecipe], workers: int, description: str = "tra
 
     Args:
         recipes: of runs in different folders.
-        workers: processes at once; each gets its share of the cores. 1: here, one after the other.
+        workers: processes at once; each gets its share of the threads. 1: here, one after the other.
         description: what the bar calls them.
 
     Raises:
-        Exception: the first one that a run raised; runs that had begun are finished before, others not begun.
+        Exception: the first one that a run raised; runs that had begun are finished before, others are not begun.
     """
     if workers == 1 or len(recipes) < 2:
         for recipe in recipes:
             PartialState().print(f"{recipe.folder}:", flush=True)
             task_module(recipe.task).run(recipe)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would inherit locks of torch's threads
-    messages = context.Queue()
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    # Read by the libraries when the processes load them.
-    with (
-        _environment(OMP_NUM_THREADS=str(threads)),
-        ProcessPoolExecutor(workers, context, _begin, (messages, threads)) as executor,
-    ):
-        futures = [executor.submit(_run, recipe.to_yaml()) for recipe in recipes]
-        _show_progress(futures, messages, description)
-        executor.shutdown(cancel_futures=True)
-    for future in futures:
-        if not future.cancelled():
-            future.result()
-
-
-class _environment:
-    def __init__(self, **variables: str):
-        self._variables, self._before = variables, {}
-
-    def __enter__(self):
-        self._before = {name: os.environ.get(name) for name in self._variables}
-        os.environ.update(self._variables)
-
-    def __exit__(self, *exception):
-        for name, value in self._before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
-def _show_progress(futures, messages, description: str) -> None:
-    done, waiting = {}, set(futures)
+    messages = multiprocessing.get_context("spawn").Queue()
+    waiting, running, failure = list(recipes), {}, None
     bar_format = "{desc}: {n:.2f} of {total} |{bar}| {elapsed}<{remaining}"
-    with tqdm(total=len(futures), desc=description, bar_format=bar_format) as bar:
-        while waiting:
-            finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
-            try:
-                while True:
-                    name, share = messages.get_nowait()
-                    done[name] = share
-            except queue.Empty:
-                pass
-            bar.n = sum(done.values())
+    bar = tqdm(total=len(recipes), desc=description, bar_format=bar_format)
+    with bar, start_workers(min(workers, len(recipes)), messages) as idle:
+        shares: dict[str, float] = {}
+        while waiting or running:
+            while waiting and idle:
+                worker = idle.pop()
+                running[worker.submit(run_logged, waiting.pop(0))] = worker
+            for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                idle.append(running.pop(future))
+                failure = failure or future.exception()
+            if failure is not None:
+                waiting.clear()
+            shares.update(_received(messages))
+            bar.n = sum(shares.values())
             bar.refresh()
-            if any(future.exception() is not None for future in finished):
-                return
+    if failure is not None:
+        raise failure
 
 
-def _begin(messages, threads: int) -> None:
-    global _progress
-    _progress = messages
-    torch.set_num_threads(threads)
+def _received(messages) -> Iterator[tuple[str, float]]:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            yield messages.get_nowait()
 
 
-def _run(text: str) -> None:
-    values = yaml.safe_load(text)
-    recipe = task_module(values["task"]).Recipe.model_validate(values)
+def run_logged(recipe: BaseRecipe) -> dict[str, Any]:
+    """Do a recipe's run; what it prints goes into a file beside its folder."""
     log = recipe.folder.with_name(f"{recipe.folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8", buffering=1) as file:
-        sys.stdout = sys.stderr = file
+    with (
+        log.open("a", encoding="utf-8", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        result = task_module(recipe.task).run(recipe)
+    tell_progress(recipe.folder, 1.0)
+    return result
+
+
+class _ThisProcess(Executor):
+    """A worker that is no process of its own."""
+
+    def submit(self, function, /, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+@contextlib.contextmanager
+def start_workers(number: int, messages: Any = None) -> Iterator[list[Executor]]:
+    """Workers that take one job at a time: this process, or so many others, which share threads and GPUs.
+
+    They end with the block; when it fails, with what they are doing.
+
+    Args:
+        number: of workers.
+        messages: the queue that `tell_progress` of other processes writes to.
+    """
+    if number == 1:
+        yield [_ThisProcess()]
+        return
+    others, gpus = set(multiprocessing.active_children()), _gpus()
+    threads = max(1, torch.get_num_threads() // number)
+    with contextlib.ExitStack() as stack:
+        started = [
+            _start_worker(threads, gpus[index % len(gpus)] if gpus else None, messages) for index in range(number)
+        ]
+        for worker in started:
+            stack.enter_context(worker)
         try:
-            task_module(recipe.task).run(recipe)
-            tell_progress(recipe.folder, 1.0)
-        finally:
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+            yield list(started)
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
 
 
-def tell_progress(folder: Path, share: float) -> None:
-    """Let whoever waits for this process, if anyone, know what share of the run in `folder` is done."""
-    if _progress is not None:
-        _progress.put((str(folder), share))
+def _gpus() -> list[str]:
+    number, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:number] if named else [str(index) for index in range(number)]
+
+
+def _start_worker(threads: int, gpu: str | None, messages: Any) -> ProcessPoolExecutor:
+    """A process with so many threads; of several GPUs it sees one, else it would train on all of them together."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # Not a fork, which would inherit locks of torch's threads.
+    worker = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin_worker, (threads, messages))
+    try:
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # a process reads it once, so it is set before this one starts
+        worker.submit(int)  # starts it
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        else:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    return worker
+
+
+def _begin_worker(threads: int, messages: Any) -> None:
+    global _messages
+    _messages = messages
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_the_others, daemon=True).start()
+
+
+def _end_with_the_others() -> None:
+    # A worker that outlived a killed parent would go on in a folder that the next start wants to resume.
+    multiprocessing.parent_process().join()
+    os._exit(1)

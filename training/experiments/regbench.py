@@ -120,7 +120,7 @@ def _inspect(recipe: Recipe) -> list[dict[str, Any]]:
     """Which unit of the first mosaic predicts what, on test sequences; the beginning of the first of them is drawn."""
     first = recipe.trainings[0].recipe
     model = load_causal_lm(first.folder / "best")
-    rows = automata.draw_splits(first.data)["test"].select(range(NUM_INSPECTED)).to_list()
+    rows = automata.draw_splits(first.data)["test"].to_list()[:NUM_INSPECTED]
     batch = automata.collate(rows)["input_ids"]
     units = inspect_units(model, batch, attention_mask=(batch != automata.PADDING).long())
     beginning = batch[:1, :NUM_DRAWN]
