@@ -10,7 +10,7 @@ CORE := $(addprefix tests/test_,modeling.py packing.py cache.py generation.py cl
 	configuration.py specification.py fuzz.py)
 
 RESULTS ?= three_moons induction regbench_search regbench_search_rope regbench regbench_automata \
-	stories_tuning training_curves out_of_distribution beyond_training_length attention_maps babistories_micro
+	regbench_recurrent stories_tuning training_curves out_of_distribution beyond_training_length attention_maps babistories_micro
 
 .PHONY: demo test test-slow test-oldest check bench results tables clean
 
