@@ -20,7 +20,7 @@ from training.tokenizer import train_tokenizer
 
 
 RECIPES = CONFIGURATION / "recipe"
-COMPARISONS = [path for path in sorted(RECIPES.glob("*.yaml")) if "\nbase: " in path.read_text(encoding="utf-8")]
+COMPARISONS = [path for path in sorted(RECIPES.glob("*.yaml")) if "\nruns:" in path.read_text(encoding="utf-8")]
 VERDICTS = {"reproduced", "not at this size", "contradicted"}
 SMALL = [
     "base=smoke",

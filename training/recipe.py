@@ -48,6 +48,7 @@ TASKS = {
     "attention_maps": "training.experiments.attention_maps",
     "samples": "training.experiments.samples",
     "babistories": "training.experiments.babistories",
+    "search": "training.experiments.search",
 }
 
 # Fields of TrainingArguments that the run decides itself, and what to use instead.
@@ -237,7 +238,7 @@ class Recipe(BaseRecipe):
         path = CONFIGURATION / "model" / f"{self.model}.json"
         if not path.is_file():
             known = sorted(file.stem for file in path.parent.glob("*.json"))
-            raise ValueError(f"unknown model {self.model!r}{_nearest(self.model, known)}")
+            raise ValueError(f"unknown model {self.model!r}{nearest(self.model, known)}")
         content = json.loads(path.read_text(encoding="utf-8"))
         # `hidden_size` is the standard name of what GPT-2's own file calls `n_embd`: either may be given.
         own_names = AutoConfig.for_model(content["model_type"]).attribute_map
@@ -253,7 +254,7 @@ class Recipe(BaseRecipe):
         for name in self.model_args:
             if name not in known:
                 keys = [f"model_args.{key}" for key in known]
-                raise ValueError(f"unknown key 'model_args.{name}'{_nearest(f'model_args.{name}', keys)}")
+                raise ValueError(f"unknown key 'model_args.{name}'{nearest(f'model_args.{name}', keys)}")
         return config
 
     @functools.cached_property
@@ -313,7 +314,7 @@ def load_recipe(
 def _explain(problem: dict[str, Any], schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest(key, list(_dotted_keys(schema)))}"
+        return f"unknown key {key!r}{nearest(key, list(_dotted_keys(schema)))}"
     if problem["type"] == "missing":
         return f"missing key {key!r}"
     message = problem["msg"].removeprefix("Value error, ")
@@ -322,10 +323,11 @@ def _explain(problem: dict[str, Any], schema: type[BaseModel]) -> str:
     return f"{key}: {message}, not {problem['input']!r}"
 
 
-def _nearest(name: str, candidates: list[str]) -> str:
+def nearest(name: str, candidates: list[str]) -> str:
+    """What an error adds to an unknown name: the most similar of the known ones, in parentheses; of none, nothing."""
     # Cutoff 0: the nearest name is worth showing even when it is far; sorted so that ties do not depend on hashing.
-    nearest = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.0)
-    return f" (nearest valid name: {nearest[0]!r})" if nearest else ""
+    closest = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.0)
+    return f" (nearest valid name: {closest[0]!r})" if closest else ""
 
 
 def _dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:

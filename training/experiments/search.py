@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A search over settings: any `base` recipe, tried at points of a `space`, compared by a number of its result.
+
+A trial is a run of the base recipe in a folder of its own inside the search's, so that it resumes as any run does.
+What has been tried is kept by optuna in `study.db`; one process reads and writes it, however many `workers` run
+trials. A sampler is seeded anew for each trial, by the search's seed and the trial's number: a search that was killed
+and started again draws what it would have drawn.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import optuna
+import torch
+from accelerate import PartialState
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, Trial, TrialState
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
+from sqlalchemy.pool import NullPool
+from tqdm import tqdm
+
+from training.experiments.comparison import new_figure, save_figure
+from training.experiments.search_trials import Outcome, run_trial, start_workers
+from training.publish import write_text
+from training.recipe import CONFIGURATION, BaseRecipe, Section, load_recipe
+from training.result import environment
+from training.run_folder import claim_folder, only_run_in
+
+
+LONGEST_TABLE = 20
+DECIDED_BY_THE_SEARCH = ("name", "task", "output_dir")
+Settings = dict[str, Any]  # value by dotted key
+
+
+class RangeSection(Section):
+    """All numbers between two, both included: whole ones if both are; with `log`, every order of magnitude alike."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ascending(self):
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"low is {self.low} and high is {self.high}: give two numbers, the lower as `low`")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low is {self.low}, which has no logarithm: give a positive one, or log: false")
+        return self
+
+
+def _kind(values: Any) -> str:
+    return "range" if isinstance(values, (dict, RangeSection)) else "choices"
+
+
+Choices = Annotated[list[bool | int | float | str | None], Field(min_length=1)]
+Values = Annotated[Annotated[Choices, Tag("choices")] | Annotated[RangeSection, Tag("range")], Discriminator(_kind)]
+
+
+class Recipe(BaseRecipe):
+    """Which settings of which recipe are tried, and by what they are compared; see `configuration/README.md`."""
+
+    task: Literal["search"]
+    base: str
+    common: dict[str, Any] = {}
+    space: dict[str, Values] = Field(min_length=1)
+    metric: str
+    direction: Literal["minimize", "maximize"] = "minimize"
+    sampler: Literal["grid", "random", "tpe"]
+    num_trials: PositiveInt | None = None
+    seed: int = Field(default=0, ge=0)
+    workers: PositiveInt = 1
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _dotted(cls, space):
+        # An override such as space.training.learning_rate=[1e-3,2e-3] arrives nested.
+        return dict(_flat(space)) if isinstance(space, dict) else space
+
+    @model_validator(mode="after")
+    def _space_suits_the_sampler(self):
+        ranges = [key for key, values in self.space.items() if isinstance(values, RangeSection)]
+        for key, values in self.space.items():
+            if key not in ranges and any(value in values[:place] for place, value in enumerate(values)):
+                raise ValueError(f"`space.{key}` has a value twice: {values}")
+            within = [other for other in self.space if other.startswith(f"{key}.")]
+            if within:
+                raise ValueError(f"`space.{key}` holds {', '.join(within)}: search one or the other")
+        if self.sampler == "grid":
+            if ranges:
+                raise ValueError(f"a grid has no ranges: list the values of {', '.join(ranges)}, or sampler: random")
+            if self.num_trials is not None:
+                raise ValueError("`num_trials` has no effect on a grid, all of which is tried: remove it")
+        elif self.num_trials is None:
+            raise ValueError(f"sampler: {self.sampler} never ends by itself: give `num_trials`")
+        elif not ranges and self.num_trials > self.num_points:
+            raise ValueError(f"`num_trials` is {self.num_trials} of only {self.num_points} points: try sampler: grid")
+        return self
+
+    @model_validator(mode="after")
+    def _everything_tried_is_valid(self):
+        taken = sorted({*self.space, *self.common} & {*DECIDED_BY_THE_SEARCH})
+        if taken:
+            raise ValueError(f"{', '.join(taken)} cannot be set by `space` or `common`: the search decides it")
+        if isinstance(self.base_recipe, Recipe):
+            raise ValueError(f"`base` is {self.base!r}, itself a search: name the recipe that it searches")
+        for settings in self.points or self._single_values():
+            try:
+                self.trial(settings)
+            except ValueError as error:
+                raise ValueError(f"the space has an invalid point, {_told(settings)}: {error}") from None
+        return self
+
+    def _single_values(self) -> Iterator[Settings]:
+        # Of a range the ends; combinations are left to the trials, one of which may fail without ending the search.
+        for key, values in self.space.items():
+            ends = [values.low, values.high] if isinstance(values, RangeSection) else values
+            yield from ({key: value} for value in ends)
+
+    @functools.cached_property
+    def points(self) -> list[Settings]:
+        """Every point of a grid, the last key of the space changing fastest; of other samplers none."""
+        if self.sampler != "grid":
+            return []
+        return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*self.space.values())]
+
+    @property
+    def num_points(self) -> float:
+        """How many points the space has; infinite with a range."""
+        sizes = (math.inf if isinstance(values, RangeSection) else len(values) for values in self.space.values())
+        return math.prod(sizes)
+
+    @property
+    def total(self) -> int:
+        """How many trials the search has."""
+        return self.num_trials or len(self.points)
+
+    @functools.cached_property
+    def base_path(self) -> Path:
+        """The base recipe's file."""
+        return CONFIGURATION / "recipe" / f"{self.base}.yaml"
+
+    @functools.cached_property
+    def base_recipe(self) -> BaseRecipe:
+        """What all trials have in common."""
+        return load_recipe(self.base_path, settings=[self.common])
+
+    def trial(self, settings: Settings) -> BaseRecipe:
+        """The recipe of one trial, with its folder in the search's; `ValueError` if the settings are not valid."""
+        recipe = load_recipe(self.base_path, settings=[self.common, _nested(settings)])
+        return recipe.model_copy(update={"output_dir": str(self.folder / _folder_name(settings, recipe.hash))})
+
+    def content(self) -> dict[str, Any]:
+        """All that determines the search: not how many processes share its trials."""
+        content = super().content()
+        del content["workers"]
+        return content | {"base_recipe": self.base_recipe.content()}
+
+
+def _flat(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, values in space.items():
+        if isinstance(values, dict) and not values.keys() & RangeSection.model_fields.keys():
+            yield from _flat(values, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", values
+
+
+def _nested(settings: Settings) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        inner = functools.reduce(lambda inside, parent: inside.setdefault(parent, {}), parents, nested)
+        inner[last] = value
+    return nested
+
+
+def _told(settings: Settings) -> str:
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+def _folder_name(settings: Settings, digest: str) -> str:
+    # For readers the last word of each key and four digits; the hash tells apart what these leave out.
+    words = "-".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in settings.items())
+    return f"trial-{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', words)[:80]}-{digest[:8]}"
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What the search would do, and how far it is: a line for each trial that is known. Reads no data."""
+    known = []
+    if _study_path(recipe).is_file():
+        with contextlib.suppress(KeyError):  # the folder is another search's, which `run` will refuse
+            known = _whole(recipe, optuna.load_study(study_name=recipe.hash, storage=_storage(recipe)))
+    lines: dict[str, Any] = {f"trial {number}": _told(point) for number, point in enumerate(recipe.points)}
+    states = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed", TrialState.RUNNING: "begun"}
+    for number, trial in enumerate(known):
+        lines[f"trial {number}"] = f"{_told(_settings(recipe, trial))}, {states[trial.state]}"
+        if trial.value is not None:
+            lines[f"trial {number}"] += f", {recipe.metric} {trial.value:.6g}"
+    finished = sum(trial.state.is_finished() for trial in known)
+    return lines | {"trials": recipe.total, "done": finished, "folder": str(recipe.folder), "hash": recipe.hash}
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Search, from wherever an earlier start of the same recipe got to.
+
+    Args:
+        recipe: what to do.
+        restart: move what an earlier search left in the folder aside, its trials with it, and begin anew.
+
+    Returns:
+        The content of `result.json`; of the earlier one, if the search was already finished.
+
+    Raises:
+        ValueError: the folder belongs to another recipe, the results of the trials have no such metric, every trial
+            failed, or `accelerate launch` started several processes.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.num_processes > 1:
+        raise ValueError(
+            f"a search in {state.num_processes} processes would try everything as often: start it without "
+            f"`accelerate launch`, and set workers={state.num_processes} for as many trials at once"
+        )
+    with only_run_in(recipe.folder, state):
+        claim_folder(recipe, {"hash": recipe.hash, "data": {}, "recipe": recipe.content()}, state, restart)
+        written = recipe.folder / "result.json"
+        if written.is_file():
+            state.print(f"{recipe.folder} is finished already; --restart searches again")
+            return json.loads(written.read_text(encoding="utf-8"))
+        result = _search(recipe)
+        write_text(written, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        return result
+
+
+def _search(recipe: Recipe) -> dict[str, Any]:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=_storage(recipe), study_name=recipe.hash, direction=recipe.direction, load_if_exists=True
+    )
+    _run_trials(recipe, study)
+    trials = [_row(recipe, study, number, trial) for number, trial in enumerate(_whole(recipe, study))]
+    ranking = _ranking(recipe, trials)
+    if not ranking:
+        raise ValueError(
+            f"all {len(trials)} trials failed, the first with: {trials[0]['error']} (mend it and start with --restart)"
+        )
+    _draw(recipe, ranking, recipe.folder / f"{recipe.name}.png")
+    return {
+        "name": recipe.name,
+        "task": recipe.task,
+        "recipe": recipe.model_dump(exclude={"output_dir"}),
+        "recipe_hash": recipe.hash,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **environment(),
+        "data": _data(recipe, ranking),
+        "measured": {"best": ranking[0], "trials": trials},
+        "table": _table(recipe, ranking, trials),
+        "claims": [],
+    }
+
+
+def _study_path(recipe: Recipe) -> Path:
+    return recipe.folder / "study.db"
+
+
+def _storage(recipe: Recipe) -> optuna.storages.RDBStorage:
+    # SQLite, because a line half written when the process is killed makes a journal file unreadable.
+    return optuna.storages.RDBStorage(f"sqlite:///{_study_path(recipe)}", engine_kwargs={"poolclass": NullPool})
+
+
+def _whole(recipe: Recipe, study: optuna.Study) -> list[FrozenTrial]:
+    """The trials of a study, without those that a kill left with only some of their settings."""
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.params.keys() == recipe.space.keys()]
+
+
+def _settings(recipe: Recipe, trial: Trial | FrozenTrial) -> Settings:
+    return {key: trial.params[key] for key in recipe.space}
+
+
+def _run_trials(recipe: Recipe, study: optuna.Study) -> None:
+    drawn = _drawn(recipe, study)
+    finished = sum(trial.state.is_finished() for trial in _whole(recipe, study))
+    bar = tqdm(total=recipe.total, initial=finished, desc=recipe.name, unit="trial")
+    with bar, start_workers(min(recipe.workers, recipe.total)) as idle:
+        running: dict[Future, tuple[Trial | FrozenTrial, Executor]] = {}
+        while True:
+            while idle and (trial := next(drawn, None)) is not None:
+                worker = idle.pop()
+                running[worker.submit(*_job(recipe, study, trial))] = (trial, worker)
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                trial, worker = running.pop(future)
+                idle.append(worker)
+                _tell(recipe, study, trial, future.result(), bar)
+
+
+def _drawn(recipe: Recipe, study: optuna.Study) -> Iterator[Trial | FrozenTrial]:
+    """Trials to run: what a killed search left, then new ones, each drawn only when it is asked for."""
+    for left in study.get_trials(states=(TrialState.RUNNING,)):
+        if left.params.keys() == recipe.space.keys():
+            yield left
+        else:
+            study.tell(left.number, state=TrialState.FAIL)  # to be drawn again, whole
+    distributions = {key: _distribution(values) for key, values in recipe.space.items()}
+    while (number := len(_whole(recipe, study))) < recipe.total:
+        if recipe.sampler == "grid":
+            point = recipe.points[number]
+            begun = optuna.create_trial(state=TrialState.RUNNING, params=point, distributions=distributions)
+            study.add_trial(begun)
+            yield study.trials[-1]
+        else:
+            study.sampler = _sampler(recipe, number)
+            yield study.ask(distributions)
+
+
+def _distribution(values: list[Any] | RangeSection) -> BaseDistribution:
+    if not isinstance(values, RangeSection):
+        return CategoricalDistribution(values)
+    whole = isinstance(values.low, int) and isinstance(values.high, int)
+    return (IntDistribution if whole else FloatDistribution)(values.low, values.high, log=values.log)
+
+
+def _sampler(recipe: Recipe, number: int) -> BaseSampler:
+    seed = int(np.random.SeedSequence([recipe.seed, number]).generate_state(1)[0])
+    return {"random": RandomSampler, "tpe": TPESampler}[recipe.sampler](seed=seed)
+
+
+def _job(recipe: Recipe, study: optuna.Study, trial: Trial | FrozenTrial) -> tuple[Any, ...]:
+    """The function that gives a trial's outcome, and its arguments."""
+    for twin in _whole(recipe, study):
+        if twin.state.is_finished() and twin.params == trial.params:
+            return Outcome, twin.value, _notes(study, twin)["error"], 0.0
+    try:
+        return run_trial, recipe.trial(_settings(recipe, trial)), recipe.metric
+    except ValueError as error:  # values that are valid one by one may contradict each other
+        return Outcome, None, str(error), 0.0
+
+
+def _tell(recipe: Recipe, study: optuna.Study, trial: Trial | FrozenTrial, outcome: Outcome, bar: tqdm) -> None:
+    # Notes before the state, so that a trial which is told as finished has them whatever kills the search.
+    study.set_user_attr(f"trial {trial.number}", outcome._asdict())
+    if outcome.error is None:
+        study.tell(trial.number, outcome.metric)
+        bar.set_postfix_str(f"best {study.best_value:.6g}")
+    else:
+        study.tell(trial.number, state=TrialState.FAIL)
+        bar.write(f"failed: {_told(_settings(recipe, trial))}: {outcome.error}")
+    bar.update()
+
+
+def _notes(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+    return study.user_attrs[f"trial {trial.number}"]
+
+
+def _row(recipe: Recipe, study: optuna.Study, number: int, trial: FrozenTrial) -> dict[str, Any]:
+    settings, notes = _settings(recipe, trial), _notes(study, trial)
+    row = {"number": number, "settings": settings, **notes, "state": "failed" if notes["error"] else "finished"}
+    try:
+        run = recipe.trial(settings)
+    except ValueError:
+        return row | {"recipe_hash": None, "folder": None}
+    return row | {"recipe_hash": run.hash, "folder": run.folder.name}
+
+
+def _ranking(recipe: Recipe, trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Finished trials, best first; settings that were drawn several times once."""
+    first = {trial["recipe_hash"]: trial for trial in reversed(trials) if trial["metric"] is not None}
+    sign = 1 if recipe.direction == "minimize" else -1
+    return sorted(first.values(), key=lambda trial: (sign * trial["metric"], trial["number"]))
+
+
+def _data(recipe: Recipe, ranking: list[dict[str, Any]]) -> dict[str, Any]:
+    """Provenance of what the trials read, by the first trial that read it: one entry, if all read the same."""
+    data: dict[str, Any] = {}
+    for trial in sorted(ranking, key=lambda trial: trial["number"]):
+        result = json.loads((recipe.folder / trial["folder"] / "result.json").read_text(encoding="utf-8"))
+        if "data" in result and result["data"] not in data.values():
+            data[trial["folder"]] = result["data"]
+    return data
+
+
+def _table(recipe: Recipe, ranking: list[dict[str, Any]], trials: list[dict[str, Any]]) -> str:
+    lines = [
+        f"| {' | '.join(recipe.space)} | {recipe.metric} | seconds |",
+        f"| {'--- | ' * len(recipe.space)}---: | ---: |",
+    ]
+    for trial in ranking[:LONGEST_TABLE]:
+        values = " | ".join(_short(value) for value in trial["settings"].values())
+        lines.append(f"| {values} | {trial['metric']:.6g} | {trial['seconds']:,.0f} |")
+    failed = [trial for trial in trials if trial["state"] == "failed"]
+    shown = f"The best {LONGEST_TABLE} of" if len(ranking) > LONGEST_TABLE else "All"
+    lines += ["", f"{shown} {len(ranking)} settings with a result, from {len(trials)} trials; {len(failed)} failed."]
+    return "\n".join(lines)
+
+
+def _draw(recipe: Recipe, ranking: list[dict[str, Any]], path: Path) -> None:
+    columns = min(3, len(recipe.space))
+    figure, axes = new_figure(math.ceil(len(recipe.space) / columns), columns, sharey=True)
+    for axis in axes.flat[len(recipe.space) :]:
+        axis.set_axis_off()
+    metrics = [trial["metric"] for trial in ranking]
+    for axis, (key, values) in zip(axes.flat, recipe.space.items(), strict=False):
+        tried = [trial["settings"][key] for trial in ranking]
+        if isinstance(values, RangeSection):
+            axis.set_xscale("log" if values.log else "linear")
+        else:
+            tried = [values.index(value) for value in tried]
+            axis.set_xticks(range(len(values)), [str(value) for value in values])
+        axis.scatter(tried, metrics, alpha=0.6)
+        axis.scatter(tried[:1], metrics[:1], marker="*", s=150, color="C1", label="best")
+        axis.set_xlabel(key)
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(recipe.metric)
+    axes[0, -1].legend()
+    save_figure(figure, path)
+
+
+def summary(result: dict[str, Any], folder: Path) -> str:
+    """The end of a search in words: its table, what failed, and the best settings as the command line takes them."""
+    trials, best = result["measured"]["trials"], result["measured"]["best"]
+    failed = [f"failed: {_told(t['settings'])}: {t['error']}" for t in trials if t["state"] == "failed"]
+    return "\n".join(
+        [
+            result["table"],
+            "",
+            *failed,
+            f"best: {_told(best['settings'])} ({result['recipe']['metric']} {best['metric']:.6g})",
+            f"its run is in {folder / best['folder']}; result.json and {result['name']}.png are in {folder}",
+        ]
+    )
