@@ -326,7 +326,7 @@ def test_a_search_of_trainings_from_the_command_line(tmp_path, monkeypatch):
         "output_dir": str(tmp_path / "out"),
     }
     path = tmp_path / "smoke_search.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     ran = CliRunner().invoke(app, ["run", str(path)])
     assert ran.exit_code == 0, ran.output
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
@@ -336,6 +336,6 @@ def test_a_search_of_trainings_from_the_command_line(tmp_path, monkeypatch):
         assert own["architecture"]["num_hidden_layers"] == 1
         assert (own["metrics"]["validation_loss"], own["recipe_hash"]) == (trial["metric"], trial["recipe_hash"])
     assert len({trial["metric"] for trial in result["measured"]["trials"]}) == 2
-    assert "best: model_args.num_hidden_layers=1 training.learning_rate=" in ran.stdout
+    assert "best: training.learning_rate=" in ran.stdout
     planned = CliRunner().invoke(app, ["dry-run", str(path)])
     assert "trial 1: training.learning_rate=0.003" in planned.stdout and "done: 2" in planned.stdout
