@@ -48,6 +48,7 @@ TASKS = {
     "attention_maps": "training.experiments.attention_maps",
     "samples": "training.experiments.samples",
     "babistories": "training.experiments.babistories",
+    "three_moons": "training.experiments.three_moons",
 }
 
 # Fields of TrainingArguments that the run decides itself, and what to use instead.
