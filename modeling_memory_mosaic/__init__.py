@@ -10,6 +10,7 @@ from .cache_memory_mosaic import (
     memory_state_dict,
 )
 from .configuration_memory_mosaic import MemoryMosaicConfig
+from .continuous_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
 from .inspection_memory_mosaic import MemoryMosaicUnits, inspect_units, summarize_units
 from .modeling_memory_mosaic import (
     MemoryMosaicForCausalLM,
@@ -23,16 +24,22 @@ from .modeling_memory_mosaic import (
 
 AutoConfig.register(MemoryMosaicConfig.model_type, MemoryMosaicConfig, exist_ok=True)
 AutoModel.register(MemoryMosaicConfig, MemoryMosaicModel, exist_ok=True)
+AutoConfig.register(ContinuousMemoryMosaicConfig.model_type, ContinuousMemoryMosaicConfig, exist_ok=True)
+AutoModel.register(ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel, exist_ok=True)
 AutoModelForCausalLM.register(MemoryMosaicConfig, MemoryMosaicForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(MemoryMosaicConfig, MemoryMosaicForSequenceClassification, exist_ok=True)
 
 # From here on `save_pretrained` writes the code beside the weights, for machines without this package.
 MemoryMosaicConfig.register_for_auto_class()
 MemoryMosaicModel.register_for_auto_class("AutoModel")
+ContinuousMemoryMosaicConfig.register_for_auto_class()
+ContinuousMemoryMosaicModel.register_for_auto_class("AutoModel")
 MemoryMosaicForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 MemoryMosaicForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 __all__ = [
+    "ContinuousMemoryMosaicConfig",
+    "ContinuousMemoryMosaicModel",
     "MemoryMosaicCacheLayer",
     "MemoryMosaicConfig",
     "MemoryMosaicForCausalLM",

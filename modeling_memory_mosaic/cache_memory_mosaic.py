@@ -118,6 +118,13 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
         self._map_states(lambda trajectory: trajectory[:, :, :-num_tokens])
 
 
+class ContinuousMemoryMosaicCacheLayer(MemoryMosaicCacheLayer):
+    """The same of a `ContinuousMemoryMosaicModel`, whose pairs need nothing but the last leaky sum of the keys."""
+
+    _layer_type = "continuous_memory_mosaic"
+    state_names = ("contextual_sum",)
+
+
 class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
     """Holds `max_cache_len` tokens at fixed addresses. Built by `StaticCache(config=..., max_cache_len=...)`."""
 
@@ -149,7 +156,7 @@ def memory_state_dict(cache: Cache) -> dict[str, torch.Tensor]:
         cache ([`~transformers.Cache`]): as returned by `model(..., use_cache=True).past_key_values` or by `generate`.
 
     Returns:
-        `dict[str, torch.Tensor]`: per layer `layers.{i}.keys` and `.values` of shape `(B, H, T, D)` and the three
+        `dict[str, torch.Tensor]`: per layer `layers.{i}.keys` and `.values` of shape `(B, H, T, D)` and the layer's
         states `layers.{i}.{name}` of shape `(B, H, 1, D)`. Empty for a memory that has read nothing.
     """
     tensors = {}
@@ -169,7 +176,7 @@ def memory_from_state_dict(config, tensors: dict[str, torch.Tensor]) -> DynamicC
     """The memory that [`memory_state_dict`] described: reading goes on as if never interrupted.
 
     Args:
-        config ([`MemoryMosaicConfig`]): of the model that will read on.
+        config ([`MemoryMosaicConfig`] or [`ContinuousMemoryMosaicConfig`]): of the model that will read on.
         tensors (`dict[str, torch.Tensor]`): as returned by [`memory_state_dict`], on the model's device and from a
             model of its dtype.
 
@@ -177,8 +184,11 @@ def memory_from_state_dict(config, tensors: dict[str, torch.Tensor]) -> DynamicC
         ValueError: if tensors are missing, left over, or of another shape than `config` asks for.
     """
     cache = DynamicCache(config=config)
-    names = ("keys", "values", *MemoryMosaicStates.state_names)
-    expected = {f"layers.{index}.{name}" for index in range(len(cache.layers)) for name in names}
+    expected = {
+        f"layers.{index}.{name}"
+        for index, layer in enumerate(cache.layers)
+        for name in ("keys", "values", *layer.state_names)
+    }
     if tensors and expected != set(tensors):
         missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
         raise ValueError(f"Not a memory of this model: missing {missing}, unknown {unknown}.")
@@ -200,4 +210,10 @@ def memory_from_state_dict(config, tensors: dict[str, torch.Tensor]) -> DynamicC
     return cache
 
 
-__all__ = ["MemoryMosaicCacheLayer", "MemoryMosaicStaticCacheLayer", "memory_from_state_dict", "memory_state_dict"]
+__all__ = [
+    "ContinuousMemoryMosaicCacheLayer",
+    "MemoryMosaicCacheLayer",
+    "MemoryMosaicStaticCacheLayer",
+    "memory_from_state_dict",
+    "memory_state_dict",
+]

@@ -355,18 +355,23 @@ class MemoryMosaicContextualMemory(MemoryMosaicMemory):
         pairs = keys[:, :, :-1], self.pair_values(hidden_states, is_token, past_key_values).to(keys.dtype)
         queries = keys[:, :, -hidden_states.shape[1] :]
 
+        retrieved, weights = self.recall(
+            queries, pairs, slot_mask, past_key_values, is_first=previous is None, **kwargs
+        )
+        return self.dropout(self.o_proj(retrieved.flatten(2))), weights
+
+    def recall(self, queries, pairs, slot_mask, past_key_values, is_first: bool, **kwargs):
+        """Store the pairs that the new tokens complete, then retrieve for each: `(B, T, H, D)`, and weights if any."""
         slots = pairs
         if past_key_values is not None or slot_mask is not None:
-            slots = self.store(*pairs, past_key_values, is_first=previous is None)
+            slots = self.store(*pairs, past_key_values, is_first=is_first)
         if slot_mask is not None:
-            retrieved, weights = self.retrieve(queries, *slots, slot_mask, **kwargs)
-        elif previous is None:
+            return self.retrieve(queries, *slots, slot_mask, **kwargs)
+        if is_first:
             # Shift identity: tokens 1.. over the pairs of tokens 0.. is plain causal attention; token 0 retrieves 0.
             retrieved, weights = self.retrieve(queries[:, :, 1:], *pairs, None, **kwargs)
-            retrieved = F.pad(retrieved, (0, 0, 0, 0, 1, 0))
-        else:
-            retrieved, weights = self.retrieve(queries, *(slot[:, :, 1:] for slot in slots), None, **kwargs)
-        return self.dropout(self.o_proj(retrieved.flatten(2))), weights
+            return F.pad(retrieved, (0, 0, 0, 0, 1, 0)), weights
+        return self.retrieve(queries, *(slot[:, :, 1:] for slot in slots), None, **kwargs)
 
     def store(self, pair_keys, pair_values, past_key_values, is_first: bool):
         """All slots so far, `(B, H, S, D)` keys and values. The first token of all completes no pair: slot 0 is 0."""

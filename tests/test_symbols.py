@@ -168,7 +168,7 @@ def test_a_failed_training_stops_those_not_begun_and_is_told(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "somebody's file").touch()
     with pytest.raises(ValueError, match="not the folder of a run"):
-        parallel.run_all([bad, fine], workers=2)
+        parallel.run_all([parallel.recipe_job(bad), parallel.recipe_job(fine)], workers=2)
     assert (tmp_path / "bad" / "somebody's file").exists()
 
 

@@ -10,10 +10,10 @@ import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -31,27 +31,44 @@ def tell_progress(folder: Path, share: float) -> None:
         _messages.put((str(folder), share))
 
 
-def run_all(recipes: Sequence[BaseRecipe], workers: int, description: str = "trainings") -> None:
-    """Do every recipe's run; a finished one is only checked, and what an interruption leaves, the next call resumes.
+class Job(NamedTuple):
+    """Work in a folder of its own, done by a function of a module."""
+
+    folder: Path
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def recipe_job(recipe: BaseRecipe) -> Job:
+    """A recipe's run; a finished one is only checked, and one that was interrupted goes on."""
+    return Job(recipe.folder, _run_recipe, (recipe,))
+
+
+def _run_recipe(recipe: BaseRecipe) -> dict[str, Any]:
+    return task_module(recipe.task).run(recipe)
+
+
+def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -> None:
+    """Do every job, several at once.
 
     Args:
-        recipes: of runs in different folders.
+        jobs: in different folders.
         workers: processes at once; each gets its share of the threads. 1: here, one after the other.
         description: what the bar calls them.
 
     Raises:
-        Exception: the first one that a run raised; runs that had begun are finished before, others are not begun.
+        Exception: the first one that a job raised; jobs that had begun are finished before, others are not begun.
     """
-    if workers == 1 or len(recipes) < 2:
-        for recipe in recipes:
-            PartialState().print(f"{recipe.folder}:", flush=True)
-            task_module(recipe.task).run(recipe)
+    if workers == 1 or len(jobs) < 2:
+        for job in jobs:
+            PartialState().print(f"{job.folder}:", flush=True)
+            job.function(*job.arguments)
         return
     messages = multiprocessing.get_context("spawn").Queue()
-    waiting, running, failure = list(recipes), {}, None
+    waiting, running, failure = list(jobs), {}, None
     bar_format = "{desc}: {n:.2f} of {total} |{bar}| {elapsed}<{remaining}"
-    bar = tqdm(total=len(recipes), desc=description, bar_format=bar_format)
-    with bar, start_workers(min(workers, len(recipes)), messages) as idle:
+    bar = tqdm(total=len(jobs), desc=description, bar_format=bar_format)
+    with bar, start_workers(min(workers, len(jobs)), messages) as idle:
         shares: dict[str, float] = {}
         while waiting or running:
             while waiting and idle:
@@ -75,17 +92,17 @@ def _received(messages) -> Iterator[tuple[str, float]]:
             yield messages.get_nowait()
 
 
-def run_logged(recipe: BaseRecipe) -> dict[str, Any]:
-    """Do a recipe's run; what it prints goes into a file beside its folder."""
-    log = recipe.folder.with_name(f"{recipe.folder.name}.log")
+def run_logged(job: Job) -> Any:
+    """Do a job; what it prints goes into a file beside its folder."""
+    log = job.folder.with_name(f"{job.folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
         log.open("a", encoding="utf-8", buffering=1) as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
-        result = task_module(recipe.task).run(recipe)
-    tell_progress(recipe.folder, 1.0)
+        result = job.function(*job.arguments)
+    tell_progress(job.folder, 1.0)
     return result
 
 

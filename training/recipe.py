@@ -54,6 +54,7 @@ TASKS = {
     "regbench": "training.experiments.regbench",
     "induction": "training.experiments.induction",
     "search": "training.experiments.search",
+    "three_moons": "training.experiments.three_moons",
 }
 
 # Fields of TrainingArguments that the run decides itself, and what to use instead.

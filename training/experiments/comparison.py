@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training import train
 from training.evaluate import load_model
-from training.parallel import run_all
+from training.parallel import recipe_job, run_all
 from training.publish import write_text
 from training.recipe import CONFIGURATION, BaseRecipe, TrainingRecipe, load_recipe, task_module
 from training.result import environment
@@ -184,7 +184,7 @@ def run_comparison(
         claim_folder(recipe, {"hash": recipe.hash, "data": data, "recipe": recipe.content()}, state, restart)
         written = recipe.folder / "result.json"
         if not written.is_file():
-            run_all([training.recipe for training in recipe.trainings], recipe.workers)
+            run_all([recipe_job(training.recipe) for training in recipe.trainings], recipe.workers)
             if state.is_main_process:
                 result = _header(recipe, data) | measure(recipe)
                 result["claims"] = [claim._asdict() for claim in result["claims"]]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock
 
-from training.parallel import run_logged
+from training.parallel import recipe_job, run_logged
 from training.recipe import BaseRecipe, nearest
 
 
@@ -35,7 +35,7 @@ def run_trial(recipe: BaseRecipe, metric: str) -> Outcome:
     # Another worker may have drawn the same settings: it waits here, and then finds the result.
     with FileLock(folder.with_name(f".{folder.name}.trial.lock")):
         try:
-            result = run_logged(recipe)
+            result = run_logged(recipe_job(recipe))
         except (ValueError, torch.OutOfMemoryError) as error:
             return Outcome(None, f"{error}", round(time.monotonic() - start, 3))
     value = _look_up(result, metric)
