@@ -229,11 +229,12 @@ def part(heads, seed, *values, together=1.0):
 ONE_HEAD = (0.6, 0.6, 0.6, 0.6, 0.1)
 THREE_HEADS = (0.6, 0.4, 0.2, 0.1, 0.1)
 FAILED = (0.6, 0.6, 0.5, 0.5, 0.5)
+RAN_AWAY = (40.0, 8.0, 0.4, 0.2, 0.1)
 
 
 @pytest.mark.parametrize(
     ("values", "at_the_end", "at_each"),
-    [(ONE_HEAD, True, False), (THREE_HEADS, False, True), (FAILED, False, False), ([0.6] * 5, False, False)],
+    [(ONE_HEAD, True, False), (THREE_HEADS, False, True), (FAILED, False, False), (RAN_AWAY, False, False)],
 )
 def test_falls_are_told_from_levels(values, at_the_end, at_each):
     found = sections(*values)["sections"]["validation"]

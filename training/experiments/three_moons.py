@@ -34,13 +34,14 @@ from training.experiments.moon_training import (
 from training.parallel import Job, run_all
 from training.publish import write_text
 from training.recipe import BaseRecipe
-from training.result import environment, mean_and_deviation
+from training.result import environment
 from training.run_folder import claim_folder, only_run_in
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]
 
 IDENTITY_BETAS = (5000.0, 50.0)  # nearly no blur, and that of the trained models
+AMPLITUDE = 1.0  # of each coordinate of a moon
 FALL = 0.9  # a section lies below the one before it if it is at most so many times as large
 NEAR_PERMUTATION = 0.9
 SYSTEM_NAMES = {
@@ -181,8 +182,17 @@ def falls_at_the_end_only(sections: dict[str, float]) -> bool:
 
 
 def falls_at_each_period(sections: dict[str, float]) -> bool:
-    """What one memory for each moon does: a fall at each period, so that the common one is not waited for."""
-    return all(falls(sections)[:3])
+    """What one memory for each moon does: a fall at each period, so that the common one is not waited for.
+
+    Predictions that ran away, beyond the moons' own circles, are none to begin with.
+    """
+    return all(falls(sections)[:3]) and max(sections.values()) <= AMPLITUDE
+
+
+def _median_and_range(values: list[float], digits: int) -> str:
+    # Not a mean: predictions in a row can run away, and one seed that does would hide all others.
+    median = f"{statistics.median(values):.{digits}f}"
+    return median if len(values) == 1 else f"{median} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def _by_heads(rows: list[dict[str, Any]], heads: int) -> list[dict[str, Any]]:
@@ -208,10 +218,10 @@ def _table(parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> str
 
 
 def _table_line(model: str, seeds: str, system: str, rows: list[dict[str, Any]]) -> str:
-    cells = [mean_and_deviation([row["sections"][system][name] for row in rows], 3) for name in SECTIONS]
+    cells = [_median_and_range([row["sections"][system][name] for row in rows], 3) for name in SECTIONS]
     # One head may mix the moons in any way and predict the same: there the number would say nothing.
     together = [row["permutation"]["together"] for row in rows]
-    nearness = mean_and_deviation(together, 2) if rows[0]["heads"] > 1 else "-"
+    nearness = _median_and_range(together, 2) if rows[0]["heads"] > 1 else "-"
     return f"| {model} | {rows[0]['heads']} | {seeds} | {system} | {' | '.join(cells)} | {nearness} |"
 
 
@@ -232,7 +242,7 @@ def _verdict(successes: int, count: int) -> str:
 
 
 def _told(rows: list[dict[str, Any]], hold: list[bool]) -> str:
-    sections = [mean_and_deviation([row["sections"]["validation"][name] for row in rows], 2) for name in SECTIONS]
+    sections = [_median_and_range([row["sections"]["validation"][name] for row in rows], 2) for name in SECTIONS]
     failed = ", ".join(str(row["seed"]) for row, holds in zip(rows, hold, strict=True) if not holds)
     count = f"{sum(hold)} of {len(hold)} seeds" + (f" (not {failed})" if failed else "")
     return f"{count}; all seeds: {', '.join(sections)}"
@@ -280,7 +290,7 @@ def _claim_before_the_common_period(one: list[dict[str, Any]], three: list[dict[
     return Claim(
         "Between the longest and the common period three heads predict well, and one head cannot",
         "Fig. 5 against Fig. 4",
-        f"deviation {mean_and_deviation(before[3], 2)} with three heads, {mean_and_deviation(before[1], 2)} with one; "
+        f"deviation {_median_and_range(before[3], 2)} with three heads, {_median_and_range(before[1], 2)} with one; "
         f"{sum(hold)} of {len(hold)} seeds at most half of it",
         _verdict(sum(hold), len(hold)),
     )
