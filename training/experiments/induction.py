@@ -14,8 +14,9 @@ from training.result import mean_and_deviation
 
 __all__ = ["Recipe", "plan", "run", "summary"]
 
-# From where on a model counts as doing the task, and up to where as not: shares of what an informed reader gets right.
-SOLVED, UNSOLVED = 0.95, 0.85
+# From where on a model does the task, and from where on it has found it at all: shares of what an informed reader gets
+# right.
+SOLVED, FOUND = 0.95, 0.5
 
 
 class Recipe(ComparisonRecipe):
@@ -92,7 +93,7 @@ def _claim(results: dict[str, list[dict[str, Any]]], informed: float) -> Claim:
     mosaic, shallow, deep = (_accuracy(runs) for runs in list(results.values())[:3])
     told = [f"{label} {mean_and_deviation(_accuracy(runs), 3)}" for label, runs in list(results.items())[:3]]
     told.append(f"a reader who knows the bigrams {informed:.3f}")
-    if min(mosaic + deep) >= SOLVED * informed and max(shallow) <= UNSOLVED * informed:
+    if min(mosaic) >= SOLVED * informed and min(deep) >= FOUND * informed > max(shallow):
         verdict = "reproduced"
     else:
         verdict = "contradicted" if statistics.mean(mosaic) <= statistics.mean(shallow) else "not at this size"
