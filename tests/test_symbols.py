@@ -9,9 +9,9 @@ import yaml
 from safetensors.torch import load_file
 
 from training import parallel
-from training.experiments import symbols
+from training.experiments import induction, symbols
 from training.experiments.automata import AutomataSection
-from training.experiments.regbench import Series, _claims_on_number
+from training.experiments.regbench import Series, _claim_out_of_distribution, _claims_on_number
 from training.recipe import CONFIGURATION, load_recipe, task_module
 from training.result import claims_table
 
@@ -183,6 +183,41 @@ def test_the_curve_over_automata_counts_as_reproduced_only_if_it_gets_better():
     mixed = list(_claims_on_number([series(100, 0.9, 0.6), series(500, 0.8, 0.5)]))
     assert [claim.verdict for claim in mixed] == ["contradicted", "reproduced"]
     assert "0.924, 0.928" in better[0].paper
+
+
+@pytest.mark.parametrize(
+    ("mosaic", "transformer", "verdict"),
+    [
+        ([0.91, 0.92], [0.5, 0.6], "reproduced"),
+        ([0.89, 0.92], [0.5, 0.6], "not at this size"),
+        ([0.91, 0.92], [0.5, 0.61], "not at this size"),
+        ([0.5, 0.6], [0.7, 0.8], "contradicted"),
+    ],
+)
+def test_verdicts_on_new_automata_take_every_seed(mosaic, transformer, verdict):
+    first, second = (
+        Series(label, 100, [{"metrics": {"test": {"accuracy": value}}, "seed": 0} for value in values])
+        for label, values in (("Memory Mosaic", mosaic), ("Transformer", transformer))
+    )
+    assert _claim_out_of_distribution(first, second).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "verdict"),
+    [
+        ([[0.95, 0.96], [0.1, 0.2], [0.8, 0.9]], "reproduced"),
+        ([[0.95, 0.80], [0.1, 0.2], [0.8, 0.9]], "not at this size"),
+        ([[0.95, 0.96], [0.1, 0.2], [0.8, 0.1]], "not at this size"),
+        ([[0.95, 0.96], [0.1, 0.6], [0.8, 0.9]], "not at this size"),
+        ([[0.10, 0.10], [0.1, 0.2], [0.8, 0.9]], "contradicted"),
+    ],
+)
+def test_verdicts_on_induction_take_every_seed(accuracies, verdict):
+    results = {
+        label: [{"metrics": {"test": {"accuracy": accuracy}}} for accuracy in values]
+        for label, values in zip(("mosaic", "one", "two"), accuracies, strict=True)
+    }
+    assert induction._claim(results, informed=0.97).verdict == verdict
 
 
 def test_automata_default_to_the_sizes_of_regbench():
