@@ -247,7 +247,7 @@ def _draw_measure(recipe: Recipe, axis, series: list[Series], measure: str) -> N
                 axis.plot(value, [place] * len(value), "k.", ms=3)
         axis.set_yticks(range(len(series)), [one.label for one in series], fontsize=8)
         axis.invert_yaxis()
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=2)
         return
     for number, label in enumerate(recipe.runs):
         own = [one for one in series if one.label == label]
