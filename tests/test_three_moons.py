@@ -182,7 +182,7 @@ def test_the_experiment_runs_and_a_second_call_shows_it(tiny, monkeypatch):
     assert [(part["heads"], part["seed"]) for part in result["measured"]["trained"]] == list(recipe.parts)
     assert result["recipe_hash"] == recipe.hash and result["commit"] is None or "hash" in result["commit"]
     assert len(result["measured"]["trained"][0]["curves"]["validation"]) == len(range(1, 104, 2))
-    assert result["table"].count("\n| trained | 3 | 0, 1 |") == 2
+    assert result["table"].count("\n| trained, median | 3 | 0, 1 |") == 2
     assert {claim["verdict"] for claim in result["claims"]} <= {"reproduced", "not at this size", "contradicted"}
     assert "reproduced" == result["claims"][-1]["verdict"]  # identity weights, whatever is trained
     for name in ("", "_weights", "_units"):
@@ -226,11 +226,12 @@ def part(heads, seed, *values, together=1.0):
 ONE_HEAD = (0.6, 0.6, 0.6, 0.6, 0.1)
 THREE_HEADS = (0.6, 0.4, 0.2, 0.1, 0.1)
 FAILED = (0.6, 0.6, 0.5, 0.5, 0.5)
+DIVERGED = (4e4, 900.0, 300.0, 7.0, 0.3)
 
 
 @pytest.mark.parametrize(
     ("values", "at_the_end", "at_each"),
-    [(ONE_HEAD, True, False), (THREE_HEADS, False, True), (FAILED, False, False), ([0.6] * 5, False, False)],
+    [(ONE_HEAD, True, False), (THREE_HEADS, False, True), (FAILED, False, False), (DIVERGED, False, False)],
 )
 def test_falls_are_told_from_levels(values, at_the_end, at_each):
     found = sections(*values)["sections"]["validation"]
