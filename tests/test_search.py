@@ -105,6 +105,7 @@ def killed(path, folder, *overrides):
     (folder.parent / "hold").unlink()
 
 
+@pytest.mark.slow
 def test_a_killed_search_repeats_nothing_finished_and_goes_on_in_parallel(write):
     path = write()
     recipe = load_recipe(path, ["workers=2"])
