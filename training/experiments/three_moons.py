@@ -191,8 +191,12 @@ def falls_at_each_period(sections: dict[str, float]) -> bool:
 
 def _median_and_range(values: list[float], digits: int) -> str:
     # Not a mean: predictions in a row can run away, and one seed that does would hide all others.
-    median = f"{statistics.median(values):.{digits}f}"
-    return median if len(values) == 1 else f"{median} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    median, low, high = (_number(value, digits) for value in (statistics.median(values), min(values), max(values)))
+    return median if len(values) == 1 else f"{median} ({low} to {high})"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if value < 10 else f"{value:,.0f}"
 
 
 def _by_heads(rows: list[dict[str, Any]], heads: int) -> list[dict[str, Any]]:
@@ -325,7 +329,7 @@ def _draw_curves(recipe: Recipe, parts: list[dict[str, Any]], identities: list[d
                 axis.plot(lengths, identity["curves"][system], style, lw=1, color="black", label=label)
             _mark_periods(axis, _rounded_landmarks(recipe, system))
             axis.set_title(f"{heads_in_words(heads)}, {SYSTEM_NAMES[system]}", fontsize=9, pad=16)
-            axis.set_ylim(0)
+            axis.set_ylim(0, AMPLITUDE)  # a model that runs away leaves the picture
     for axis in axes[:, 0]:
         axis.set_ylabel(f"mean absolute deviation,\n{recipe.horizon} predictions in a row", fontsize=8)
     for axis in axes[-1]:
@@ -400,7 +404,8 @@ def _late_deviation(part: dict[str, Any]) -> float:
 
 
 def _draw_moons_by_head(axis, matrix: np.ndarray) -> None:
-    _picture(axis, matrix)
+    _picture(axis, matrix.round(2) + 0.0)  # no minus before a zero
+    axis.set_aspect("auto")
     axis.set_xticks(range(moons.NUM_MOONS), [f"period {period:g}" for period in moons.VALIDATION_TRIPLE])
     axis.set_yticks(range(len(matrix)))
     axis.set_xlabel("whose prediction it is")
