@@ -6,7 +6,9 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # The oldest transformers that pyproject.toml allows, and the tests that need nothing besides it.
 OLDEST := transformers==5.18.0
-CORE := $(addprefix tests/test_,modeling.py packing.py cache.py generation.py classification.py saving.py \
+# Two processes of one thread each, so that two cores are busy; the tests of a file stay together.
+SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+CORE := $(addprefix tests/test_,modeling.py continuous.py packing.py cache.py generation.py classification.py saving.py \
 	configuration.py specification.py fuzz.py)
 
 RESULTS ?= three_moons induction regbench_search regbench_search_rope regbench regbench_automata \
@@ -18,7 +20,7 @@ demo: .venv/installed
 	$(BIN)/python -m training run configuration/recipe/demo.yaml
 
 test: .venv/installed-for-tests
-	$(BIN)/python -m pytest
+	$(SUITE)
 
 test-slow: .venv/installed-for-tests
 	$(BIN)/python -m pytest -m slow
@@ -32,7 +34,7 @@ check: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mlinter modeling_memory_mosaic
-	$(BIN)/python -m pytest
+	$(SUITE)
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py --output benchmarks/speed.json
