@@ -39,7 +39,7 @@ check: .venv/installed-for-tests
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py --output benchmarks/speed.json
 
-# Every experiment at CPU size, each less than an hour on two cores: interrupt it anywhere, and start it again to go on.
+# Every experiment at CPU size, each an hour at most on two cores: interrupt it anywhere, and start it again to go on.
 # Those from `training_curves` on read stories from the Hub.
 results: .venv/installed
 	@for recipe in $(RESULTS); do \

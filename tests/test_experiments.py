@@ -26,6 +26,7 @@ SMALL = [
     "base=smoke",
     "seeds=[0]",
     "depths=[1]",
+    "workers=1",
     "common.tokens=2_048",
     "common.data.train.num_stories=40",
     "common.data.validation.num_stories=12",

@@ -53,13 +53,14 @@ def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -
 
     Args:
         jobs: in different folders.
-        workers: processes at once; each gets its share of the threads. 1: here, one after the other.
+        workers: processes at once; each gets its share of the threads. 1, or under `accelerate launch`, whose
+            processes do each job together: here, one after the other.
         description: what the bar calls them.
 
     Raises:
         Exception: the first one that a job raised; jobs that had begun are finished before, others are not begun.
     """
-    if workers == 1 or len(jobs) < 2:
+    if workers == 1 or len(jobs) < 2 or PartialState().num_processes > 1:
         for job in jobs:
             PartialState().print(f"{job.folder}:", flush=True)
             job.function(*job.arguments)
