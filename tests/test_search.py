@@ -326,7 +326,7 @@ def test_a_search_of_trainings_from_the_command_line(tmp_path, monkeypatch):
         "output_dir": str(tmp_path / "out"),
     }
     path = tmp_path / "smoke_search.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     ran = CliRunner().invoke(app, ["run", str(path)])
     assert ran.exit_code == 0, ran.output
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
