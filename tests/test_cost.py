@@ -215,7 +215,8 @@ def test_measured_rate_is_possible_and_leaves_randomness_alone():
 
 
 def test_peak_memory_is_in_bytes_and_of_this_process():
-    now = psutil.Process().memory_info().rss
+    # Each thread counts its newest pages by itself for a while, so that the two numbers may lie some of them apart.
+    now = psutil.Process().memory_info().rss - 2**22
     assert now <= peak_memory_bytes(torch.device("cpu")) < psutil.virtual_memory().total
 
 
