@@ -205,12 +205,13 @@ def test_the_first_volume_has_to_be_named(tmp_path):
         texts("elsewhere.7z.001")
 
 
-# Position of the byte that is changed: in the list's checksum, the packed text, the list of members.
-@pytest.mark.parametrize("position", [30, 100, len(CONTENT) // 2, len(CONTENT) - 10])
+# Which byte is changed, from the start or the end: in the list's checksum, the packed text, the list of members. (An
+# archive holds the time at which it was made, and its length varies with it: no name of a test may depend on that.)
+@pytest.mark.parametrize("position", [30, 100, "middle", -10])
 @pytest.mark.parametrize("filters", [None, [{"id": py7zr.FILTER_BZIP2}], [{"id": py7zr.FILTER_ZSTD}]])
 def test_a_damaged_archive_is_refused(tmp_path, cache, position, filters):
     content = bytearray(packed(filters=filters))
-    content[min(position, len(content) - 10)] ^= 0xFF
+    content[len(content) // 2 if position == "middle" else position] ^= 0xFF
     volumes = cut(tmp_path / "a", bytes(content))
     with pytest.raises(ValueError, match=r"stories\.7z\.001: the archive is damaged \(.+\): get "):
         texts(volumes[0])
