@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 from collections import defaultdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 import typer
 
 from training.publish import staged_file, write_text
+from training.recipe import BaseRecipe
 
 
 CLONE = Path(__file__).resolve().parents[1]
@@ -32,6 +34,18 @@ RESULTS = CLONE / "training" / "results"
 SPEED = CLONE / "benchmarks" / "speed.json"
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets")
 BLOCK = re.compile(r"(<!-- results: (?P<name>[\w.-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def header(recipe: BaseRecipe) -> dict[str, Any]:
+    """What every `result.json` says of its recipe, and of when and where it was run."""
+    return {
+        "name": recipe.name,
+        "task": recipe.task,
+        "recipe": recipe.model_dump(exclude={"output_dir"}),
+        "recipe_hash": recipe.hash,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **environment(),
+    }
 
 
 def environment() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 
 import json
 import math
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from training.evaluate import load_model, mean_loss, tokens_and_bytes
 from training.loop import LanguageModelTrainer
 from training.publish import export_model, staged_folder, verify_export
 from training.recipe import Recipe
-from training.result import bits_per_byte, environment, learning_curve, perplexity, tokens_per_second, write_result
+from training.result import bits_per_byte, header, learning_curve, perplexity, tokens_per_second, write_result
 from training.run_folder import claim_folder, only_run_in
 from training.tokenizer import load_tokenizer, train_tokenizer
 
@@ -318,15 +317,10 @@ def _result(
     utilisation = None if speed is None else round(speed / trainer.peak_tokens_per_second, 5)
     size = tokens_and_bytes(load_stories(**data.validation.model_dump()), tokenizer)
     return {
-        "name": recipe.name,
-        "task": recipe.task,
+        **header(recipe),
         "model": recipe.model,
         "seed": recipe.seed,
-        "recipe": recipe.model_dump(exclude={"output_dir"}),
         "architecture": recipe.architecture,
-        "recipe_hash": recipe.hash,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **environment(),
         "num_processes": trainer.args.world_size,
         "precision": trainer.accelerator.mixed_precision,
         "data": json.loads((recipe.folder / "run.json").read_text(encoding="utf-8"))["data"],

@@ -240,13 +240,18 @@ def draw_splits(section: AutomataSection) -> DatasetDict:
 
     They are drawn once, into `data_folder`, where `datasets.load_dataset` reads them too.
     """
+    folder = _drawn(section)
+    return DatasetDict({name: Dataset(pq.read_table(folder / f"{name}.parquet")) for name in SPLITS})
+
+
+def _drawn(section: AutomataSection) -> Path:
     folder = data_folder(section)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
             splits = DatasetDict({name: draw_split(section, number) for name, number in SPLITS.items()})
             save_splits(section, splits, folder)
-    return DatasetDict({name: Dataset(pq.read_table(folder / f"{name}.parquet")) for name in SPLITS})
+    return folder
 
 
 def data_folder(section: AutomataSection) -> Path:
@@ -257,8 +262,8 @@ def data_folder(section: AutomataSection) -> Path:
 
 def provenance(section: AutomataSection) -> dict[str, Any]:
     """What a training reads, as its result tells it; draws it if it is not there yet."""
-    draw_splits(section)
-    return {name: {"sha256": checksum(data_folder(section) / f"{name}.parquet")} for name in SPLITS}
+    folder = _drawn(section)
+    return {name: {"sha256": checksum(folder / f"{name}.parquet")} for name in SPLITS}
 
 
 def save_splits(section: AutomataSection, splits: DatasetDict, folder: Path) -> None:

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ from training.experiments.comparison import Claim
 from training.experiments.story_prompts import FEATURES, FIRST_NUMBER, LISTS, REQUESTS, TEMPLATE
 from training.publish import remove_leftovers, staged_file, write_text
 from training.recipe import CONFIGURATION, BaseRecipe, Section
-from training.result import environment
+from training.result import header
 from training.run_folder import claim_folder, only_run_in
 from training.tokenizer import load_tokenizer
 
@@ -502,13 +502,8 @@ def _finish(
             f"{recipe.folder / 'rejected.jsonl'}, and take another generator or template"
         )
     result = {
-        "name": recipe.name,
-        "task": recipe.task,
+        **header(recipe),
         "seed": recipe.seed,
-        "recipe": recipe.model_dump(exclude={"output_dir"}),
-        "recipe_hash": recipe.hash,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **environment(),
         "num_processes": desk.state.num_processes,
         "data": json.loads((recipe.folder / "run.json").read_text(encoding="utf-8"))["data"],
         "generator": {"name": recipe.generator_name, "revision": _revision(recipe.generator.model)},

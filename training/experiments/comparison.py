@@ -9,7 +9,6 @@ is not finished is trained, or resumed, before anything is measured.
 import functools
 import json
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +23,7 @@ from training.evaluate import load_model
 from training.parallel import recipe_job, run_all
 from training.publish import write_text
 from training.recipe import CONFIGURATION, BaseRecipe, TrainingRecipe, load_recipe, task_module
-from training.result import environment
+from training.result import header
 from training.run_folder import claim_folder, only_run_in
 
 
@@ -186,24 +185,12 @@ def run_comparison(
         if not written.is_file():
             run_all([recipe_job(training.recipe) for training in recipe.trainings], recipe.workers)
             if state.is_main_process:
-                result = _header(recipe, data) | measure(recipe)
+                trainings = [_training_summary(training) for training in recipe.trainings]
+                result = header(recipe) | {"data": data, "trainings": trainings} | measure(recipe)
                 result["claims"] = [claim._asdict() for claim in result["claims"]]
                 write_text(written, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
             state.wait_for_everyone()
         return json.loads(written.read_text(encoding="utf-8"))
-
-
-def _header(recipe: ComparisonRecipe, data: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "name": recipe.name,
-        "task": recipe.task,
-        "recipe": recipe.model_dump(exclude={"output_dir"}),
-        "recipe_hash": recipe.hash,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **environment(),
-        "data": data,
-        "trainings": [_training_summary(training) for training in recipe.trainings],
-    }
 
 
 def _training_summary(training: Trained) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +34,7 @@ from training.experiments.search_trials import Outcome, run_trial
 from training.parallel import start_workers
 from training.publish import write_text
 from training.recipe import CONFIGURATION, BaseRecipe, Section, load_recipe
-from training.result import environment
+from training.result import header
 from training.run_folder import claim_folder, only_run_in
 
 
@@ -260,12 +259,7 @@ def _search(recipe: Recipe) -> dict[str, Any]:
         )
     _draw(recipe, ranking, recipe.folder / f"{recipe.name}.png")
     return {
-        "name": recipe.name,
-        "task": recipe.task,
-        "recipe": recipe.model_dump(exclude={"output_dir"}),
-        "recipe_hash": recipe.hash,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **environment(),
+        **header(recipe),
         "data": _data(recipe, ranking),
         "measured": {"best": ranking[0], "trials": trials},
         "table": _table(recipe, ranking, trials),

@@ -8,7 +8,6 @@ epochs is chosen in RegBench.
 
 import json
 import math
-from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,7 +24,7 @@ from training.experiments.induction_data import InductionSection
 from training.loop import LanguageModelTrainer
 from training.publish import export_model, write_text
 from training.recipe import TrainingRecipe, TrainingSection
-from training.result import environment
+from training.result import header
 from training.run_folder import claim_folder, only_run_in
 
 
@@ -149,15 +148,10 @@ def _train(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
     best = max(curve, key=lambda entry: entry["eval_accuracy"])  # of equals the first, as `evaluate` keeps it
     model = load_causal_lm(recipe.folder / "best")
     return {
-        "name": recipe.name,
-        "task": recipe.task,
+        **header(recipe),
         "model": recipe.model,
         "seed": recipe.seed,
-        "recipe": recipe.model_dump(exclude={"output_dir"}),
         "architecture": recipe.architecture,
-        "recipe_hash": recipe.hash,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **environment(),
         "parameters": train.num_parameters(recipe),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,

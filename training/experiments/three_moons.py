@@ -8,7 +8,6 @@ its own period on. Models with one and with three heads are trained with several
 import json
 import statistics
 from collections import defaultdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +33,7 @@ from training.experiments.moon_training import (
 from training.parallel import Job, run_all
 from training.publish import write_text
 from training.recipe import BaseRecipe
-from training.result import environment
+from training.result import header
 from training.run_folder import claim_folder, only_run_in
 
 
@@ -128,21 +127,9 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         if not written.is_file():
             jobs = [Job(folder, train_part, (recipe, *part, folder)) for part, folder in recipe.parts.items()]
             run_all(jobs, recipe.workers)
-            result = _header(recipe, data) | _results(recipe)
+            result = header(recipe) | {"data": data} | _results(recipe)
             write_text(written, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         return json.loads(written.read_text(encoding="utf-8"))
-
-
-def _header(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "name": recipe.name,
-        "task": recipe.task,
-        "recipe": recipe.model_dump(exclude={"output_dir"}),
-        "recipe_hash": recipe.hash,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **environment(),
-        "data": data,
-    }
 
 
 def _results(recipe: Recipe) -> dict[str, Any]:
