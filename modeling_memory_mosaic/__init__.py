@@ -9,9 +9,16 @@ from .cache_memory_mosaic import (
     memory_from_state_dict,
     memory_state_dict,
 )
+from .configuration_memory_model import MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .continuous_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
 from .inspection_memory_mosaic import MemoryMosaicUnits, inspect_units, summarize_units
+from .modeling_memory_model import (
+    MemoryModelCache,
+    MemoryModelEncoder,
+    MemoryModelForCausalLM,
+    MemoryModelPreTrainedModel,
+)
 from .modeling_memory_mosaic import (
     MemoryMosaicForCausalLM,
     MemoryMosaicForSequenceClassification,
@@ -26,6 +33,9 @@ AutoConfig.register(MemoryMosaicConfig.model_type, MemoryMosaicConfig, exist_ok=
 AutoModel.register(MemoryMosaicConfig, MemoryMosaicModel, exist_ok=True)
 AutoConfig.register(ContinuousMemoryMosaicConfig.model_type, ContinuousMemoryMosaicConfig, exist_ok=True)
 AutoModel.register(ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel, exist_ok=True)
+AutoConfig.register(MemoryModelConfig.model_type, MemoryModelConfig, exist_ok=True)
+AutoModel.register(MemoryModelConfig, MemoryModelEncoder, exist_ok=True)
+AutoModelForCausalLM.register(MemoryModelConfig, MemoryModelForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(MemoryMosaicConfig, MemoryMosaicForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(MemoryMosaicConfig, MemoryMosaicForSequenceClassification, exist_ok=True)
 
@@ -34,12 +44,20 @@ MemoryMosaicConfig.register_for_auto_class()
 MemoryMosaicModel.register_for_auto_class("AutoModel")
 ContinuousMemoryMosaicConfig.register_for_auto_class()
 ContinuousMemoryMosaicModel.register_for_auto_class("AutoModel")
+MemoryModelConfig.register_for_auto_class()
+MemoryModelEncoder.register_for_auto_class("AutoModel")
+MemoryModelForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 MemoryMosaicForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 MemoryMosaicForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 __all__ = [
     "ContinuousMemoryMosaicConfig",
     "ContinuousMemoryMosaicModel",
+    "MemoryModelCache",
+    "MemoryModelConfig",
+    "MemoryModelEncoder",
+    "MemoryModelForCausalLM",
+    "MemoryModelPreTrainedModel",
     "MemoryMosaicCacheLayer",
     "MemoryMosaicConfig",
     "MemoryMosaicForCausalLM",

@@ -1,0 +1,904 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The Memory Mosaic authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Memory models (arXiv 2602.13466): a decoder that reads the memories of past chunks in place of their tokens.
+
+Shapes use B batch, T tokens, L tokens of a chunk, M memories, K vectors of a memory, D their width, R rows of the decoder
+(one for each chunk), C = hidden size of the decoder, V = vocabulary.
+
+Each chunk has a row of its own: the memories of the chunks before it, a slot that says what to do (BEGIN or COPY), and its
+tokens. So what is read at a slot predicts the token of the next one, the chunk's first token is predicted at BEGIN, and
+the chunk's last token is an input of no row: the next row begins behind it. Nothing else carries over from row to row,
+so all chunks are encoded in one pass and all rows decoded in another.
+
+Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
+"""
+
+import hashlib
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+
+from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
+from .configuration_memory_mosaic import MemoryMosaicConfig
+from .modeling_memory_mosaic import MEMORY_NAME, MemoryMosaicForCausalLM, MemoryMosaicModel, one_memory
+
+
+# Rounding to so many codes on each side of zero; float8 e4m3 reaches to 448.
+INT8_LIMIT, FP8_LIMIT = 127.0, 448.0
+
+
+@dataclass
+class MemoryModelEncoderOutput(ModelOutput):
+    """
+    Args:
+        memories (`torch.Tensor` of shape `(B, M, K, D)`): of each row's full chunks, the first one first.
+        memory_mask (`torch.Tensor` of shape `(B, M)`): False where a row has fewer of them.
+    """
+
+    memories: torch.Tensor | None = None
+    memory_mask: torch.Tensor | None = None
+
+
+@dataclass
+class MemoryModelOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor`): the weighted sum of the parts, in nats.
+        logits (`torch.Tensor` of shape `(B, T, V)`): at each token, of the next one.
+        causal_loss, autoencoding_loss, copy_loss, blank_copy_loss (`torch.Tensor`): the parts whose weight is positive,
+            each a mean over its targets.
+        past_key_values, cache ([`MemoryModelCache`]): what was read, under the name that this transformers uses.
+        memories (`torch.Tensor` of shape `(B, M, K, D)`) and memory_mask (`(B, M)`): of all chunks that were read to
+            their end, those that were given included; the latest one last, and rows that have fewer begin with none.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    causal_loss: torch.Tensor | None = None
+    autoencoding_loss: torch.Tensor | None = None
+    copy_loss: torch.Tensor | None = None
+    blank_copy_loss: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    cache: Cache | None = None
+    memories: torch.Tensor | None = None
+    memory_mask: torch.Tensor | None = None
+
+
+class MemoryModelCache(Cache):
+    """What a memory model has read: memories of finished chunks, and of the unfinished one its ids and decoder row.
+
+    The decoder's own cache holds one row: at most `chunk_length` slots, and those of the memories. Made by the model
+    itself, in `generate` or with `use_cache=True`.
+    """
+
+    def __init__(self):
+        super().__init__(layers=[])
+        self.reset()
+
+    def reset(self) -> None:
+        self.num_tokens = 0  # columns read so far, padding included
+        self.ids = self.is_token = None  # (B, P): of the unfinished chunk, padding behind
+        self.memories = self.memory_mask = None  # (B, M, K, D) and (B, M), the latest last
+        self.row: DynamicCache | None = None
+        self.row_mask = None  # (B, slots of the row)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.num_tokens > 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.num_tokens
+
+    def num_row_slots(self) -> int:
+        """Slots that the decoder's cache holds at this moment."""
+        return 0 if self.row is None else self.row.get_seq_length()
+
+    def _map_rows(self, function) -> None:
+        for name in ("ids", "is_token", "memories", "memory_mask", "row_mask"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, function(tensor))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        if self.row is not None:
+            self.row.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        if self.row is not None:
+            self.row.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_rows(lambda tensor: tensor[indices])
+        if self.row is not None:
+            self.row.batch_select_indices(indices)
+
+    def crop(self, *args, **kwargs) -> None:
+        raise RuntimeError(
+            "A memory model cannot take tokens back: the memory of a finished chunk does not tell them. Decode without "
+            "an assistant, or read the shorter text anew."
+        )
+
+
+def left_aligned(is_token: torch.Tensor) -> torch.Tensor:
+    """The order `(B, T)` of positions in which tokens come first and padding last, both as they stood."""
+    return is_token.long().argsort(dim=1, descending=True, stable=True)
+
+
+def right_aligned(is_token: torch.Tensor) -> torch.Tensor:
+    """The order `(B, T)` of positions in which padding comes first and tokens last."""
+    return is_token.long().argsort(dim=1, stable=True)
+
+
+def take(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """`(B, N, ...)` at positions `order` `(B, ...)` of its second dimension: `(*order.shape, ...)`."""
+    rows = torch.arange(order.shape[0], device=order.device).view(-1, *[1] * (order.ndim - 1))
+    return tensor[rows, order]
+
+
+def round_through(memories: torch.Tensor, quantization: str | None) -> torch.Tensor:
+    """Memories `(..., D)` rounded for storage; the gradient passes as if they were not."""
+    if quantization is None:
+        return memories
+    codes, scale = to_codes(memories.detach(), quantization)
+    return memories + (from_codes(codes, scale, memories.dtype) - memories.detach())
+
+
+def to_codes(memories: torch.Tensor, quantization: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes `(..., D)`, of a byte each, and the scale `(..., 1)` of each vector, in float32."""
+    limit = INT8_LIMIT if quantization == "int8" else FP8_LIMIT
+    scale = memories.float().abs().amax(-1, keepdim=True) / limit
+    scaled = memories.float() / scale.masked_fill(scale == 0, 1.0)
+    codes = scaled.round().to(torch.int8) if quantization == "int8" else scaled.to(torch.float8_e4m3fn)
+    return codes, scale
+
+
+def from_codes(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (codes.float() * scale).to(dtype)
+
+
+# trf-ignore: TRF057
+class MemoryModelPreTrainedModel(PreTrainedModel):
+    config: MemoryModelConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """What backbones do not initialise themselves: slots, positions and the maps from a memory."""
+        if isinstance(module, MemoryModelEncoder):
+            std = module.backbone.get_input_embeddings().weight.std().item()
+            for parameter in (module.summary_embeddings, module.chunk_positions):
+                if parameter is not None:
+                    init.normal_(parameter, std=std)
+            if module.memory_proj is not None:
+                init.normal_(module.memory_proj.weight, std=module.memory_proj.in_features**-0.5)
+        elif isinstance(module, MemoryModelReader):
+            for parameter in (module.slot_embeddings, module.chunk_positions):
+                if parameter is not None:
+                    init.normal_(parameter, std=self.config.initializer_range)
+            for linear in (module.prefix_proj, *module.unroll_projs):
+                init.normal_(linear.weight, std=self.config.initializer_range * linear.in_features**-0.5)
+
+    def save_pretrained(self, *args, **kwargs):
+        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
+        module = __name__.rpartition(".")[2]
+        self.config.auto_map = {
+            "AutoConfig": "configuration_memory_model.MemoryModelConfig",
+            "AutoModel": f"{module}.MemoryModelEncoder",
+            "AutoModelForCausalLM": f"{module}.MemoryModelForCausalLM",
+        }
+        return super().save_pretrained(*args, **kwargs)
+
+
+# trf-ignore: TRF057
+class MemoryModelEncoder(MemoryModelPreTrainedModel):
+    """Writes chunks of text into embeddings: each chunk is read alone."""
+
+    base_model_prefix = "encoder"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^reader\."]
+
+    def __init__(self, config: MemoryModelConfig):
+        super().__init__(config)
+        width = config.encoder.hidden_size
+        self.backbone = build_backbone(config.encoder)
+        self.summary_embeddings = self.chunk_positions = self.memory_proj = None
+        if config.memory_pooling == "summary":
+            self.summary_embeddings = nn.Parameter(torch.empty(config.num_memory_embeddings, width))
+        if config.encoder_chunk_positions:
+            self.chunk_positions = nn.Parameter(torch.empty(config.chunk_length, width))
+        if config.memory_size != width:
+            self.memory_proj = nn.Linear(width, config.memory_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.backbone.set_input_embeddings(value)
+
+    # trf-ignore: TRF057
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MemoryModelEncoderOutput:
+        r"""
+        Memories of every full chunk of each row; tokens behind the last full chunk are not part of any.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): token ids below `vocab_size`.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at padding, 1 at tokens; chunks are counted
+                from each row's first token.
+
+        Raises:
+            ValueError: if no row has a full chunk.
+        """
+        ids, is_token, _ = take_text(input_ids, attention_mask)
+        lengths = is_token.sum(-1)
+        if lengths.max() < self.config.chunk_length:
+            raise ValueError(
+                f"The longest text has {lengths.max().item()} tokens, which do not fill a chunk of chunk_length="
+                f"{self.config.chunk_length}: there is nothing to encode."
+            )
+        memories, mask = self.encode_full_chunks(ids, lengths)
+        return MemoryModelEncoderOutput(memories=memories, memory_mask=mask)
+
+    def encode_full_chunks(self, ids, lengths):
+        """Of texts `(B, T)` without padding before or within, so many tokens long `(B,)`: memories and their mask."""
+        length = self.config.chunk_length
+        num_chunks = int(lengths.max()) // length
+        mask = torch.arange(num_chunks, device=ids.device) < (lengths // length)[:, None]
+        chunks = ids[:, : num_chunks * length].reshape(-1, length)
+        return self.encode_chunks(chunks).unflatten(0, (ids.shape[0], num_chunks)), mask
+
+    def encode_chunks(self, chunks: torch.LongTensor) -> torch.Tensor:
+        """Memories `(N, K, D)` of chunks `(N, L)`."""
+        if chunks.shape[0] == 0:
+            shape = (0, self.config.num_memory_embeddings, self.config.memory_size)
+            return torch.empty(shape, dtype=self.dtype, device=chunks.device)
+        embeds = embed(self.backbone, chunks)
+        if self.chunk_positions is not None:
+            embeds = embeds + self.chunk_positions
+        if self.summary_embeddings is not None:
+            embeds = torch.cat([embeds, self.summary_embeddings.expand(embeds.shape[0], -1, -1)], dim=1)
+        states = self.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        memories = states[:, -self.config.num_memory_embeddings :]
+        if self.memory_proj is not None:
+            memories = self.memory_proj(memories)
+        return round_through(memories, self.config.memory_quantization)
+
+    def fingerprint(self) -> str:
+        """sha256 of all weights and of the choices that shape a memory: two encoders of one fingerprint agree."""
+        kept = ("chunk_length", "num_memory_embeddings", "memory_size", "memory_pooling", "memory_quantization")
+        digest = hashlib.sha256(repr([(name, getattr(self.config, name)) for name in kept]).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class MemoryModelReader(nn.Module):
+    """Lays out the decoder's rows: slots of memories, the slot that says what to do, and the tokens."""
+
+    def __init__(self, config: MemoryModelConfig):
+        super().__init__()
+        self.config = config
+        width, window = config.decoder.hidden_size, config.unroll_width
+        self.slot_embeddings = nn.Parameter(torch.empty(3, width))  # BEGIN, COPY, BLANK
+        self.chunk_positions = None
+        if config.decoder_chunk_positions:
+            self.chunk_positions = nn.Parameter(torch.empty(config.chunk_length, width))
+        is_unrolled = config.memory_read == "unrolled_prefix"
+        self.prefix_proj = nn.Linear(window if is_unrolled else config.memory_size, width, bias=False)
+        num_added = config.unroll_window if config.memory_read == "unroll_add" else 0
+        self.unroll_projs = nn.ModuleList(nn.Linear(window, width, bias=False) for _ in range(num_added))
+
+    def begin(self, tokens: torch.Tensor, is_copy: bool) -> torch.Tensor:
+        """Inputs `(..., L, C)` of chunks whose tokens are `(..., L, C)`: the slot in front, the last token left out."""
+        slot = self.slot_embeddings[int(is_copy)].expand(*tokens.shape[:-2], 1, -1)
+        return torch.cat([slot, tokens[..., :-1, :]], dim=-2)
+
+    def blank(self, *shape: int) -> torch.Tensor:
+        """Hidden tokens `(*shape, C)`."""
+        return self.slot_embeddings[2].expand(*shape, -1)
+
+    def prefix(self, memories: torch.Tensor) -> torch.Tensor:
+        """Slots `(..., S, C)` of memories `(..., K, D)`."""
+        if self.config.memory_read != "unrolled_prefix":
+            return self.prefix_proj(memories)
+        slots = torch.arange(self.config.slots_per_memory, device=memories.device)
+        return self.prefix_proj(self.windows(memories, slots, self.config.slots_per_memory))
+
+    def dress(self, inputs, seen, is_memory, places) -> torch.Tensor:
+        """Inputs `(B, R, W, C)` with what belongs to their places in the chunk: positions, and the latest memories.
+
+        Args:
+            seen (`torch.Tensor` of shape `(B, R, S, K, D)`): memories, the latest one last.
+            is_memory (`torch.Tensor` of shape `(B, R, S)`): False where there is none.
+            places (`torch.LongTensor` of shape `(W,)` or `(B, R, W)`): 0 is the slot that says what to do.
+        """
+        if self.chunk_positions is not None:
+            inputs = inputs + self.chunk_positions[places]
+        for back, proj in enumerate(self.unroll_projs[: seen.shape[2]], start=1):
+            windows = self.windows(seen[:, :, -back], places, self.config.chunk_length)
+            inputs = inputs + proj(windows) * is_memory[:, :, -back, None, None]
+        return inputs
+
+    def windows(self, memories: torch.Tensor, places: torch.Tensor, num_places: int) -> torch.Tensor:
+        """Of memories `(..., K, D)`, going round their numbers, the window of each place `(..., W)`: `(..., W, width)`.
+
+        The windows of `num_places` places begin at equal distances.
+        """
+        numbers = memories.flatten(-2)
+        size = numbers.shape[-1]
+        starts = places * size // num_places
+        index = (starts[..., None] + torch.arange(self.config.unroll_width, device=places.device)) % size
+        if index.ndim == 2:  # the same places in all rows
+            return numbers[..., index]
+        return numbers.gather(-1, index.flatten(-2)).unflatten(-1, index.shape[-2:])
+
+
+def build_backbone(config):
+    """The base model of a configuration; a mosaic's by itself, as another machine may not have registered it."""
+    if isinstance(config, MemoryMosaicConfig):
+        return MemoryMosaicModel(config)
+    return AutoModel.from_config(config)
+
+
+def build_decoder(config):
+    if isinstance(config, MemoryMosaicConfig):
+        return MemoryMosaicForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def embed(backbone: PreTrainedModel, ids: torch.LongTensor) -> torch.Tensor:
+    """Token embeddings; an id that the model does not know is named."""
+    try:
+        return backbone.get_input_embeddings()(ids)
+    except IndexError as error:
+        raise ValueError(
+            f"input_ids range from {ids.min().item()} to {ids.max().item()}, but vocab_size is "
+            f"{backbone.config.vocab_size}. Use this model's own tokenizer, or call `resize_token_embeddings`."
+        ) from error
+
+
+def take_text(input_ids: torch.LongTensor, attention_mask: torch.Tensor | None):
+    """Ids `(B, T)` with all padding moved behind each row's tokens, which of them are tokens, and the order taken.
+
+    Raises:
+        ValueError: if there are no ids, or the mask has another shape or other values than 0 and 1.
+    """
+    if input_ids is None or input_ids.ndim != 2 or 0 in input_ids.shape:
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(f"input_ids have shape {shape}: they must be (batch, tokens), with at least one of each.")
+    if attention_mask is None:
+        is_token = torch.ones_like(input_ids, dtype=torch.bool)
+        return input_ids, is_token, torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: it must be that of the ids, "
+            f"{tuple(input_ids.shape)}."
+        )
+    if ((attention_mask != 0) & (attention_mask != 1)).any():
+        raise ValueError("attention_mask must hold 1 at tokens and 0 at padding.")
+    is_token = attention_mask.to(input_ids.device, torch.bool)
+    if not is_token.any(-1).all():
+        raise ValueError(f"Row {(~is_token.any(-1)).nonzero()[0].item()} is empty: attention_mask leaves it no token.")
+    order = left_aligned(is_token)
+    return take(input_ids, order), take(is_token, order), order
+
+
+# trf-ignore: TRF057
+class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
+    """A memory model that predicts the next token, and recalls what its memories hold."""
+
+    _is_stateful = True
+
+    def __init__(self, config: MemoryModelConfig):
+        super().__init__(config)
+        self.encoder = MemoryModelEncoder(config)
+        self.reader = MemoryModelReader(config)
+        self.decoder = build_decoder(config.decoder)
+        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.post_init()
+        self.freeze_encoder(config.freeze_encoder)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes its own
+
+    def get_input_embeddings(self):
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.decoder.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Of encoder and decoder both."""
+        self.encoder.backbone.resize_token_embeddings(*args, **kwargs)
+        embeddings = self.decoder.resize_token_embeddings(*args, **kwargs)
+        self.config.encoder, self.config.decoder = self.encoder.backbone.config, self.decoder.config
+        return embeddings
+
+    def freeze_encoder(self, is_frozen: bool = True) -> None:
+        """Whether training leaves all of the encoder as it is, its token table included; dropout is off in it then."""
+        self.config.freeze_encoder = is_frozen
+        self.encoder.requires_grad_(not is_frozen)
+        self.encoder.train(self.training and not is_frozen)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.encoder.train(mode and not self.config.freeze_encoder)
+        return self
+
+    def reset_decoder(self) -> None:
+        """A new decoder and reader, initialised as those of a new model, of the current random seed."""
+        fresh = type(self)(self.config)
+        for part in ("reader", "decoder"):
+            getattr(self, part).load_state_dict(getattr(fresh, part).state_dict())
+
+    # trf-ignore: TRF057
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        memories: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
+        past_key_values: MemoryModelCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        cache: MemoryModelCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MemoryModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): token ids below `vocab_size`. Nothing is changed in them.
+            attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, on either side or
+                within, 1 at tokens. Chunks are counted from each row's first token.
+            memories (`torch.Tensor` of shape `(B, M, K, D)`, *optional*): of chunks before this text, the latest last;
+                see [`~MemoryModelForCausalLM.encode`].
+            memory_mask (`torch.Tensor` of shape `(B, M)`, *optional*): 0 where there is none. All ones when absent.
+            past_key_values ([`MemoryModelCache`], *optional*): what was read before; changed in place. `cache` is
+                another name for it.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): not shifted; -100 is ignored. They are the
+                targets of the causal loss; as everywhere, the text's own first token is none. The other parts of the
+                loss have the ids as their targets.
+            logits_to_keep (`int`): compute logits of the last so many tokens; 0: of all.
+
+        Raises:
+            ValueError: if the text is empty, ids or mask have another form, memories are not this model's, or an
+                objective with a positive weight finds no target because the text is too short.
+
+        ```python
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        >>> tokenizer = AutoTokenizer.from_pretrained(folder)
+        >>> model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        >>> memories, rest = model.encode(**tokenizer(document, return_tensors="pt"))
+        >>> ids = model.generate(**rest, **memories, max_new_tokens=50)
+        ```"""
+        cache = one_memory(past_key_values, cache)
+        self.check_request(inputs_embeds, cache, memories, labels, logits_to_keep, kwargs)
+        num_new = 0 if input_ids is None else input_ids.shape[-1]
+        if attention_mask is not None and cache is not None:
+            attention_mask = self.new_part(attention_mask, cache, num_new)
+        ids, is_token, order = take_text(input_ids, attention_mask)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and cache is None and labels is None and not self.training:
+            cache = MemoryModelCache()
+        if cache is not None:
+            return self.read_on(cache, ids, is_token, order, memories, memory_mask, logits_to_keep)
+
+        remembered = self.remember(ids, is_token, memories, memory_mask)
+        logits, parts = None, {}
+        if labels is None or not self.training or self.config.causal_weight > 0:
+            logits = self.causal_logits(ids, is_token, *remembered)
+        if labels is not None:
+            parts = self.losses(logits, ids, is_token, take(labels, order), *remembered, **kwargs)
+        if logits is not None:
+            logits = take(logits, order.argsort(dim=1))[:, -logits_to_keep:]
+        loss = sum(getattr(self.config, f"{name}_weight") * part for name, part in parts.items()) if parts else None
+        named = {f"{name}_loss": part for name, part in parts.items()}
+        latest_last = right_aligned(remembered[1])
+        kept = {"memories": take(remembered[0], latest_last), "memory_mask": take(remembered[1], latest_last)}
+        return MemoryModelOutput(loss=loss, logits=logits, **kept, **named)
+
+    def check_request(self, inputs_embeds, cache, memories, labels, logits_to_keep, kwargs) -> None:
+        """Refuses what would fail later or, worse, be answered as if it had been something else."""
+        if inputs_embeds is not None:
+            raise ValueError(
+                "inputs_embeds are not supported: encoder and decoder embed tokens by tables of their own."
+            )
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"{name}=True is not supported, as encoder and decoder read a text in parts: ask `model.encoder` and "
+                    "`model.decoder` for theirs."
+                )
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep} must be a number that is not negative.")
+        shape = (self.config.num_memory_embeddings, self.config.memory_size)
+        if memories is not None and (memories.ndim != 4 or tuple(memories.shape[2:]) != shape):
+            raise ValueError(
+                f"memories have shape {tuple(memories.shape)}, this model's are (batch, memories, {shape[0]}, {shape[1]}): "
+                "encode the text with this model, see `encode`."
+            )
+        if cache is None:
+            return
+        if not isinstance(cache, MemoryModelCache):
+            raise ValueError(
+                f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned, or none."
+            )
+        if labels is not None:
+            raise ValueError("With labels a text is read as a whole: leave the cache out.")
+        if memories is not None and cache.num_tokens > 0:
+            raise ValueError("memories come before a text, but the cache has read some already: give them at first.")
+
+    @staticmethod
+    def new_part(attention_mask: torch.Tensor, cache: MemoryModelCache, num_new: int) -> torch.Tensor:
+        """Of a mask of all tokens, the part of those that are not read yet."""
+        if attention_mask.shape[-1] != cache.num_tokens + num_new:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[-1]} tokens, but {cache.num_tokens} were read and {num_new} "
+                f"are new: it must cover all {cache.num_tokens + num_new}."
+            )
+        return attention_mask[:, cache.num_tokens :]
+
+    def remember(self, ids, is_token, memories=None, memory_mask=None):
+        """Memories of the full chunks of texts `(B, T)`, behind those that are given.
+
+        Returns:
+            memories `(B, N, K, D)` and mask `(B, N)`; the number of those given, the same in each row as rows that were
+            given fewer begin with none. The new ones stand as in the text, the missing ones behind.
+        """
+        lengths = is_token.sum(-1)
+        if self.config.max_memories == 0:
+            lengths = torch.zeros_like(lengths)  # nobody would read them
+        new, new_mask = self.encode_full_chunks(ids, lengths)
+        if memories is None:
+            return new, new_mask, 0
+        if memory_mask is None:
+            memory_mask = memories.new_ones(memories.shape[:2])
+        memory_mask = memory_mask.bool()
+        order = right_aligned(memory_mask)
+        memories, memory_mask = take(memories, order).to(new), take(memory_mask, order)
+        return torch.cat([memories, new], dim=1), torch.cat([memory_mask, new_mask], dim=1), memories.shape[1]
+
+    def encode_full_chunks(self, ids, lengths):
+        """As the encoder's, without gradients if it is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
+            return self.encoder.encode_full_chunks(ids, lengths)
+
+    def causal_logits(self, ids, is_token, memories, memory_mask, num_given):
+        """Logits `(B, T, V)` of the token after each one of texts `(B, T)`: all chunks are decoded in one pass."""
+        length = self.config.chunk_length
+        num_rows, behind = -(-ids.shape[1] // length), -ids.shape[1] % length
+        tokens = embed(self.decoder, F.pad(ids, (0, behind))).unflatten(1, (num_rows, length))
+        is_token = F.pad(is_token, (0, behind)).unflatten(1, (num_rows, length))
+        is_input = F.pad(is_token[..., :-1], (1, 0), value=True)
+        ends = num_given + torch.arange(num_rows, device=ids.device)
+        logits = self.decode(self.reader.begin(tokens, False), is_input, memories, memory_mask, ends).flatten(1, 2)
+        if behind:
+            return logits[:, 1 : ids.shape[1] + 1]
+        # The last chunk is full: what follows it is predicted where the next one begins.
+        begin = self.reader.begin(tokens[:, :1, :1], False)
+        return torch.cat(
+            [logits[:, 1:], self.decode(begin, is_input[:, :1, :1], memories, memory_mask, ends[-1:] + 1)[:, 0]], 1
+        )
+
+    def recall(self, objective: str, ids, is_token, memories, memory_mask, num_given=0):
+        """What the decoder writes of chunks that it sees as memories: for losses and measures alike.
+
+        Args:
+            objective (`str`): `"autoencoding"`: each full chunk from its own memory. `"copy"`: the first half of the full
+                chunks anew, each behind the memories of the first half and of those written before it, which are the
+                same; its tokens are seen as they are written. `"blank_copy"`: likewise, with tokens hidden.
+            ids, is_token (`torch.Tensor` of shape `(B, T)`), memories, memory_mask, num_given: see
+                [`~MemoryModelForCausalLM.remember`]; given memories are passed over.
+
+        Returns:
+            logits `(B, R, L, V)`, targets `(B, R, L)`, and which rows are real, `(B, R)`.
+
+        Raises:
+            ValueError: if no text is long enough.
+        """
+        length = self.config.chunk_length
+        memories, memory_mask = memories[:, num_given:], memory_mask[:, num_given:]
+        num_full = memory_mask.sum(-1)
+        needed = 1 if objective == "autoencoding" else 2
+        if num_full.max() < needed:
+            raise ValueError(
+                f"{objective} needs {needed} full chunk(s) of chunk_length={length}, but the longest text has "
+                f"{is_token.sum(-1).max().item()} tokens: give longer texts, or set {objective}_weight=0."
+            )
+        if objective == "autoencoding":
+            num_rows = memories.shape[1]
+            flat, ends = memories.flatten(0, 1)[:, None], torch.ones(1, dtype=torch.long, device=ids.device)
+            inputs = self.reader.begin(self.reader.blank(flat.shape[0], 1, length), True)
+            is_input = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=ids.device)
+            logits = self.decode(inputs, is_input, flat, memory_mask.flatten()[:, None], ends)
+            logits, is_row = logits.unflatten(0, (-1, num_rows))[:, :, 0], memory_mask
+        else:
+            half = (num_full // 2)[:, None]
+            num_rows = int(half.max())
+            rows = torch.arange(num_rows, device=ids.device)
+            index = torch.arange(2 * num_rows, device=ids.device)
+            twice = take(memories, torch.where(index < half, index, (index - half).clamp(0, num_rows - 1)))
+            tokens = self.reader.blank(ids.shape[0], num_rows, length)
+            if objective == "copy":
+                tokens = embed(self.decoder, ids[:, : num_rows * length]).unflatten(1, (num_rows, length))
+            inputs = self.reader.begin(tokens, True)
+            is_input = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=ids.device)
+            logits = self.decode(inputs, is_input, twice, index < 2 * half, half + rows)
+            is_row = rows < half
+        return logits, ids[:, : num_rows * length].unflatten(1, (num_rows, length)), is_row
+
+    def losses(
+        self, logits, ids, is_token, labels, memories, memory_mask, num_given, **kwargs
+    ) -> dict[str, torch.Tensor]:
+        """The parts of the loss whose weight is positive, each a mean over its targets."""
+        labels = labels.masked_fill(~is_token, -100)
+        parts, share = {}, 1.0
+        if kwargs.get("num_items_in_batch") is not None:
+            # Of a batch that comes in several parts, each part counts by its share of the targets.
+            share = (labels[:, 1:] != -100).sum() / kwargs["num_items_in_batch"]
+        for objective in OBJECTIVES:
+            if getattr(self.config, f"{objective}_weight") == 0:
+                continue
+            if objective == "causal":
+                vocab_size = self.config.decoder.vocab_size
+                parts[objective] = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            else:
+                recalled, targets, is_row = self.recall(objective, ids, is_token, memories, memory_mask, num_given)
+                parts[objective] = share * F.cross_entropy(
+                    recalled[is_row].flatten(0, 1).float(), targets[is_row].flatten()
+                )
+        return parts
+
+    def decode(self, inputs, is_input, memories, memory_mask, ends) -> torch.Tensor:
+        """Logits `(B, R, W, V)` of all rows at once.
+
+        Args:
+            inputs (`torch.Tensor` of shape `(B, R, W, C)`): the slot that says what to do, and tokens.
+            is_input (`torch.Tensor` of shape `(B, R, W)`): False at padding, which stands behind.
+            memories (`torch.Tensor` of shape `(B, N, K, D)`), memory_mask (`torch.Tensor` of shape `(B, N)`).
+            ends (`torch.Tensor` of shape `(R,)` or `(B, R)`): each row sees the memories before this one.
+        """
+        shape = inputs.shape[:3]
+        seen, is_memory = self.seen(memories, memory_mask, ends.expand(shape[:2]))
+        places = torch.arange(shape[2], device=inputs.device)
+        inputs, mask = self.lay_out(inputs, is_input, seen, is_memory, places)
+        outputs = self.decoder(
+            inputs_embeds=inputs.flatten(0, 1),
+            logits_to_keep=shape[2],
+            use_cache=False,
+            **self.masks(mask.flatten(0, 1), inputs.shape[2]),
+        )
+        return outputs.logits.unflatten(0, shape[:2])
+
+    def seen(self, memories, memory_mask, ends):
+        """Of memories `(B, N, K, D)` those before `ends` `(B, R)`, the latest last: `(B, R, S, K, D)`, and `(B, R, S)`."""
+        num_seen = min(memories.shape[1], int(ends.max()))
+        if self.config.max_memories is not None:
+            num_seen = min(num_seen, self.config.max_memories)
+        index = ends[..., None] + torch.arange(-num_seen, 0, device=ends.device)
+        within = index.clamp(0, max(memories.shape[1] - 1, 0))
+        return take(memories, within), take(memory_mask, within) & (index == within)
+
+    def lay_out(self, inputs, is_input, seen, is_memory, places):
+        """Rows `(B, R, S + W, C)` with the memories' slots in front, and their mask: what is absent is exactly zero."""
+        inputs = self.reader.dress(inputs, seen, is_memory, places)
+        if seen.shape[2] == 0:
+            return inputs, is_input
+        slots = self.reader.prefix(seen) * is_memory[..., None, None]
+        mask = is_memory[..., None].expand(slots.shape[:-1]).flatten(2)
+        return torch.cat([slots.flatten(2, 3), inputs], dim=2), torch.cat([mask, is_input], dim=2)
+
+    def masks(self, mask: torch.Tensor, num_new: int) -> dict[str, torch.Tensor]:
+        """What a decoder needs to know of rows whose mask is `(N, past + new)`: places count what is there."""
+        masks = {"attention_mask": mask.long()}
+        if self.takes_positions:
+            masks["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
+        return masks
+
+    def read_on(self, cache, ids, is_token, order, memories, memory_mask, logits_to_keep) -> MemoryModelOutput:
+        """Read the next tokens `(B, T)` of what `cache` has read: in the open row, or beginning new ones."""
+        if cache.ids is None:
+            cache.ids, cache.is_token = ids[:, :0], is_token[:, :0]
+            cache.memories, cache.memory_mask = memories, memory_mask
+        elif cache.ids.shape[0] != ids.shape[0]:
+            raise ValueError(
+                f"The cache has read {cache.ids.shape[0]} rows, but {ids.shape[0]} are passed: they must be as many."
+            )
+        num_before = cache.is_token.sum(-1, keepdim=True)
+        whole, is_whole = torch.cat([cache.ids, ids], dim=1), torch.cat([cache.is_token, is_token], dim=1)
+        packed = left_aligned(is_whole)
+        whole, is_whole = take(whole, packed), take(is_whole, packed)
+        if cache.row is not None and is_whole.sum(-1).max() < self.config.chunk_length:
+            logits = self.continue_rows(cache, ids, is_token, num_before + is_token.cumsum(-1))
+            cache.ids, cache.is_token = whole, is_whole
+        else:
+            remembered = self.remember(whole, is_whole, cache.memories, cache.memory_mask)
+            last = self.begin_rows(cache, whole, is_whole, *remembered)
+            if logits_to_keep == 1 and (order[:, -1] == is_token.sum(-1) - 1).all():
+                logits, order = last, order[:, -1:] * 0
+            else:
+                at = num_before + torch.arange(ids.shape[1], device=ids.device)
+                logits = take(self.causal_logits(whole, is_whole, *remembered), at.clamp(max=whole.shape[1] - 1))
+        cache.num_tokens += ids.shape[1]
+        logits = take(logits, order.argsort(dim=1))[:, -logits_to_keep:]
+        kept = {"memories": cache.memories, "memory_mask": cache.memory_mask}
+        return MemoryModelOutput(logits=logits, **kept, **{MEMORY_NAME: cache})
+
+    def continue_rows(self, cache, ids, is_token, places) -> torch.Tensor:
+        """Logits `(B, T, V)` of tokens within the open row, at places `(B, T)` of their chunk."""
+        ends = torch.full_like(ids[:, :1], cache.memories.shape[1])
+        seen, is_memory = self.seen(cache.memories, cache.memory_mask, ends)
+        inputs = embed(self.decoder, ids)[:, None]
+        inputs = self.reader.dress(inputs, seen, is_memory, places.clamp(max=self.config.chunk_length - 1)[:, None])
+        return self.feed(cache, inputs[:, 0], is_token)
+
+    def begin_rows(self, cache, ids, is_token, memories, memory_mask, num_given) -> torch.Tensor:
+        """Open the row behind the last full chunk of each text, and read its tokens; logits of the last, `(B, 1, V)`."""
+        length = self.config.chunk_length
+        num_full, num_rest = is_token.sum(-1, keepdim=True) // length, is_token.sum(-1, keepdim=True) % length
+        index = torch.arange(int(num_rest.max()), device=ids.device)
+        rest, is_rest = take(ids, (num_full * length + index).clamp(max=ids.shape[1] - 1)), index < num_rest
+        cache.ids, cache.is_token = rest, is_rest
+        order = right_aligned(memory_mask)[:, -max(1, int(memory_mask.sum(-1).max())) :]
+        cache.memories, cache.memory_mask = take(memories, order), take(memory_mask, order)
+
+        ends = torch.full_like(num_full, cache.memories.shape[1])
+        seen, is_memory = self.seen(cache.memories, cache.memory_mask, ends)
+        begin = self.reader.slot_embeddings[0].expand(ids.shape[0], 1, 1, -1)
+        inputs = torch.cat([begin, embed(self.decoder, rest)[:, None]], dim=2)
+        is_input = F.pad(is_rest, (1, 0), value=True)[:, None]
+        places = torch.arange(inputs.shape[2], device=ids.device)
+        inputs, mask = self.lay_out(inputs, is_input, seen, is_memory, places)
+        order = right_aligned(mask[:, 0])
+        cache.row, cache.row_mask = DynamicCache(config=self.config.decoder), mask[:, 0, :0]
+        return self.feed(cache, take(inputs[:, 0], order), take(mask[:, 0], order), logits_to_keep=1)
+
+    def feed(self, cache, inputs, mask, logits_to_keep=0) -> torch.Tensor:
+        """Let the decoder read inputs `(B, W, C)` behind what its row holds."""
+        cache.row_mask = torch.cat([cache.row_mask, mask], dim=1)
+        outputs = self.decoder(
+            inputs_embeds=inputs,
+            past_key_values=cache.row,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+            **self.masks(cache.row_mask, inputs.shape[1]),
+        )
+        return outputs.logits
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        cache = inputs.get(MEMORY_NAME)
+        if cache is not None and cache.get_seq_length() > 0:
+            inputs["input_ids"] = input_ids[:, cache.get_seq_length() :]
+            inputs.pop("memories", None)
+            inputs.pop("memory_mask", None)
+        return inputs
+
+    @torch.no_grad()
+    def encode(self, input_ids, attention_mask=None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Memories of all chunks but the last one, and the last one, for `generate(**rest, **memories)`.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): the documents.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at padding, 1 at tokens.
+
+        Returns:
+            `memories` `(B, M, K, D)` with `memory_mask` `(B, M)`, the latest last; and `input_ids` `(B, R)` with
+            `attention_mask` `(B, R)` of the rest, 1 to `chunk_length` tokens a row, padded on the left. A row of one
+            chunk or less is all rest.
+
+        Raises:
+            ValueError: if there is nothing to encode, as no row is longer than a chunk.
+        """
+        ids, is_token, _ = take_text(input_ids.to(self.device), attention_mask)
+        length, lengths = self.config.chunk_length, is_token.sum(-1)
+        num_chunks = (lengths - 1) // length
+        if num_chunks.max() == 0:
+            raise ValueError(
+                f"The longest text has {lengths.max().item()} tokens, no more than a chunk of chunk_length={length}: there "
+                "is nothing to encode. Pass it to `generate` as it is."
+            )
+        memories, mask = self.encode_full_chunks(ids, num_chunks * length)
+        order = right_aligned(mask)
+        index = torch.arange(int((lengths - num_chunks * length).max()), device=ids.device)
+        at = (num_chunks * length)[:, None] + index
+        is_rest = at < lengths[:, None]
+        to_right = right_aligned(is_rest)
+        rest = take(take(ids, at.clamp(max=ids.shape[1] - 1)), to_right)
+        return (
+            {"memories": take(memories, order), "memory_mask": take(mask, order)},
+            {"input_ids": rest, "attention_mask": take(is_rest, to_right).long()},
+        )
+
+    def save_memories(self, path, memories: torch.Tensor, memory_mask: torch.Tensor | None = None) -> None:
+        """Write memories, as [`~MemoryModelForCausalLM.encode`] gives them, to a safetensors file.
+
+        A quantised model's are stored as codes of one byte. The file says which encoder they are of.
+        """
+        memory_mask = torch.ones(memories.shape[:2]) if memory_mask is None else memory_mask
+        tensors = {"memory_mask": memory_mask.bool()}
+        if self.config.memory_quantization is None:
+            tensors["memories"] = memories
+        else:
+            tensors["memories"], tensors["scale"] = to_codes(memories, self.config.memory_quantization)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"chunk_length": str(self.config.chunk_length), "encoder": self.encoder.fingerprint()}
+        save_file(tensors, path, metadata={"format": "pt"} | metadata)
+
+    def load_memories(self, path) -> dict[str, torch.Tensor]:
+        """`memories` and `memory_mask` of a file that [`~MemoryModelForCausalLM.save_memories`] wrote.
+
+        Raises:
+            ValueError: if they are of another chunk length or of another encoder.
+        """
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if "encoder" not in metadata or "memories" not in tensors:
+            raise ValueError(f"{path} holds no memories of a memory model: write them with `save_memories`.")
+        if int(metadata["chunk_length"]) != self.config.chunk_length:
+            raise ValueError(
+                f"{path} holds memories of chunks of {metadata['chunk_length']} tokens, but this model's chunk_length is "
+                f"{self.config.chunk_length}: encode the text anew."
+            )
+        if metadata["encoder"] != self.encoder.fingerprint():
+            raise ValueError(f"{path} holds memories of another encoder than this model's: encode the text anew.")
+        memories = tensors["memories"]
+        if self.config.memory_quantization is not None:
+            memories = from_codes(memories, tensors["scale"], self.dtype)
+        return {"memories": memories.to(self.device), "memory_mask": tensors["memory_mask"].to(self.device)}
+
+
+__all__ = [
+    "MemoryModelCache",
+    "MemoryModelEncoder",
+    "MemoryModelForCausalLM",
+    "MemoryModelPreTrainedModel",
+]
