@@ -55,6 +55,8 @@ TASKS = {
     "induction": "training.experiments.induction",
     "search": "training.experiments.search",
     "three_moons": "training.experiments.three_moons",
+    "memory_model": "training.experiments.memory_training",
+    "memory_models": "training.experiments.memory_models",
 }
 
 # Fields of TrainingArguments that the run decides itself, and what to use instead.
@@ -221,7 +223,8 @@ class TrainingRecipe(BaseRecipe):
         content = json.loads(path.read_text(encoding="utf-8"))
         # `hidden_size` is the standard name of what GPT-2's own file calls `n_embd`: either may be given.
         own_names = AutoConfig.for_model(content["model_type"]).attribute_map
-        return content | {own_names.get(name, name): value for name, value in self.model_args.items()}
+        given = {own_names.get(name, name): value for name, value in self.model_args.items()}
+        return OmegaConf.to_container(OmegaConf.merge(content, given))  # a backbone within a model takes part
 
     def build_config(self) -> PreTrainedConfig:
         """The model's configuration object; `ValueError` if `model_args` has a key that it does not know."""
@@ -276,6 +279,15 @@ class Recipe(TrainingRecipe):
                 f"{longest}: lower it, or raise `model_args.max_position_embeddings`"
             )
         return self
+
+
+def leaves(settings: dict[str, Any]) -> Iterator[str]:
+    """Names for what settings change: of a training's folder. The model's file goes by its bare name."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from leaves(value)
+        else:
+            yield str(value) if key == "model" else f"{key}={value}"
 
 
 def task_module(task: str) -> ModuleType:

@@ -59,8 +59,8 @@ def _run(recipe: Recipe, arguments: TrainingArguments, state: PartialState, rest
     if finished.is_file():
         state.print(f"{recipe.folder} is finished already; --restart trains again")
         return json.loads(finished.read_text(encoding="utf-8"))
-    tokenizer = _prepare_tokenizer(recipe, state)
-    windows = _prepare_windows(recipe, tokenizer, state)
+    tokenizer = prepare_tokenizer(recipe, state)
+    windows = prepare_windows(recipe, tokenizer, state)
     model = build_model(recipe, tokenizer)
     peak = measured_teraflops(arguments.device, arguments.mixed_precision) * num_devices(arguments)
     per_token = flops_per_token(model.config, recipe.data.context_length)
@@ -68,7 +68,7 @@ def _run(recipe: Recipe, arguments: TrainingArguments, state: PartialState, rest
         model=model,
         args=arguments,
         data_collator=collate_windows,
-        train_dataset=_whole_steps(windows["train"], arguments, state),
+        train_dataset=whole_steps(windows["train"], arguments, state),
         eval_dataset=windows["validation"],
         processing_class=tokenizer,
         peak_tokens_per_second=peak * 1e12 / per_token,
@@ -203,7 +203,7 @@ def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
     }
 
 
-def _prepare_tokenizer(recipe: Recipe, state: PartialState) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(recipe: Recipe, state: PartialState) -> PreTrainedTokenizerBase:
     # Every process and every resumed session reads the saved one, so that all use the very same.
     saved = recipe.folder / "tokenizer"
     with state.main_process_first():
@@ -232,7 +232,7 @@ def _make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return train_tokenizer((row["text"] for row in stories), section.vocab_size)
 
 
-def _prepare_windows(
+def prepare_windows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, state: PartialState
 ) -> dict[str, Dataset | IterableDataset]:
     data, windows = recipe.data, {}
@@ -246,7 +246,7 @@ def _prepare_windows(
     return windows
 
 
-def _whole_steps(windows: Dataset | IterableDataset, arguments: TrainingArguments, state: PartialState):
+def whole_steps(windows: Dataset | IterableDataset, arguments: TrainingArguments, state: PartialState):
     # A last step of fewer windows would see fewer tokens than the budget counts.
     if isinstance(windows, IterableDataset):
         return windows

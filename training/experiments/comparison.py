@@ -8,7 +8,7 @@ is not finished is trained, or resumed, before anything is measured.
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from training import train
 from training.evaluate import load_model
 from training.parallel import recipe_job, run_all
 from training.publish import write_text
-from training.recipe import CONFIGURATION, BaseRecipe, TrainingRecipe, load_recipe, task_module
+from training.recipe import CONFIGURATION, BaseRecipe, TrainingRecipe, leaves, load_recipe, task_module
 from training.result import header
 from training.run_folder import claim_folder, only_run_in
 
@@ -90,7 +90,7 @@ class ComparisonRecipe(BaseRecipe):
         path = CONFIGURATION / "recipe" / f"{self.base}.yaml"
         settings = [self.common, self.runs[label], {"seed": seed}]
         own = _merged(self.runs[label], _news(variant, load_recipe(path, settings=settings)))
-        folder = f"runs/{self.base}/{'-'.join([*_leaves(own), f'seed{seed}'])}"
+        folder = f"runs/{self.base}/{'-'.join([*leaves(own), f'seed{seed}'])}"
         recipe = load_recipe(path, settings=[self.common, own, {"seed": seed, "output_dir": folder}])
         return Trained(label, recipe.build_config().num_hidden_layers, seed, recipe)
 
@@ -122,15 +122,6 @@ def _news(variant: dict[str, Any], recipe: BaseRecipe) -> dict[str, Any]:
         changed = {name: value for name, value in settings.items() if getattr(has, name) != value}
         news |= {section: changed} if changed else {}
     return news
-
-
-def _leaves(settings: dict[str, Any]) -> Iterator[str]:
-    # The model's file by its bare name, all else as KEY=VALUE: the name of a training's folder.
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _leaves(value)
-        else:
-            yield str(value) if key == "model" else f"{key}={value}"
 
 
 def plan(
