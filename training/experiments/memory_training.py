@@ -194,7 +194,7 @@ def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) ->
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What a training would amount to, known without reading data."""
-    per_step = train.tokens_per_step(recipe, training_arguments(recipe, recipe.stages[0]))
+    per_step = train.tokens_per_step(recipe, training_arguments(recipe))
     stages = {
         f"stage {stage.name}": f"{stage.steps:,} steps, {stage.steps * per_step:,} tokens, "
         + ", ".join(f"{weight:g} x {name}" for name, weight in stage.objectives.items())
@@ -213,7 +213,7 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     if recipe.encoder is not None and not recipe.encoder.untrained:
         source = recipe.encoder_source()
         task_module(source.task).run(source)
-    training_arguments(recipe, recipe.stages[0])  # settles devices and processes
+    training_arguments(recipe)  # settles devices and processes
     state = PartialState()
     with only_run_in(recipe.folder, state):
         data = {name: source_provenance(**getattr(recipe.data, name).model_dump()) for name in ("train", "validation")}
@@ -233,8 +233,9 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         return json.loads(written.read_text(encoding="utf-8"))
 
 
-def training_arguments(recipe: Recipe, stage: StageSection) -> TrainingArguments:
-    """The recipe's `training` section for one stage, with what the run decides itself."""
+def training_arguments(recipe: Recipe, stage: StageSection | None = None) -> TrainingArguments:
+    """The recipe's `training` section for one stage, by default the first, with what the run decides itself."""
+    stage = stage or recipe.stages[0]
     accelerator = torch.accelerator.is_available()
     # Not every objective uses every parameter: hidden tokens need no token table.
     defaults = {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator, "ddp_find_unused_parameters": True}
