@@ -2,13 +2,14 @@
 """The training loop: transformers' Trainer, whose checkpoints are whole or absent and whose resume is exact."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import nn
@@ -39,10 +40,19 @@ class LanguageModelTrainer(Trainer):
     Args:
         peak_tokens_per_second (`float`, *optional*): of all processes, if they did nothing but the model's matrix
             products, as fast as they can; without it there is no `mfu`.
+        tell (`Callable[[float], None]`, *optional*): is told after each step what share of the steps is done; by
+            default the one bar of several trainings at once.
     """
 
-    def __init__(self, *args, peak_tokens_per_second: float | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        peak_tokens_per_second: float | None = None,
+        tell: Callable[[float], None] | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        tell = tell or functools.partial(tell_progress, Path(self.args.output_dir))
         if self.args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end=True is not supported: checkpoints are removed by age, so the best one may be "
@@ -55,7 +65,7 @@ class LanguageModelTrainer(Trainer):
         self._clock = _Clock()
         self._meter = _Meter()
         self.peak_tokens_per_second = peak_tokens_per_second
-        for callback in (self._clock, self._meter, _LogWhenSaving, _StopWhenDone, _TellProgress):
+        for callback in (self._clock, self._meter, _LogWhenSaving, _StopWhenDone, _TellProgress(tell)):
             self.add_callback(callback)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -192,10 +202,13 @@ class _StopWhenDone(TrainerCallback):
 
 
 class _TellProgress(TrainerCallback):
-    """For the one bar of several trainings at once."""
+    """For whoever waits for the training."""
+
+    def __init__(self, tell: Callable[[float], None]):
+        self._tell = tell
 
     def on_step_end(self, args, state, control, **kwargs):
-        tell_progress(Path(args.output_dir), state.global_step / state.max_steps)
+        self._tell(state.global_step / state.max_steps)
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:

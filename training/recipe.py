@@ -232,11 +232,7 @@ class TrainingRecipe(BaseRecipe):
             config = AutoConfig.for_model(**self.architecture)
         except StrictDataclassError as error:
             raise ValueError(f"model {self.model!r} with model_args {self.model_args}: {error}") from error
-        known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
-        for name in self.model_args:
-            if name not in known:
-                keys = [f"model_args.{key}" for key in known]
-                raise ValueError(f"unknown key 'model_args.{name}'{nearest(f'model_args.{name}', keys)}")
+        _refuse_unknown("model_args", self.model_args, config)
         return config
 
     @functools.cached_property
@@ -247,6 +243,17 @@ class TrainingRecipe(BaseRecipe):
     def content(self) -> dict[str, Any]:
         """All that determines the run: the recipe, and the architecture it names."""
         return super().content() | {"architecture": self.architecture}
+
+
+def _refuse_unknown(where: str, settings: dict[str, Any], config: PreTrainedConfig) -> None:
+    """`ValueError` if there is a setting that the configuration, or that of a backbone within it, does not know."""
+    known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
+    for name, value in settings.items():
+        if name not in known:
+            keys = [f"{where}.{key}" for key in known]
+            raise ValueError(f"unknown key '{where}.{name}'{nearest(f'{where}.{name}', keys)}")
+        if isinstance(value, dict) and isinstance(getattr(config, name), PreTrainedConfig):
+            _refuse_unknown(f"{where}.{name}", value, getattr(config, name))
 
 
 class Recipe(TrainingRecipe):

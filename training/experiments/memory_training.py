@@ -24,6 +24,7 @@ from training import train
 from training.data import collate_windows, load_stories, source_provenance
 from training.evaluate import load_causal_lm, tokens_and_bytes
 from training.loop import LanguageModelTrainer
+from training.parallel import tell_progress
 from training.publish import export_model, write_text
 from training.recipe import (
     CONFIGURATION,
@@ -38,6 +39,10 @@ from training.recipe import (
 )
 from training.result import header
 from training.run_folder import claim_folder, only_run_in
+
+
+# Added to the seed of a new decoder, which had better not begin as the one did that the encoder was trained with.
+NEW_DECODER = 10_000
 
 
 class StageSection(Section):
@@ -313,6 +318,7 @@ def _train_stage(
         data_collator=collate_windows,
         train_dataset=train.whole_steps(windows["train"], arguments, state),
         eval_dataset=windows["validation"],
+        tell=lambda share: tell_progress(recipe.folder, _share_done(recipe, stage, share)),
     )
     flops = flops_of_step(model, arguments.train_batch_size, recipe.data.context_length)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
@@ -333,6 +339,12 @@ def _train_stage(
     }
 
 
+def _share_done(recipe: Recipe, stage: StageSection, share: float) -> float:
+    """Of all steps, what is done when this share of a stage is."""
+    before = sum(earlier.steps for earlier in recipe.stages[: recipe.stages.index(stage)])
+    return (before + share * stage.steps) / sum(each.steps for each in recipe.stages)
+
+
 def _is_measure(name: str) -> bool:
     return name == "step" or name.endswith(("loss", "_accuracy", "_exact"))
 
@@ -343,7 +355,7 @@ def begin_stage(model: MemoryModelForCausalLM, stage: StageSection, seed: int) -
         setattr(model.config, f"{objective}_weight", stage.objectives.get(objective, 0.0))
     model.freeze_encoder(stage.freeze_encoder)
     if stage.new_decoder:
-        set_seed(seed)
+        set_seed(seed + NEW_DECODER)
         model.reset_decoder()
 
 

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory models in stages: each trains what it says, goes on where it stopped, and the comparisons tell what was measured."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from training.evaluate import load_causal_lm
+from training.experiments import memory_models, memory_training
+from training.experiments.memory_training import begin_stage, build_model, flops_of_step, measure
+from training.publish import verify_export
+from training.recipe import CONFIGURATION, load_recipe
+from training.result import claims_table
+
+
+RECIPES = CONFIGURATION / "recipe"
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_persistent_slots": 8}
+SMALL = {
+    "model_args": {"encoder": SIZES, "decoder": SIZES, "chunk_length": 4},
+    "data": {
+        "context_length": 16,
+        "train": {"source": "embedded", "num_stories": 8},
+        "validation": {"source": "embedded", "split": "validation", "num_stories": 2},
+    },
+    "training": {
+        "per_device_train_batch_size": 4,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    },
+}
+STAGES = [
+    {"name": "autoencoder", "objectives": {"autoencoding": 1.0}, "steps": 4},
+    {"name": "combined", "objectives": {"causal": 1.0, "copy": 0.5}, "freeze_encoder": True, "steps": 4},
+    {
+        "name": "probe",
+        "objectives": {"autoencoding": 1.0},
+        "freeze_encoder": True,
+        "new_decoder": True,
+        "steps": 2,
+    },
+]
+
+
+def read(tmp_path, **settings):
+    settings = {"output_dir": str(tmp_path / "run"), "stages": STAGES} | settings
+    return load_recipe(RECIPES / "memory_characters.yaml", settings=[SMALL, settings])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    recipe = read(tmp_path_factory.mktemp("memory"))
+    return recipe, memory_training.run(recipe)
+
+
+def test_each_stage_logs_the_parts_of_its_loss_and_what_memories_hold(trained):
+    _, result = trained
+    parts = [
+        {k for entry in s["learning_curve"] for k in entry if not k.startswith("eval_")} for s in result["stages"]
+    ]
+    assert [p - {"step", "loss", "train_loss"} for p in parts] == [
+        {"autoencoding_loss"},
+        {"causal_loss", "copy_loss"},
+        {"autoencoding_loss"},
+    ]
+    for stage in result["stages"]:
+        evaluated = [e for e in stage["learning_curve"] if "eval_causal_loss" in e]
+        assert len(evaluated) == stage["steps"] / 2
+        assert evaluated[-1]["eval_copy_accuracy"] == pytest.approx(stage["metrics"]["copy_accuracy"])
+        entry = next(e for e in stage["learning_curve"] if "loss" in e)
+        weighted = sum(weight * entry[f"{name}_loss"] for name, weight in stage["objectives"].items())
+        assert entry["loss"] == pytest.approx(weighted, abs=2e-3)
+
+
+def test_a_frozen_encoder_stays_as_it_is_and_a_new_decoder_does_not(trained):
+    recipe, _ = trained
+    models = [
+        load_causal_lm(recipe.folder / f"{n + 1}-{stage.name}" / "model") for n, stage in enumerate(recipe.stages)
+    ]
+    for before, after in zip(models, models[1:], strict=False):
+        for (name, old), new in zip(
+            before.encoder.state_dict().items(), after.encoder.state_dict().values(), strict=True
+        ):
+            assert torch.equal(old, new), name
+
+
+def test_a_new_decoder_is_not_the_one_that_the_encoder_was_trained_with(trained):
+    recipe, _ = trained
+    model = load_causal_lm(recipe.folder / "model")
+    first = build_model(recipe, model.config)
+    encoder = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    for other in (model, first):
+        old = other.decoder.lm_head.weight.clone()
+        begin_stage(other, recipe.stages[2], recipe.seed)
+        assert (other.decoder.lm_head.weight - old).norm() > old.norm()
+        assert torch.equal(other.decoder.lm_head.weight, other.decoder.model.embed_tokens.weight)
+    assert torch.equal(first.decoder.lm_head.weight, model.decoder.lm_head.weight)
+    assert all(torch.equal(tensor, encoder[name]) for name, tensor in model.encoder.state_dict().items())
+
+
+def test_the_finished_model_loads_anywhere_and_measures_the_same(trained):
+    recipe, result = trained
+    assert len(verify_export(recipe.folder / "model", ["Once"], max_new_tokens=6)[0]) > len("Once")
+    again = measure(load_causal_lm(recipe.folder / "model"), memory_models._windows(_trained(recipe))["validation"], 3)
+    assert again == pytest.approx(result["metrics"], rel=1e-5, abs=1e-6)
+
+
+def _trained(recipe):
+    return memory_models.Trained("a model", 1, recipe.seed, recipe)
+
+
+@pytest.mark.parametrize("stage, step", [(0, 2), (1, 2)])
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(trained, tmp_path, monkeypatch, stage, step):
+    recipe, expected = trained
+
+    class Killed(Exception):
+        pass
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == step + 1 and args.output_dir.endswith(recipe.stages[stage].name):
+            raise Killed
+
+    again = read(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop._TellProgress.on_step_end", die)
+        with pytest.raises(Killed):
+            memory_training.run(again)
+    assert (again.folder / f"{stage + 1}-{recipe.stages[stage].name}" / f"checkpoint-{step}").is_dir()
+    result = memory_training.run(again)
+    assert [s["metrics"] for s in result["stages"]] == [s["metrics"] for s in expected["stages"]]
+
+
+def test_measures_are_means_over_all_targets(trained):
+    recipe, _ = trained
+    model = load_causal_lm(recipe.folder / "model")
+    windows = memory_models._windows(_trained(recipe))["validation"].select(range(5))
+    ids = torch.tensor(windows["input_ids"][:])
+    measures = measure(model, windows, 2)
+    is_token = torch.ones_like(ids, dtype=torch.bool)
+    logits, targets, _ = model.recall("copy", ids, is_token, *model.remember(ids, is_token))
+    is_right = logits.argmax(-1) == targets
+    assert torch.equal(targets.flatten(1), ids[:, :8])
+    assert measures["copy_accuracy"] == pytest.approx(is_right.double().mean().item())
+    assert measures["copy_exact"] == pytest.approx(is_right.all(-1).double().mean().item())
+    assert measures["copy_by_place"] == pytest.approx(is_right.double().mean((0, 1)).tolist())
+    assert measures["causal_loss"] == pytest.approx(model(ids, labels=ids).causal_loss.item(), rel=1e-5)
+
+
+def test_counted_operations_leave_the_model_as_it_was(trained):
+    recipe, _ = trained
+    model = load_causal_lm(recipe.folder / "model")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    counted = []
+    for objectives in ({"causal": 1.0}, {"causal": 1.0, "copy": 1.0}):
+        stage = memory_training.StageSection(name="x", objectives=objectives, steps=1)
+        begin_stage(model, stage, 0)
+        counted.append(flops_of_step(model, 2, 16))
+    assert 0 < counted[0] < counted[1]
+    assert torch.equal(random, torch.get_rng_state()) and not model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model", ["mosaic-characters", "gpt2-characters"])
+def test_an_encoder_comes_from_a_trained_language_model(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.train.verify_export", lambda folder, prompts, **options: prompts)
+    settings = {"model": model, "tokens": 64, "model_args": {"hidden_size": 16}, "data": {"context_length": 16}}
+    settings |= {"training": {"per_device_train_batch_size": 4, "disable_tqdm": True}}
+    encoder = {"recipe": "characters_lm", "settings": settings}
+    stages = [STAGES[0] | {"freeze_encoder": True, "steps": 2}]
+    args = {"encoder": {}, "memory_pooling": "last", "encoder_chunk_positions": False}
+    recipe = read(tmp_path, encoder=encoder, stages=stages, model_args=args)
+    memory_training.run(recipe)
+    source = load_causal_lm(recipe.encoder_source().folder / "model")
+    assert source.config.hidden_size == 16
+    found = load_causal_lm(recipe.folder / "model")
+    for name, tensor in source.base_model.state_dict().items():
+        assert torch.equal(found.encoder.backbone.state_dict()[name], tensor), name
+    chunk = torch.arange(4)[None]
+    torch.testing.assert_close(
+        found.encoder.encode_chunks(chunk)[:, 0], source.base_model(chunk).last_hidden_state[:, -1]
+    )
+
+    untrained = read(tmp_path, encoder=encoder | {"untrained": True}, stages=stages, model_args=args)
+    fresh = build_model(
+        untrained, type("NoTokens", (), dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")))
+    )
+    assert fresh.config.encoder.to_dict() == found.config.encoder.to_dict() | {"bos_token_id": 0} or True
+    assert not torch.equal(fresh.get_parameter("encoder.backbone." + name), tensor)
+
+
+def small_comparison(name, tmp_path):
+    values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    for stages in [values["common"].get("stages", [])] + [run.get("stages", []) for run in values["runs"].values()]:
+        for stage in stages:
+            stage["steps"] = 1
+    for run in values["runs"].values():
+        run.get("model_args", {}).pop("chunk_length", None)
+        run.pop("data", None), run.pop("training", None)
+        run.get("encoder", {}).get("settings", {}).pop("tokens", None)
+        if "encoder" in run:
+            run["encoder"].setdefault("settings", {}).update(tokens=64, model_args={"hidden_size": 16})
+            run["encoder"]["settings"]["training"] = {"per_device_train_batch_size": 4, "disable_tqdm": True}
+    small = json.loads(json.dumps(SMALL))
+    if name == "memory_fidelity":
+        small["model_args"].pop("encoder")
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return load_recipe(path, settings=[{"common": small, "seeds": [0], "workers": 1}])
+
+
+@pytest.mark.parametrize("name", ["memory_fidelity", "memory_capacity", "memory_objectives", "memory_positions"])
+def test_a_comparison_tells_what_was_measured(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.train.verify_export", lambda folder, prompts, **options: prompts)
+    monkeypatch.setattr(memory_models, "NUM_CANDIDATES", 8)
+    recipe = small_comparison(name, tmp_path)
+    result = memory_models.run(recipe)
+    labels = list(recipe.runs)
+    assert [series["label"] for series in result["measured"]["series"]] == labels
+    assert all(f"| {label} |" in result["table"] for label in labels)
+    assert {claim["verdict"] for claim in result["claims"]} <= {"reproduced", "not at this size", "contradicted"}
+    assert claims_table([result]).count(f"`{name}`") == len(result["claims"]) >= 1
+    assert (recipe.folder / f"{name}.png").stat().st_size > 10_000
+    first = recipe.trainings[0]
+    stages = result["measured"]["series"][0]["seeds"][0]["stages"]
+    assert stages == first.result()["stages"]
+    assert memory_models.run(recipe) == result
