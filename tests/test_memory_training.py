@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory models in stages: each trains what it says, goes on where it stopped, and the comparisons tell what was measured."""
+"""Memory models in stages: each trains what it says and goes on where it stopped; comparisons tell what was measured."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_a_new_decoder_does_not(trained):
 
 def test_a_new_decoder_is_not_the_one_that_the_encoder_was_trained_with(trained):
     recipe, _ = trained
-    model = load_causal_lm(recipe.folder / "model")
+    model = load_causal_lm(recipe.folder / "2-combined" / "model")
     first = build_model(recipe, model.config)
     encoder = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
     for other in (model, first):
@@ -146,6 +146,7 @@ def test_measures_are_means_over_all_targets(trained):
     assert measures["copy_accuracy"] == pytest.approx(is_right.double().mean().item())
     assert measures["copy_exact"] == pytest.approx(is_right.all(-1).double().mean().item())
     assert measures["copy_by_place"] == pytest.approx(is_right.double().mean((0, 1)).tolist())
+    model.config.causal_weight = 1.0
     assert measures["causal_loss"] == pytest.approx(model(ids, labels=ids).causal_loss.item(), rel=1e-5)
 
 
@@ -169,7 +170,7 @@ def test_counted_operations_leave_the_model_as_it_was(trained):
 def test_an_encoder_comes_from_a_trained_language_model(tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.train.verify_export", lambda folder, prompts, **options: prompts)
-    settings = {"model": model, "tokens": 64, "model_args": {"hidden_size": 16}, "data": {"context_length": 16}}
+    settings = {"model": model, "tokens": 256, "model_args": {"hidden_size": 16}, "data": {"context_length": 16}}
     settings |= {"training": {"per_device_train_batch_size": 4, "disable_tqdm": True}}
     encoder = {"recipe": "characters_lm", "settings": settings}
     stages = [STAGES[0] | {"freeze_encoder": True, "steps": 2}]
@@ -191,12 +192,13 @@ def test_an_encoder_comes_from_a_trained_language_model(tmp_path, monkeypatch, m
         untrained, type("NoTokens", (), dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")))
     )
     assert fresh.config.encoder.to_dict() == found.config.encoder.to_dict() | {"bos_token_id": 0} or True
-    assert not torch.equal(fresh.get_parameter("encoder.backbone." + name), tensor)
+    tables = [each.encoder.get_input_embeddings().weight for each in (fresh, found)]
+    assert tables[0].shape == tables[1].shape and not torch.equal(*tables)
 
 
 def small_comparison(name, tmp_path):
     values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    for stages in [values["common"].get("stages", [])] + [run.get("stages", []) for run in values["runs"].values()]:
+    for stages in [values.get("common", {}).get("stages", [])] + [run.get("stages", []) for run in values["runs"].values()]:
         for stage in stages:
             stage["steps"] = 1
     for run in values["runs"].values():

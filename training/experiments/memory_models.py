@@ -6,6 +6,7 @@ Each experiment compares trainings of `memory_training` and asks one `question` 
 - `fidelity`: what a fresh decoder recovers from a frozen encoder, that of a language model or of an autoencoder;
 - `capacity`: how long a chunk an embedding of a given width can hold;
 - `objectives`: causal, combined, in stages or not, at equal compute;
+- `remedies`: what makes the stages' causal loss as low as that of training from scratch;
 - `positions`: how a position-free mosaic tells the order of a chunk's tokens.
 
 A stage called `probe` measures the model of the stage before it: a model is judged by that stage, and the probe's own
@@ -58,7 +59,7 @@ class Recipe(ComparisonRecipe):
     """Trainings of `memory_training` side by side; what each is for is said by the question."""
 
     task: Literal["memory_models"]
-    question: Literal["fidelity", "capacity", "objectives", "positions"]
+    question: Literal["fidelity", "capacity", "objectives", "remedies", "positions"]
     # Labels of runs that a question tells apart, by the part that they play in it.
     roles: dict[str, list[str]] = {}
 
@@ -341,6 +342,21 @@ def _objectives_claims(recipe: Recipe, series: dict[str, Series], floor: dict[st
     )
 
 
+def _remedies_claims(recipe: Recipe, series: dict[str, Series], floor: dict[str, float]) -> Iterator[Claim]:
+    known = {name: series[labels[0]] for name, labels in recipe.roles.items()}
+    remedies = [one for one in series.values() if one not in known.values()]
+    best = min(remedies, key=lambda one: statistics.mean(one.values("causal_loss")))
+    is_level = statistics.mean(best.values("causal_loss")) <= (
+        statistics.mean(known["combined"].values("causal_loss")) + EQUAL_LOSS
+    )
+    yield Claim(
+        "A curriculum costs no causal loss at equal compute, if something is done about it",
+        "not asked",
+        "causal loss: " + "; ".join(f"{one.label} {one.tell('causal_loss')}" for one in series.values()),
+        "reproduced" if is_level and min(best.values("blank_copy_accuracy")) >= HOLDS else "not at this size",
+    )
+
+
 def _positions_claims(recipe: Recipe, series: dict[str, Series], floor: dict[str, float]) -> Iterator[Claim]:
     pure = series[recipe.roles["pure"][0]].values("blank_copy_accuracy")
     best = max(series.values(), key=lambda one: statistics.mean(one.values("blank_copy_accuracy")))
@@ -394,6 +410,15 @@ QUESTIONS = {
         _nothing_more,
         _objectives_claims,
         ("curriculum", "combined", "causal", "frozen_causal", "no_memory"),
+    ),
+    "remedies": Question(
+        _WHOLE,
+        *_BLANK_COPY,
+        "causal_loss",
+        "causal loss (nats)",
+        _nothing_more,
+        _remedies_claims,
+        ("curriculum", "combined"),
     ),
     "positions": Question(_WHOLE, *_BLANK_COPY, *_BLANK_COPY, _nothing_more, _positions_claims, ("pure",)),
 }
