@@ -372,13 +372,14 @@ class MemoryModelReader(nn.Module):
 
 def build_backbone(config):
     """The base model of a configuration; a mosaic's by itself, as another machine may not have registered it."""
-    if isinstance(config, MemoryMosaicConfig):
+    if config.model_type == MemoryMosaicConfig.model_type:  # not by class, of which code from a folder has several
         return MemoryMosaicModel(config)
     return AutoModel.from_config(config)
 
 
 def build_decoder(config):
-    if isinstance(config, MemoryMosaicConfig):
+    """Likewise with its head."""
+    if config.model_type == MemoryMosaicConfig.model_type:
         return MemoryMosaicForCausalLM(config)
     return AutoModelForCausalLM.from_config(config)
 
