@@ -12,7 +12,7 @@ import pytest
 from training import result
 
 
-NAMES = ["per_position_loss", "bits_per_byte", "sequence_tvd"]
+NAMES = ["per_position_loss", "bits_per_byte", "sequence_tvd", "token_accuracy", "entropy_ratio", "retrieval_accuracy"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,21 @@ def bits_per_byte(metric):
 @pytest.fixture
 def sequence_tvd(metric):
     return metric("sequence_tvd").compute
+
+
+@pytest.fixture
+def token_accuracy(metric):
+    return metric("token_accuracy").compute
+
+
+@pytest.fixture
+def entropy_ratio(metric):
+    return metric("entropy_ratio").compute
+
+
+@pytest.fixture
+def retrieval_accuracy(metric):
+    return metric("retrieval_accuracy").compute
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -275,3 +290,104 @@ def test_rounding_of_probabilities_is_allowed(sequence_tvd):
 def test_other_positions_are_refused(sequence_tvd):
     with pytest.raises(ValueError, match="positions is 'first': give 'all' or 'last'"):
         sequence_tvd(predictions=[GOOD], references=[GOOD], positions="first")
+
+
+def test_stored_bits_are_paid_for(bits_per_byte):
+    plain = bits_per_byte(predictions=[3.0], references=["an owl"])
+    stored = bits_per_byte(predictions=[3.0], references=["an owl"], stored_bits=12)
+    assert stored["bits"] == plain["bits"] + 12
+    assert stored["bits_per_byte"] == pytest.approx(plain["bits_per_byte"] + 2)
+    with pytest.raises(ValueError, match="stored_bits is -1"):
+        bits_per_byte(predictions=[3.0], references=["an owl"], stored_bits=-1)
+
+
+# What is recovered from a memory
+
+
+def test_accuracy_counts_targets_alone(token_accuracy):
+    results = token_accuracy(predictions=[[1, 2, 3], [4, 5], [9]], references=[[1, 0, 3], [-100, 5], [-100]])
+    assert (results["accuracy"], results["exact"], results["count"]) == (3 / 4, 1 / 2, 4)
+    assert results["by_place"] == [1.0, 0.5, 1.0]
+    again = token_accuracy(predictions=[[1, 2]], references=[[1, 0]], ignore_index=0)
+    assert (again["accuracy"], again["count"]) == (1.0, 1)
+
+
+@pytest.mark.parametrize(
+    "predictions, references, message",
+    [([[1, 2]], [[1]], "has 2 tokens, but references"), ([[1]], [[-100]], "no target"), ([[]], [[]], "no target")],
+)
+def test_what_has_no_accuracy_is_refused(token_accuracy, predictions, references, message):
+    with pytest.raises(ValueError, match=message):
+        token_accuracy(predictions=predictions, references=references)
+
+
+def test_the_ratio_of_a_uniform_guess_is_zero_and_of_a_guess_by_frequencies_is_not(entropy_ratio):
+    text = np.random.default_rng(0).choice(8000, 5000, p=(lambda w: w / w.sum())(1 / np.arange(1, 8001))).tolist()
+    results = entropy_ratio(predictions=[5000 * math.log(8000)], references=[text], vocab_size=8000)
+    assert results["entropy_ratio"] == pytest.approx(0)
+    assert results["uniform_cross_entropy"] == math.log(8000) != pytest.approx(9.03, abs=0.01)
+    counts = np.bincount(text, minlength=8000)
+    shares = (counts + 1) / (counts.sum() + 8000)
+    assert results["unigram_cross_entropy"] == pytest.approx(-np.log(shares[text]).mean())
+    assert results["unigram_entropy_ratio"] > 0.1
+    # The unigram guess itself, scored as a model, has the ratio that is printed beside any other.
+    own = entropy_ratio(predictions=[5000 * results["unigram_cross_entropy"]], references=[text], vocab_size=8000)
+    assert own["entropy_ratio"] == pytest.approx(results["unigram_entropy_ratio"])
+
+
+def test_frequencies_may_be_of_another_text(entropy_ratio):
+    results = entropy_ratio(predictions=[1.0], references=[[0, 1]], vocab_size=2, frequencies=[2, 0])
+    assert results["unigram_cross_entropy"] == pytest.approx(-(math.log(3 / 4) + math.log(1 / 4)) / 2)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"references": [[0, 4]]}, "range from 0 to 4, but vocab_size is 4"),
+        ({"references": [[]]}, "no tokens"),
+        ({"predictions": [-1.0]}, "is -1.0"),
+        ({"predictions": [math.nan]}, "is nan"),
+        ({"vocab_size": 1}, "vocab_size is 1"),
+        ({"frequencies": [1, 2]}, "there are 2 frequencies"),
+    ],
+)
+def test_what_has_no_entropy_ratio_is_refused(entropy_ratio, settings, message):
+    with pytest.raises(ValueError, match=message):
+        entropy_ratio(**{"predictions": [1.0], "references": [[0, 1]], "vocab_size": 4} | settings)
+
+
+def test_each_query_chooses_among_all_candidates(retrieval_accuracy):
+    generator = np.random.default_rng(0)
+    queries, noise = generator.normal(size=(2, 6, 5))
+    candidates = queries + noise
+    results = retrieval_accuracy(predictions=queries.tolist(), references=candidates.tolist(), temperature=0.5)
+    found, losses = 0, []
+    for index, query in enumerate(queries):
+        cosines = [query @ c / np.linalg.norm(query) / np.linalg.norm(c) for c in candidates]
+        found += int(np.argmax(cosines) == index)
+        losses.append(-math.log(math.exp(cosines[index] / 0.5) / sum(math.exp(c / 0.5) for c in cosines)))
+    assert 0 < found < 6
+    assert results["accuracy"] == found / 6
+    assert results["info_nce"] == pytest.approx(np.mean(losses))
+    assert results["chance_info_nce"] == math.log(6)
+
+
+def test_the_largest_cosine_of_all_says_nothing_of_the_other_queries(retrieval_accuracy):
+    queries, candidates = [[1.0, 0.0], [1.0, 0.1]], [[1.0, 0.0], [0.0, 1.0]]
+    flat = np.argmax(np.array(queries) @ np.array(candidates).T)
+    assert flat == 0  # at a right pair, though the second query is wrong
+    assert retrieval_accuracy(predictions=queries, references=candidates)["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "predictions, references, message",
+    [
+        ([[1.0]], [[1.0]], "there are 1 candidates"),
+        ([[1.0, 2.0], [0.0, 0.0]], [[1.0, 2.0], [1.0, 1.0]], r"predictions\[1\] has no direction"),
+        ([[1.0], [2.0]], [[1.0, 2.0], [1.0, 1.0]], "must be alike"),
+        ([[1.0], [2.0, 1.0]], [[1.0], [1.0]], "predictions have 1 to 2 numbers"),
+    ],
+)
+def test_what_cannot_be_retrieved_is_refused(retrieval_accuracy, predictions, references, message):
+    with pytest.raises(ValueError, match=message):
+        retrieval_accuracy(predictions=predictions, references=references)

@@ -9,7 +9,8 @@ import evaluate
 
 _DESCRIPTION = """\
 Bits that a language model needs for each UTF-8 byte of text: its summed negative log likelihood in bits, divided by
-the length of the texts in bytes. Models with different tokenizers can be compared by it.
+the length of the texts in bytes. Models with different tokenizers can be compared by it. Bits that are stored beside,
+such as embeddings that the model reads, can be counted with them.
 """
 
 _CITATION = """\
@@ -26,12 +27,14 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions (list of float): for each text its negative log likelihood in nats, summed over its tokens.
     references (list of str): the texts.
+    stored_bits (float): kept beside the texts' code, of all texts together; 0 by default.
 Returns:
     bits_per_byte (float): bits divided by bytes, over all texts together.
-    bits (float): the negative log likelihood of all texts, in bits.
+    bits (float): the negative log likelihood of all texts, in bits, and the stored ones.
     bytes (int): the length of all texts in UTF-8.
 Raises:
-    ValueError: no text, texts of no bytes at all, or a negative log likelihood that is negative or not finite.
+    ValueError: no text, texts of no bytes at all, or a negative log likelihood or stored bits that are negative or not
+        finite.
 Examples:
     >>> metric = evaluate.load("training/metrics/bits_per_byte")
     >>> metric.compute(predictions=[8.0], references=["good"])["bytes"]
@@ -53,7 +56,7 @@ class BitsPerByte(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions, references, stored_bits=0.0):
         if len(predictions) == 0:
             raise ValueError("predictions are empty: give at least one text and its negative log likelihood")
         for index, (nats, text) in enumerate(zip(predictions, references, strict=True)):
@@ -64,8 +67,10 @@ class BitsPerByte(evaluate.Metric):
                     f"the negative log likelihood of text {index} is {nats}: it has to be finite and at least 0 (in "
                     "nats, with the sign of a loss)"
                 )
+        if not (math.isfinite(stored_bits) and stored_bits >= 0):
+            raise ValueError(f"stored_bits is {stored_bits}: it has to be finite and at least 0")
         length = sum(len(text.encode("utf-8")) for text in references)
         if length == 0:
             raise ValueError("the texts have no bytes: give at least one that is not empty")
-        bits = math.fsum(predictions) / math.log(2)
+        bits = math.fsum(predictions) / math.log(2) + stored_bits
         return {"bits_per_byte": bits / length, "bits": bits, "bytes": length}
