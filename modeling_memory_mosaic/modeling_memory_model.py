@@ -44,7 +44,13 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
-from .modeling_memory_mosaic import MEMORY_NAME, MemoryMosaicForCausalLM, MemoryMosaicModel, one_memory
+from .modeling_memory_mosaic import (
+    MEMORY_NAME,
+    MemoryMosaicForCausalLM,
+    MemoryMosaicModel,
+    at_least_float32,
+    one_memory,
+)
 
 
 # Rounding to so many codes on each side of zero; float8 e4m3 reaches to 448.
@@ -395,8 +401,10 @@ def embed(backbone: PreTrainedModel, ids: torch.LongTensor) -> torch.Tensor:
         ) from error
 
 
-def take_text(input_ids: torch.LongTensor, attention_mask: torch.Tensor | None):
+def take_text(input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, is_first: bool = True):
     """Ids `(B, T)` with all padding moved behind each row's tokens, which of them are tokens, and the order taken.
+
+    Of a text that is read on (not `is_first`), a part may be all padding.
 
     Raises:
         ValueError: if there are no ids, or the mask has another shape or other values than 0 and 1.
@@ -415,7 +423,7 @@ def take_text(input_ids: torch.LongTensor, attention_mask: torch.Tensor | None):
     if ((attention_mask != 0) & (attention_mask != 1)).any():
         raise ValueError("attention_mask must hold 1 at tokens and 0 at padding.")
     is_token = attention_mask.to(input_ids.device, torch.bool)
-    if not is_token.any(-1).all():
+    if is_first and not is_token.any(-1).all():
         raise ValueError(f"Row {(~is_token.any(-1)).nonzero()[0].item()} is empty: attention_mask leaves it no token.")
     order = left_aligned(is_token)
     return take(input_ids, order), take(is_token, order), order
@@ -524,7 +532,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         num_new = 0 if input_ids is None else input_ids.shape[-1]
         if attention_mask is not None and cache is not None:
             attention_mask = self.new_part(attention_mask, cache, num_new)
-        ids, is_token, order = take_text(input_ids, attention_mask)
+        ids, is_token, order = take_text(input_ids, attention_mask, is_first=cache is None)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None and labels is None and not self.training:
             cache = MemoryModelCache()
@@ -693,7 +701,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             else:
                 recalled, targets, is_row = self.recall(objective, ids, is_token, memories, memory_mask, num_given)
                 parts[objective] = share * F.cross_entropy(
-                    recalled[is_row].flatten(0, 1).float(), targets[is_row].flatten()
+                    at_least_float32(recalled[is_row].flatten(0, 1)), targets[is_row].flatten()
                 )
         return parts
 
@@ -806,9 +814,9 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         cache.row_mask = torch.cat([cache.row_mask, mask], dim=1)
         outputs = self.decoder(
             inputs_embeds=inputs,
-            past_key_values=cache.row,
             use_cache=True,
             logits_to_keep=logits_to_keep,
+            **{MEMORY_NAME: cache.row},
             **self.masks(cache.row_mask, inputs.shape[1]),
         )
         return outputs.logits
