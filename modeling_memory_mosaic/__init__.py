@@ -3,6 +3,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from .cache_memory_model import MemoryModelCache
 from .cache_memory_mosaic import (
     MemoryMosaicCacheLayer,
     MemoryMosaicStaticCacheLayer,
@@ -14,7 +15,6 @@ from .configuration_memory_mosaic import MemoryMosaicConfig
 from .continuous_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
 from .inspection_memory_mosaic import MemoryMosaicUnits, inspect_units, summarize_units
 from .modeling_memory_model import (
-    MemoryModelCache,
     MemoryModelEncoder,
     MemoryModelForCausalLM,
     MemoryModelPreTrainedModel,

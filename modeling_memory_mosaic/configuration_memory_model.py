@@ -12,7 +12,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configuration of memory models: an encoder that turns chunks of text into embeddings, and a decoder that reads them."""
+"""Configuration of memory models: an encoder turns chunks of text into embeddings, and a decoder reads them."""
 
 import copy
 from typing import Any

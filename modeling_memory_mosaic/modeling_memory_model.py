@@ -14,13 +14,13 @@
 # limitations under the License.
 """Memory models (arXiv 2602.13466): a decoder that reads the memories of past chunks in place of their tokens.
 
-Shapes use B batch, T tokens, L tokens of a chunk, M memories, K vectors of a memory, D their width, R rows of the decoder
-(one for each chunk), C = hidden size of the decoder, V = vocabulary.
+Shapes use B batch, T tokens, L tokens of a chunk, M memories, K vectors of a memory, D their width, R rows of the
+decoder (one for each chunk), C = hidden size of the decoder, V = vocabulary.
 
-Each chunk has a row of its own: the memories of the chunks before it, a slot that says what to do (BEGIN or COPY), and its
-tokens. So what is read at a slot predicts the token of the next one, the chunk's first token is predicted at BEGIN, and
-the chunk's last token is an input of no row: the next row begins behind it. Nothing else carries over from row to row,
-so all chunks are encoded in one pass and all rows decoded in another.
+Each chunk has a row of its own: the memories of the chunks before it, a slot that says what to do (BEGIN or COPY), and
+its tokens. So what is read at a slot predicts the token of the next one, the chunk's first token is predicted at
+BEGIN, and the chunk's last token is an input of no row: the next row begins behind it. Nothing else carries over from
+row to row, so all chunks are encoded in one pass and all rows decoded in another.
 
 Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
 """
@@ -31,8 +31,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
@@ -42,6 +40,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
+from .cache_memory_model import MemoryModelCache
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .modeling_memory_mosaic import (
@@ -53,10 +52,15 @@ from .modeling_memory_mosaic import (
 )
 
 
+# The recipes `memory_positions` and `memory_capacity` compare what these choose:
+# trf-ignore: TRF041 memory_pooling, encoder_chunk_positions, decoder_chunk_positions, memory_size, memory_read
+# trf-ignore: TRF041 freeze_encoder, max_memories, memory_quantization, chunk_length, causal_weight, model_type
+
 # Rounding to so many codes on each side of zero; float8 e4m3 reaches to 448.
 INT8_LIMIT, FP8_LIMIT = 127.0, 448.0
 
 
+# trf-ignore: TRF057
 @dataclass
 class MemoryModelEncoderOutput(ModelOutput):
     """
@@ -69,14 +73,15 @@ class MemoryModelEncoderOutput(ModelOutput):
     memory_mask: torch.Tensor | None = None
 
 
+# trf-ignore: TRF057
 @dataclass
 class MemoryModelOutput(ModelOutput):
     """
     Args:
         loss (`torch.Tensor`): the weighted sum of the parts, in nats.
         logits (`torch.Tensor` of shape `(B, T, V)`): at each token, of the next one.
-        causal_loss, autoencoding_loss, copy_loss, blank_copy_loss (`torch.Tensor`): the parts whose weight is positive,
-            each a mean over its targets.
+        causal_loss, autoencoding_loss, copy_loss, blank_copy_loss (`torch.Tensor`): the parts whose weight is
+            positive, each a mean over its targets.
         past_key_values, cache ([`MemoryModelCache`]): what was read, under the name that this transformers uses.
         memories (`torch.Tensor` of shape `(B, M, K, D)`) and memory_mask (`(B, M)`): of all chunks that were read to
             their end, those that were given included; the latest one last, and rows that have fewer begin with none.
@@ -92,63 +97,6 @@ class MemoryModelOutput(ModelOutput):
     cache: Cache | None = None
     memories: torch.Tensor | None = None
     memory_mask: torch.Tensor | None = None
-
-
-class MemoryModelCache(Cache):
-    """What a memory model has read: memories of finished chunks, and of the unfinished one its ids and decoder row.
-
-    The decoder's own cache holds one row: at most `chunk_length` slots, and those of the memories. Made by the model
-    itself, in `generate` or with `use_cache=True`.
-    """
-
-    def __init__(self):
-        super().__init__(layers=[])
-        self.reset()
-
-    def reset(self) -> None:
-        self.num_tokens = 0  # columns read so far, padding included
-        self.ids = self.is_token = None  # (B, P): of the unfinished chunk, padding behind
-        self.memories = self.memory_mask = None  # (B, M, K, D) and (B, M), the latest last
-        self.row: DynamicCache | None = None
-        self.row_mask = None  # (B, slots of the row)
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.num_tokens > 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.num_tokens
-
-    def num_row_slots(self) -> int:
-        """Slots that the decoder's cache holds at this moment."""
-        return 0 if self.row is None else self.row.get_seq_length()
-
-    def _map_rows(self, function) -> None:
-        for name in ("ids", "is_token", "memories", "memory_mask", "row_mask"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, function(tensor))
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-        if self.row is not None:
-            self.row.reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-        if self.row is not None:
-            self.row.batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map_rows(lambda tensor: tensor[indices])
-        if self.row is not None:
-            self.row.batch_select_indices(indices)
-
-    def crop(self, *args, **kwargs) -> None:
-        raise RuntimeError(
-            "A memory model cannot take tokens back: the memory of a finished chunk does not tell them. Decode without "
-            "an assistant, or read the shorter text anew."
-        )
 
 
 def left_aligned(is_token: torch.Tensor) -> torch.Tensor:
@@ -198,11 +146,12 @@ class MemoryModelPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_flash_attn = True
 
+    # Backbones initialise themselves. trf-ignore: TRF018
     @torch.no_grad()
     def _init_weights(self, module):
         """What backbones do not initialise themselves: slots, positions and the maps from a memory."""
         if isinstance(module, MemoryModelEncoder):
-            std = module.backbone.get_input_embeddings().weight.std().item()
+            std = table_scale(module.backbone)
             for parameter in (module.summary_embeddings, module.chunk_positions):
                 if parameter is not None:
                     init.normal_(parameter, std=std)
@@ -265,8 +214,8 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`): token ids below `vocab_size`.
-            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at padding, 1 at tokens; chunks are counted
-                from each row's first token.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at padding, 1 at tokens; chunks are
+                counted from each row's first token.
 
         Raises:
             ValueError: if no row has a full chunk.
@@ -275,7 +224,7 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         lengths = is_token.sum(-1)
         if lengths.max() < self.config.chunk_length:
             raise ValueError(
-                f"The longest text has {lengths.max().item()} tokens, which do not fill a chunk of chunk_length="
+                f"The longest text has {int(lengths.max())} tokens, which do not fill a chunk of chunk_length="
                 f"{self.config.chunk_length}: there is nothing to encode."
             )
         memories, mask = self.encode_full_chunks(ids, lengths)
@@ -305,14 +254,14 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
             memories = self.memory_proj(memories)
         return round_through(memories, self.config.memory_quantization)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> bytes:
         """sha256 of all weights and of the choices that shape a memory: two encoders of one fingerprint agree."""
         kept = ("chunk_length", "num_memory_embeddings", "memory_size", "memory_pooling", "memory_quantization")
         digest = hashlib.sha256(repr([(name, getattr(self.config, name)) for name in kept]).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return digest.digest()
 
 
 class MemoryModelReader(nn.Module):
@@ -332,7 +281,7 @@ class MemoryModelReader(nn.Module):
         self.unroll_projs = nn.ModuleList(nn.Linear(window, width, bias=False) for _ in range(num_added))
 
     def begin(self, tokens: torch.Tensor, is_copy: bool) -> torch.Tensor:
-        """Inputs `(..., L, C)` of chunks whose tokens are `(..., L, C)`: the slot in front, the last token left out."""
+        """Inputs `(..., L, C)` of chunks with tokens `(..., L, C)`: the slot in front, the last token left out."""
         slot = self.slot_embeddings[int(is_copy)].expand(*tokens.shape[:-2], 1, -1)
         return torch.cat([slot, tokens[..., :-1, :]], dim=-2)
 
@@ -363,7 +312,7 @@ class MemoryModelReader(nn.Module):
         return inputs
 
     def windows(self, memories: torch.Tensor, places: torch.Tensor, num_places: int) -> torch.Tensor:
-        """Of memories `(..., K, D)`, going round their numbers, the window of each place `(..., W)`: `(..., W, width)`.
+        """Of memories `(..., K, D)`, going round their numbers, a window for each place `(..., W)`: `(..., W, width)`.
 
         The windows of `num_places` places begin at equal distances.
         """
@@ -374,6 +323,11 @@ class MemoryModelReader(nn.Module):
         if index.ndim == 2:  # the same places in all rows
             return numbers[..., index]
         return numbers.gather(-1, index.flatten(-2)).unflatten(-1, index.shape[-2:])
+
+
+def table_scale(backbone: PreTrainedModel) -> float:
+    """Standard deviation of the token embeddings, which what is added to them or stands beside them begins with."""
+    return backbone.get_input_embeddings().weight.std().item()
 
 
 def build_backbone(config):
@@ -471,11 +425,12 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         """Whether training leaves all of the encoder as it is, its token table included; dropout is off in it then."""
         self.config.freeze_encoder = is_frozen
         self.encoder.requires_grad_(not is_frozen)
-        self.encoder.train(self.training and not is_frozen)
+        self.train(self.training)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.encoder.train(mode and not self.config.freeze_encoder)
+        if self.config.freeze_encoder:
+            self.encoder.eval().requires_grad_(False)  # parameters that were loaded are new ones
         return self
 
     def reset_decoder(self) -> None:
@@ -562,22 +517,22 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name):
                 raise ValueError(
-                    f"{name}=True is not supported, as encoder and decoder read a text in parts: ask `model.encoder` and "
-                    "`model.decoder` for theirs."
+                    f"{name}=True is not supported, as encoder and decoder read a text in parts: ask `model.encoder` "
+                    "and `model.decoder` for theirs."
                 )
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must be a number that is not negative.")
         shape = (self.config.num_memory_embeddings, self.config.memory_size)
         if memories is not None and (memories.ndim != 4 or tuple(memories.shape[2:]) != shape):
             raise ValueError(
-                f"memories have shape {tuple(memories.shape)}, this model's are (batch, memories, {shape[0]}, {shape[1]}): "
-                "encode the text with this model, see `encode`."
+                f"memories have shape {tuple(memories.shape)}, this model's are (batch, memories, {shape[0]}, "
+                f"{shape[1]}): encode the text with this model, see `encode`."
             )
         if cache is None:
             return
         if not isinstance(cache, MemoryModelCache):
             raise ValueError(
-                f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned, or none."
+                f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned."
             )
         if labels is not None:
             raise ValueError("With labels a text is read as a whole: leave the cache out.")
@@ -589,8 +544,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         """Of a mask of all tokens, the part of those that are not read yet."""
         if attention_mask.shape[-1] != cache.num_tokens + num_new:
             raise ValueError(
-                f"attention_mask covers {attention_mask.shape[-1]} tokens, but {cache.num_tokens} were read and {num_new} "
-                f"are new: it must cover all {cache.num_tokens + num_new}."
+                f"attention_mask covers {attention_mask.shape[-1]} tokens, but {cache.num_tokens} were read and "
+                f"{num_new} are new: it must cover all {cache.num_tokens + num_new}."
             )
         return attention_mask[:, cache.num_tokens :]
 
@@ -598,8 +553,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         """Memories of the full chunks of texts `(B, T)`, behind those that are given.
 
         Returns:
-            memories `(B, N, K, D)` and mask `(B, N)`; the number of those given, the same in each row as rows that were
-            given fewer begin with none. The new ones stand as in the text, the missing ones behind.
+            memories `(B, N, K, D)` and mask `(B, N)`; the number of those given, the same in each row as rows that
+            were given fewer begin with none. The new ones stand as in the text, the missing ones behind.
         """
         lengths = is_token.sum(-1)
         if self.config.max_memories == 0:
@@ -640,9 +595,9 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         """What the decoder writes of chunks that it sees as memories: for losses and measures alike.
 
         Args:
-            objective (`str`): `"autoencoding"`: each full chunk from its own memory. `"copy"`: the first half of the full
-                chunks anew, each behind the memories of the first half and of those written before it, which are the
-                same; its tokens are seen as they are written. `"blank_copy"`: likewise, with tokens hidden.
+            objective (`str`): `"autoencoding"`: each full chunk from its own memory. `"copy"`: the first half of the
+                full chunks anew, each behind the memories of the first half and of those written before it, which are
+                the same; its tokens are seen as they are written. `"blank_copy"`: likewise, with tokens hidden.
             ids, is_token (`torch.Tensor` of shape `(B, T)`), memories, memory_mask, num_given: see
                 [`~MemoryModelForCausalLM.remember`]; given memories are passed over.
 
@@ -727,7 +682,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         return outputs.logits.unflatten(0, shape[:2])
 
     def seen(self, memories, memory_mask, ends):
-        """Of memories `(B, N, K, D)` those before `ends` `(B, R)`, the latest last: `(B, R, S, K, D)`, and `(B, R, S)`."""
+        """Of memories `(B, N, K, D)` those before `ends` `(B, R)`: `(B, R, S, K, D)`, the latest last; their mask."""
         num_seen = min(memories.shape[1], int(ends.max()))
         if self.config.max_memories is not None:
             num_seen = min(num_seen, self.config.max_memories)
@@ -736,7 +691,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         return take(memories, within), take(memory_mask, within) & (index == within)
 
     def lay_out(self, inputs, is_input, seen, is_memory, places):
-        """Rows `(B, R, S + W, C)` with the memories' slots in front, and their mask: what is absent is exactly zero."""
+        """Rows `(B, R, S + W, C)` with the memories' slots in front, and their mask: what is absent is exactly 0."""
         inputs = self.reader.dress(inputs, seen, is_memory, places)
         if seen.shape[2] == 0:
             return inputs, is_input
@@ -789,7 +744,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         return self.feed(cache, inputs[:, 0], is_token)
 
     def begin_rows(self, cache, ids, is_token, memories, memory_mask, num_given) -> torch.Tensor:
-        """Open the row behind the last full chunk of each text, and read its tokens; logits of the last, `(B, 1, V)`."""
+        """Open the row behind the last full chunk of each text, read its tokens; logits `(B, 1, V)` of the last."""
         length = self.config.chunk_length
         num_full, num_rest = is_token.sum(-1, keepdim=True) // length, is_token.sum(-1, keepdim=True) % length
         index = torch.arange(int(num_rest.max()), device=ids.device)
@@ -851,8 +806,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         num_chunks = (lengths - 1) // length
         if num_chunks.max() == 0:
             raise ValueError(
-                f"The longest text has {lengths.max().item()} tokens, no more than a chunk of chunk_length={length}: there "
-                "is nothing to encode. Pass it to `generate` as it is."
+                f"The longest text has {lengths.max().item()} tokens, no more than a chunk of chunk_length={length}: "
+                "there is nothing to encode. Pass it to `generate` as it is."
             )
         memories, mask = self.encode_full_chunks(ids, num_chunks * length)
         order = right_aligned(mask)
@@ -866,39 +821,36 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             {"input_ids": rest, "attention_mask": take(is_rest, to_right).long()},
         )
 
-    def save_memories(self, path, memories: torch.Tensor, memory_mask: torch.Tensor | None = None) -> None:
-        """Write memories, as [`~MemoryModelForCausalLM.encode`] gives them, to a safetensors file.
+    def memories_state_dict(self, memories, memory_mask=None) -> dict[str, torch.Tensor]:
+        """Memories, as [`~MemoryModelForCausalLM.encode`] gives them, as named tensors that `safetensors` can save.
 
-        A quantised model's are stored as codes of one byte. The file says which encoder they are of.
+        Those of a quantised model are codes of one byte and their scales. Besides, they say which encoder made them.
         """
-        memory_mask = torch.ones(memories.shape[:2]) if memory_mask is None else memory_mask
-        tensors = {"memory_mask": memory_mask.bool()}
-        if self.config.memory_quantization is None:
-            tensors["memories"] = memories
-        else:
+        tensors = {"memories": memories, "memory_mask": memory_mask}
+        if memory_mask is None:
+            tensors["memory_mask"] = torch.ones(memories.shape[:2], dtype=torch.bool)
+        if self.config.memory_quantization is not None:
             tensors["memories"], tensors["scale"] = to_codes(memories, self.config.memory_quantization)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"chunk_length": str(self.config.chunk_length), "encoder": self.encoder.fingerprint()}
-        save_file(tensors, path, metadata={"format": "pt"} | metadata)
+        tensors["chunk_length"] = torch.tensor(self.config.chunk_length)
+        tensors["encoder"] = torch.frombuffer(bytearray(self.encoder.fingerprint()), dtype=torch.uint8)
+        return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
-    def load_memories(self, path) -> dict[str, torch.Tensor]:
-        """`memories` and `memory_mask` of a file that [`~MemoryModelForCausalLM.save_memories`] wrote.
+    def memories_from_state_dict(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`memories` and `memory_mask` that [`~MemoryModelForCausalLM.memories_state_dict`] described.
 
         Raises:
-            ValueError: if they are of another chunk length or of another encoder.
+            ValueError: if they are of another chunk length, of another encoder, or no memories.
         """
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if "encoder" not in metadata or "memories" not in tensors:
-            raise ValueError(f"{path} holds no memories of a memory model: write them with `save_memories`.")
-        if int(metadata["chunk_length"]) != self.config.chunk_length:
+        missing = {"memories", "memory_mask", "chunk_length", "encoder"} - tensors.keys()
+        if missing:
+            raise ValueError(f"These are no memories of a memory model: {sorted(missing)} are missing.")
+        if tensors["chunk_length"].item() != self.config.chunk_length:
             raise ValueError(
-                f"{path} holds memories of chunks of {metadata['chunk_length']} tokens, but this model's chunk_length is "
-                f"{self.config.chunk_length}: encode the text anew."
+                f"These are memories of chunks of {tensors['chunk_length'].item()} tokens, but this model's "
+                f"chunk_length is {self.config.chunk_length}: encode the text anew."
             )
-        if metadata["encoder"] != self.encoder.fingerprint():
-            raise ValueError(f"{path} holds memories of another encoder than this model's: encode the text anew.")
+        if bytes(tensors["encoder"].tolist()) != self.encoder.fingerprint():
+            raise ValueError("These are memories of another encoder than this model's: encode the text anew.")
         memories = tensors["memories"]
         if self.config.memory_quantization is not None:
             memories = from_codes(memories, tensors["scale"], self.dtype)
@@ -906,7 +858,6 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
 
 
 __all__ = [
-    "MemoryModelCache",
     "MemoryModelEncoder",
     "MemoryModelForCausalLM",
     "MemoryModelPreTrainedModel",

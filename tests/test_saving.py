@@ -18,6 +18,8 @@ from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, 
 
 
 PAYLOAD = ("configuration_memory_mosaic.py", "cache_memory_mosaic.py", "modeling_memory_mosaic.py")
+# What comes besides with a memory model.
+WHOLE_PAYLOAD = (*PAYLOAD, "configuration_memory_model.py", "cache_memory_model.py", "modeling_memory_model.py")
 
 
 def fill_with_own_constants(model):
@@ -137,15 +139,15 @@ def test_the_payload_is_the_package_byte_for_byte(tmp_path, request):
     }
 
 
-@pytest.mark.parametrize("name", PAYLOAD)
+@pytest.mark.parametrize("name", WHOLE_PAYLOAD)
 def test_the_payload_imports_only_what_every_user_has(request, name):
     path = request.config.rootpath / "modeling_memory_mosaic" / name
     imports = set(get_imports(path))
     assert imports <= {"torch", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names), imports
-    assert {f"{module}.py" for module in get_relative_imports(path)} <= set(PAYLOAD)
+    assert {f"{module}.py" for module in get_relative_imports(path)} <= set(WHOLE_PAYLOAD)
 
 
-@pytest.mark.parametrize("name", PAYLOAD)
+@pytest.mark.parametrize("name", WHOLE_PAYLOAD)
 def test_the_payload_touches_neither_files_nor_network_nor_processes(request, name):
     nodes = list(ast.walk(ast.parse((request.config.rootpath / "modeling_memory_mosaic" / name).read_text())))
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -154,7 +156,8 @@ def test_the_payload_touches_neither_files_nor_network_nor_processes(request, na
     assert not attributes & {"load", "save", "hub", "ops", "cpp_extension", "system", "popen", "write", "__globals__"}
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
-    assert {module.split(".")[0] for module in modules} <= {"torch", "transformers", "huggingface_hub"}
+    harmless = {"copy", "dataclasses", "hashlib", "inspect", "typing"}
+    assert {module.split(".")[0] for module in modules} <= {"torch", "transformers", "huggingface_hub"} | harmless
     assert modules & {"torch", "transformers.configuration_utils"}  # it found the imports there are
 
 

@@ -102,7 +102,9 @@ class Series(NamedTuple):
 
     def tell(self, measure: str, digits: int = 3) -> str:
         values = self.values(measure)
-        return "" if values is None else mean_and_deviation(values, digits)
+        if values is None:
+            return ""
+        return f"{values[0]:,}" if measure == "steps" else mean_and_deviation(values, digits)
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
