@@ -38,6 +38,7 @@ check: .venv/installed-for-tests
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py --output benchmarks/speed.json
+	$(BIN)/python -m benchmarks.memory_models --output benchmarks/memory_models.json
 
 # Every experiment at CPU size, each an hour at most on two cores: interrupt it anywhere, and start it again to go on.
 # Those from `training_curves` on read stories from the Hub.

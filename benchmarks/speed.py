@@ -141,7 +141,7 @@ def compare(ours: Callable[[], float], theirs: Callable[[], float], rounds: int,
     }
 
 
-def _peak_resident() -> float:
+def peak_resident() -> float:
     """MiB; from Linux's own account, as `getrusage` counts what a parent process held before."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
@@ -149,22 +149,27 @@ def _peak_resident() -> float:
 
 def _peak_of_training(name: str, num_tokens: int, threads: int, pipe) -> None:
     torch.set_num_threads(threads)
-    before = _peak_resident()
+    before = peak_resident()
     step = training_step(build(name), num_tokens)
     step(), step()
-    pipe.send(_peak_resident() - before)
+    pipe.send(peak_resident() - before)
 
 
 def peak_memory(name: str, num_tokens: int) -> float:
     """MiB that two training steps, model included, add to a fresh process at its largest."""
+    return in_process_of_its_own(_peak_of_training, name, num_tokens)
+
+
+def in_process_of_its_own(function: Callable, *arguments):
+    """What a function sends that is called with arguments, the number of threads and where to send it."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_peak_of_training, args=(name, num_tokens, torch.get_num_threads(), sender))
+    process = context.Process(target=function, args=(*arguments, torch.get_num_threads(), sender))
     process.start()
     sender.close()
-    peak = receiver.recv()
+    sent = receiver.recv()
     process.join()
-    return peak
+    return sent
 
 
 def measure(rounds: int) -> list[dict]:
@@ -212,6 +217,19 @@ def table(report: dict) -> str:
     return "\n".join([setting, HEADER, *map(table_row, report["rows"])])
 
 
+def machine(rounds: int) -> dict:
+    """What figures depend on besides the models."""
+    return {
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "cpu": next(
+            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+            platform.processor(),
+        ),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="Interleaved pairs per measurement.")] = 11,
     threads: Annotated[int, typer.Option(help="Of torch.")] = torch.get_num_threads(),
@@ -220,17 +238,7 @@ def main(
     """Measure and print; a ratio above 1 means ours is faster, except for memory, where below 1 is better."""
     torch.set_num_threads(threads)
     parameters = {name: build(name).num_parameters() for name in ("mosaic", *PEERS)}
-    setting = {
-        "sizes": SIZES,
-        "parameters": parameters,
-        "threads": threads,
-        "rounds": rounds,
-        "cpu": next(
-            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-            platform.processor(),
-        ),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
+    setting = {"sizes": SIZES, "parameters": parameters, **machine(rounds)}
     typer.echo(json.dumps(setting))
     typer.echo(HEADER)
     rows = measure(rounds)

@@ -3,10 +3,12 @@
 
 `python -m training.result collect NAME` copies what an experiment left in `runs/NAME` to `training/results`.
 `python -m training.result tables README.md` rewrites each block of a file that stands between `<!-- results: NAME -->`
-and `<!-- end of results -->` from the committed `training/results/*.json` whose recipe has that name, the block named
-`speed` from `benchmarks/speed.json`, and the block named `claims` from the claims of all experiments.
+and `<!-- end of results -->` from the committed `training/results/*.json` whose recipe has that name, the blocks
+named `speed` and `memory_speed` from `benchmarks/*.json`, and the block named `claims` from the claims of all
+experiments.
 """
 
+import importlib
 import importlib.metadata
 import json
 import math
@@ -31,7 +33,7 @@ from training.recipe import BaseRecipe
 
 CLONE = Path(__file__).resolve().parents[1]
 RESULTS = CLONE / "training" / "results"
-SPEED = CLONE / "benchmarks" / "speed.json"
+BENCHMARKS = {"speed": "speed", "memory_speed": "memory_models"}
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets")
 BLOCK = re.compile(r"(<!-- results: (?P<name>[\w.-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
@@ -205,10 +207,8 @@ def rewrite_blocks(text: str, results: list[dict[str, Any]]) -> str:
 
     def fill(match: re.Match) -> str:
         name = match["name"]
-        if name == "speed":
-            from benchmarks import speed  # a benchmark, which no training run should depend on
-
-            return match[1] + speed.table(json.loads(SPEED.read_text(encoding="utf-8"))) + "\n" + match[3]
+        if name in BENCHMARKS:
+            return match[1] + _benchmark_table(BENCHMARKS[name]) + "\n" + match[3]
         if name == "claims":
             return match[1] + claims_table(results) + "\n" + match[3]
         chosen = [result for result in results if result["name"] == name]
@@ -219,6 +219,11 @@ def rewrite_blocks(text: str, results: list[dict[str, Any]]) -> str:
         return match[1] + table + "\n" + match[3]
 
     return BLOCK.sub(fill, text)
+
+
+def _benchmark_table(name: str) -> str:
+    benchmark = importlib.import_module(f"benchmarks.{name}")  # only now: no training run should depend on it
+    return benchmark.table(json.loads((CLONE / "benchmarks" / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def perplexity(loss: float) -> float:

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What memories save: a memory model beside its decoder with all tokens in view. `make bench`, or see `--help`.
+
+Both read texts of several lengths and decode one chunk behind them, so that finishing a chunk and encoding it is part
+of what is timed. They run in turn in one process, as in `benchmarks/speed.py`. Backbones are Memory Mosaics; the
+encoder is as large as the decoder, or has half its width.
+
+The formula counts multiplications: each token once through the weights of what reads it, and two products of vectors for
+each pair of tokens that see each other. All tokens in view: n tokens, n n / 2 pairs. A memory model: n tokens and
+n L / 2 pairs for the encoder, and for the decoder one row of the n / L memories and the tokens since.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import DynamicCache, PreTrainedModel
+
+from benchmarks.speed import compare, in_process_of_its_own, machine, peak_resident
+from modeling_memory_mosaic import (
+    MemoryModelCache,
+    MemoryModelConfig,
+    MemoryModelForCausalLM,
+    MemoryMosaicConfig,
+    MemoryMosaicForCausalLM,
+)
+from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
+
+
+SIZES = {"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+HALF = SIZES | {"hidden_size": 64, "num_attention_heads": 2}
+CHUNK_LENGTH = 256
+LENGTHS = (512, 1024, 4096, 16384)
+ENCODERS = {"encoder of equal size": SIZES, "encoder of half the width": HALF}
+FULL = "all tokens in view"
+LARGER_IS_BETTER = {"prefill": False, "decode": True}
+
+
+def backbone(sizes: dict[str, int]) -> MemoryMosaicConfig:
+    return MemoryMosaicConfig(**sizes, attention_dropout=0.0, hidden_dropout=0.0)
+
+
+def build(name: str) -> PreTrainedModel:
+    """The memory model with that encoder, or its decoder alone."""
+    torch.manual_seed(0)
+    if name == FULL:
+        return MemoryMosaicForCausalLM(backbone(SIZES)).eval()
+    encoder, decoder = backbone(ENCODERS[name]), backbone(SIZES)
+    return MemoryModelForCausalLM(
+        MemoryModelConfig(encoder=encoder, decoder=decoder, chunk_length=CHUNK_LENGTH)
+    ).eval()
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, num_tokens: int) -> DynamicCache | MemoryModelCache:
+    """Read one text into a cache."""
+    ids = torch.randint(0, SIZES["vocab_size"], (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    cache = MemoryModelCache() if isinstance(model, MemoryModelForCausalLM) else DynamicCache(config=model.config)
+    model(input_ids=ids, **{MEMORY_NAME: cache}, logits_to_keep=1)
+    return cache
+
+
+def prefill(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
+    """Seconds to read one text."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        read(model, num_tokens)
+        return time.perf_counter() - start
+
+    return run
+
+
+def decode(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
+    """Tokens per second over one chunk behind the text, one at a time."""
+    ids, before = torch.zeros(1, 1, dtype=torch.long), read(model, num_tokens)
+
+    @torch.no_grad()
+    def run() -> float:
+        cache = copy.deepcopy(before)
+        start = time.perf_counter()
+        for _ in range(CHUNK_LENGTH):
+            model(input_ids=ids, **{MEMORY_NAME: cache}, logits_to_keep=1)
+        return CHUNK_LENGTH / (time.perf_counter() - start)
+
+    return run
+
+
+def slots(model: PreTrainedModel, num_tokens: int) -> int:
+    """Pairs that the decoder holds at most while it decodes one chunk behind the text."""
+    if not isinstance(model, MemoryModelForCausalLM):
+        return num_tokens + CHUNK_LENGTH
+    return num_tokens // CHUNK_LENGTH * model.config.prefix_slots + CHUNK_LENGTH
+
+
+def _peak_of_reading(name: str, num_tokens: int, threads: int, pipe) -> None:
+    torch.set_num_threads(threads)
+    model = build(name)
+    before = peak_resident()
+    read(model, num_tokens)
+    pipe.send(peak_resident() - before)
+
+
+def multiplications(name: str, num_tokens: int) -> float:
+    """Of reading a text, by the formula."""
+    weights = {key: weights_per_token(sizes) for key, sizes in (("decoder", SIZES), ("encoder", ENCODERS.get(name)))}
+    if name == FULL:
+        return num_tokens * weights["decoder"] + pair_width(SIZES) * num_tokens**2 / 2
+    row = num_tokens // CHUNK_LENGTH + 1
+    encoder = num_tokens * (weights["encoder"] + pair_width(ENCODERS[name]) * CHUNK_LENGTH / 2)
+    return encoder + row * weights["decoder"] + pair_width(SIZES) * row**2 / 2
+
+
+def weights_per_token(sizes: dict[str, int] | None) -> int:
+    """Matrix entries that a token meets in the blocks; the head is met by the last token alone."""
+    if sizes is None:
+        return 0
+    with torch.device("meta"):
+        layers = MemoryMosaicForCausalLM(backbone(sizes)).model.layers
+        return sum(parameter.numel() for parameter in layers.parameters() if parameter.ndim > 1)
+
+
+def pair_width(sizes: dict[str, int]) -> int:
+    """Multiplications for a pair of tokens: a product of keys and a weighted value, in every layer."""
+    return 2 * sizes["hidden_size"] * sizes["num_hidden_layers"]
+
+
+def measure(rounds: int) -> list[dict]:
+    """One row for each length and encoder, printed as it is taken."""
+    full, rows = build(FULL), []
+    for num_tokens in LENGTHS:
+        peak = in_process_of_its_own(_peak_of_reading, FULL, num_tokens)
+        for name in ENCODERS:
+            model = build(name)
+            row = {"encoder": name, "tokens": num_tokens}
+            for what, task in (("prefill", prefill), ("decode", decode)):
+                pair = task(model, num_tokens), task(full, num_tokens)
+                row[what] = compare(*pair, rounds, LARGER_IS_BETTER[what])
+            row["formula"] = multiplications(FULL, num_tokens) / multiplications(name, num_tokens)
+            row["slots"] = {"ours": slots(model, num_tokens), "theirs": slots(full, num_tokens)}
+            row["peak_mib"] = {"ours": in_process_of_its_own(_peak_of_reading, name, num_tokens), "theirs": peak}
+            rows.append(row)
+            typer.echo(table_row(row))
+    return rows
+
+
+COLUMNS = (
+    *("n", "memory model with", "prefill, s", "all in view, s", "ratio (quartiles)", "by the formula"),
+    *("decode, tokens/s", "all in view", "ratio", "pairs held", "all in view"),
+    *("memory of prefill, MiB", "all in view"),
+)
+HEADER = f"| {' | '.join(COLUMNS)} |\n| ---: | --- |{' ---: |' * (len(COLUMNS) - 2)}"
+
+
+def table_row(row: dict) -> str:
+    reading, writing = row["prefill"], row["decode"]
+    cells = [
+        f"{row['tokens']:,}",
+        row["encoder"],
+        f"{reading['ours']:.3g}",
+        f"{reading['theirs']:.3g}",
+        "{:.2f} ({:.2f} to {:.2f})".format(reading["ratio"], *reading["ratio_quartiles"]),
+        f"{row['formula']:.2f}",
+        f"{writing['ours']:.0f}",
+        f"{writing['theirs']:.0f}",
+        f"{writing['ratio']:.2f}",
+        f"{row['slots']['ours']:,}",
+        f"{row['slots']['theirs']:,}",
+        f"{row['peak_mib']['ours']:.0f}",
+        f"{row['peak_mib']['theirs']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(report: dict) -> str:
+    """Markdown table of a report as `main` writes it, with its setting above."""
+    sizes = report["sizes"]
+    setting = (
+        f"Memory Mosaics of {sizes['num_hidden_layers']} blocks of width {sizes['hidden_size']}, chunks of "
+        f"{report['chunk_length']} tokens, float32, {report['threads']} threads of {report['cpu']}, torch "
+        f"{report['versions']['torch']}, median of {report['rounds']} interleaved pairs; a ratio above 1 means that "
+        "the memory model is faster.\n"
+    )
+    return "\n".join([setting, HEADER, *map(table_row, report["rows"])])
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Interleaved pairs per measurement.")] = 5,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = torch.get_num_threads(),
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Measure and print."""
+    torch.set_num_threads(threads)
+    typer.echo(HEADER)
+    report = {"sizes": SIZES, "chunk_length": CHUNK_LENGTH, **machine(rounds), "rows": measure(rounds)}
+    if output is not None:
+        output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
