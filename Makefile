@@ -12,7 +12,8 @@ CORE := $(addprefix tests/test_,modeling.py continuous.py packing.py cache.py ge
 	configuration.py specification.py fuzz.py memory_model.py memory_model_generation.py)
 
 RESULTS ?= three_moons induction regbench_search regbench_search_rope regbench regbench_automata \
-	regbench_recurrent stories_tuning training_curves out_of_distribution beyond_training_length attention_maps babistories_micro
+	regbench_recurrent stories_tuning training_curves out_of_distribution beyond_training_length attention_maps babistories_micro \
+	memory_fidelity memory_capacity memory_capacity_tokens memory_objectives memory_remedies memory_positions
 
 .PHONY: demo test test-slow test-oldest check bench results tables clean
 

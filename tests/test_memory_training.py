@@ -75,7 +75,7 @@ def test_each_stage_logs_the_parts_of_its_loss_and_what_memories_hold(trained):
         assert entry["loss"] == pytest.approx(weighted, abs=2e-3)
 
 
-def test_a_frozen_encoder_stays_as_it_is_and_a_new_decoder_does_not(trained):
+def test_a_frozen_encoder_stays_as_it_is(trained):
     recipe, _ = trained
     models = [
         load_causal_lm(recipe.folder / f"{n + 1}-{stage.name}" / "model") for n, stage in enumerate(recipe.stages)
