@@ -22,7 +22,9 @@ WAYS = {
 
 def generate(model, inputs, **settings):
     set_seed(0)
-    inputs = {"attention_mask": torch.ones_like(inputs["input_ids"])} | inputs  # else ids like the pad's would be masked
+    inputs = {
+        "attention_mask": torch.ones_like(inputs["input_ids"])
+    } | inputs  # else ids like the pad's would be masked
     return model.generate(**inputs, **GREEDY | settings)
 
 
