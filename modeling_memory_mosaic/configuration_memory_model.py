@@ -92,9 +92,10 @@ class MemoryModelConfig(PreTrainedConfig):
             Whether the model returns what it has read, see [`MemoryModelCache`].
 
     Raises:
-        ValueError: if encoder and decoder know a different number of tokens, or a choice is none of the known ones.
-        huggingface_hub.errors.StrictDataclassError: if a size is not positive, a weight negative, no weight positive,
-            or a field has the wrong type.
+        ValueError: if encoder and decoder know a different number of tokens.
+        huggingface_hub.errors.StrictDataclassError: if a size is not positive, a choice none of the known ones, a
+            weight negative, none positive, or one of recalling positive without memories; or a field has the wrong
+            type.
 
     ```python
     >>> from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM, MemoryMosaicConfig
@@ -197,6 +198,11 @@ class MemoryModelConfig(PreTrainedConfig):
         weights = [getattr(self, f"{objective}_weight") for objective in OBJECTIVES]
         if min(weights) < 0 or max(weights) == 0:
             raise ValueError(f"The weights of {', '.join(OBJECTIVES)} are {weights}: none negative, one positive.")
+        if self.max_memories == 0 and max(weights[1:]) > 0:
+            raise ValueError(
+                f"max_memories=0 leaves nothing to recall, but the weights of {', '.join(OBJECTIVES[1:])} are "
+                f"{weights[1:]}: set them to 0."
+            )
 
 
 def backbone_config(given: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:

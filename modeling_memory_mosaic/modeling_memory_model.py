@@ -59,6 +59,9 @@ from .modeling_memory_mosaic import (
 # Rounding to so many codes on each side of zero; float8 e4m3 reaches to 448.
 INT8_LIMIT, FP8_LIMIT = 127.0, 448.0
 
+# By which a batch of packed documents would tell where each begins.
+DOCUMENT_MARKS = ("position_ids", "seq_idx", "cu_seq_lens_q")
+
 
 # trf-ignore: TRF057
 @dataclass
@@ -124,9 +127,15 @@ def round_through(memories: torch.Tensor, quantization: str | None) -> torch.Ten
 
 
 def to_codes(memories: torch.Tensor, quantization: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes `(..., D)`, of a byte each, and the scale `(..., 1)` of each vector, in float32."""
+    """Codes `(..., D)`, of a byte each, and the scale `(..., 1)` of each vector, in float32.
+
+    A scale has few binary digits, in half precision one: so a code times a scale is exact, and what was rounded once
+    is rounded to itself.
+    """
     limit = INT8_LIMIT if quantization == "int8" else FP8_LIMIT
-    scale = memories.float().abs().amax(-1, keepdim=True) / limit
+    steps = 2.0 if memories.element_size() == 2 else 2.0**16
+    fraction, exponent = torch.frexp(memories.float().abs().amax(-1, keepdim=True) / limit)
+    scale = torch.ldexp((fraction * steps).ceil() / steps, exponent)
     scaled = memories.float() / scale.masked_fill(scale == 0, 1.0)
     codes = scaled.round().to(torch.int8) if quantization == "int8" else scaled.to(torch.float8_e4m3fn)
     return codes, scale
@@ -488,6 +497,11 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         if attention_mask is not None and cache is not None:
             attention_mask = self.new_part(attention_mask, cache, num_new)
         ids, is_token, order = take_text(input_ids, attention_mask, is_first=cache is None)
+        self.check_memories(memories, memory_mask, ids.shape[0])
+        if labels is not None and labels.shape != ids.shape:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}: it must be that of the ids, {tuple(ids.shape)}."
+            )
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None and labels is None and not self.training:
             cache = MemoryModelCache()
@@ -517,19 +531,22 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name):
                 raise ValueError(
-                    f"{name}=True is not supported, as encoder and decoder read a text in parts: ask `model.encoder` "
-                    "and `model.decoder` for theirs."
+                    f"{name}=True is not supported, as encoder and decoder read a text in parts: ask "
+                    "`model.encoder`'s backbone and `model.decoder` for theirs."
                 )
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must be a number that is not negative.")
-        shape = (self.config.num_memory_embeddings, self.config.memory_size)
-        if memories is not None and (memories.ndim != 4 or tuple(memories.shape[2:]) != shape):
-            raise ValueError(
-                f"memories have shape {tuple(memories.shape)}, this model's are (batch, memories, {shape[0]}, "
-                f"{shape[1]}): encode the text with this model, see `encode`."
-            )
-        if cache is None:
-            return
+        for name in DOCUMENT_MARKS:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} is not supported, as chunks are counted from each row's first token: give each document "
+                    "a row of its own."
+                )
+        if cache is not None:
+            self.check_cache(cache, memories, labels)
+
+    @staticmethod
+    def check_cache(cache, memories, labels) -> None:
         if not isinstance(cache, MemoryModelCache):
             raise ValueError(
                 f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned."
@@ -538,6 +555,26 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             raise ValueError("With labels a text is read as a whole: leave the cache out.")
         if memories is not None and cache.num_tokens > 0:
             raise ValueError("memories come before a text, but the cache has read some already: give them at first.")
+
+    def check_memories(self, memories, memory_mask, num_texts: int) -> None:
+        """Refuses memories of another form than this model's, or of other rows than the text's."""
+        if memories is None and memory_mask is not None:
+            raise ValueError("memory_mask tells which memories there are, but none are given: pass memories too.")
+        if memories is None:
+            return
+        shape = (self.config.num_memory_embeddings, self.config.memory_size)
+        if memories.ndim != 4 or tuple(memories.shape[2:]) != shape:
+            raise ValueError(
+                f"memories have shape {tuple(memories.shape)}, this model's are (batch, memories, {shape[0]}, "
+                f"{shape[1]}): encode the text with this model, see `encode`."
+            )
+        if memories.shape[0] != num_texts:
+            raise ValueError(f"memories are of {memories.shape[0]} rows, but the text has {num_texts}: pass as many.")
+        if memory_mask is not None and memory_mask.shape != memories.shape[:2]:
+            raise ValueError(
+                f"memory_mask has shape {tuple(memory_mask.shape)}: it must be {tuple(memories.shape[:2])}, one for "
+                "each of the memories."
+            )
 
     @staticmethod
     def new_part(attention_mask: torch.Tensor, cache: MemoryModelCache, num_new: int) -> torch.Tensor:
@@ -626,6 +663,11 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         else:
             half = (num_full // 2)[:, None]
             num_rows = int(half.max())
+            if self.config.max_memories is not None and self.config.max_memories < num_rows:
+                raise ValueError(
+                    f"{objective} of {num_rows} chunks reads the memory of so many chunks ago, but max_memories="
+                    f"{self.config.max_memories}: give shorter texts, raise max_memories, or set {objective}_weight=0."
+                )
             rows = torch.arange(num_rows, device=ids.device)
             index = torch.arange(2 * num_rows, device=ids.device)
             twice = take(memories, torch.where(index < half, index, (index - half).clamp(0, num_rows - 1)))
@@ -725,7 +767,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         else:
             remembered = self.remember(whole, is_whole, cache.memories, cache.memory_mask)
             last = self.begin_rows(cache, whole, is_whole, *remembered)
-            if logits_to_keep == 1 and (order[:, -1] == is_token.sum(-1) - 1).all():
+            ends_in_token = (order.argsort(dim=1)[:, -1] < is_token.sum(-1)).all()
+            if logits_to_keep == 1 and ends_in_token:
                 logits, order = last, order[:, -1:] * 0
             else:
                 at = num_before + torch.arange(ids.shape[1], device=ids.device)
