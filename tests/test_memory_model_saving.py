@@ -12,6 +12,8 @@ from test_saving import run_clean
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_memory_mosaic import MemoryModelEncoder, MemoryModelForCausalLM, MemoryMosaicConfig
+from training.publish import export_model, verify_export
+from training.tokenizer import train_tokenizer
 
 
 PAYLOAD = {
@@ -203,3 +205,34 @@ def test_a_backbone_may_be_described_by_a_dictionary():
     assert type(config.encoder) is type(config.decoder) is MemoryMosaicConfig
     assert (config.encoder.hidden_size, config.decoder.hidden_size) == (24, 768)
     assert config.memory_size == 24 and config.encoder is not config.decoder
+
+
+@pytest.mark.parametrize("backbone", ["mosaic", "llama"])
+def test_an_export_is_proven_in_a_clean_process(backbone, tmp_path):
+    tokenizer = train_tokenizer(["once upon a time"] * 9, 260)
+    encoder, decoder = BACKBONES[backbone]
+    model = make_memory_model(encoder=encoder, decoder=decoder, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for settings in (model.config, model.generation_config):
+            setattr(settings, name, getattr(tokenizer, name))
+    export_model(model, tokenizer, tmp_path / "model")
+    texts = verify_export(tmp_path / "model", ["once upon"], max_new_tokens=9, model=model)
+    assert texts[0].startswith("once upon")
+
+
+def test_a_saved_encoder_begins_a_whole_model(tmp_path):
+    encoder = make_memory_model(dtype=torch.float32).encoder
+    encoder.save_pretrained(tmp_path)
+    whole, report = MemoryModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name.split(".")[0] for name in report["missing_keys"]} == {"reader", "decoder"}
+    assert whole.encoder.fingerprint() == encoder.fingerprint()
+
+
+def test_adapters_of_a_frozen_encoder_rest():
+    model = make_memory_model(dtype=torch.float32, **all_weights(freeze_encoder=True))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights=False)).train()
+    ids = make_ids(2, 15, vocab_size=VOCAB_SIZE)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    moved = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+    assert moved and all("lora" in name and ".encoder." not in name for name in moved)
