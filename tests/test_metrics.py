@@ -335,13 +335,22 @@ def test_the_ratio_of_a_uniform_guess_is_zero_and_of_a_guess_by_frequencies_is_n
     results = entropy_ratio(predictions=[5000 * math.log(8000)], references=[text], vocab_size=8000)
     assert results["entropy_ratio"] == pytest.approx(0)
     assert results["uniform_cross_entropy"] == math.log(8000) != pytest.approx(9.03, abs=0.01)
-    counts = np.bincount(text, minlength=8000)
-    shares = (counts + 1) / (counts.sum() + 8000)
+    shares = np.bincount(text, minlength=8000) / 5000
     assert results["unigram_cross_entropy"] == pytest.approx(-np.log(shares[text]).mean())
     assert results["unigram_entropy_ratio"] > 0.1
     # The unigram guess itself, scored as a model, has the ratio that is printed beside any other.
     own = entropy_ratio(predictions=[5000 * results["unigram_cross_entropy"]], references=[text], vocab_size=8000)
     assert own["entropy_ratio"] == pytest.approx(results["unigram_entropy_ratio"])
+
+
+def test_no_guess_by_frequencies_beats_that_of_the_texts_own(entropy_ratio):
+    given = {"predictions": [1.0], "references": [[5] * 9 + [7]], "vocab_size": 8000}
+    own = entropy_ratio(**given)["unigram_cross_entropy"]
+    assert own == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
+    for share in (10, 1000, 10**9):
+        frequencies = [0] * 8000
+        frequencies[5], frequencies[7] = 9 * share, share
+        assert entropy_ratio(**given, frequencies=frequencies)["unigram_cross_entropy"] > own
 
 
 def test_frequencies_may_be_of_another_text(entropy_ratio):
