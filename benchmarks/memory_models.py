@@ -186,7 +186,27 @@ def table(report: dict) -> str:
         f"{report['versions']['torch']}, median of {report['rounds']} interleaved pairs; a ratio above 1 means that "
         "the memory model is faster.\n"
     )
-    return "\n".join([setting, HEADER, *map(table_row, report["rows"])])
+    return "\n".join([setting, HEADER, *map(table_row, report["rows"]), "", *payoffs(report["rows"])])
+
+
+def payoffs(rows: list[dict]) -> list[str]:
+    """For each encoder, from which measured length on a memory model is faster."""
+    sentences = []
+    for name in dict.fromkeys(row["encoder"] for row in rows):
+        starts = [pays_from([row for row in rows if row["encoder"] == name], what) for what in ("prefill", "decode")]
+        told = [f"from {start:,} tokens on" if start else "at no length" for start in starts]
+        sentences.append(f"With an {name} it is faster to read {told[0]}, and to decode {told[1]}.")
+    return sentences
+
+
+def pays_from(rows: list[dict], what: str) -> int | None:
+    """The shortest text from which on the lower quartile of the ratio is above 1 at every measured length."""
+    start = None
+    for row in sorted(rows, key=lambda row: row["tokens"], reverse=True):
+        if row[what]["ratio_quartiles"][0] <= 1:
+            break
+        start = row["tokens"]
+    return start
 
 
 def main(

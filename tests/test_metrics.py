@@ -297,8 +297,11 @@ def test_stored_bits_are_paid_for(bits_per_byte):
     stored = bits_per_byte(predictions=[3.0], references=["an owl"], stored_bits=12)
     assert stored["bits"] == plain["bits"] + 12
     assert stored["bits_per_byte"] == pytest.approx(plain["bits_per_byte"] + 2)
-    with pytest.raises(ValueError, match="stored_bits is -1"):
-        bits_per_byte(predictions=[3.0], references=["an owl"], stored_bits=-1)
+    assert stored["bits_per_byte_of_text"] == plain["bits_per_byte"]
+    assert set(plain) == {"bits_per_byte", "bits", "bytes"}
+    for bad in (-1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"stored_bits is {bad}"):
+            bits_per_byte(predictions=[3.0], references=["an owl"], stored_bits=bad)
 
 
 # What is recovered from a memory
@@ -314,7 +317,13 @@ def test_accuracy_counts_targets_alone(token_accuracy):
 
 @pytest.mark.parametrize(
     "predictions, references, message",
-    [([[1, 2]], [[1]], "has 2 tokens, but references"), ([[1]], [[-100]], "no target"), ([[]], [[]], "no target")],
+    [
+        ([[1, 2]], [[1]], "has 2 tokens, but references"),
+        ([[1]], [[-100]], "no target"),
+        ([[]], [[]], "no target"),
+        ([[1], [2, None]], [[1], [2, 3]], "token missing in sequence 1: give -100"),
+        ([[1, 2]], [[None, 2]], "token missing in sequence 0"),
+    ],
 )
 def test_what_has_no_accuracy_is_refused(token_accuracy, predictions, references, message):
     with pytest.raises(ValueError, match=message):
@@ -326,13 +335,22 @@ def test_the_ratio_of_a_uniform_guess_is_zero_and_of_a_guess_by_frequencies_is_n
     results = entropy_ratio(predictions=[5000 * math.log(8000)], references=[text], vocab_size=8000)
     assert results["entropy_ratio"] == pytest.approx(0)
     assert results["uniform_cross_entropy"] == math.log(8000) != pytest.approx(9.03, abs=0.01)
-    counts = np.bincount(text, minlength=8000)
-    shares = (counts + 1) / (counts.sum() + 8000)
+    shares = np.bincount(text, minlength=8000) / 5000
     assert results["unigram_cross_entropy"] == pytest.approx(-np.log(shares[text]).mean())
     assert results["unigram_entropy_ratio"] > 0.1
     # The unigram guess itself, scored as a model, has the ratio that is printed beside any other.
     own = entropy_ratio(predictions=[5000 * results["unigram_cross_entropy"]], references=[text], vocab_size=8000)
     assert own["entropy_ratio"] == pytest.approx(results["unigram_entropy_ratio"])
+
+
+def test_no_guess_by_frequencies_beats_that_of_the_texts_own(entropy_ratio):
+    given = {"predictions": [1.0], "references": [[5] * 9 + [7]], "vocab_size": 8000}
+    own = entropy_ratio(**given)["unigram_cross_entropy"]
+    assert own == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
+    for share in (10, 1000, 10**9):
+        frequencies = [0] * 8000
+        frequencies[5], frequencies[7] = 9 * share, share
+        assert entropy_ratio(**given, frequencies=frequencies)["unigram_cross_entropy"] > own
 
 
 def test_frequencies_may_be_of_another_text(entropy_ratio):
@@ -344,11 +362,16 @@ def test_frequencies_may_be_of_another_text(entropy_ratio):
     "settings, message",
     [
         ({"references": [[0, 4]]}, "range from 0 to 4, but vocab_size is 4"),
+        ({"references": [[0, -1]]}, "range from -1 to 0"),
         ({"references": [[]]}, "no tokens"),
+        ({"references": [[0, None]]}, "a token of the references is missing"),
         ({"predictions": [-1.0]}, "is -1.0"),
         ({"predictions": [math.nan]}, "is nan"),
         ({"vocab_size": 1}, "vocab_size is 1"),
         ({"frequencies": [1, 2]}, "there are 2 frequencies"),
+        ({"frequencies": []}, "there are 0 frequencies"),
+        ({"frequencies": [1, 2, -1, 0]}, "frequency of token 2 is -1"),
+        ({"frequencies": [1, math.nan, 1, 0]}, "frequency of token 1 is nan"),
     ],
 )
 def test_what_has_no_entropy_ratio_is_refused(entropy_ratio, settings, message):

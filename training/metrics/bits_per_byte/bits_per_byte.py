@@ -27,11 +27,12 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions (list of float): for each text its negative log likelihood in nats, summed over its tokens.
     references (list of str): the texts.
-    stored_bits (float): kept beside the texts' code, of all texts together; 0 by default.
+    stored_bits (float, *optional*): kept beside the texts' code, of all texts together.
 Returns:
     bits_per_byte (float): bits divided by bytes, over all texts together.
     bits (float): the negative log likelihood of all texts, in bits, and the stored ones.
     bytes (int): the length of all texts in UTF-8.
+    bits_per_byte_of_text (float): without the stored bits; where `stored_bits` is given.
 Raises:
     ValueError: no text, texts of no bytes at all, or a negative log likelihood or stored bits that are negative or not
         finite.
@@ -56,7 +57,7 @@ class BitsPerByte(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, stored_bits=0.0):
+    def _compute(self, predictions, references, stored_bits=None):
         if len(predictions) == 0:
             raise ValueError("predictions are empty: give at least one text and its negative log likelihood")
         for index, (nats, text) in enumerate(zip(predictions, references, strict=True)):
@@ -67,10 +68,18 @@ class BitsPerByte(evaluate.Metric):
                     f"the negative log likelihood of text {index} is {nats}: it has to be finite and at least 0 (in "
                     "nats, with the sign of a loss)"
                 )
-        if not (math.isfinite(stored_bits) and stored_bits >= 0):
+        if stored_bits is not None and not (math.isfinite(stored_bits) and stored_bits >= 0):
             raise ValueError(f"stored_bits is {stored_bits}: it has to be finite and at least 0")
         length = sum(len(text.encode("utf-8")) for text in references)
         if length == 0:
             raise ValueError("the texts have no bytes: give at least one that is not empty")
-        bits = math.fsum(predictions) / math.log(2) + stored_bits
-        return {"bits_per_byte": bits / length, "bits": bits, "bytes": length}
+        bits = math.fsum(predictions) / math.log(2)
+        if stored_bits is None:
+            return {"bits_per_byte": bits / length, "bits": bits, "bytes": length}
+        whole = bits + stored_bits
+        return {
+            "bits_per_byte": whole / length,
+            "bits": whole,
+            "bytes": length,
+            "bits_per_byte_of_text": bits / length,
+        }

@@ -31,7 +31,7 @@ Returns:
     by_place (list of float): accuracy at each place; nan where no sequence has a target.
     count (int): how many targets there are.
 Raises:
-    ValueError: no target at all, or sequences of different lengths.
+    ValueError: no target at all, a missing token, or sequences of different lengths.
 Examples:
     >>> metric = evaluate.load("training/metrics/token_accuracy")
     >>> metric.compute(predictions=[[5, 6, 7, 8]], references=[[5, 6, 0, 8]])["accuracy"]
@@ -56,6 +56,8 @@ class TokenAccuracy(evaluate.Metric):
         length = max(map(len, references), default=0)
         is_right, is_target = np.zeros((2, len(references), length), bool)
         for index, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
+            if None in predicted or None in true:
+                raise ValueError(f"token missing in sequence {index}: give {ignore_index} where there is no target")
             if len(predicted) != len(true):
                 raise ValueError(
                     f"predictions[{index}] has {len(predicted)} tokens, but references[{index}] has {len(true)}: give "
