@@ -9,7 +9,7 @@ import yaml
 
 from training.evaluate import load_causal_lm
 from training.experiments import memory_models, memory_training
-from training.experiments.memory_training import begin_stage, build_model, flops_of_step, measure
+from training.experiments.memory_training import begin_stage, build_model, measure, training_flops
 from training.publish import verify_export
 from training.recipe import CONFIGURATION, load_recipe
 from training.result import claims_table
@@ -152,20 +152,22 @@ def test_measures_are_means_over_all_targets(trained):
     assert measures["causal_loss"] == pytest.approx(model(ids, labels=ids).causal_loss.item(), rel=1e-5)
 
 
-def test_counted_operations_leave_the_model_as_it_was(trained):
-    recipe, _ = trained
-    model = load_causal_lm(recipe.folder / "model")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    random = torch.get_rng_state()
-    counted = []
-    for objectives in ({"causal": 1.0}, {"causal": 1.0, "copy": 1.0}):
-        stage = memory_training.StageSection(name="x", objectives=objectives, steps=1)
-        begin_stage(model, stage, 0)
-        counted.append(flops_of_step(model, 2, 16))
-    assert 0 < counted[0] < counted[1]
-    assert torch.equal(random, torch.get_rng_state()) and not model.training
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_operations_are_counted_for_each_stage(tmp_path):
+    one, other = training_flops(read(tmp_path, stages=STAGES[1:2])), training_flops(read(tmp_path))
+    assert other[1:2] == one and len(other) == 3
+    # Twice the objectives is more work a step, a frozen encoder less, and twice the steps twice as much.
+    stage = {"name": "causal", "objectives": {"causal": 1.0}, "steps": 4}
+    causal, both, frozen, longer = (
+        training_flops(read(tmp_path, stages=[stage | settings]))[0]
+        for settings in ({}, {"objectives": {"causal": 1.0, "copy": 1.0}}, {"freeze_encoder": True}, {"steps": 8})
+    )
+    assert frozen < causal < both and longer == 2 * causal
+    # Reading persistent memories is a product too, though torch's counter knows of none that sdpa makes on CPUs.
+    eight, sixteen, more = (
+        training_flops(read(tmp_path, stages=[stage], model_args={"decoder": {"num_persistent_slots": slots}}))[0]
+        for slots in (8, 16, 24)
+    )
+    assert more - sixteen == sixteen - eight > 0
 
 
 @pytest.mark.parametrize("model", ["mosaic-characters", "gpt2-characters"])

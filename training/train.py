@@ -106,7 +106,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 def tokens_per_step(recipe: Recipe, arguments: TrainingArguments) -> int:
     """Tokens that one optimizer step sees, over all processes and accumulated micro-batches."""
-    return _windows_per_step(arguments) * recipe.data.context_length
+    return windows_per_step(arguments) * recipe.data.context_length
 
 
 def num_devices(arguments: TrainingArguments) -> int:
@@ -114,7 +114,8 @@ def num_devices(arguments: TrainingArguments) -> int:
     return arguments.world_size * max(1, arguments.n_gpu)
 
 
-def _windows_per_step(arguments: TrainingArguments) -> int:
+def windows_per_step(arguments: TrainingArguments) -> int:
+    """Windows that one optimizer step sees, likewise."""
     return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
 
 
@@ -250,7 +251,7 @@ def whole_steps(windows: Dataset | IterableDataset, arguments: TrainingArguments
     # A last step of fewer windows would see fewer tokens than the budget counts.
     if isinstance(windows, IterableDataset):
         return windows
-    per_step = _windows_per_step(arguments)
+    per_step = windows_per_step(arguments)
     whole = len(windows) - len(windows) % per_step
     if whole == 0:
         raise ValueError(

@@ -36,7 +36,7 @@ from training.experiments.comparison import (
     save_figure,
     summary,
 )
-from training.experiments.memory_training import measure
+from training.experiments.memory_training import measure, training_flops
 from training.parallel import recipe_job, run_all
 from training.recipe import CONFIGURATION, load_recipe
 from training.result import mean_and_deviation
@@ -88,14 +88,15 @@ class Series(NamedTuple):
 
     label: str
     results: list[dict[str, Any]]
+    flops: list[int]  # of each stage, the same for all seeds
 
     def values(self, measure: str) -> list[float] | None:
         """A measure of each seed, `None` if the model has none; `recovered` is the accuracy of the probe."""
         found = []
         for result in self.results:
             stages = [s for s in result["stages"] if (s["name"] == PROBE) == (measure == "recovered")]
-            if measure in ("training_flops", "steps"):
-                found.append(sum(stage[measure] for stage in stages))
+            if measure == "steps":
+                found.append(sum(stage["steps"] for stage in stages))
             elif stages:
                 found.append(stages[-1]["metrics"].get("autoencoding_accuracy" if measure == "recovered" else measure))
         return found if found and None not in found else None
@@ -123,7 +124,10 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
-    series = [Series(label, [t.result() for t in recipe.trainings if t.label == label]) for label in recipe.runs]
+    series = []
+    for label in recipe.runs:
+        trainings = [t for t in recipe.trainings if t.label == label]
+        series.append(Series(label, [t.result() for t in trainings], training_flops(trainings[0].recipe)))
     question = QUESTIONS[recipe.question]
     floor = unigram(recipe.trainings[0])
     numbers = [_numbers(one) | {"more": question.more(recipe, one, floor)} for one in series]
@@ -136,8 +140,9 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
 
 
 def _numbers(series: Series) -> dict[str, Any]:
-    kept = ("seed", "parameters", "steps", "tokens", "training_flops", "seconds", "stages")
-    return {"label": series.label, "seeds": [{name: result[name] for name in kept} for result in series.results]}
+    kept = ("seed", "parameters", "steps", "tokens", "seconds", "stages")
+    seeds = [{name: result[name] for name in kept} for result in series.results]
+    return {"label": series.label, "training_flops": series.flops, "seeds": seeds}
 
 
 def unigram(training: Trained) -> dict[str, float]:
@@ -181,7 +186,7 @@ def _draw(recipe: Recipe, series: list[Series], question, floor: dict[str, float
         values = one.values(question.drawn) or []
         bars.plot(values, [place] * len(values), "o", color=colour)
         for index, result in enumerate(one.results):
-            points = _curve(result, question.curve)
+            points = _curve(result, one.flops, question.curve)
             label = one.label if index == 0 else None
             curves.plot([x / 1e12 for x, _ in points], [y for _, y in points], color=colour, lw=1, label=label)
     bars.set_yticks(range(len(series)), [one.label for one in series])
@@ -197,14 +202,16 @@ def _draw(recipe: Recipe, series: list[Series], question, floor: dict[str, float
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 
-def _curve(result: dict[str, Any], measure: str) -> list[tuple[float, float]]:
-    """A measure of validation over the operations of all stages so far."""
+def _curve(result: dict[str, Any], flops: list[int], measure: str) -> list[tuple[float, float]]:
+    """A measure of validation over the operations of all stages so far; of several stages, the probe left out."""
     points, before = [], 0.0
-    for stage in result["stages"]:
-        per_step = stage["training_flops"] / stage["steps"]
+    for stage, of_stage in zip(result["stages"], flops, strict=True):
+        if stage["name"] == PROBE and points:
+            break
+        per_step = of_stage / stage["steps"]
         found = [e for e in stage["learning_curve"] if f"eval_{measure}" in e]
         points += [(before + e["step"] * per_step, e[f"eval_{measure}"]) for e in found]
-        before += stage["training_flops"]
+        before += of_stage
     return points
 
 
@@ -324,7 +331,7 @@ def _objectives_claims(recipe: Recipe, series: dict[str, Series], floor: dict[st
         "works best of all (figures only)",
         f"blank copy: {told('blank_copy_accuracy', staged, combined)}; "
         f"copy: {told('copy_accuracy', staged, combined)}; causal loss: {told('causal_loss', staged, combined)}; at "
-        + " and ".join(f"{statistics.mean(one.values('training_flops')) / 1e12:.1f}" for one in (staged, combined))
+        + " and ".join(f"{sum(one.flops[:-1]) / 1e12:.1f}" for one in (staged, combined))
         + " x 10^12 operations",
         "reproduced" if better and not worse_loss else "not at this size" if better else "contradicted",
     )

@@ -14,8 +14,9 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from pydantic import Field, PositiveInt, model_validator
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedConfig, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedConfig, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM
@@ -201,9 +202,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """What a training would amount to, known without reading data."""
     per_step = train.tokens_per_step(recipe, training_arguments(recipe))
     stages = {
-        f"stage {stage.name}": f"{stage.steps:,} steps, {stage.steps * per_step:,} tokens, "
+        f"stage {stage.name}": f"{stage.steps:,} steps, {stage.steps * per_step:,} tokens, {flops:.3e} operations, "
         + ", ".join(f"{weight:g} x {name}" for name, weight in stage.objectives.items())
-        for stage in recipe.stages
+        for stage, flops in zip(recipe.stages, training_flops(recipe), strict=True)
     }
     source = {} if recipe.encoder is None else {"encoder": str(recipe.encoder_source().folder)}
     sizes = {"parameters": train.num_parameters(recipe), "tokens_per_step": per_step}
@@ -286,7 +287,6 @@ def _train(recipe: Recipe, state: PartialState) -> dict[str, Any]:
         "parameters": train.num_parameters(recipe),
         "steps": sum(stage["steps"] for stage in stages),
         "tokens": sum(stage["tokens"] for stage in stages),
-        "training_flops": sum(stage["training_flops"] for stage in stages),
         "seconds": sum(stage["seconds"] for stage in stages),
         "validation": {"tokens": size[0], "bytes": size[1]},
         "metrics": stages[-1]["metrics"],
@@ -320,19 +320,16 @@ def _train_stage(
         eval_dataset=windows["validation"],
         tell=lambda share: tell_progress(recipe.folder, _share_done(recipe, stage, share)),
     )
-    flops = flops_of_step(model, arguments.train_batch_size, recipe.data.context_length)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if state.is_main_process:
         export_model(model, tokenizer, _stage_folder(recipe, stage) / "model")
     history = trainer.state.log_history
-    per_step = arguments.gradient_accumulation_steps * arguments.world_size
     return {
         "name": stage.name,
         "objectives": stage.objectives,
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
-        "training_flops": flops * per_step * trainer.state.global_step,
         "seconds": max(entry.get("seconds", 0.0) for entry in history),
         "metrics": measure(model, windows["validation"], arguments.eval_batch_size),
         "learning_curve": [{k: v for k, v in entry.items() if _is_measure(k)} for entry in history],
@@ -359,13 +356,22 @@ def begin_stage(model: MemoryModelForCausalLM, stage: StageSection, seed: int) -
         model.reset_decoder()
 
 
-def flops_of_step(model: MemoryModelForCausalLM, batch_size: int, num_tokens: int) -> int:
-    """Operations of the matrix products of one forward and backward pass, counted; the model is left as it was."""
-    ids = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=model.device)
-    was_training = model.training
-    with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
+def training_flops(recipe: Recipe) -> list[int]:
+    """Operations of the matrix products of each stage, forward and backward: counted on one step of a new model."""
+    model, flops = AutoModelForCausalLM.from_config(recipe.build_config()), []
+    for stage in recipe.stages:
+        begin_stage(model, stage, recipe.seed)
+        arguments = training_arguments(recipe, stage)
+        per_window = _flops_of_window(model, recipe.data.context_length)
+        flops.append(per_window * train.windows_per_step(arguments) * stage.steps)
+    return flops
+
+
+def _flops_of_window(model: MemoryModelForCausalLM, num_tokens: int) -> int:
+    ids = torch.zeros(1, num_tokens, dtype=torch.long)
+    # torch's counter does not know what sdpa chooses on CPUs; MATH computes the same by products that it knows.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.train()(ids, labels=ids).loss.backward()
-    model.train(was_training).zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
 
