@@ -3,6 +3,7 @@
 
 import json
 
+import evaluate
 import pytest
 import torch
 import yaml
@@ -148,6 +149,13 @@ def test_measures_are_means_over_all_targets(trained):
     assert measures["copy_accuracy"] == pytest.approx(is_right.double().mean().item())
     assert measures["copy_exact"] == pytest.approx(is_right.all(-1).double().mean().item())
     assert measures["copy_by_place"] == pytest.approx(is_right.double().mean((0, 1)).tolist())
+    metric = evaluate.load(str(memory_models.METRICS / "token_accuracy"))
+    found = metric.compute(
+        predictions=logits.argmax(-1).flatten(0, 1).tolist(), references=targets.flatten(0, 1).tolist()
+    )
+    assert [measures[f"copy_{name}"] for name in ("accuracy", "exact", "by_place")] == [
+        pytest.approx(found[name]) for name in ("accuracy", "exact", "by_place")
+    ]
     model.config.causal_weight = 1.0
     assert measures["causal_loss"] == pytest.approx(model(ids, labels=ids).causal_loss.item(), rel=1e-5)
 

@@ -172,30 +172,32 @@ def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) ->
     """
     was_training = model.training
     model.eval()
-    sums: dict[str, Any] = defaultdict(float)
+    causal, recalled = [], defaultdict(list)
     for start in range(0, len(windows), batch_size):
         rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
         ids = collate_windows(rows)["input_ids"].to(model.device)
         is_token = torch.ones_like(ids, dtype=torch.bool)
         remembered = model.remember(ids, is_token)
-        logits = model.causal_logits(ids, is_token, *remembered)[:, :-1].flatten(0, 1).float()
-        sums["causal_loss"] += torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
-        sums["causal"] += ids[:, 1:].numel()
+        causal.append(_token_losses(model.causal_logits(ids, is_token, *remembered)[:, :-1], ids[:, 1:]).flatten())
         for objective in OBJECTIVES[1:] if model.config.max_memories != 0 else ():
             logits, targets, _ = model.recall(objective, ids, is_token, *remembered)
-            is_right = (logits.argmax(-1) == targets).flatten(0, 1).double()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 2).float(), targets.flatten(), reduction="sum")
-            sums[objective] += targets.numel()
-            sums[f"{objective}_loss"] += loss.item()
-            sums[f"{objective}_accuracy"] += is_right.sum().item()
-            sums[f"{objective}_exact"] += is_right.all(-1).sum().item() * targets.shape[-1]
-            sums[f"{objective}_by_place"] += is_right.sum(0) * targets.shape[-1]
+            is_right = logits.argmax(-1) == targets
+            recalled[objective].append(torch.stack([_token_losses(logits, targets), is_right]).flatten(1, 2))
     model.train(was_training)
-    totals = {objective: sums.pop(objective) for objective in OBJECTIVES if objective in sums}
-    measures = {
-        name: value / totals[name.rsplit("_", 2 if "by_place" in name else 1)[0]] for name, value in sums.items()
-    }
-    return {name: value if isinstance(value, float) else value.tolist() for name, value in measures.items()}
+    measures: dict[str, Any] = {"causal_loss": torch.cat(causal).mean().item()}
+    for objective, parts in recalled.items():
+        losses, is_right = torch.cat(parts, dim=1)  # each (chunks, L)
+        measures |= {
+            f"{objective}_loss": losses.mean().item(),
+            f"{objective}_accuracy": is_right.mean().item(),
+            f"{objective}_exact": is_right.all(-1).double().mean().item(),
+            f"{objective}_by_place": is_right.mean(0).tolist(),
+        }
+    return measures
+
+
+def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.movedim(-1, 1).float(), targets, reduction="none").double()
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
