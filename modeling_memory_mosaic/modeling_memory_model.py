@@ -654,31 +654,40 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
                 f"{is_token.sum(-1).max().item()} tokens: give longer texts, or set {objective}_weight=0."
             )
         if objective == "autoencoding":
-            num_rows = memories.shape[1]
-            flat, ends = memories.flatten(0, 1)[:, None], torch.ones(1, dtype=torch.long, device=ids.device)
-            inputs = self.reader.begin(self.reader.blank(flat.shape[0], 1, length), True)
-            is_input = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=ids.device)
-            logits = self.decode(inputs, is_input, flat, memory_mask.flatten()[:, None], ends)
-            logits, is_row = logits.unflatten(0, (-1, num_rows))[:, :, 0], memory_mask
+            logits, is_row = self.recall_each(memories, memory_mask)
         else:
-            half = (num_full // 2)[:, None]
-            num_rows = int(half.max())
-            if self.config.max_memories is not None and self.config.max_memories < num_rows:
-                raise ValueError(
-                    f"{objective} of {num_rows} chunks reads the memory of so many chunks ago, but max_memories="
-                    f"{self.config.max_memories}: give shorter texts, raise max_memories, or set {objective}_weight=0."
-                )
-            rows = torch.arange(num_rows, device=ids.device)
-            index = torch.arange(2 * num_rows, device=ids.device)
-            twice = take(memories, torch.where(index < half, index, (index - half).clamp(0, num_rows - 1)))
-            tokens = self.reader.blank(ids.shape[0], num_rows, length)
-            if objective == "copy":
-                tokens = embed(self.decoder, ids[:, : num_rows * length]).unflatten(1, (num_rows, length))
-            inputs = self.reader.begin(tokens, True)
-            is_input = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=ids.device)
-            logits = self.decode(inputs, is_input, twice, index < 2 * half, half + rows)
-            is_row = rows < half
+            logits, is_row = self.recall_first_half(objective, ids, memories, num_full)
+        num_rows = is_row.shape[1]
         return logits, ids[:, : num_rows * length].unflatten(1, (num_rows, length)), is_row
+
+    def recall_each(self, memories, memory_mask):
+        """Logits `(B, N, L, V)` of each chunk, written from its own memory alone, and which chunks are real."""
+        flat, is_memory = memories.flatten(0, 1)[:, None], memory_mask.flatten()[:, None]
+        tokens = self.reader.blank(flat.shape[0], 1, self.config.chunk_length)
+        logits = self.decode_copies(tokens, flat, is_memory, ends=is_memory.new_ones(1, dtype=torch.long))
+        return logits.unflatten(0, memory_mask.shape)[:, :, 0], memory_mask
+
+    def recall_first_half(self, objective: str, ids, memories, num_full):
+        """Logits `(B, R, L, V)` of the first half of so many full chunks `(B,)`, once more; which rows are real."""
+        length, half = self.config.chunk_length, (num_full // 2)[:, None]
+        num_rows = int(half.max())
+        if self.config.max_memories is not None and self.config.max_memories < num_rows:
+            raise ValueError(
+                f"{objective} of {num_rows} chunks reads the memory of so many chunks ago, but max_memories="
+                f"{self.config.max_memories}: give shorter texts, raise max_memories, or set {objective}_weight=0."
+            )
+        rows, index = torch.arange(num_rows, device=ids.device), torch.arange(2 * num_rows, device=ids.device)
+        twice = take(memories, torch.where(index < half, index, (index - half).clamp(0, num_rows - 1)))
+        tokens = self.reader.blank(ids.shape[0], num_rows, length)
+        if objective == "copy":
+            tokens = embed(self.decoder, ids[:, : num_rows * length]).unflatten(1, (num_rows, length))
+        return self.decode_copies(tokens, twice, index < 2 * half, half + rows), rows < half
+
+    def decode_copies(self, tokens, memories, memory_mask, ends) -> torch.Tensor:
+        """As `decode`, of whole chunks with tokens `(B, R, L, C)`, behind the slot that asks for a copy."""
+        inputs = self.reader.begin(tokens, True)
+        is_input = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=inputs.device)
+        return self.decode(inputs, is_input, memories, memory_mask, ends)
 
     def losses(
         self, logits, ids, is_token, labels, memories, memory_mask, num_given, **kwargs
