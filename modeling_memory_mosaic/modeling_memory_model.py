@@ -118,6 +118,12 @@ def take(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return tensor[rows, order]
 
 
+def tokens_from(ids: torch.Tensor, starts: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of ids `(B, T)` so many, `numbers` `(B, 1)`, from `starts` `(B, 1)` on: `(B, R)`, and which are meant."""
+    index = torch.arange(int(numbers.max()), device=ids.device)
+    return take(ids, (starts + index).clamp(max=ids.shape[1] - 1)), index < numbers
+
+
 def round_through(memories: torch.Tensor, quantization: str | None) -> torch.Tensor:
     """Memories `(..., D)` rounded for storage; the gradient passes as if they were not."""
     if quantization is None:
@@ -799,8 +805,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         """Open the row behind the last full chunk of each text, read its tokens; logits `(B, 1, V)` of the last."""
         length = self.config.chunk_length
         num_full, num_rest = is_token.sum(-1, keepdim=True) // length, is_token.sum(-1, keepdim=True) % length
-        index = torch.arange(int(num_rest.max()), device=ids.device)
-        rest, is_rest = take(ids, (num_full * length + index).clamp(max=ids.shape[1] - 1)), index < num_rest
+        rest, is_rest = tokens_from(ids, num_full * length, num_rest)
         cache.ids, cache.is_token = rest, is_rest
         order = right_aligned(memory_mask)[:, -max(1, int(memory_mask.sum(-1).max())) :]
         cache.memories, cache.memory_mask = take(memories, order), take(memory_mask, order)
@@ -863,14 +868,12 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             )
         memories, mask = self.encode_full_chunks(ids, num_chunks * length)
         order = right_aligned(mask)
-        index = torch.arange(int((lengths - num_chunks * length).max()), device=ids.device)
-        at = (num_chunks * length)[:, None] + index
-        is_rest = at < lengths[:, None]
+        num_read = num_chunks * length
+        rest, is_rest = tokens_from(ids, num_read[:, None], (lengths - num_read)[:, None])
         to_right = right_aligned(is_rest)
-        rest = take(take(ids, at.clamp(max=ids.shape[1] - 1)), to_right)
         return (
             {"memories": take(memories, order), "memory_mask": take(mask, order)},
-            {"input_ids": rest, "attention_mask": take(is_rest, to_right).long()},
+            {"input_ids": take(rest, to_right), "attention_mask": take(is_rest, to_right).long()},
         )
 
     def memories_state_dict(self, memories, memory_mask=None) -> dict[str, torch.Tensor]:

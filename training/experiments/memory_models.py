@@ -39,7 +39,7 @@ from training.experiments.comparison import (
 from training.experiments.memory_training import measure, training_flops
 from training.parallel import recipe_job, run_all
 from training.recipe import CONFIGURATION, load_recipe
-from training.result import mean_and_deviation
+from training.result import bits_per_byte, mean_and_deviation
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]
@@ -148,14 +148,19 @@ def _numbers(series: Series) -> dict[str, Any]:
 def unigram(training: Trained) -> dict[str, float]:
     """What a guess by the frequencies of the training tokens alone reaches on the validation tokens."""
     ids = {split: _windows(training)[split].with_format("numpy")["input_ids"][:] for split in ("train", "validation")}
-    counts = Counter(ids["train"].ravel().tolist())
-    vocab_size, total = training.recipe.build_config().vocab_size, ids["train"].size
-    # One more of each, so that a token that training never saw has a probability.
-    nats = {token: -math.log((counts[token] + 1) / (total + vocab_size)) for token in range(vocab_size)}
-    tokens = ids["validation"].ravel().tolist()
-    loss = statistics.fmean(nats[token] for token in tokens)
-    accuracy = tokens.count(counts.most_common(1)[0][0]) / len(tokens)
-    return {"loss": loss, "accuracy": accuracy, "entropy_ratio": 1 - loss / math.log(vocab_size)}
+    counts, tokens = Counter(ids["train"].ravel().tolist()), ids["validation"].ravel().tolist()
+    vocab_size = training.recipe.build_config().vocab_size
+    found = evaluate.load(str(METRICS / "entropy_ratio")).compute(
+        predictions=[0.0],  # of a model; only the guess beside it is asked for
+        references=[tokens],
+        vocab_size=vocab_size,
+        frequencies=[counts[token] for token in range(vocab_size)],
+    )
+    return {
+        "loss": found["unigram_cross_entropy"],
+        "accuracy": tokens.count(counts.most_common(1)[0][0]) / len(tokens),
+        "entropy_ratio": found["unigram_entropy_ratio"],
+    }
 
 
 def _windows(training: Trained) -> dict[str, Dataset]:
@@ -265,7 +270,7 @@ def _bits_per_byte(training: Trained, result: dict[str, Any]) -> float:
     num_chunks = size["tokens"] / config.chunk_length
     stored = 8 * config.memory_numbers + 32 * config.num_memory_embeddings  # codes, and a scale for each vector
     nats = result["stages"][-1]["metrics"]["autoencoding_loss"]
-    return (nats / math.log(2) * size["tokens"] + num_chunks * stored) / size["bytes"]
+    return bits_per_byte(nats, size["tokens"], size["bytes"]) + num_chunks * stored / size["bytes"]
 
 
 def _nothing_more(recipe: Recipe, series: Series, floor: dict[str, float]) -> dict[str, list[float]]:
