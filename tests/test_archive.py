@@ -15,7 +15,7 @@ import pytest
 
 from training import archive, data
 from training.data import load_stories, pack_windows, source_provenance
-from training.publish import STAGED_PREFIX
+from training.export import STAGED_PREFIX
 from training.story_writer import write_stories
 from training.tokenizer import train_tokenizer
 
@@ -157,7 +157,7 @@ def test_a_file_half_unpacked_is_never_read(tmp_path, cache, monkeypatch, fault)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
         patch.setattr(archive, "_unpack", interrupted)
         if fault == "killed":  # then nobody tidies up either
-            patch.setattr("training.publish.shutil.rmtree", lambda *arguments, **options: None)
+            patch.setattr("training.export.shutil.rmtree", lambda *arguments, **options: None)
         texts(volumes[0])
     leftovers = [path for path in cache.iterdir() if path.name.startswith(STAGED_PREFIX)]
     assert len(leftovers) == (fault == "killed")

@@ -25,7 +25,7 @@ from training.__main__ import app
 from training.data import load_stories
 from training.experiments import babistories, story_prompts
 from training.experiments.story_filters import Duplicates, clean, contains
-from training.publish import export_model
+from training.export import export_model
 from training.recipe import CONFIGURATION, load_recipe
 
 
@@ -180,14 +180,14 @@ def test_only_what_is_missing_is_made(finished_run, material, tmp_path, monkeypa
 def test_killed_run_resumes_to_the_same_bytes(finished_run, material, tmp_path):
     """kill -9 while the fourth batch is half written."""
     script = (
-        "import os, signal, sys, training.publish as publish\n"
-        "force = publish._force_to_disk\n"
+        "import os, signal, sys, training.export as export\n"
+        "force = export._force_to_disk\n"
         "def die(path):\n"
         "    if path.name == '.incomplete-part-00000003.jsonl':\n"
         "        path.write_text(path.read_text()[:40])\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    force(path)\n"
-        "publish._force_to_disk = die\n"
+        "export._force_to_disk = die\n"
         "from training.__main__ import app\n"
         "app(sys.argv[1:])\n"
     )

@@ -12,7 +12,7 @@ from test_saving import run_clean
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_memory_mosaic import MemoryModelEncoder, MemoryModelForCausalLM, MemoryMosaicConfig
-from training.publish import export_model, verify_export
+from training.export import export_model, verify_export
 from training.tokenizer import train_tokenizer
 
 

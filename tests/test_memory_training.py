@@ -11,7 +11,7 @@ import yaml
 from training.evaluate import load_causal_lm
 from training.experiments import memory_models, memory_training
 from training.experiments.memory_training import begin_stage, build_model, measure, training_flops
-from training.publish import verify_export
+from training.export import verify_export
 from training.recipe import CONFIGURATION, load_recipe
 from training.result import claims_table
 

@@ -28,7 +28,7 @@ from torchao import quantization
 from torchao.quantization import quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, Trainer, TrainingArguments
 
-from training.publish import export_model
+from training.export import export_model
 from training.story_writer import write_stories
 from training.tokenizer import train_tokenizer
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import make_model
 
-from training.publish import export_model
+from training.export import export_model
 from training.result import rewrite_tables
 from training.tokenizer import train_tokenizer
 

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, set_seed
 from training import loop, train
 from training.data import collate_windows, load_stories, pack_windows
 from training.evaluate import evaluate_folder, load_model
+from training.export import export_model, staged_folder, verify_export, write_text
 from training.generate import generate_texts
 from training.loop import LanguageModelTrainer, checkpoint_faults
-from training.publish import export_model, staged_folder, verify_export, write_text
 from training.recipe import CONFIGURATION, SourceSection, load_recipe
 from training.result import bits_per_byte, results_table, rewrite_blocks
 from training.story_writer import write_stories

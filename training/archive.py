@@ -25,7 +25,7 @@ from multivolumefile import MultiVolume
 from py7zr import FileInfo
 from py7zr.exceptions import PasswordRequired, UnsupportedCompressionMethodError
 
-from training.publish import staged_folder
+from training.export import staged_folder
 
 
 # How the file of a split begins, by the names that a split may have.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
-from training.publish import export_model
+from training.export import export_model
 
 
 # Authors' name within a block -> ours within a layer. The regular version comes first, the fast one after it.

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
+from training.export import STAGED_PREFIX, move_into_place
 from training.parallel import tell_progress
-from training.publish import STAGED_PREFIX, move_into_place
 from training.result import perplexity
 
 

@@ -27,7 +27,7 @@ import psutil
 import torch
 import typer
 
-from training.publish import staged_file, write_text
+from training.export import staged_file, write_text
 from training.recipe import BaseRecipe
 
 

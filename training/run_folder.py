@@ -11,8 +11,8 @@ from typing import Any
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
+from training.export import remove_leftovers, write_text
 from training.loop import latest_checkpoint, set_aside_broken_checkpoints
-from training.publish import remove_leftovers, write_text
 from training.recipe import BaseRecipe
 
 

@@ -24,8 +24,8 @@ from training.cost import (
 )
 from training.data import collate_windows, load_stories, pack_windows, source_provenance
 from training.evaluate import load_model, mean_loss, tokens_and_bytes
+from training.export import export_model, staged_folder, verify_export
 from training.loop import LanguageModelTrainer
-from training.publish import export_model, staged_folder, verify_export
 from training.recipe import Recipe
 from training.result import bits_per_byte, header, learning_curve, perplexity, tokens_per_second, write_result
 from training.run_folder import claim_folder, only_run_in

@@ -21,7 +21,7 @@ from pydantic import PositiveInt, model_validator
 from transformers import PreTrainedModel
 
 from training.data import checksum
-from training.publish import staged_folder, write_text
+from training.export import staged_folder, write_text
 from training.recipe import CONFIGURATION, Section
 
 

@@ -44,7 +44,7 @@ from training.data import checksum
 from training.experiments import story_filters, story_prompts
 from training.experiments.comparison import Claim
 from training.experiments.story_prompts import FEATURES, FIRST_NUMBER, LISTS, REQUESTS, TEMPLATE
-from training.publish import remove_leftovers, staged_file, write_text
+from training.export import remove_leftovers, staged_file, write_text
 from training.recipe import CONFIGURATION, BaseRecipe, Section
 from training.result import header
 from training.run_folder import claim_folder, only_run_in

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training import train
 from training.evaluate import load_model
+from training.export import write_text
 from training.parallel import recipe_job, run_all
-from training.publish import write_text
 from training.recipe import CONFIGURATION, BaseRecipe, TrainingRecipe, leaves, load_recipe, task_module
 from training.result import header
 from training.run_folder import claim_folder, only_run_in

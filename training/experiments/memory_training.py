@@ -24,9 +24,9 @@ from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 from training import train
 from training.data import collate_windows, load_stories, source_provenance
 from training.evaluate import load_causal_lm, tokens_and_bytes
+from training.export import export_model, write_text
 from training.loop import LanguageModelTrainer
 from training.parallel import tell_progress
-from training.publish import export_model, write_text
 from training.recipe import (
     CONFIGURATION,
     DataSection,

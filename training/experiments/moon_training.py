@@ -23,8 +23,8 @@ from transformers import get_polynomial_decay_schedule_with_warmup
 
 from modeling_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
 from training.experiments import moons
+from training.export import staged_folder, write_text
 from training.parallel import tell_progress
-from training.publish import staged_folder, write_text
 
 
 # Of the training systems, the one that the paper's figures show.

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from training.data import checksum
 from training.experiments import comparison
 from training.experiments.comparison import Claim, DepthComparisonRecipe, Trained, plan, summary
-from training.publish import write_text
+from training.export import write_text
 from training.recipe import Section
 
 

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from training.experiments.comparison import new_figure, save_figure
 from training.experiments.search_trials import Outcome, run_trial
+from training.export import write_text
 from training.parallel import start_workers
-from training.publish import write_text
 from training.recipe import CONFIGURATION, BaseRecipe, Section, load_recipe
 from training.result import header
 from training.run_folder import claim_folder, only_run_in

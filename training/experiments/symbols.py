@@ -21,8 +21,8 @@ from training.evaluate import load_causal_lm
 from training.experiments import automata, induction_data
 from training.experiments.automata import AutomataSection
 from training.experiments.induction_data import InductionSection
+from training.export import export_model, write_text
 from training.loop import LanguageModelTrainer
-from training.publish import export_model, write_text
 from training.recipe import TrainingRecipe, TrainingSection
 from training.result import header
 from training.run_folder import claim_folder, only_run_in

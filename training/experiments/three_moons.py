@@ -30,8 +30,8 @@ from training.experiments.moon_training import (
     measure,
     train_part,
 )
+from training.export import write_text
 from training.parallel import Job, run_all
-from training.publish import write_text
 from training.recipe import BaseRecipe
 from training.result import header
 from training.run_folder import claim_folder, only_run_in
