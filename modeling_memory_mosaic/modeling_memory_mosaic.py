@@ -500,7 +500,19 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, *args, **kwargs):
-        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
+        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder.
+
+        Raises:
+            ValueError: if layers are still wrapped by adapters that were to be merged. Their weights would be saved
+                under names that no model has.
+        """
+        wrapped = [name for name, _ in self.named_parameters() if ".base_layer." in name]
+        if wrapped and not getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"{len(wrapped)} parameters belong to layers that an adapter still wraps, such as {wrapped[0]!r}: "
+                "save the adapter itself, or merge it first. Where it adapts `slot_keys` or `slot_values` beside "
+                "projections, PEFT 0.21 needs `merge_and_unload()` called twice."
+            )
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
             "AutoModel": f"{module}.MemoryMosaicModel",

@@ -45,6 +45,7 @@ CONFIGURATION = Path(__file__).resolve().parents[1] / "configuration"
 # The module of each task has a class `Recipe` and functions `plan`, `run` and `summary` that take one.
 TASKS = {
     "language_modeling": "training.train",
+    "fine_tuning": "training.finetune",
     "training_curves": "training.experiments.training_curves",
     "position_loss": "training.experiments.position_loss",
     "attention_maps": "training.experiments.attention_maps",
@@ -256,11 +257,9 @@ def _refuse_unknown(where: str, settings: dict[str, Any], config: PreTrainedConf
             _refuse_unknown(f"{where}.{name}", value, getattr(config, name))
 
 
-class Recipe(TrainingRecipe):
-    """A language model to train; see `configuration/README.md` for each field."""
+class TextRecipe(TrainingRecipe):
+    """A model to train on text for some length: what training and fine-tuning have in common."""
 
-    task: Literal["language_modeling"]
-    tokenizer: TokenizerSection
     data: DataSection
     tokens: PositiveInt | None = None
     training: TrainingSection
@@ -273,17 +272,28 @@ class Recipe(TrainingRecipe):
             raise ValueError("give exactly one of `tokens`, `training.max_steps` and `training.num_train_epochs`")
         if self.data.streaming and self.training.num_train_epochs is not None:
             raise ValueError("a stream has no epochs: with `data.streaming` give `tokens` or `training.max_steps`")
+        longest = getattr(self.build_config(), "max_position_embeddings", math.inf)  # an ALiBi model states none
+        if self.data.context_length > longest:
+            raise ValueError(
+                f"`data.context_length` is {self.data.context_length}, but the model {self.model!r} is made for "
+                f"{longest}: lower it, or raise `model_args.max_position_embeddings`"
+            )
+        return self
+
+
+class Recipe(TextRecipe):
+    """A language model to train; see `configuration/README.md` for each field."""
+
+    task: Literal["language_modeling"]
+    tokenizer: TokenizerSection
+
+    @model_validator(mode="after")
+    def _tokenizer_fits(self):
         config = self.build_config()
         if self.tokenizer.vocab_size is not None and self.tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"`tokenizer.vocab_size` is {self.tokenizer.vocab_size}, but the model {self.model!r} has embeddings "
                 f"for {config.vocab_size} tokens: lower it, or raise `model_args.vocab_size`"
-            )
-        longest = getattr(config, "max_position_embeddings", math.inf)  # an ALiBi model states none
-        if self.data.context_length > longest:
-            raise ValueError(
-                f"`data.context_length` is {self.data.context_length}, but the model {self.model!r} is made for "
-                f"{longest}: lower it, or raise `model_args.max_position_embeddings`"
             )
         return self
 

@@ -34,7 +34,7 @@ from training.recipe import BaseRecipe
 CLONE = Path(__file__).resolve().parents[1]
 RESULTS = CLONE / "training" / "results"
 BENCHMARKS = {"speed": "speed", "memory_speed": "memory_models"}
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets")
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft")
 BLOCK = re.compile(r"(<!-- results: (?P<name>[\w.-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 

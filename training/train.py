@@ -3,8 +3,9 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -32,12 +33,30 @@ from training.run_folder import claim_folder, only_run_in
 from training.tokenizer import load_tokenizer, train_tokenizer
 
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+class Kind(NamedTuple):
+    """In which a training from scratch and one that adapts a model differ.
+
+    Args:
+        tokenizer: that the recipe asks for.
+        build: the model to train, of a recipe and its tokenizer.
+        export: writes what was trained, given the recipe, the model, the tokenizer and the state dict if the model
+            holds only a shard of it; returns the folder of the whole model, and that model.
+        describe: what the result says besides, of a recipe and its validation windows.
+    """
+
+    tokenizer: Callable[..., PreTrainedTokenizerBase]
+    build: Callable[..., PreTrainedModel]
+    export: Callable[..., tuple[Path, PreTrainedModel]]
+    describe: Callable[..., dict[str, Any]]
+
+
+def run(recipe: Recipe, restart: bool = False, kind: Kind | None = None) -> dict[str, Any]:
     """Train as the recipe says, from wherever an earlier start of the same recipe got to.
 
     Args:
         recipe: what to do.
         restart: move what an earlier run left in the folder aside and begin anew.
+        kind: of training; by default from scratch.
 
     Returns:
         The content of `result.json`; of the earlier one, if the recipe was already finished.
@@ -50,18 +69,20 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     arguments = training_arguments(recipe)
     state = PartialState()  # after the arguments, which settle devices and processes
     with only_run_in(recipe.folder, state):
-        return _run(recipe, arguments, state, restart)
+        return _run(recipe, arguments, state, restart, kind or FROM_SCRATCH)
 
 
-def _run(recipe: Recipe, arguments: TrainingArguments, state: PartialState, restart: bool) -> dict[str, Any]:
+def _run(
+    recipe: Recipe, arguments: TrainingArguments, state: PartialState, restart: bool, kind: Kind
+) -> dict[str, Any]:
     claim_folder(recipe, _identity(recipe, state), state, restart)
     finished = recipe.folder / "result.json"
     if finished.is_file():
         state.print(f"{recipe.folder} is finished already; --restart trains again")
         return json.loads(finished.read_text(encoding="utf-8"))
-    tokenizer = prepare_tokenizer(recipe, state)
+    tokenizer = prepare_tokenizer(recipe, state, kind.tokenizer)
     windows = prepare_windows(recipe, tokenizer, state)
-    model = build_model(recipe, tokenizer)
+    model = kind.build(recipe, tokenizer)
     peak = measured_teraflops(arguments.device, arguments.mixed_precision) * num_devices(arguments)
     per_token = flops_per_token(model.config, recipe.data.context_length)
     trainer = LanguageModelTrainer(
@@ -80,7 +101,7 @@ def _run(recipe: Recipe, arguments: TrainingArguments, state: PartialState, rest
     # Before the last evaluation, which may need more than training did.
     memory = peak_memory_bytes(arguments.device)
     cost = {"model_flops_per_token": per_token, "measured_teraflops": peak, "peak_memory_gb": round(memory / 1e9, 3)}
-    return _finish(recipe, trainer, tokenizer, state, cost)
+    return _finish(recipe, trainer, tokenizer, state, cost, kind)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -204,13 +225,15 @@ def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
     }
 
 
-def prepare_tokenizer(recipe: Recipe, state: PartialState) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(
+    recipe: Recipe, state: PartialState, make: Callable[..., PreTrainedTokenizerBase] | None = None
+) -> PreTrainedTokenizerBase:
     # Every process and every resumed session reads the saved one, so that all use the very same.
     saved = recipe.folder / "tokenizer"
     with state.main_process_first():
         if state.is_main_process and not saved.is_dir():
             with staged_folder(saved) as staged:
-                _make_tokenizer(recipe).save_pretrained(staged)
+                (make or _make_tokenizer)(recipe).save_pretrained(staged)
     tokenizer = load_tokenizer(str(saved))
     config = recipe.build_config()
     if len(tokenizer) > config.vocab_size:
@@ -274,12 +297,22 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     return model
 
 
+def _export(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state_dict: dict):
+    folder = recipe.folder / "model"
+    export_model(model, tokenizer, folder, state_dict)
+    return folder, model
+
+
+FROM_SCRATCH = Kind(_make_tokenizer, build_model, _export, lambda recipe, windows, batch_size: {})
+
+
 def _finish(
     recipe: Recipe,
     trainer: LanguageModelTrainer,
     tokenizer: PreTrainedTokenizerBase,
     state: PartialState,
     cost: dict[str, float],
+    kind: Kind,
 ) -> dict[str, Any]:
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     # So torch.compile names what is inside its wrapper; a folder has the model's own names.
@@ -288,8 +321,7 @@ def _finish(
     if state.is_main_process:
         # Without autocast: what is evaluated and exported is the model in float32.
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        folder = recipe.folder / "model"
-        export_model(model, tokenizer, folder, state_dict)
+        folder, model = kind.export(recipe, model, tokenizer, state_dict)
         sampling = recipe.generation.model_dump()
         prompts = sampling.pop("prompts")
         # Of a sharded model no process holds the whole, and a compiled one rounds in another order: there the exported
@@ -299,6 +331,7 @@ def _finish(
         loss = mean_loss(model, trainer.eval_dataset, trainer.args.eval_batch_size)
         texts = verify_export(folder, prompts, seed=recipe.seed, model=model, **sampling)
         result = _result(recipe, trainer, tokenizer, loss, list(zip(prompts, texts, strict=True)), cost)
+        result |= kind.describe(recipe, trainer.eval_dataset, trainer.args.eval_batch_size)
         write_result(result, recipe.folder)
     state.wait_for_everyone()
     return result

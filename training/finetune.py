@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning with LoRA: a trained model is adapted by few numbers, and exported as an adapter and merged.
+
+A run leaves `adapter/`, which PEFT loads on top of the base, `merged/`, a model like any other, and in `result.json` the
+loss of the base on the same windows as well.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import Field, PositiveInt, model_validator
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from training import hub, train
+from training.data import checksum
+from training.evaluate import load_causal_lm, mean_loss
+from training.export import export_model, staged_folder
+from training.recipe import Section, TextRecipe
+from training.result import perplexity
+from training.tokenizer import load_tokenizer
+
+
+plan, summary = train.plan, train.summary
+
+
+class LoraSection(Section):
+    """What is adapted, and how much: fields of `peft.LoraConfig`."""
+
+    r: PositiveInt = 8
+    lora_alpha: float = Field(default=16.0, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] = Field(default=["k_proj", "v_proj", "o_proj"], min_length=1)
+    target_parameters: list[str] = []
+
+
+class Recipe(TextRecipe):
+    """A model to adapt; see `configuration/README.md` for each field.
+
+    `model` is the base: an exported folder, or one on the Hub as `USER/NAME@COMMIT`.
+    """
+
+    task: Literal["fine_tuning"]
+    lora: LoraSection = LoraSection()
+
+    @model_validator(mode="after")
+    def _the_base_decides(self):
+        if self.model_args:
+            raise ValueError(f"`model_args` is {self.model_args}, but the base has its architecture: leave it out")
+        return self
+
+    @functools.cached_property
+    def base(self) -> Path:
+        """The base on this machine; one on the Hub is downloaded."""
+        if (Path(self.model) / "config.json").is_file():
+            return Path(self.model)
+        name, _, commit = self.model.partition("@")
+        if not commit or name.count("/") != 1:
+            raise ValueError(
+                f"`model` is {self.model!r}: name an exported folder, or one on the Hub as USER/NAME@COMMIT"
+            )
+        return hub.download(name, commit)
+
+    @functools.cached_property
+    def architecture(self) -> dict[str, Any]:
+        """Content of the base's `config.json`."""
+        return json.loads((self.base / "config.json").read_text(encoding="utf-8"))
+
+    def build_config(self) -> PreTrainedConfig:
+        return AutoConfig.from_pretrained(self.base)
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where the run writes: `output_dir`, or `runs/NAME/seedSEED`."""
+        return Path(self.output_dir or f"runs/{self.name}/seed{self.seed}")
+
+    def content(self) -> dict[str, Any]:
+        """All that determines the run: the recipe, and the base's weights."""
+        return super().content() | {"base": weights_checksums(self.base)}
+
+
+def weights_checksums(folder: Path) -> dict[str, str]:
+    """sha256 of each file of weights in a model's folder."""
+    return {path.name: checksum(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Adapt as the recipe says; arguments, result and errors as of `training.train.run`."""
+    distribution = PartialState().distributed_type
+    if distribution not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(f"fine-tuning under {distribution.value} has not been tried: use one process or DDP")
+    return train.run(recipe, restart, LORA)
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+    """The base in training mode with new adapters, initialised from the recipe's seed; nothing else is trained."""
+    base = load_causal_lm(recipe.base)
+    base.loss_type = "ForCausalLM"
+    set_seed(recipe.seed)
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()))
+
+
+def export(recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, state_dict: dict):
+    """Write `adapter/` and `merged/`; the merged model is what is evaluated."""
+    with staged_folder(recipe.folder / "adapter") as staged:
+        model.save_pretrained(staged, save_embedding_layers=False)
+        tokenizer.save_pretrained(staged)
+    merged = merge(model)
+    export_model(merged, tokenizer, recipe.folder / "merged")
+    return recipe.folder / "merged", merged
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The base with its adapters merged and out of the way."""
+    merged = model.merge_and_unload()
+    # Of wrappers within wrappers, as those of projections in a memory whose slots are adapted, PEFT 0.21 takes off the
+    # outer ones.
+    while any(isinstance(module, BaseTunerLayer) for module in merged.modules()):
+        merged = model.merge_and_unload()
+    return merged
+
+
+def describe(recipe: Recipe, windows: Dataset, batch_size: int) -> dict[str, Any]:
+    """What was adapted, by how many numbers, and how good it was before."""
+    base = load_causal_lm(recipe.base)
+    loss = mean_loss(base, windows, batch_size)
+    trained = build_model(recipe, None).num_parameters(only_trainable=True)
+    return {
+        "base": {
+            "name": recipe.model,
+            "weights": weights_checksums(recipe.base),
+            "metrics": {"validation_loss": loss, "validation_perplexity": perplexity(loss)},
+        },
+        "trained_parameters": trained,
+    }
+
+
+def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(recipe.base))
+
+
+LORA = train.Kind(_tokenizer, build_model, export, describe)
