@@ -159,5 +159,42 @@ def convert(
         convert_checkpoint(checkpoint, output)
 
 
+@app.command()
+def publish(
+    context: typer.Context,
+    run: Annotated[
+        Path, typer.Argument(help="The folder of a finished run; with --verify-only, a published folder or USER/NAME.")
+    ],
+    repo_id: Annotated[str | None, typer.Option(help="Where to: user/name on the Hub.")] = None,
+    what: Annotated[
+        str | None, typer.Option(help="model, adapter, merged, dataset or space; by default what the run makes.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="user/name@COMMIT of what an adapter or a merged model was made from, or a Space shows."),
+    ] = None,
+    about: Annotated[
+        Path | None, typer.Option(help="What no result knows, for the card; hub_cards/about/RECIPE.yaml by default.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see a new repository.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it in a pull request.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before anything is uploaded.")] = False,
+    verify_only: Annotated[
+        bool, typer.Option("--verify-only", help="Check what is published already; upload nothing.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="With --verify-only: a commit, branch or tag.")] = None,
+) -> None:
+    """Stage what a run has made with its card, prove that it works, show it, and upload it in one commit."""
+    with _plain_errors(context):
+        from training import publish as publishing
+
+        if verify_only:
+            publishing.verify_published(run, revision, tell=typer.echo)
+            return
+        if repo_id is None:
+            raise ValueError("give --repo-id user/name: where on the Hub it goes")
+        publishing.publish(run, repo_id, what, about, base, public, create_pr, dry_run, tell=typer.echo)
+
+
 if __name__ == "__main__":
     sys.exit(app())

@@ -25,6 +25,10 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     """Load `job["folder"]` through a pipeline with its own code, hash its logits, continue its prompts."""
     torch.set_num_threads(job["threads"])
     generator = pipeline("text-generation", model=job["folder"], trust_remote_code=True, device="cpu")
+    if job["adapter"] is not None:
+        from peft import PeftModel
+
+        generator.model = PeftModel.from_pretrained(generator.model, job["adapter"])
     digest = logits_hash(generator.model, job["ids"])
     set_seed(job["seed"])
     texts = [generator(prompt, **job["generation"])[0]["generated_text"] for prompt in job["prompts"]]

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,7 @@ def verify_export(
     max_new_tokens: int = 128,
     seed: int = 0,
     model: PreTrainedModel | None = None,
+    adapter: Path | None = None,
     **sampling: Any,
 ) -> list[str]:
     """Load an exported folder as a stranger would, and generate from it.
@@ -131,6 +132,7 @@ def verify_export(
         max_new_tokens: length of each continuation, in tokens.
         seed: of the sampling.
         model: whose logits count as ours; by default the folder, loaded with this clone's code.
+        adapter: a folder of PEFT's that the process puts on top of the model.
         sampling: further arguments of `generate`, such as `temperature`.
 
     Returns:
@@ -143,6 +145,7 @@ def verify_export(
     model = AutoModelForCausalLM.from_pretrained(folder) if model is None else model.to("cpu")
     job = {
         "folder": str(folder.resolve()),
+        "adapter": None if adapter is None else str(adapter.resolve()),
         "prompts": prompts,
         "generation": {"max_new_tokens": max_new_tokens, **sampling},
         "seed": seed,
@@ -165,16 +168,31 @@ def _fixed_input(vocab_size: int) -> list[list[int]]:
 
 
 def _run_clean_process(job: dict[str, Any]) -> dict[str, Any]:
+    process = run_isolated([clean_process.__file__], input=json.dumps(job))
+    if process.returncode != 0:
+        raise RuntimeError(f"{job['folder']} does not load in a clean process:\n{process.stderr.strip()}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def run_isolated(
+    arguments: list[str], input: str = "", cached: Callable[[Path], None] | None = None
+) -> subprocess.CompletedProcess:
+    """Run Python as on a stranger's machine: isolated from this clone, offline, with a cache of its own.
+
+    Args:
+        arguments: of the interpreter: a script, or `-c` and code.
+        input: for its standard input.
+        cached: puts into that cache, whose folder it is given, what the stranger has downloaded; nothing by default.
+    """
     environment = {name: value for name, value in os.environ.items() if name.startswith(_CLEAN_ENVIRONMENT)}
     with tempfile.TemporaryDirectory() as home:
-        process = subprocess.run(
-            [sys.executable, "-I", clean_process.__file__],
-            input=json.dumps(job),
+        if cached is not None:
+            cached(Path(home))
+        return subprocess.run(
+            [sys.executable, "-I", *arguments],
+            input=input,
             capture_output=True,
             text=True,
             cwd="/",
             env=environment | {"HF_HOME": home, "HF_HUB_OFFLINE": "1"},
         )
-    if process.returncode != 0:
-        raise RuntimeError(f"{job['folder']} does not load in a clean process:\n{process.stderr.strip()}")
-    return json.loads(process.stdout.splitlines()[-1])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning with LoRA: a trained model is adapted by few numbers, and exported as an adapter and merged.
 
-A run leaves `adapter/`, which PEFT loads on top of the base, `merged/`, a model like any other, and in `result.json` the
-loss of the base on the same windows as well.
+A run leaves `adapter/`, which PEFT loads on top of the base, and `merged/`, a model like any other; its `result.json`
+has the loss of the base on the same windows, too.
 """
 
 import functools
@@ -107,10 +107,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel
 
 
 def export(recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, state_dict: dict):
-    """Write `adapter/` and `merged/`; the merged model is what is evaluated."""
+    """Write `adapter/` and, with the tokenizer, `merged/`; the merged model is what is evaluated."""
     with staged_folder(recipe.folder / "adapter") as staged:
         model.save_pretrained(staged, save_embedding_layers=False)
-        tokenizer.save_pretrained(staged)
     merged = merge(model)
     export_model(merged, tokenizer, recipe.folder / "merged")
     return recipe.folder / "merged", merged

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jinja2
 import numpy as np
 import pyarrow.parquet as pq
 import torch
@@ -20,9 +19,10 @@ from huggingface_hub import DatasetCardData
 from pydantic import PositiveInt, model_validator
 from transformers import PreTrainedModel
 
+from training.card import render
 from training.data import checksum
 from training.export import staged_folder, write_text
-from training.recipe import CONFIGURATION, Section
+from training.recipe import Section
 
 
 NUM_SYMBOLS = 18
@@ -32,7 +32,6 @@ IGNORED = -100
 # Numbers of the random streams. Those of the training automata tell new strings of them in `test_iid`.
 TRAIN, VALIDATION, TEST, TEST_IID = range(4)
 SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST, "test_iid": TEST_IID}
-CARD = CONFIGURATION.parent / "hub_cards" / "automata_card.md.jinja"
 FEATURES = Features(
     {
         "automaton": Value("int64"),
@@ -293,8 +292,8 @@ def _card(section: AutomataSection, splits: DatasetDict) -> str:
         pretty_name=f"RegBench, {section.num_automata:,} automata",
         configs=[{"config_name": "default", "data_files": files}],
     )
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(CARD.read_text(encoding="utf-8")).render(
+    return render(
+        "automata_card.md.jinja",
         metadata=metadata.to_yaml(),
         section=section,
         splits=rows,

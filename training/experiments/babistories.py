@@ -24,7 +24,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -40,18 +39,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from training.card import render
 from training.data import checksum
 from training.experiments import story_filters, story_prompts
 from training.experiments.comparison import Claim
 from training.experiments.story_prompts import FEATURES, FIRST_NUMBER, LISTS, REQUESTS, TEMPLATE
 from training.export import remove_leftovers, staged_file, write_text
-from training.recipe import CONFIGURATION, BaseRecipe, Section
+from training.recipe import BaseRecipe, Section
 from training.result import header
 from training.run_folder import claim_folder, only_run_in
 from training.tokenizer import load_tokenizer
 
 
-CARD = CONFIGURATION.parent / "hub_cards" / "dataset_card.md.jinja"
 NUM_SAMPLES = 3
 # Of a generator in a local folder, what its stories depend on: configuration, tokenizer, chat template and weights.
 GENERATOR_FILES = ("*.json", "*.model", "*.jinja", "*.safetensors", "*.bin")
@@ -578,8 +577,12 @@ def _revision(model: str) -> str | None:
     return getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
 
 
-def card(result: dict[str, Any]) -> str:
+def card(result: dict[str, Any], published: dict[str, str] | None = None) -> str:
     """The data set's card, in Markdown; every number in it is one of the result.
+
+    Args:
+        result: content of the run's `result.json`.
+        published: the `repo_id` and `revision` where a reader finds it; nowhere yet by default.
 
     Raises:
         ValueError: its metadata are not valid.
@@ -593,12 +596,8 @@ def card(result: dict[str, Any]) -> str:
         pretty_name=result["name"],
         configs=[{"config_name": "default", "data_files": "stories.jsonl.gz"}],
     )
-    # A number that the result does not have is an error, not an empty place.
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    text = environment.from_string(CARD.read_text(encoding="utf-8")).render(
-        metadata=data.to_yaml(), result=result, metrics=result["metrics"], recipe=result["recipe"]
-    )
-    return str(DatasetCard(text))
+    values = {"result": result, "metrics": result["metrics"], "recipe": result["recipe"]}
+    return str(DatasetCard(render("dataset_card.md.jinja", metadata=data.to_yaml(), published=published, **values)))
 
 
 def size_category(num_rows: int) -> str:

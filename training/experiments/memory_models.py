@@ -15,9 +15,7 @@ accuracy is told beside it.
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import evaluate
@@ -36,7 +34,7 @@ from training.experiments.comparison import (
     save_figure,
     summary,
 )
-from training.experiments.memory_training import measure, training_flops
+from training.experiments.memory_training import METRICS, measure, training_flops, unigram
 from training.parallel import recipe_job, run_all
 from training.recipe import CONFIGURATION, load_recipe
 from training.result import bits_per_byte, mean_and_deviation
@@ -44,7 +42,6 @@ from training.result import bits_per_byte, mean_and_deviation
 
 __all__ = ["Recipe", "plan", "run", "summary"]
 
-METRICS = Path(__file__).resolve().parents[1] / "metrics"
 PROBE = "probe"
 # Chunks that a retrieval chooses from.
 NUM_CANDIDATES = 512
@@ -129,7 +126,8 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         trainings = [t for t in recipe.trainings if t.label == label]
         series.append(Series(label, [t.result() for t in trainings], training_flops(trainings[0].recipe)))
     question = QUESTIONS[recipe.question]
-    floor = unigram(recipe.trainings[0])
+    first = recipe.trainings[0]
+    floor = unigram(_windows(first), first.recipe.build_config().vocab_size)
     numbers = [_numbers(one) | {"more": question.more(recipe, one, floor)} for one in series]
     _draw(recipe, series, question, floor)
     return {
@@ -143,24 +141,6 @@ def _numbers(series: Series) -> dict[str, Any]:
     kept = ("seed", "parameters", "steps", "tokens", "seconds", "stages")
     seeds = [{name: result[name] for name in kept} for result in series.results]
     return {"label": series.label, "training_flops": series.flops, "seeds": seeds}
-
-
-def unigram(training: Trained) -> dict[str, float]:
-    """What a guess by the frequencies of the training tokens alone reaches on the validation tokens."""
-    ids = {split: _windows(training)[split].with_format("numpy")["input_ids"][:] for split in ("train", "validation")}
-    counts, tokens = Counter(ids["train"].ravel().tolist()), ids["validation"].ravel().tolist()
-    vocab_size = training.recipe.build_config().vocab_size
-    found = evaluate.load(str(METRICS / "entropy_ratio")).compute(
-        predictions=[0.0],  # of a model; only the guess beside it is asked for
-        references=[tokens],
-        vocab_size=vocab_size,
-        frequencies=[counts[token] for token in range(vocab_size)],
-    )
-    return {
-        "loss": found["unigram_cross_entropy"],
-        "accuracy": tokens.count(counts.most_common(1)[0][0]) / len(tokens),
-        "entropy_ratio": found["unigram_entropy_ratio"],
-    }
 
 
 def _windows(training: Trained) -> dict[str, Dataset]:

@@ -6,10 +6,11 @@ model of the stage before, in a folder of its own, so a run resumes within the s
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
+import evaluate
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -42,6 +43,7 @@ from training.result import header
 from training.run_folder import claim_folder, only_run_in
 
 
+METRICS = CONFIGURATION.parent / "training" / "metrics"
 # Added to the seed of a new decoder, which had better not begin as the one did that the encoder was trained with.
 NEW_DECODER = 10_000
 
@@ -196,6 +198,23 @@ def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) ->
     return measures
 
 
+def unigram(windows: dict[str, Dataset], vocab_size: int) -> dict[str, float]:
+    """What a guess by the frequencies of the training tokens alone reaches on the validation tokens."""
+    ids = {split: windows[split].with_format("numpy")["input_ids"][:] for split in ("train", "validation")}
+    counts, tokens = Counter(ids["train"].ravel().tolist()), ids["validation"].ravel().tolist()
+    found = evaluate.load(str(METRICS / "entropy_ratio")).compute(
+        predictions=[0.0],  # of a model; only the guess beside it is asked for
+        references=[tokens],
+        vocab_size=vocab_size,
+        frequencies=[counts[token] for token in range(vocab_size)],
+    )
+    return {
+        "loss": found["unigram_cross_entropy"],
+        "accuracy": tokens.count(counts.most_common(1)[0][0]) / len(tokens),
+        "entropy_ratio": found["unigram_entropy_ratio"],
+    }
+
+
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.movedim(-1, 1).float(), targets, reduction="none").double()
 
@@ -291,6 +310,7 @@ def _train(recipe: Recipe, state: PartialState) -> dict[str, Any]:
         "tokens": sum(stage["tokens"] for stage in stages),
         "seconds": sum(stage["seconds"] for stage in stages),
         "validation": {"tokens": size[0], "bytes": size[1]},
+        "unigram": unigram(windows, model.config.vocab_size),
         "metrics": stages[-1]["metrics"],
         "stages": stages,
     }

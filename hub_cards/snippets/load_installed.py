@@ -1,0 +1,5 @@
+import modeling_memory_mosaic  # AutoModel now knows Memory Mosaics
+from transformers import pipeline
+
+storyteller = pipeline("text-generation", model="{{ repo_id }}", revision="{{ revision }}")
+print(storyteller("Once upon a time", max_new_tokens=40)[0]["generated_text"])

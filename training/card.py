@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cards: what a published folder says of itself, from templates in `hub_cards/`.
+
+A number in a card is looked up in the run's `result.json` or in `units.json`; what no run can know (licence, origin of
+the data, limits) stands in `hub_cards/about/NAME.yaml`, one file a recipe. A value that is missing is an error.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from pydantic import Field, ValidationError
+
+from training.recipe import Section
+from training.result import CLONE
+
+
+TEMPLATES = CLONE / "hub_cards"
+ABOUT = TEMPLATES / "about"
+PAPERS = {"memory_mosaic": "2405.06394", "memory_model": "2602.13466"}
+
+
+class DataAbout(Section):
+    """Where the training text comes from."""
+
+    datasets: list[str] = Field(description="ids on the Hub; none for text that is not there")
+    license: str = Field(min_length=1)
+    origin: str = Field(min_length=1, description="who wrote it, when, how; whole sentences")
+
+
+class About(Section):
+    """What a card says that no result knows."""
+
+    title: str = Field(min_length=1)
+    license: str = Field(min_length=1)
+    language: str = Field(min_length=2)
+    purpose: str = Field(min_length=1)
+    data: DataAbout
+    limits: str = Field(min_length=1)
+
+
+def load_about(name: str, path: Path | None = None) -> About:
+    """What is to be said of the runs of a recipe.
+
+    Args:
+        name: of the recipe.
+        path: of the YAML file; by default `hub_cards/about/NAME.yaml`.
+
+    Raises:
+        ValueError: there is no such file, or a field of it is missing, empty or unknown.
+    """
+    path = path or ABOUT / f"{name}.yaml"
+    fields = ", ".join(About.model_fields)
+    if not path.is_file():
+        raise ValueError(f"the card lacks what no result knows ({fields}): write it in {path}, like its neighbours")
+    try:
+        return About.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    except ValidationError as error:
+        problems = [f"  {'.'.join(map(str, problem['loc'])) or 'all'}: {problem['msg']}" for problem in error.errors()]
+        raise ValueError("\n".join([f"the card needs these fields of {path}:", *problems])) from None
+
+
+def model_metadata(result: dict[str, Any], about: About, base: str | None = None, adapter: bool = False) -> str:
+    """The YAML that the Hub reads, by `huggingface_hub`'s own classes.
+
+    Args:
+        result: content of the run's `result.json`.
+        about: what no result knows.
+        base: id of the model that this one was fine-tuned from.
+        adapter: whether PEFT loads it, on top of the base.
+    """
+    kind = result["architecture"]["model_type"]
+    relation = {} if base is None else {"base_model_relation": "adapter" if adapter else "finetune"}
+    data = ModelCardData(
+        license=about.license,
+        language=about.language,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[
+            kind.replace("_", "-"),
+            "associative-memory",
+            f"arxiv:{PAPERS[kind]}",
+            "lora" if adapter else "custom_code",
+        ],
+        datasets=about.data.datasets or None,
+        base_model=base,
+        metrics=[name for name in ("perplexity",) if f"validation_{name}" in result["metrics"]] or None,
+        model_name=about.title,
+        eval_results=_evaluations(result, about),
+        **relation,
+    )
+    return data.to_yaml()
+
+
+def _evaluations(result: dict[str, Any], about: About) -> list[EvalResult]:
+    """The validation metrics of a result, in the Hub's model index."""
+    provenance = result["data"]["validation"]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text generation",
+            dataset_type=about.data.datasets[0] if about.data.datasets else provenance["name"],
+            dataset_name=provenance["name"],
+            dataset_split="validation",
+            metric_type=name.removeprefix("validation_"),
+            metric_name=f"{name.replace('_', ' ')}",
+            metric_value=value,
+        )
+        for name, value in sorted(result["metrics"].items())
+        if isinstance(value, float) and name != "training_loss"
+    ]
+
+
+def render(template: str, **values: Any) -> str:
+    """A card from its template in `hub_cards`; `ValueError` if it asks for a value that is not there."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["thousands"] = "{:,}".format
+    try:
+        return environment.get_template(template).render(**values)
+    except jinja2.UndefinedError as error:
+        raise ValueError(f"the card {template} lacks a value: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
