@@ -24,7 +24,12 @@ from huggingface_hub import (
     hf_hub_download,
     snapshot_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.hf_api import RepoFile
 
 from training.data import checksum
@@ -75,7 +80,7 @@ def upload(folder: Path, target: Target, message: str, card: Callable[[str], str
         head = _claim(api, folder, target)
         message = f"{message} (payload {payload_hash(folder)[:12]})"
         way = _proposal(api, target, message) if target.create_pr else _branch(api, folder, target, head)
-        first = _commit(api, folder, target, message, **way)
+        first = _commit(api, folder, target, message, without=CARD, **way)
         write_text(folder / CARD, card(first.oid))
         if not target.create_pr:
             way = {"revision": "main", "parent_commit": head}
@@ -140,12 +145,17 @@ def _proposal(api: HfApi, target: Target, title: str) -> dict[str, Any]:
     return {"revision": "main", "create_pr": True}
 
 
-def _commit(api: HfApi, folder: Path, target: Target, message: str, revision: str, **options) -> CommitInfo:
-    """Make a revision hold what the folder holds; the present commit, if nothing has changed."""
+def _commit(
+    api: HfApi, folder: Path, target: Target, message: str, revision: str, without: str = "", **options
+) -> CommitInfo:
+    """Make a revision hold what the folder holds; the present commit, if nothing has changed.
+
+    A file that the commit goes without stays as it is there.
+    """
     where = {"repo_id": target.repo_id, "repo_type": target.repo_type, "revision": revision}
     there = {entry.path for entry in api.list_repo_tree(**where, recursive=True) if isinstance(entry, RepoFile)}
-    ours = published_files(folder)
-    gone = there - {*ours, *NOBODYS, CARD}  # a payload without its card leaves the card that is there
+    ours = [path for path in published_files(folder) if path != without]
+    gone = there - {*ours, *NOBODYS, without}
     operations = [CommitOperationAdd(path, folder / path) for path in ours]
     operations += [CommitOperationDelete(path) for path in sorted(gone)]
     return api.create_commit(**where, operations=operations, commit_message=message, **options)
@@ -181,10 +191,10 @@ def _told_plainly(target: Target, upload: bool = True) -> Iterator[None]:
         raise OSError("no token: log in with `hf auth login`, or set HF_TOKEN to a token that may write") from None
     except HfHubHTTPError as error:
         raise OSError(f"{_refusal(error, target)}{whole}") from None
-    except (httpx2.HTTPError, ConnectionError, TimeoutError) as error:
+    except (httpx2.HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError) as error:
         raise OSError(f"the connection to the Hub broke ({_without_token(error)}).{whole}") from None
-    except RuntimeError as error:  # what Xet, the Hub's storage, raises
-        raise OSError(f"the upload broke off ({_without_token(error)}).{whole}") from None
+    except RuntimeError as error:  # around what stopped the upload of a large file
+        raise OSError(f"the upload broke off ({_without_token(error.__cause__ or error)}).{whole}") from None
 
 
 def _refusal(error: HfHubHTTPError, target: Target) -> str:

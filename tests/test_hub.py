@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conversation with the Hub, with one on this machine: one commit or none, whatever breaks, and no token told."""
+
+import hashlib
+import json
+
+import huggingface_hub
+import pytest
+from hub_server import TOKEN, Hub
+from huggingface_hub import constants
+
+from training.hub import CARD, Target, download, upload
+
+
+# huggingface_hub 2.4 uploads large files by an argument that httpx2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+RESULT = {"name": "stories", "task": "language_modeling", "model": "mosaic", "seed": 0}
+WEIGHTS = b"weights " * 1000
+FILES = "/{repo_id}/resolve/{revision}/{filename}"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + FILES)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+        huggingface_hub.utils.disable_progress_bars()
+        yield server
+    huggingface_hub.utils.enable_progress_bars()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "staged")
+
+
+def make_folder(folder, **result):
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    (folder / "result.json").write_text(json.dumps(RESULT | result))
+    return folder
+
+
+def card(revision):
+    return f"---\nlicense: apache-2.0\n---\n# A model at {revision}\n"
+
+
+def send(folder, repo_id="someone/stories", **options):
+    return upload(folder, Target(repo_id, **options), "Publish stories", card)
+
+
+def published(hub, repo_id="someone/stories", kind="model"):
+    return hub.repositories[kind, repo_id]
+
+
+def assert_whole(repository, pinned, revision="main"):
+    """All files are there, and the card pins a commit that has the same payload."""
+    files, payload = dict(repository.files(revision)), dict(repository.files(pinned))
+    assert files.keys() == {".gitattributes", "config.json", "model.safetensors", "result.json", CARD}
+    assert files["model.safetensors"] == WEIGHTS and files.pop(CARD).decode() == card(pinned)
+    payload.pop(CARD, None)  # of the version before
+    assert payload == files
+
+
+def test_a_folder_appears_on_main_in_one_commit(hub, folder):
+    address, pinned = send(folder)
+    repository = published(hub)
+    assert_whole(repository, pinned)
+    assert [revision for revision, _ in repository.history].count("main") == 2  # the empty one of the Hub, and ours
+    assert address == f"{hub.url}/someone/stories/commit/{repository.refs['main']}"
+    assert repository.private
+
+
+def test_the_same_again_changes_nothing(hub, folder):
+    first = send(folder)
+    history = list(published(hub).history)
+    assert send(folder)[1] == first[1]
+    assert published(hub).history == history
+
+
+def test_an_upload_through_xet(hub, folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    _, pinned = send(folder)
+    files = published(hub).files(pinned)
+    assert files["model.safetensors"].decode() == "in xet: " + hashlib.sha256(WEIGHTS).hexdigest()
+    assert not hub.blobs and any("/cas/" in request for request in hub.requests)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_connection_may_break_at_any_request(hub, folder, tmp_path, moment):
+    """Wherever the network goes away, `main` is as it was or whole, and the same upload again completes it."""
+    send(folder, "someone/counted")
+    requests = len([request for request in hub.requests if "agent-harnesses" not in request])
+    assert requests > 10
+    broken = 0
+    for number in range(requests):
+        repo_id, seen = f"someone/broken-{number}", []
+
+        def drop(request, seen=seen, number=number):
+            seen.append(request)
+            return len(seen) > number  # from here on, all of them
+
+        setattr(hub, f"drop_{moment}", drop)
+        try:
+            send(folder, repo_id)
+        except OSError as error:
+            broken += 1
+            assert TOKEN not in str(error) and "the same command again goes on" in str(error)
+        setattr(hub, f"drop_{moment}", lambda request: False)
+        repository = hub.repositories.get(("model", repo_id))
+        if repository is not None:
+            assert CARD in repository.files() or repository.files().keys() == {".gitattributes"}
+        _, pinned = send(folder, repo_id)
+        assert_whole(published(hub, repo_id), pinned)
+        assert [revision for revision, _ in published(hub, repo_id).history].count("main") == 2
+    assert broken >= requests - 1
+
+
+def test_a_new_version_replaces_the_old_one_whole(hub, folder):
+    (folder / "loss.png").write_bytes(b"a picture")
+    send(folder)
+    (folder / "loss.png").unlink()
+    (folder / "config.json").write_text('{"use_cache": true}')
+    _, pinned = send(folder)
+    assert_whole(published(hub), pinned)
+    assert published(hub).files()["config.json"] == b'{"use_cache": true}'
+
+
+def test_a_change_in_the_meantime_is_not_overwritten(hub, folder, monkeypatch):
+    send(folder)
+    (folder / "config.json").write_text('{"use_cache": true}')
+    theirs = {".gitattributes": b"", "their.txt": b"theirs"}
+
+    def interfere(request):
+        if request.startswith("POST") and request.endswith("/commit/main"):
+            published(hub).commit("main", theirs)
+        return False
+
+    hub.drop_before = interfere
+    with pytest.raises(OSError, match="has been changed in the meantime"):
+        send(folder)
+    assert published(hub).files() == theirs
+
+
+@pytest.mark.parametrize("token", ["hf_wrong", ""], ids=["wrong", "none"])
+def test_a_refused_token_is_told_without_the_token(hub, folder, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(OSError, match="HF_TOKEN") as error:
+        send(folder)
+    assert not hub.repositories and (not token or token not in str(error.value))
+
+
+def test_a_hidden_repository_of_somebody_else_is_not_touched(hub, folder, monkeypatch):
+    send(folder)
+    history = list(published(hub).history)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(OSError, match="does not accept the token"):
+        send(folder)
+    assert published(hub).history == history
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"model.bin": b"theirs"}, "holds 1 files .model.bin. but no result.json"),
+        ({"result.json": json.dumps(RESULT | {"name": "other"}).encode()}, "a run whose name is 'other'"),
+        ({"result.json": json.dumps(RESULT | {"seed": 3}).encode()}, "a run whose seed is 3"),
+        ({"result.json": json.dumps(RESULT).encode(), "adapter_config.json": b"{}"}, "has no config.json"),
+    ],
+    ids=["foreign", "another-recipe", "another-seed", "an-adapter"],
+)
+def test_other_content_is_refused(hub, folder, theirs, message):
+    send(folder)
+    repository = published(hub)
+    repository.commit("main", {".gitattributes": b"", **theirs})
+    with pytest.raises(ValueError, match=message):
+        send(folder)
+    assert repository.files() == {".gitattributes": b"", **theirs}
+
+
+def test_public_only_if_asked_for(hub, folder):
+    send(folder, "someone/open", public=True)
+    assert not published(hub, "someone/open").private
+    with pytest.raises(ValueError, match="is public already: pass --public"):
+        send(folder, "someone/open")
+    send(folder, "someone/closed")
+    with pytest.raises(ValueError, match="is private already: leave out --public"):
+        send(folder, "someone/closed", public=True)
+
+
+def test_a_pull_request_leaves_main_alone(hub, folder):
+    send(folder)
+    main = dict(published(hub).files())
+    (folder / "config.json").write_text('{"use_cache": true}')
+    address, pinned = send(folder, create_pr=True)
+    assert published(hub).files() == main
+    assert address.endswith("/discussions/1")
+    assert_whole(published(hub), pinned, "refs/pr/1")
+
+
+@pytest.mark.parametrize("request_number", range(1, 12))
+def test_an_interrupted_pull_request_is_gone_on_with(hub, folder, request_number):
+    send(folder)
+    (folder / "config.json").write_text('{"use_cache": true}')
+    seen = []
+
+    def drop(request):
+        seen.append(request)
+        return len(seen) > request_number
+
+    hub.drop_before = drop
+    with pytest.raises(OSError, match="the same command again goes on"):
+        send(folder, create_pr=True)
+    hub.drop_before = lambda request: False
+    _, pinned = send(folder, create_pr=True)
+    assert len(published(hub).proposals) == 1
+    assert_whole(published(hub), pinned, "refs/pr/1")
+
+
+def test_nothing_is_proposed_to_what_is_not_there(hub, folder):
+    with pytest.raises(ValueError, match="nothing to propose to"):
+        send(folder, create_pr=True)
+    assert not hub.repositories
+
+
+def test_invalid_metadata_are_refused_before_main_changes(hub, folder):
+    with pytest.raises(ValueError, match='"license" must be one of'):
+        upload(folder, Target("someone/stories"), "Publish", lambda revision: "---\nlicense: mine\n---\n")
+    assert published(hub).files().keys() == {".gitattributes"}
+
+
+@pytest.mark.parametrize("kind", ["dataset", "space"])
+def test_other_kinds_of_repositories(hub, folder, kind):
+    address, pinned = send(folder, repo_type=kind)
+    assert f"/{kind}s/someone/stories/commit/" in address
+    assert_whole(published(hub, kind=kind), pinned)
+
+
+def test_what_was_uploaded_is_downloaded(hub, folder):
+    _, pinned = send(folder)
+    there = download("someone/stories", pinned)
+    assert (there / "model.safetensors").read_bytes() == WEIGHTS and there.name == pinned
+    with pytest.raises(OSError, match="not there, or hidden"):
+        download("someone/nothing")
