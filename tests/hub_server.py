@@ -69,7 +69,7 @@ class Hub(ThreadingHTTPServer):
         self.drop_after: Callable[[str], bool] = lambda request: False
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *error):

@@ -128,7 +128,7 @@ def render(template: str, **values: Any) -> str:
     environment.filters["thousands"] = "{:,}".format
     try:
         return environment.get_template(template).render(**values)
-    except jinja2.UndefinedError as error:
+    except (jinja2.UndefinedError, TypeError) as error:  # TypeError: a filter was given nothing
         raise ValueError(f"the card {template} lacks a value: {error}") from None
 
 

@@ -79,7 +79,11 @@ def _is_text(path: Path) -> bool:
 
 
 def _begins_with(start: bytes) -> Callable[[Path], bool]:
-    return lambda path: path.open("rb").read(len(start)) == start
+    def check(path: Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+
+    return check
 
 
 # By the end of its name, how a file is known to be what it says. Other files have no business in a published folder.
@@ -182,17 +186,20 @@ def check_loads(
 
 
 def check_snippets(card: str, repositories: dict[tuple[str, str], Path]) -> str:
-    """Every Python block of a card runs, as it stands, each in a clean offline process of its own.
+    """Every Python block of a card runs, as it stands, in a clean offline process.
 
     Args:
         card: its text.
         repositories: by id and pinned commit, the folders that a reader would have downloaded.
     """
     blocks = re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
-    for block in blocks:
-        process = run_isolated(["-c", block], cached=lambda home: _put_into_cache(home, repositories))
-        if process.returncode != 0:
-            raise ValueError(f"this snippet of the card fails:\n\n{block}\n{process.stderr.strip()}")
+    each = "for n, block in enumerate(json.load(sys.stdin)): exec(compile(block, f'snippet {n}', 'exec'), {})"
+    process = run_isolated(
+        ["-c", f"import json, sys\n{each}"], json.dumps(blocks), lambda home: _put_into_cache(home, repositories)
+    )
+    if process.returncode != 0:
+        failed = int(re.findall(r"snippet (\d+)", process.stderr)[-1])
+        raise ValueError(f"this snippet of the card fails:\n\n{blocks[failed]}\n{process.stderr.strip()}")
     return f"{len(blocks)} snippets of the card run"
 
 
@@ -203,3 +210,16 @@ def _put_into_cache(home: Path, repositories: dict[tuple[str, str], Path]) -> No
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text(commit, encoding="utf-8")
         shutil.copytree(folder, repository / "snapshots" / commit)
+
+
+def check_stories(folder: Path, num_stories: int) -> str:
+    """A clean, offline process loads a data set by its card, with all its stories."""
+    load = f"load_dataset({str(folder.resolve())!r}, split='train')"
+    code = f"from datasets import load_dataset\nprint(len({load}['text']))"
+    process = run_isolated(["-c", code])
+    if process.returncode != 0:
+        raise ValueError(f"{folder} does not load as a data set:\n{process.stderr.strip()}")
+    found = int(process.stdout.split()[-1])
+    if found != num_stories:
+        raise ValueError(f"{folder} loads with {found} stories, but its result says {num_stories}")
+    return f"loads in a clean offline process, with {found:,} stories"

@@ -14,6 +14,7 @@ import evaluate
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from matplotlib.figure import Figure
 from pydantic import Field, PositiveInt, model_validator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -255,6 +256,7 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         if not written.is_file():
             result = _train(recipe, state) | {"data": data}
             if state.is_main_process:
+                draw_stages(result, recipe.folder / "stages.png")
                 write_text(written, json.dumps(result, indent=1) + "\n")
             state.wait_for_everyone()
         return json.loads(written.read_text(encoding="utf-8"))
@@ -376,6 +378,29 @@ def begin_stage(model: MemoryModelForCausalLM, stage: StageSection, seed: int) -
     if stage.new_decoder:
         set_seed(seed + NEW_DECODER)
         model.reset_decoder()
+
+
+def draw_stages(result: dict[str, Any], path: Path) -> None:
+    """What the memories told and how well the next token was predicted, over all stages, as a PNG."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    loss, told = figure.subplots(1, 2)
+    for axes, names in (
+        (loss, ["eval_causal_loss"]),
+        (told, [f"eval_{name}_accuracy" for name in OBJECTIVES[1:]]),
+    ):
+        for name in names:
+            before, points = 0, []
+            for stage in result["stages"]:
+                points += [(before + entry["step"], entry[name]) for entry in stage["learning_curve"] if name in entry]
+                before += stage["steps"]
+                axes.axvline(before, color="lightgrey", zorder=0)
+            label = name.removeprefix("eval_").removesuffix("_accuracy").replace("_", " ")
+            axes.plot(*zip(*points, strict=True) if points else ([], []), marker="o", markersize=3, label=label)
+        axes.set_xlabel("steps; a grey line ends a stage")
+        axes.legend()
+    loss.set_ylabel("loss of the next token (nats)")
+    told.set_ylabel("share of tokens told")
+    figure.savefig(path, dpi=120)
 
 
 def training_flops(recipe: Recipe) -> list[int]:

@@ -1,0 +1,482 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is published has been proven, says only what its results say, and is refused where something is missing."""
+
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from hub_server import TOKEN, Hub
+from huggingface_hub import DatasetCard, ModelCard
+from test_memory_training import read as read_memory_recipe
+from typer.testing import CliRunner
+
+from training import finetune, hub, publish, train, verify
+from training.__main__ import app
+from training.card import ABOUT, TEMPLATES, load_about
+from training.experiments import memory_training
+from training.export import run_isolated
+from training.recipe import CONFIGURATION, load_recipe
+from training.result import CLONE, RESULTS, results_table
+
+
+SHORT = {
+    "data": {"train": {"num_stories": 40}, "validation": {"num_stories": 4}},
+    "tokens": 4_096,
+    "training": {"eval_steps": 2, "save_steps": 2, "disable_tqdm": True},
+    "generation": {"prompts": ["Once upon a time"], "max_new_tokens": 8},
+}
+ABOUT_SMOKE = {
+    "title": "A smoke test",
+    "license": "apache-2.0",
+    "language": "en",
+    "purpose": "To be published by tests.",
+    "data": {"datasets": [], "license": "apache-2.0", "origin": "Written by a grammar."},
+    "limits": "It knows nothing.",
+}
+COMMIT = "a" * 40
+
+
+def smoke(folder, **settings):
+    recipe = CONFIGURATION / "recipe" / "smoke.yaml"
+    return load_recipe(recipe, settings=[SHORT, {"output_dir": str(folder)}, settings])
+
+
+def lora(folder, base, **settings):
+    settings = {
+        "name": "lora",
+        "model": str(base),
+        "data": {"context_length": 64, "train": {"source": "embedded"}, "validation": {"source": "embedded"}},
+        "training": {"learning_rate": 0.01, "logging_steps": 1, "eval_strategy": "steps"},
+    } | settings
+    base = CONFIGURATION / "recipe" / "shakespeare_lora.yaml"
+    return load_recipe(base, settings=[settings, SHORT, {"output_dir": str(folder)}])
+
+
+@pytest.fixture(scope="module")
+def about(tmp_path_factory):
+    path = tmp_path_factory.mktemp("about") / "smoke.yaml"
+    path.write_text(yaml.safe_dump(ABOUT_SMOKE), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    recipe = smoke(tmp_path_factory.mktemp("runs") / "smoke")
+    train.run(recipe)
+    return recipe.folder
+
+
+@pytest.fixture(scope="module")
+def adapted(run):
+    recipe = lora(run.with_name("lora"), run / "model")
+    finetune.run(recipe)
+    return recipe.folder
+
+
+@pytest.fixture(scope="module")
+def staged(run, about):
+    return publish.publish(run, "someone/smoke", about=about, dry_run=True, tell=lambda line: None)
+
+
+@pytest.fixture
+def copy(staged, tmp_path):
+    return shutil.copytree(staged, tmp_path / "copy")
+
+
+def prepared(run, about, **options):
+    return publish.prepare(run, options.pop("repo_id", "someone/smoke"), about=about, **options)
+
+
+def call(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "training", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=CLONE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"} | environment,
+    )
+
+
+def test_a_run_is_published_and_verified_by_a_stranger(run, about, tmp_path):
+    """From the command line, by way of a Hub, to a machine that has nothing but the address."""
+    with Hub() as server:
+        home = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+        arguments = ["publish", run, "--repo-id", "someone/smoke", "--about", about]
+        process = call(*arguments, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1", **home)
+        assert process.returncode == 0, process.stderr
+        assert TOKEN not in process.stdout + process.stderr
+        for line in ("model.safetensors", "to be uploaded, in bytes", "snippets of the card run", "equal logits"):
+            assert line in process.stdout
+        pinned = re.search(r"--base someone/smoke@([0-9a-f]{40})", process.stdout)[1]
+        files = server.repositories["model", "someone/smoke"].files()
+        card = files[hub.CARD].decode()
+        assert pinned in card and publish.NO_COMMIT not in card
+
+        process = call("publish", "someone/smoke", "--verify-only", HF_TOKEN=TOKEN, **home)
+        assert process.returncode == 0, process.stderr
+        assert "checksums hold" in process.stdout and "byte for byte" in process.stdout
+
+        server.repositories["model", "someone/smoke"].private = False
+        snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+        environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "stranger")}
+        code = f"import os\nos.environ.update({environment!r})\nos.environ.pop('HF_HUB_OFFLINE')\n{snippet}"
+        process = run_isolated(["-c", code])
+        assert process.returncode == 0 and "Once upon a time" in process.stdout, process.stderr
+
+
+def test_the_payload_is_whole(staged, run):
+    names = set(hub.published_files(staged))
+    code = {f"{part}_memory_mosaic.py" for part in ("cache", "configuration", "modeling")}
+    assert names == code | {
+        *("README.md", "LICENSE", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "result.json", "units.json", "loss.png"),
+    }
+    assert (staged / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
+    listed = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=staged, capture_output=True, text=True)
+    assert listed.returncode == 0 and listed.stdout.count(": OK") == len(names) - 2
+
+
+def test_a_card_says_what_its_result_says(staged):
+    result = json.loads((staged / "result.json").read_text(encoding="utf-8"))
+    units = json.loads((staged / "units.json").read_text(encoding="utf-8"))
+    card = ModelCard.load(staged / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation" and card.data.language == "en"
+    told = {found.metric_type: found.metric_value for found in card.data.eval_results}
+    metrics = result["metrics"]
+    assert told == {name: metrics[f"validation_{name}"] for name in ("loss", "perplexity", "bits_per_byte")}
+    assert results_table([result]) in card.text
+    for number in (result["parameters"], result["tokens"], result["steps"], units["tokens"]):
+        assert f"{number:,}" in card.text
+    for row in units["layers"]:
+        assert f"| {row['layer']} | {row['kind']} |" in card.text and f"{row['effective_pairs']:.1f}" in card.text
+    for version in result["versions"].values():
+        assert f"| {version} |" in card.text
+    for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)$", card.text, flags=re.MULTILINE):
+        assert verify.read_sums(staged)[name] == digest
+    assert "No baseline was trained by this recipe" in card.text
+
+
+def test_units_of_a_padded_batch_are_those_of_the_texts(staged):
+    from training.evaluate import load_model
+
+    model, tokenizer = load_model(staged)
+    texts = ["Once upon a time", "A dog ran to the big red house and saw a cat"]
+    together = publish.measure_units(model, tokenizer, texts)
+    apart = [publish.measure_units(model, tokenizer, [text]) for text in texts]
+    assert together["tokens"] == sum(part["tokens"] for part in apart)
+    assert len(together["layers"]) == 2 * model.config.num_hidden_layers
+    leak = 10 * model.model.layers[1].persistent_memory.key_leak.detach().abs().double()
+    half_life = next(r for r in together["layers"] if (r["layer"], r["kind"]) == (1, "persistent"))["half_life"]
+    torch.testing.assert_close(torch.tensor(half_life).double(), math.log(2) / leak)
+    for row, first, second in zip(together["layers"], *(part["layers"] for part in apart), strict=True):
+        low, high = sorted((first["effective_pairs"], second["effective_pairs"]))
+        assert low <= row["effective_pairs"] <= high
+
+
+def test_baselines_are_those_of_the_same_recipe_and_data(tmp_path):
+    """The committed results of stories_tiny are each other's; one on other data is not."""
+    results = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("stories_tiny--*.json"))}
+    own = results["stories_tiny--mosaic-tiny--seed1.json"]
+    publication = publish.Publication(tmp_path / "runs" / "own", own, "model", "someone/x", None, None)
+    found = publish.comparable_results(publication)
+    assert found[0] is own and {(r["model"], r["seed"]) for r in found} == {
+        (model, seed) for model in ("gpt2-tiny", "mosaic-tiny") for seed in (0, 1, 2)
+    }
+    other = json.loads(json.dumps(own))
+    other["data"]["train"]["files"] = {"train.jsonl.gz": "0" * 64}
+    assert publish.comparable_results(publication._replace(result=other)) == [other]
+
+
+@pytest.mark.parametrize("what", ["adapter", "merged"])
+def test_a_fine_tuned_model_names_its_base(adapted, run, about, what):
+    folder = publish.publish(
+        adapted, "someone/lora", what, about, f"someone/smoke@{COMMIT}", dry_run=True, tell=lambda line: None
+    )
+    metadata = ModelCard.load(folder / "README.md").data.to_dict()
+    relation = "adapter" if what == "adapter" else "finetune"
+    assert metadata["base_model"] == "someone/smoke" and metadata["base_model_relation"] == relation
+    assert metadata["library_name"] == ("peft" if what == "adapter" else "transformers")
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"| the base | 0 | {result['base']['metrics']['validation_loss']:.4f} |" in card
+    assert f"| {result['trained_parameters']:,} | {result['metrics']['validation_loss']:.4f} |" in card
+    assert f"`{COMMIT[:12]}`" in card
+    for name in hub.published_files(folder):
+        assert str(run.parent).encode() not in (folder / name).read_bytes(), f"{name} tells a path of this machine"
+    if what == "adapter":
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        assert (settings["base_model_name_or_path"], settings["revision"]) == ("someone/smoke", COMMIT)
+        assert not list(folder.glob("*.py")) and not (folder / "model.safetensors").exists()
+
+
+def test_an_adapter_is_verified_with_its_base(adapted, staged, about, tmp_path):
+    """Both from the Hub, and the base's code is read before it is run."""
+    with Hub() as server:
+        repository = hub_repository(server, "someone/smoke", staged)
+        folder = publish.publish(
+            *(adapted, "someone/lora", "adapter", about, f"someone/smoke@{repository.refs['main']}"),
+            dry_run=True,
+            tell=lambda line: None,
+        )
+        hub_repository(server, "someone/lora", folder)
+        environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
+        process = call("publish", "someone/lora", "--verify-only", **environment)
+        assert process.returncode == 0 and "ok, its base: " in process.stdout, process.stderr
+
+
+def hub_repository(server, repo_id, folder):
+    from hub_server import Repository
+
+    repository = server.repositories["model", repo_id] = Repository(private=False)
+    repository.commit("main", {name: (folder / name).read_bytes() for name in hub.published_files(folder)})
+    return repository
+
+
+def test_another_base_than_the_one_adapted_is_refused(adapted, run, about):
+    path = run / "model" / "model.safetensors"
+    weights = path.read_bytes()
+    try:
+        path.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+        with pytest.raises(ValueError, match="are not those that .* has adapted"):
+            publish.publish(adapted, "someone/lora", "adapter", about, f"someone/smoke@{COMMIT}", dry_run=True)
+    finally:
+        path.write_bytes(weights)
+
+
+def test_a_memory_model_is_published(tmp_path, about):
+    recipe = read_memory_recipe(tmp_path)
+    memory_training.run(recipe)
+    told = []
+    folder = publish.publish(recipe.folder, "someone/memory", about=about, dry_run=True, tell=told.append)
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    card = ModelCard.load(folder / "README.md")
+    assert "memory-model" in card.data.tags and "arxiv:2602.13466" in card.data.tags
+    assert f"| {result['metrics']['causal_loss']:.3f} | {result['unigram']['loss']:.3f} |" in card.text
+    assert f"{result['metrics']['autoencoding_accuracy']:.4f}" in card.text
+    assert (folder / "stages.png").is_file() and "3 snippets of the card run" in "\n".join(told)
+
+
+def stories_run(tmp_path, license="cc-by-4.0"):
+    result = json.loads((RESULTS / "babistories_micro.json").read_text(encoding="utf-8"))
+    result["metrics"]["kept"], result["recipe"]["license"] = 2, license
+    folder = tmp_path / "stories"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    rows = [json.dumps({"text": text, "index": index}) for index, text in enumerate(("One day.", "In a house."))]
+    (folder / "stories.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    return folder
+
+
+def test_stories_are_published_as_a_data_set(tmp_path):
+    folder = publish.publish(stories_run(tmp_path), "someone/stories", dry_run=True, tell=lambda line: None)
+    card = DatasetCard.load(folder / "README.md")
+    assert card.data.license == "cc-by-4.0" and "someone/stories" in card.text
+    assert set(hub.published_files(folder)) == {"README.md", "SHA256SUMS", "result.json", "stories.jsonl.gz"}
+
+
+def test_stories_without_a_licence_or_with_another_number_are_refused(tmp_path):
+    run = stories_run(tmp_path, license="unknown")
+    with pytest.raises(ValueError, match="states no licence"):
+        publish.publish(run, "someone/stories", dry_run=True, tell=lambda line: None)
+    result = json.loads((run / "result.json").read_text())
+    result["recipe"]["license"], result["metrics"]["kept"] = "mit", 3
+    (run / "result.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="with 2 stories, but its result says 3"):
+        publish.publish(run, "someone/stories", dry_run=True, tell=lambda line: None)
+    assert not (run / "published" / "dataset").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repo_id": "smoke"}, "give it as user/name"),
+        ({"repo_id": "some one/smoke"}, "--repo-id 'some one/smoke'"),
+        ({"what": "adapter"}, "'language_modeling' has model"),
+    ],
+    ids=["no-user", "not-a-name", "not-made"],
+)
+def test_what_cannot_be_published_is_told_at_once(run, about, options, message):
+    with pytest.raises(ValueError, match=message):
+        prepared(run, about, **options)
+
+
+def test_an_unpublished_base_is_asked_for(adapted, about):
+    with pytest.raises(ValueError, match="the card has to name its base on the Hub"):
+        prepared(adapted, about)
+    with pytest.raises(ValueError, match="--base user/name@COMMIT"):
+        prepared(adapted, about, base="someone/smoke@main")
+
+
+def test_a_run_without_a_result_is_refused(tmp_path, run, about):
+    unfinished = shutil.copytree(run, tmp_path / "unfinished")
+    (unfinished / "result.json").unlink()
+    process = CliRunner().invoke(app, ["publish", str(unfinished), "--repo-id", "someone/smoke"])
+    assert process.exit_code == 1 and "has no result.json" in process.stderr
+
+
+def test_a_run_of_another_kind_of_model_is_refused(tmp_path, run, about):
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    result["architecture"]["model_type"] = "gpt2"
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="holds a gpt2"):
+        prepared(tmp_path, about)
+
+
+@pytest.mark.parametrize("field", ["title", "license", "language", "purpose", "limits", "data.license", "data.origin"])
+@pytest.mark.parametrize("way", ["empty", "missing"])
+def test_an_empty_field_of_a_card_is_named(run, tmp_path, field, way):
+    told = json.loads(json.dumps(ABOUT_SMOKE))
+    *section, name = field.split(".")
+    place = told[section[0]] if section else told
+    place[name] = ""
+    if way == "missing":
+        del place[name]
+    path = tmp_path / "about.yaml"
+    path.write_text(yaml.safe_dump(told), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"needs these fields of .*about.yaml:\n  {re.escape(field)}: "):
+        prepared(run, path)
+
+
+def test_a_recipe_that_nobody_has_described_is_refused(run):
+    with pytest.raises(ValueError, match="write it in .*smoke.yaml"):
+        prepared(run, None)
+
+
+def test_a_pickle_in_a_run_is_refused(run, about):
+    for name in ("pytorch_model.bin", "training_args.pt"):
+        path = run / "model" / name
+        torch.save({"weights": torch.zeros(2)}, path)
+        try:
+            with pytest.raises(ValueError, match=f"{name} is a pickle"):
+                publish.publish(run, "someone/smoke", about=about, dry_run=True, tell=lambda line: None)
+        finally:
+            path.unlink()
+
+
+def disguise(folder):
+    torch.save({"weights": torch.zeros(2)}, folder / "model.safetensors")
+    verify.write_sums(folder)
+
+
+def change_weights(folder):
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+
+
+def change_code(folder):
+    with (folder / "modeling_memory_mosaic.py").open("a") as file:
+        file.write("\nprint('hello')\n")
+    verify.write_sums(folder)
+
+
+def add_code(folder):
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text("# SPDX-License-Identifier: Apache-2.0\n")
+    verify.write_sums(folder)
+
+
+def lead_elsewhere(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = "somebody/else--modeling_memory_mosaic.MemoryMosaicForCausalLM"
+    (folder / "config.json").write_text(json.dumps(config))
+    verify.write_sums(folder)
+
+
+def add_unlisted(folder):
+    (folder / "more.json").write_text("{}")
+
+
+def add_unknown(folder):
+    (folder / "run.sh").write_text("echo hello")
+    verify.write_sums(folder)
+
+
+def lose_file(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def lose_sums(folder):
+    (folder / "SHA256SUMS").unlink()
+
+
+def lose_license(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "README.md").write_text(text.replace("license: apache-2.0\n", "", 1), encoding="utf-8")
+
+
+def change_license(folder):
+    (folder / "LICENSE").write_text("All rights reserved.")
+    verify.write_sums(folder)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (disguise, "model.safetensors is not what its name says"),
+        (change_weights, "changed since they were published, by their sha256: model.safetensors"),
+        (change_code, "modeling_memory_mosaic.py differs from this project's"),
+        (add_code, "generate.py is no file of this project"),
+        (lead_elsewhere, "`auto_map` in config.json leads to 'somebody/else--"),
+        (add_unlisted, r"files it does not list \['more.json'\]"),
+        (add_unknown, "run.sh is none of"),
+        (lose_file, r"missing files \['tokenizer.json'\]"),
+        (lose_sums, "has no SHA256SUMS"),
+        (lose_license, "states no licence"),
+        (change_license, "is not this project's, although its code is"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_what_is_not_in_order_is_found_before_anything_is_loaded(copy, monkeypatch, harm, message):
+    harm(copy)
+    monkeypatch.setattr(verify, "check_loads", lambda *arguments: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=message):
+        publish.verify_published(copy)
+
+
+def test_a_folder_in_order_is_told_so(staged):
+    told = []
+    publish.verify_published(staged, tell=told.append)
+    assert [line.split(":")[0] for line in told] == ["ok"] * 5 and "byte for byte" in told[2]
+
+
+def test_a_failing_snippet_is_shown():
+    card = "```python\nprint('fine')\n```\n\n```python\nimport nothing_of_the_kind\n```\n"
+    with pytest.raises(ValueError, match="this snippet of the card fails:\n\nimport nothing_of_the_kind"):
+        verify.check_snippets(card, {})
+
+
+def test_a_linter_that_is_not_content_is_heard(copy):
+    path = copy / "modeling_memory_mosaic.py"
+    path.write_text(path.read_text().replace('base_model_prefix = "model"', 'base_model_prefix = ""'))
+    with pytest.raises(ValueError, match="TRF002"):
+        verify.check_lint(copy)
+
+
+def test_failure_leaves_nothing_staged(run, about, monkeypatch):
+    monkeypatch.setattr(verify, "check_loads", lambda *arguments: (_ for _ in ()).throw(ValueError("no")))
+    shutil.rmtree(run / "published", ignore_errors=True)
+    with pytest.raises(ValueError, match="^no$"):
+        publish.publish(run, "someone/smoke", about=about, dry_run=True, tell=lambda line: None)
+    assert not list((run / "published").iterdir())
+
+
+@pytest.mark.parametrize("path", sorted(ABOUT.glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_is_said_of_a_recipe_is_whole(path):
+    load_about(path.stem)
+    assert (CONFIGURATION / "recipe" / path.name).is_file()
+
+
+def test_every_snippet_is_in_a_card():
+    templates = "\n".join(path.read_text(encoding="utf-8") for path in TEMPLATES.rglob("*.jinja"))
+    snippets = {path.name for path in (TEMPLATES / "snippets").glob("*.py")}
+    assert snippets == set(re.findall(r'"snippets/(\w+\.py)"', templates))
