@@ -41,6 +41,18 @@ SURFACE = {
     },
     "generate": {"folder", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed"},
     "convert": {"checkpoint", "output"},
+    "publish": {
+        "run",
+        "--repo-id",
+        "--what",
+        "--base",
+        "--about",
+        "--public",
+        "--create-pr",
+        "--dry-run",
+        "--verify-only",
+        "--revision",
+    },
 }
 
 

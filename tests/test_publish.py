@@ -207,8 +207,8 @@ def test_a_fine_tuned_model_names_its_base(adapted, run, about, what):
     assert metadata["library_name"] == ("peft" if what == "adapter" else "transformers")
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"| the base | 0 | {result['base']['metrics']['validation_loss']:.4f} |" in card
-    assert f"| {result['trained_parameters']:,} | {result['metrics']['validation_loss']:.4f} |" in card
+    assert f"| the base | 0 |  | {result['base']['metrics']['validation_loss']:.4f} |" in card
+    assert f"| {result['trained_parameters']:,} | 0 | {result['metrics']['validation_loss']:.4f} |" in card
     assert f"`{COMMIT[:12]}`" in card
     for name in hub.published_files(folder):
         assert str(run.parent).encode() not in (folder / name).read_bytes(), f"{name} tells a path of this machine"

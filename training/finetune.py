@@ -39,6 +39,14 @@ class LoraSection(Section):
     target_modules: list[str] = Field(default=["k_proj", "v_proj", "o_proj"], min_length=1)
     target_parameters: list[str] = []
 
+    @model_validator(mode="after")
+    def _peft_can(self):
+        if self.target_parameters and self.lora_dropout:
+            raise ValueError(
+                f"PEFT adapts parameters without dropout only: set `lora_dropout`={self.lora_dropout} to 0"
+            )
+        return self
+
 
 class Recipe(TextRecipe):
     """A model to adapt; see `configuration/README.md` for each field.

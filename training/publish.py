@@ -28,7 +28,7 @@ from training.evaluate import load_model
 from training.experiments import babistories
 from training.export import staged_folder, write_text
 from training.finetune import weights_checksums
-from training.result import CLONE, RESULTS, results_table
+from training.result import CLONE, RESULTS, TABLES
 
 
 # Settings of a recipe that change what is seen of a run, and no number.
@@ -326,7 +326,7 @@ def _card(template: str) -> Callable[[Publication, Path, str], str]:
             "metadata": card.model_metadata(
                 result, publication.about, base and base.repo_id, publication.what == "adapter"
             ),
-            "table": _table(publication, compared),
+            "table": TABLES[result["task"]](compared) if result["task"] in TABLES else None,
             "other_models": len({other["model"] for other in compared}) > 1,
             "files": verify.read_sums(folder),
             "units": card.read_json(folder / "units.json") if (folder / "units.json").is_file() else None,
@@ -344,19 +344,6 @@ def _card(template: str) -> Callable[[Publication, Path, str], str]:
         return str(ModelCard(rendered))  # parses the metadata
 
     return text
-
-
-def _table(publication: Publication, compared: list[dict[str, Any]]) -> str:
-    if publication.result["task"] == "language_modeling":
-        return results_table(compared)
-    if publication.result["task"] == "memory_model":
-        return ""
-    lines = ["| model | trained numbers | validation loss | perplexity |", "| --- | ---: | ---: | ---: |"]
-    for name, part in (("the base", publication.result["base"]), ("fine-tuned", publication.result)):
-        metrics, trained = part["metrics"], part.get("trained_parameters", 0)
-        loss, perplexity = metrics["validation_loss"], metrics["validation_perplexity"]
-        lines.append(f"| {name} | {trained:,} | {loss:.4f} | {perplexity:.2f} |")
-    return "\n".join(lines)
 
 
 def _ranges() -> dict[str, str]:

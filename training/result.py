@@ -168,6 +168,37 @@ def results_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines + [_table_line(model, runs) for model, runs in sorted(models.items())])
 
 
+def fine_tuning_table(results: list[dict[str, Any]]) -> str:
+    """Markdown table with a line for the base and one for each choice of what LoRA adapts; seeds are put together.
+
+    Raises:
+        ValueError: results of different bases, which a table would wrongly compare.
+    """
+    bases = [result["base"] for result in results]
+    if any(base != bases[0] for base in bases):
+        raise ValueError("a table compares fine-tunings of one base: these are of several")
+    adapted = defaultdict(list)
+    for result in results:
+        lora = result["recipe"]["lora"]
+        targets = [name.rpartition(".")[2] for name in lora["target_modules"] + lora["target_parameters"]]
+        adapted[f"LoRA of rank {lora['r']} on {', '.join(targets)}"].append(result)
+    lines = [
+        "| model | trained numbers | seeds | validation loss | perplexity |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        _fine_tuning_line("the base", [{"metrics": bases[0]["metrics"]}], trained=0),
+    ]
+    return "\n".join(
+        lines
+        + [_fine_tuning_line(name, runs, runs[0]["trained_parameters"]) for name, runs in sorted(adapted.items())]
+    )
+
+
+def _fine_tuning_line(name: str, runs: list[dict[str, Any]], trained: int) -> str:
+    seeds = ", ".join(str(run["seed"]) for run in runs if "seed" in run)
+    loss, perplexity = ([run["metrics"][f"validation_{name}"] for run in runs] for name in ("loss", "perplexity"))
+    return f"| {name} | {trained:,} | {seeds} | {mean_and_deviation(loss, 4)} | {mean_and_deviation(perplexity, 2)} |"
+
+
 def _table_line(model: str, runs: list[dict[str, Any]]) -> str:
     loss, perplexity, bits = (
         [run["metrics"][name] for run in runs]
@@ -202,6 +233,10 @@ def claims_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+# Of results that hold no table of their own, because each is of one training.
+TABLES = {"language_modeling": results_table, "fine_tuning": fine_tuning_table}
+
+
 def rewrite_blocks(text: str, results: list[dict[str, Any]]) -> str:
     """Fill the marked blocks of a Markdown text; `ValueError` if a block names a recipe without results."""
 
@@ -215,7 +250,7 @@ def rewrite_blocks(text: str, results: list[dict[str, Any]]) -> str:
         if not chosen:
             known = sorted({result["name"] for result in results})
             raise ValueError(f"a block asks for the results of {name!r}, but there are only those of {known}")
-        table = chosen[0]["table"] if "table" in chosen[0] else results_table(chosen)
+        table = chosen[0]["table"] if "table" in chosen[0] else TABLES[chosen[0]["task"]](chosen)
         return match[1] + table + "\n" + match[3]
 
     return BLOCK.sub(fill, text)

@@ -397,7 +397,7 @@ def draw_stages(result: dict[str, Any], path: Path) -> None:
             label = name.removeprefix("eval_").removesuffix("_accuracy").replace("_", " ")
             axes.plot(*zip(*points, strict=True) if points else ([], []), marker="o", markersize=3, label=label)
         axes.set_xlabel("steps; a grey line ends a stage")
-        axes.legend()
+        axes.legend(loc="center right")
     loss.set_ylabel("loss of the next token (nats)")
     told.set_ylabel("share of tokens told")
     figure.savefig(path, dpi=120)
