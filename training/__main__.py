@@ -189,7 +189,7 @@ def publish(
         from training import publish as publishing
 
         if verify_only:
-            publishing.verify_published(run, revision, tell=typer.echo)
+            publishing.verify_published(run, revision, what, tell=typer.echo)
             return
         if repo_id is None:
             raise ValueError("give --repo-id user/name: where on the Hub it goes")

@@ -33,6 +33,8 @@ from training.result import CLONE, RESULTS, TABLES
 
 # Settings of a recipe that change what is seen of a run, and no number.
 PRESENTATION = ("disable_tqdm", "logging_steps", "report_to")
+# Repositories of the Hub that are not models.
+OTHER_TYPES = ("dataset", "space")
 # In a card that is not uploaded yet, where the pinned commit will stand.
 NO_COMMIT = "0" * 40
 
@@ -172,13 +174,14 @@ def _without_paths(value: Any) -> Any:
 
 
 def verify_published(
-    where: Path, revision: str | None = None, repo_type: str | None = None, tell: Callable[[str], None] = print
+    where: Path, revision: str | None = None, what: str | None = None, tell: Callable[[str], None] = print
 ) -> None:
     """Check something that is published: only once its code is known to be this project's is it loaded.
 
     Args:
         where: a folder, or `user/name` on the Hub.
         revision: on the Hub, a commit, branch or tag; by default the newest of `main`.
+        what: on the Hub, `dataset` or `space`; by default it is a model.
         tell: is told what is in order, in words.
 
     Raises:
@@ -186,9 +189,11 @@ def verify_published(
         OSError: the repository is not there, or could not be reached.
         RuntimeError: it does not load in a clean process.
     """
-    folder = where if where.is_dir() else hub.download(str(where), revision)
-    if where.is_dir() and revision is not None:
-        raise ValueError(f"--revision is {revision!r}, but {where} is a folder: leave it out")
+    if where.is_dir() and (revision or what):
+        raise ValueError(f"{where} is a folder: leave out --revision and --what, which are for the Hub")
+    folder = where if where.is_dir() else hub.download(str(where), revision, what if what in OTHER_TYPES else "model")
+    if not where.is_dir():
+        tell(f"ok: downloaded at commit {folder.name}")
     for line in verify.check_folder(folder):
         tell(f"ok: {line}")
     if (folder / "adapter_config.json").is_file():
@@ -197,6 +202,11 @@ def verify_published(
         for line in verify.check_folder(base):
             tell(f"ok, its base: {line}")
         tell(f"ok: {verify.check_loads(folder, [], base)}")
+    elif (folder / "stories.jsonl.gz").is_file():
+        kept = card.read_json(folder / "result.json")["metrics"]["kept"]
+        tell(f"ok: {verify.check_stories(folder, kept)}")
+    elif (folder / "app.py").is_file():
+        tell(f"ok: {verify.check_space(folder)}")
     else:
         tell(f"ok: {verify.check_loads(folder, [])}")
 
@@ -212,9 +222,9 @@ def _version() -> str:
 
 
 def _model_folder(publication: Publication) -> Path:
-    """What the run itself wrote: a model, or an adapter."""
-    name = "model" if publication.what == "space" else publication.what
-    folder = publication.run / name
+    """What the run itself wrote: a model, or an adapter; what a Space shows is a whole model."""
+    shown = "merged" if publication.result["task"] == "fine_tuning" else "model"
+    folder = publication.run / (shown if publication.what == "space" else publication.what)
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing: run the recipe again with --restart")
     return folder
@@ -381,11 +391,45 @@ def _prove_stories(publication: Publication, staged: Path) -> list[str]:
     return [verify.check_stories(staged, publication.result["metrics"]["kept"])]
 
 
+def _stage_space(publication: Publication, staged: Path) -> None:
+    folder = _model_folder(publication)
+    verify.check_forms(folder)  # before a pickle could be copied
+    shutil.copytree(folder, staged / "model", ignore=shutil.ignore_patterns(hub.CARD))
+    for name in ("app.py", "requirements.txt"):
+        shutil.copyfile(verify.SPACE / name, staged / name)
+    shutil.copytree(verify.PACKAGE, staged / verify.PACKAGE.name, ignore=lambda _, names: _all_but_code(names))
+    _add_results(publication, staged)
+
+
+def _all_but_code(names: list[str]) -> list[str]:
+    return [name for name in names if not name.endswith(".py")]
+
+
+def _space_card(publication: Publication, folder: Path, revision: str) -> str:
+    model, result = publication.base.repo_id, publication.result
+    return card.render("space/README.md.jinja", repo_id=model, result=result, gradio_version=_gradio_version())
+
+
+def _gradio_version() -> str:
+    try:
+        return importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            "a Space is tried before it is uploaded, which takes gradio: pip install '.[space]'"
+        ) from None
+
+
+def _prove_space(publication: Publication, staged: Path) -> list[str]:
+    return [verify.check_space(staged)]
+
+
 # By task and what of it is published; the first of a task is its default.
 KINDS = {
     ("language_modeling", "model"): Kind("model", _stage_model, _card("mosaic_card.md.jinja"), _prove_model),
     ("memory_model", "model"): Kind("model", _stage_model, _card("memory_model_card.md.jinja"), _prove_model),
     ("fine_tuning", "adapter"): Kind("model", _stage_adapter, _card("adapter_card.md.jinja"), _prove_model),
     ("fine_tuning", "merged"): Kind("model", _stage_model, _card("mosaic_card.md.jinja"), _prove_model),
+    ("language_modeling", "space"): Kind("space", _stage_space, _space_card, _prove_space),
+    ("fine_tuning", "space"): Kind("space", _stage_space, _space_card, _prove_space),
     ("babistories", "dataset"): Kind("dataset", _stage_stories, _stories_card, _prove_stories),
 }

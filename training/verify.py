@@ -223,3 +223,17 @@ def check_stories(folder: Path, num_stories: int) -> str:
     if found != num_stories:
         raise ValueError(f"{folder} loads with {found} stories, but its result says {num_stories}")
     return f"loads in a clean offline process, with {found:,} stories"
+
+
+def check_space(folder: Path) -> str:
+    """A clean, offline process loads a Space's model through the code beside it, and traces a text."""
+    code = f"import sys\nsys.path.insert(0, {str(folder.resolve())!r})\nimport app\n" + (
+        f"app.write(*app.load({str(folder.resolve() / 'model')!r}), 'Once upon a time', 4, 0.0, 0)\n"
+        "print(sys.modules['modeling_memory_mosaic'].__file__)"
+    )
+    process = run_isolated(["-c", code])
+    if process.returncode != 0:
+        raise ValueError(f"{folder} does not run as a Space:\n{process.stderr.strip()}")
+    if not process.stdout.strip().endswith(str(folder.resolve() / "modeling_memory_mosaic" / "__init__.py")):
+        raise ValueError(f"{folder} runs other code than what lies in it: {process.stdout.strip()}")
+    return "runs as a Space in a clean offline process, by the code in it"
