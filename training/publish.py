@@ -384,7 +384,8 @@ def _stage_stories(publication: Publication, staged: Path) -> None:
 
 
 def _stories_card(publication: Publication, folder: Path, revision: str) -> str:
-    return babistories.card(publication.result, {"repo_id": publication.repo_id, "revision": revision})
+    place = {"repo_id": publication.repo_id, "revision": revision, "files": verify.read_sums(folder)}
+    return babistories.card(publication.result, place)
 
 
 def _prove_stories(publication: Publication, staged: Path) -> list[str]:

@@ -577,12 +577,13 @@ def _revision(model: str) -> str | None:
     return getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
 
 
-def card(result: dict[str, Any], published: dict[str, str] | None = None) -> str:
+def card(result: dict[str, Any], published: dict[str, Any] | None = None) -> str:
     """The data set's card, in Markdown; every number in it is one of the result.
 
     Args:
         result: content of the run's `result.json`.
-        published: the `repo_id` and `revision` where a reader finds it; nowhere yet by default.
+        published: the `repo_id` and `revision` where a reader finds it, and the sha256 of its `files`; nowhere yet by
+            default.
 
     Raises:
         ValueError: its metadata are not valid.
