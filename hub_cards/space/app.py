@@ -31,6 +31,7 @@ MOST_NEW_TOKENS = 100
 UNITS_OF_A_KIND = 4
 PAIRS_OF_A_UNIT = 3
 WORDS_OF_A_SLOT = 3
+KEPT_SECONDS = 3600
 
 EXAMPLES = [
     "Once upon a time, there was a little girl named Lily. One day, Lily",
@@ -118,10 +119,14 @@ def write(model, tokenizer, beginning: str, num_tokens: int, temperature: float,
         the reading, and what the reader ought to be told; "" if nothing.
 
     Raises:
-        ValueError: if the beginning is empty.
+        ValueError: if the beginning is empty, or a number is missing or out of range.
     """
     if not beginning.strip():
         raise ValueError("The beginning is empty: write a few words for the model to continue.")
+    if None in (num_tokens, temperature, seed):
+        raise ValueError("A number is missing: give the number of new tokens, the temperature and the seed.")
+    if not 1 <= num_tokens <= MOST_NEW_TOKENS or temperature < 0:
+        raise ValueError(f"1 to {MOST_NEW_TOKENS} new tokens can be written, at a temperature from 0 on.")
     ids = tokenizer(beginning, return_tensors="pt").input_ids
     told = ""
     if ids.shape[1] > MOST_GIVEN_TOKENS:
@@ -150,14 +155,20 @@ def words_of_slots(model, tokenizer, places: set[tuple[int, int, int]]) -> dict[
     A first look at what a slot is for. What later layers make of it is left out.
     """
     words = {}
-    for layer, head, slot in places:
-        memory = model.model.layers[layer].persistent_memory
-        alone = torch.zeros(2, *memory.slot_values.shape[::2])  # the slot's value, and nothing: (2, H, D)
-        alone[0, head] = memory.slot_values[head, slot]
-        value, bias = memory.o_proj(alone.flatten(1))
-        added = value - bias
-        best = model.lm_head((added - added.mean()) * model.model.norm.weight).topk(WORDS_OF_A_SLOT).indices
-        words[layer, head, slot] = [tokenizer.decode([token]) for token in best]
+    for layer in {layer for layer, _, _ in places}:
+        memory, own = model.model.layers[layer].persistent_memory, [place for place in places if place[0] == layer]
+        heads, slots = torch.tensor([place[1:] for place in own]).T
+        alone = torch.zeros(len(own) + 1, *memory.slot_values.shape[::2])  # each slot's value, and nothing: (n, H, D)
+        alone[range(len(own)), heads] = memory.slot_values[heads, slots]
+        added = memory.o_proj(alone.flatten(1))
+        added = added[:-1] - added[-1]  # without the bias
+        logits = model.lm_head((added - added.mean(-1, keepdim=True)) * model.model.norm.weight)
+        for place, best in zip(
+            own, logits.topk(min(3 * WORDS_OF_A_SLOT, logits.shape[1])).indices.tolist(), strict=True
+        ):
+            tokens = [tokenizer.decode([token]) for token in best]
+            # Single bytes of longer characters are no words to show.
+            words[place] = [token for token in tokens if "\ufffd" not in token][:WORDS_OF_A_SLOT]
     return words
 
 
@@ -307,12 +318,12 @@ def what_was_recalled(reading: Reading, position: int, layer: int, kind: str, he
     if position == 1:
         return f"<p>{name} had nothing to recall: one token makes no pair.</p>"
     return (
-        f"<p>{name} compared what had just been read with what stood before each earlier token, "
-        "and recalled most what came where the two were most alike:</p>"
+        f"<p>{name} recalled what came after whatever in the text was most like what had just been read. "
+        "The weights:</p>"
     )
 
 
-def show_unit(reading: Reading | None, position: int, layer: int, kind: str, head: int):
+def show_unit(reading: Reading, position: int, layer: int, kind: str, head: int):
     """What the components of one memory show: a sentence and the coloured text."""
     place = reading, position, layer, kind, head
     return what_was_recalled(*place), weighted_text(*place)
@@ -331,14 +342,14 @@ def show_token(reading: Reading, position: int):
 def make_page(model, tokenizer) -> gr.Blocks:
     """The page; what a visitor's text is, only the visitor's own state holds."""
     with gr.Blocks(title="The memory of a Memory Mosaic") as page:
-        reading, position = gr.State(time_to_live=3600), gr.State(0)
+        reading, position = gr.State(time_to_live=KEPT_SECONDS), gr.State(0)
         gr.HTML(HEADING, elem_id="heading")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
                 beginning = gr.Textbox(EXAMPLES[0], label="Beginning", lines=4, max_lines=4, elem_id="beginning")
                 num_tokens = gr.Slider(1, MOST_NEW_TOKENS, 40, step=1, label="New tokens")
                 temperature = gr.Slider(0, 1.5, 0.7, step=0.1, label="Temperature")
-                seed = gr.Number(0, label="Seed", precision=0)
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
                 button = gr.Button("Continue the text", variant="primary", elem_id="continue")
                 note = gr.HTML(elem_id="note")
                 gr.Examples(EXAMPLES, beginning, label="Beginnings to try")
@@ -352,7 +363,8 @@ def make_page(model, tokenizer) -> gr.Blocks:
                 why = gr.HTML(elem_id="why")
                 table = gr.Dataframe(
                     headers=["said", "layer", "memory", "head", "recalled most", "then", "then"],
-                    label="2. Choose a memory. These said most about the token: + for it, - against it.",
+                    label="2. Choose a memory. They said most, + for the token or - against it, and recalled: pairs of the text by "
+                    "their place, or learnt slots and words these speak for.",
                     datatype=["str", "number", "str", "number", "html", "html", "html"],
                     column_widths=["7%", "6%", "10%", "6%", "24%", "24%", "23%"],
                     interactive=False,
@@ -361,7 +373,7 @@ def make_page(model, tokenizer) -> gr.Blocks:
                 )
                 recalled = gr.HTML(elem_id="recalled")
                 pairs = gr.HighlightedText(
-                    label="3. What it recalled of the text so far, and how much weight each pair had",
+                    label="3. What it recalled of the text so far",
                     color_map=OCHRES,
                     show_legend=True,
                     elem_id="pairs",
@@ -377,19 +389,26 @@ def make_page(model, tokenizer) -> gr.Blocks:
             return found, last, told and f"<p>{html.escape(told)}</p>", *show_token(found, last)
 
         def choose_token(found, event: gr.SelectData):
+            refuse_forgotten(found)
             return event.index, *show_token(found, event.index)
 
         def choose_unit(found, chosen, event: gr.SelectData):
-            _, layer, kind, head, *_ = event.row_value
+            refuse_forgotten(found)
+            _, layer, kind, head, *_ = event.row_value  # not its number: visitors may sort the table
             return show_unit(found, chosen, int(layer), kind, int(head))
 
         settings = [beginning, num_tokens, temperature, seed]
-        # The first visit shows an example at once.
+        # The first visit shows an example at once. One text at a time: the model and its random numbers are shared.
         asked = [page.load, button.click, beginning.submit]
-        gr.on(asked, continue_text, settings, [reading, position, note, *of_a_token])
+        gr.on(asked, continue_text, settings, [reading, position, note, *of_a_token], concurrency_limit=1)
         text.select(choose_token, reading, [position, *of_a_token])
         table.select(choose_unit, [reading, position], [recalled, pairs])
     return page
+
+
+def refuse_forgotten(reading: Reading | None) -> None:
+    if reading is None:
+        raise gr.Error(f"This text was forgotten after {KEPT_SECONDS // 60} minutes: continue it again.")
 
 
 HEADING = """
@@ -403,10 +422,11 @@ when things looked like now, and adds its word to the sum that predicts the next
 LIGHT = "() => document.body.classList.remove('dark')"
 
 CSS = """
-.gradio-container { max-width: 1280px !important; padding: 0 !important; font-size: 14px; }
-.gradio-container main { padding: 0 14px !important; }
+.gradio-container { max-width: 1280px !important; font-size: 14px; }
+.gradio-container .app { padding: 8px 16px !important; }
+.gradio-container main { padding: 0 !important; }
 .gradio-container .column, .gradio-container .row { gap: 8px !important; }
-#heading, #recalled { padding: 0; }
+.gradio-container .html-container { padding: 2px 4px !important; }
 #heading h1 { font-size: 20px; font-weight: 700; margin: 0; }
 #heading p, #why p, #recalled p, #note p { margin: 0; line-height: 1.4; }
 #note p { color: #b42318; }
