@@ -163,9 +163,8 @@ def words_of_slots(model, tokenizer, places: set[tuple[int, int, int]]) -> dict[
         added = memory.o_proj(alone.flatten(1))
         added = added[:-1] - added[-1]  # without the bias
         logits = model.lm_head((added - added.mean(-1, keepdim=True)) * model.model.norm.weight)
-        for place, best in zip(
-            own, logits.topk(min(3 * WORDS_OF_A_SLOT, logits.shape[1])).indices.tolist(), strict=True
-        ):
+        ranking = logits.topk(min(3 * WORDS_OF_A_SLOT, logits.shape[1])).indices.tolist()
+        for place, best in zip(own, ranking, strict=True):
             tokens = [tokenizer.decode([token]) for token in best]
             # Single bytes of longer characters are no words to show.
             words[place] = [token for token in tokens if "\ufffd" not in token][:WORDS_OF_A_SLOT]
@@ -173,9 +172,9 @@ def words_of_slots(model, tokenizer, places: set[tuple[int, int, int]]) -> dict[
 
 
 def visible(token: str) -> str:
-    """A token with what could not be seen of it; spaces beside letters are seen between quotation marks."""
+    """A token with what could not be seen of it. Spaces beside letters can be, as every token is in a box."""
     token = token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
-    return token if token.strip() else token.replace(" ", "␣")
+    return token if token.strip() else token.replace(" ", "␣") or "∅"
 
 
 def label_of(number: float, upper_bounds: dict[str, float]) -> str:
@@ -363,8 +362,8 @@ def make_page(model, tokenizer) -> gr.Blocks:
                 why = gr.HTML(elem_id="why")
                 table = gr.Dataframe(
                     headers=["said", "layer", "memory", "head", "recalled most", "then", "then"],
-                    label="2. Choose a memory. They said most, + for the token or - against it, and recalled: pairs of the text by "
-                    "their place, or learnt slots and words these speak for.",
+                    label="2. Choose a memory. What the strongest said, + for the token and - against it, and "
+                    "recalled: pairs of the text, or learnt slots → words that these speak for.",
                     datatype=["str", "number", "str", "number", "html", "html", "html"],
                     column_widths=["7%", "6%", "10%", "6%", "24%", "24%", "23%"],
                     interactive=False,
@@ -467,7 +466,8 @@ def main():
     # Gradio's own file of the half-bold letters holds few of them.
     letters = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "sans-serif"]
     theme = gr.themes.Default(primary_hue="blue", font=letters)
-    page.launch(theme=theme, css=CSS, js=LIGHT, footer_links=[], run_history=False, ssr_mode=False)
+    look = {"theme": theme, "css": CSS, "js": LIGHT, "footer_links": []}
+    page.launch(**look, run_history=False, ssr_mode=False, state_session_capacity=100)
 
 
 if __name__ == "__main__":
