@@ -200,7 +200,9 @@ def test_text_is_escaped_and_what_cannot_be_seen_is_shown(parts):
 
 
 def save_other(kind, folder):
-    if kind == "GPT-2":
+    if kind == "no folder":
+        folder.rmdir()
+    elif kind == "GPT-2":
         GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
     elif kind == "classifier":
         MemoryMosaicForSequenceClassification(make_model().config).save_pretrained(folder)
@@ -211,6 +213,7 @@ def save_other(kind, folder):
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
+        ("no folder", r"no model was found there \(there is no such folder\)\. Pass a folder"),
         ("nothing", "no model was found there .* Pass a folder"),
         ("GPT-2", "GPT2LMHeadModel of type gpt2 was found there, .* Pass a folder"),
         ("classifier", "MemoryMosaicForSequenceClassification of type memory_mosaic was found there"),
@@ -298,7 +301,7 @@ def visitor(address):
     with browse(address) as browser:
         visitor = Visitor(browser)
         visitor.wait_for(visitor.colours_now)
-        assert "Lily" in "".join(visitor.tokens())
+        assert "Bella" in "".join(visitor.tokens())
         yield visitor
         # Whatever was done: nothing went wrong, and nobody else was asked for anything.
         assert browser.get_log("browser") == []
@@ -342,7 +345,7 @@ def test_visitors_share_nothing(visitor, address):
     visitor.browser.get(address)
     visitor.wait_for(visitor.colours_now)
     visitor.continue_text(BEGINNING)
-    visitor.wait_for(lambda: "Lily" not in "".join(visitor.tokens()))
+    visitor.wait_for(lambda: "Bella" not in "".join(visitor.tokens()))
     visitor.browser.switch_to.window(visitor.browser.window_handles[0])
     shown = visitor.tokens()
     visitor.click("#text .token", 3)

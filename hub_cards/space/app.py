@@ -34,10 +34,10 @@ WORDS_OF_A_SLOT = 3
 KEPT_SECONDS = 3600
 
 EXAMPLES = [
-    "Once upon a time, there was a little girl named Lily. One day, Lily",
+    "The dog's name was Max. The cat's name was Bella. The dog's name was",
     "Tom had a big red ball. Sam had a small blue car. Tom played with his",
     '"I am sad," said the bird. "Why are you sad?" asked the cat. The bird said,',
-    "The dog's name was Max. The cat's name was Bella. The dog's name was",
+    "Once upon a time, there was a little girl named Lily. One day, Lily",
 ]
 
 # Labels of tokens, which give them their colours. Gradio shows these at half strength, below black letters.
@@ -91,7 +91,9 @@ def load(source: str):
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: no model was found there ({str(error).splitlines()[0]}). {remedy}") from error
+        is_missing = Path(source).is_absolute() and not Path(source).exists()
+        found = "there is no such folder" if is_missing else str(error).splitlines()[0]
+        raise ValueError(f"{source}: no model was found there ({found}). {remedy}") from error
     architectures = config.architectures or ["no architecture"]
     if config.model_type != "memory_mosaic" or "MemoryMosaicForCausalLM" not in architectures:
         found = f"{', '.join(architectures)} of type {config.model_type}"

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page as a browser shows it: `python hub_cards/space/screenshot.py FOLDER OUTPUT.png`. Tests use it too.
+"""The page as a browser shows it, for a picture and for tests.
+
+    python hub_cards/space/screenshot.py runs/stories_tiny/mosaic-tiny-seed0/model screenshot.png --token 26
 
 Needs Chromium and its driver, and works without a network: the browser finds no machine but this one.
 """
@@ -116,14 +118,16 @@ def requested(driver: webdriver.Chrome) -> set[str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A picture of the page that a visitor sees first.")
+    parser = argparse.ArgumentParser(description="A picture of the page with the example that a visitor sees first.")
     parser.add_argument("folder", help="of a model")
     parser.add_argument("output", help="the PNG")
+    parser.add_argument("--token", type=int, default=-1, help="the one to choose; by default the last")
     arguments = parser.parse_args()
     if BROWSER is None or DRIVER is None:
         raise SystemExit("Chromium and its driver are needed: install `chromium` and `chromium-driver`.")
     with serve(arguments.folder) as address, browse(address) as driver:
         wait_for(driver, lambda: find(driver, "#pairs .token"))
+        find(driver, "#text .token")[arguments.token].click()
         time.sleep(2)  # until nothing moves
         driver.save_screenshot(arguments.output)
 
