@@ -62,7 +62,7 @@ tables: .venv/installed
 	touch $@
 
 .venv/installed-for-tests: .venv/installed
-	$(BIN)/pip install --quiet --editable ".[train,dev,peers]"
+	$(BIN)/pip install --quiet --editable ".[train,dev,peers,space]"
 	touch $@
 
 .venv-oldest/installed: pyproject.toml

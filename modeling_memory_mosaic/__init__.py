@@ -13,7 +13,13 @@ from .cache_memory_mosaic import (
 from .configuration_memory_model import MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .continuous_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
-from .inspection_memory_mosaic import MemoryMosaicUnits, inspect_units, summarize_units
+from .inspection_memory_mosaic import (
+    MemoryMosaicTrace,
+    MemoryMosaicUnits,
+    inspect_units,
+    summarize_units,
+    trace_tokens,
+)
 from .modeling_memory_model import (
     MemoryModelEncoder,
     MemoryModelForCausalLM,
@@ -65,6 +71,7 @@ __all__ = [
     "MemoryMosaicModel",
     "MemoryMosaicPreTrainedModel",
     "MemoryMosaicStaticCacheLayer",
+    "MemoryMosaicTrace",
     "MemoryMosaicUnits",
     "inspect_units",
     "kernel_smoothing",
@@ -72,4 +79,5 @@ __all__ = [
     "memory_from_state_dict",
     "memory_state_dict",
     "summarize_units",
+    "trace_tokens",
 ]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units are measured as the paper's equations say, whatever surrounds them, and only what a unit did is its own."""
+"""Units are measured as the paper's equations say, whatever surrounds them, and only what a unit did is its own.
+
+So are their parts of the logit of each token that follows.
+"""
 
 import math
 
@@ -11,7 +14,12 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_packing import make_documents, pack
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from modeling_memory_mosaic import MemoryMosaicForSequenceClassification, inspect_units, summarize_units
+from modeling_memory_mosaic import (
+    MemoryMosaicForSequenceClassification,
+    inspect_units,
+    summarize_units,
+    trace_tokens,
+)
 from modeling_memory_mosaic.modeling_memory_mosaic import CHUNK_LENGTH
 from modeling_memory_mosaic.naive_memory_mosaic import (
     naive_contextual_memory,
@@ -26,6 +34,7 @@ from training.experiments.comparison import save_figure
 
 
 NAMES = ("error", "entropy", "share", "norm")
+BY_TOKEN = ("embedding", "biases", "logit", "log_probability", "persistent_share")
 SCALARS = ("key_leak", "key_scale", "value_scale")
 
 
@@ -333,6 +342,170 @@ def test_summaries_are_means_over_tokens_that_have_something_to_read():
     for kind in ("contextual", "persistent"):
         shares = [row["share"] for row in table if (row["layer"], row["kind"]) == (0, kind)]
         assert sum(shares) == pytest.approx(1, rel=1e-5)
+
+
+def following_logits(model, ids):
+    """Of the token that follows each, `(B, T - 1)`: logit less the mean over the vocabulary, and log probability."""
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[:, :-1]
+    following = ids[:, 1:, None]
+    own = (logits - logits.mean(-1, keepdim=True)).gather(-1, following), logits.log_softmax(-1).gather(-1, following)
+    return [numbers[..., 0] for numbers in own]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "config"),
+    [("sdpa", {}), ("eager", {"use_bias": True, "head_dim": 5, "tie_word_embeddings": False})],
+    ids=["sdpa", "eager"],
+)
+def test_parts_of_a_logit_sum_to_it(implementation, config):
+    model, ids = make_model(dtype=torch.float64, **config), make_ids(2, CHUNK_LENGTH + 5)
+    model.set_attn_implementation(implementation)
+    trace = trace_tokens(model, ids)
+    logit, log_probability = following_logits(model, ids)
+    total = trace.embedding + trace.biases + trace.contribution.sum(dim=(0, 1, 3))
+    for numbers, expected in ((total, logit), (trace.logit, logit), (trace.log_probability, log_probability)):
+        torch.testing.assert_close(numbers[:, :-1], expected, rtol=0, atol=1e-12)
+        assert torch.isnan(numbers[:, -1]).all()
+    assert trace.biases[:, :-1].any() == model.config.use_bias
+    # The first token has nothing to read: what is said of the second is said by persistent units alone.
+    assert not trace.contribution[:, 0, :, :, 0].any()
+    assert (trace.persistent_share[:, 0] == 1).all() and (trace.persistent_share[:, 1:-1] < 1).all()
+
+
+@pytest.mark.parametrize("kind", ["contextual", "persistent"])
+def test_a_contribution_is_what_the_logit_loses_without_the_unit(kind):
+    model, ids = make_model(dtype=torch.float64, use_bias=True), make_ids(12)
+    trace, norm = trace_tokens(model, ids[None]), model.model.norm
+    final, read = [], []
+    norm.register_forward_pre_hook(lambda _, inputs: final.append(inputs[0][0]))
+    getattr(model.model.layers[0], f"{kind}_norm").register_forward_hook(lambda *args: read.append(args[2][0]))
+    with torch.no_grad():
+        model(ids[None])
+        memory = getattr(model.model.layers[0], f"{kind}_memory")
+        naive = naive_contextual if kind == "contextual" else naive_persistent
+        parts = naive_parts(memory, naive(memory, read[0])["retrieved"])
+        scale = (final[0].var(-1, correction=0, keepdim=True) + norm.eps).sqrt()  # as it is with the unit
+
+        def logit(stream):
+            normed = (stream - stream.mean(-1, keepdim=True)) / scale * norm.weight + norm.bias
+            logits = normed @ model.lm_head.weight.T / model.config.logits_scaling
+            return (logits - logits.mean(-1, keepdim=True))[:-1].gather(-1, ids[1:, None])[:, 0]
+
+        lost = torch.stack([logit(final[0]) - logit(final[0] - part) for part in parts])
+    found = trace.contribution[0, ["contextual", "persistent"].index(kind), 0, :, :-1]
+    torch.testing.assert_close(found, lost, rtol=0, atol=1e-12)
+
+
+def test_weights_are_those_that_the_model_returns_at_the_pairs_that_tokens_complete():
+    model, (ids, mask) = make_model(dtype=torch.float64), padded_rows()
+    model.set_attn_implementation("eager")
+    trace = trace_tokens(model, ids, attention_mask=mask)
+    with torch.no_grad():
+        attentions = torch.stack(model(ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions)
+    padding = mask[:, None].expand(-1, 3, -1) == 0
+    # A map of the model names a pair by the token of its key, which stands before the one that completes it.
+    expected = torch.nn.functional.pad(attentions[..., :-1], (1, 0))
+    expected[:, padding] = torch.nan
+    torch.testing.assert_close(trace.weights, expected, equal_nan=True)
+    has_pairs = mask.cumsum(1)[:, None].expand(-1, 3, -1) > 1
+    sums = has_pairs.double().masked_fill(padding, torch.nan).expand(2, -1, -1, -1)
+    torch.testing.assert_close(trace.weights.sum(-1), sums, equal_nan=True)
+
+
+def test_weights_over_slots_are_those_whose_entropy_is_told():
+    model, (ids, mask) = make_model(dtype=torch.float64, num_persistent_slots=7), padded_rows()
+    slot_weights = trace_tokens(model, ids, attention_mask=mask).slot_weights
+    assert slot_weights.shape == (2, 4, 3, 12, 7)
+    torch.testing.assert_close(slot_weights.nansum(-1), mask[:, None].double().expand(2, 4, 3, 12))
+    entropy = inspect_units(model, ids, attention_mask=mask).entropy[:, 1]
+    torch.testing.assert_close(torch.special.entr(slot_weights).sum(-1), entropy, equal_nan=True)
+
+
+def traced(trace, row=0, places=slice(None)):
+    """All numbers of one row of a trace, at some of its tokens."""
+    numbers = {name: getattr(trace, name)[row, places] for name in BY_TOKEN}
+    numbers["contribution"] = trace.contribution[:, :, row][..., places]
+    numbers["weights"] = trace.weights[:, row][..., places, :][..., places]
+    numbers["slot_weights"] = trace.slot_weights[:, row][..., places, :]
+    return numbers
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_trace_of_a_padded_row_is_that_of_the_row_alone(implementation):
+    model, (ids, mask) = make_model(dtype=torch.float64, use_bias=True), padded_rows()
+    model.set_attn_implementation(implementation)
+    trace = trace_tokens(model, ids, attention_mask=mask)
+    for row, is_token in enumerate(mask.bool()):
+        alone = traced(trace_tokens(model, ids[row, is_token][None]))
+        torch.testing.assert_close(traced(trace, row, is_token), alone, equal_nan=True)
+        assert all(torch.isnan(numbers).all() for numbers in traced(trace, row, ~is_token).values())
+
+
+def test_a_trace_of_a_packed_document_is_that_of_the_document_alone():
+    model, documents = make_model(dtype=torch.float64), make_documents()
+    batch = pack(documents)
+    trace = trace_tokens(model, batch["input_ids"], position_ids=batch["position_ids"])
+    begin = 0
+    for document in documents:
+        own = slice(begin, begin + len(document))
+        alone = traced(trace_tokens(model, document[None]))
+        torch.testing.assert_close(traced(trace, 0, own), alone, equal_nan=True)
+        begin = own.stop
+
+
+def test_a_trace_through_adapters_is_that_of_the_merged_model():
+    model, ids = make_model(dtype=torch.float64, tie_word_embeddings=False), make_ids(1, 9)
+    before = traced(trace_tokens(model, ids))
+    lora = LoraConfig(target_modules=["k_proj", "v_proj", "o_proj", "lm_head"], init_lora_weights=False)
+    adapted = get_peft_model(model, lora).eval()
+    trace = trace_tokens(adapted, ids)
+    torch.testing.assert_close(trace.logit[:, :-1], following_logits(adapted, ids)[0])
+    assert not torch.allclose(trace.logit[:, :-1], before["logit"][:-1])
+    merged = trace_tokens(adapted.merge_and_unload(), ids)
+    torch.testing.assert_close(traced(trace), traced(merged), equal_nan=True)
+
+
+def test_virtual_tokens_speak_for_the_token_that_follows_them():
+    model, ids = make_model(dtype=torch.float64), make_ids(2, 5)
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    trace = trace_tokens(prompted, ids)
+    with torch.no_grad():
+        logits = prompted(ids, use_cache=False).logits
+    expected = logits[:, 2:-1].log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    assert trace.log_probability.shape == (2, 8) and trace.weights.shape == (2, 2, 3, 8, 8)
+    torch.testing.assert_close(trace.log_probability[:, 2:-1], expected)
+    total = trace.embedding + trace.biases + trace.contribution.sum(dim=(0, 1, 3))
+    torch.testing.assert_close(total, trace.logit, equal_nan=True)
+    assert torch.isnan(trace.logit[:, [0, 1, 7]]).all()
+
+
+def test_a_trace_is_float32_and_that_of_a_half_precision_model_is_close():
+    ids = make_ids(2, 9)
+    trace, half = (traced(trace_tokens(make_model(dtype=dtype), ids)) for dtype in (torch.float32, torch.bfloat16))
+    assert all(numbers.dtype == torch.float32 for numbers in (*trace.values(), *half.values()))
+    torch.testing.assert_close(half, trace, rtol=0.1, atol=0.1, equal_nan=True)
+
+
+def test_a_trace_leaves_no_hooks_and_no_gradients(model):
+    trace = trace_tokens(model, make_ids(1, 1))
+    assert torch.isnan(trace.logit).all() and not trace.weights.any()
+    with pytest.raises(ValueError, match="attention_mask covers 4 tokens"):
+        trace_tokens(model, make_ids(1, 5), attention_mask=torch.ones(1, 4))
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert not any(numbers.requires_grad for numbers in traced(trace).values())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_cannot_be_traced_is_refused(model):
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=8, n_layer=1, n_head=1)).eval()
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no memories"):
+        trace_tokens(gpt2, make_ids(1, 4))
+    with pytest.raises(ValueError, match="MemoryMosaicModel has no head that predicts tokens"):
+        trace_tokens(model.model, make_ids(1, 4))
+    with pytest.raises(ValueError, match=r"call `model.eval\(\)` first"):
+        trace_tokens(model.train(), make_ids(1, 4))
 
 
 @pytest.fixture

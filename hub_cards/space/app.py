@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A page on which one sees the memory of a Memory Mosaic: `python hub_cards/space/app.py FOLDER_OR_REPO`.
+
+The model continues a text, and of every token one sees which memories it came from and what they recalled. In a Space
+the package `modeling_memory_mosaic` and the folder `model` lie beside this file: no code of a repository is run.
+
+A text has T tokens, a model L layers of H contextual and H persistent memories. All are counted from 0.
+"""
+
+import argparse
+import dataclasses
+import html
+import os
+from pathlib import Path
+
+
+# Read once, when Gradio is imported: the page asks nobody else for anything.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # noqa: E402
+
+from modeling_memory_mosaic import MemoryMosaicForCausalLM, MemoryMosaicTrace, trace_tokens  # noqa: E402
+
+
+KINDS = ("contextual", "persistent")
+# Weights are tokens x tokens for each of L x H memories, and a visitor waits for them.
+MOST_GIVEN_TOKENS = 128
+MOST_NEW_TOKENS = 100
+UNITS_OF_A_KIND = 4
+PAIRS_OF_A_UNIT = 3
+WORDS_OF_A_SLOT = 3
+KEPT_SECONDS = 3600
+
+EXAMPLES = [
+    "The dog's name was Max. The cat's name was Bella. The dog's name was",
+    "Tom had a big red ball. Sam had a small blue car. Tom played with his",
+    '"I am sad," said the bird. "Why are you sad?" asked the cat. The bird said,',
+    "Once upon a time, there was a little girl named Lily. One day, Lily",
+]
+
+# Labels of tokens, which give them their colours. Gradio shows these at half strength, below black letters.
+GIVEN, CHOSEN = "given", "chosen"
+PROBABILITIES = {"under 5%": 0.05, "5 to 25%": 0.25, "25 to 60%": 0.6, "over 60%": 1.01}
+WEIGHTS = {"1 to 5%": 0.05, "5 to 20%": 0.2, "20 to 50%": 0.5, "over 50%": 1.01}
+BLUES = dict(zip(PROBABILITIES, ["#e3eefa", "#b3d4f5", "#72b0ea", "#2f86d9"], strict=True))
+OCHRES = dict(zip(WEIGHTS, ["#fdeed2", "#fcd391", "#f9ab3d", "#ee7410"], strict=True))
+
+
+@dataclasses.dataclass
+class Reading:
+    """A text that a model continued, and why it did so.
+
+    Args:
+        tokens: T of them, as they are shown.
+        num_given: how many were given; the model wrote the others.
+        trace: of the text alone; `slot_weights` are left out, being many.
+        slots: the slots that each persistent memory read most at each token, and their weights, both `(L, H, T, 3)`.
+        words: tokens that a slot speaks for most, by layer, head and slot, of those that the page shows.
+    """
+
+    tokens: list[str]
+    num_given: int
+    trace: MemoryMosaicTrace
+    slots: tuple[torch.Tensor, torch.Tensor]
+    words: dict[tuple[int, int, int], list[str]]
+
+
+@dataclasses.dataclass
+class Unit:
+    """One memory of one kind, what it added to a token's logit, and what it recalled for that, strongest first.
+
+    `recalled` are the tokens that completed the pairs, or the slots of a persistent memory, with their weights.
+    """
+
+    layer: int
+    kind: str
+    head: int
+    contribution: float
+    recalled: list[tuple[int, float]]
+
+
+def load(source: str):
+    """Model and tokenizer of a folder or of a repository on the Hub; the model in float32, ready to read.
+
+    Raises:
+        ValueError: if it holds anything but a Memory Mosaic that predicts tokens, and its tokenizer.
+    """
+    remedy = "Pass a folder, or the name of a repository on the Hub, that holds a MemoryMosaicForCausalLM."
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        is_missing = Path(source).is_absolute() and not Path(source).exists()
+        found = "there is no such folder" if is_missing else str(error).splitlines()[0]
+        raise ValueError(f"{source}: no model was found there ({found}). {remedy}") from error
+    architectures = config.architectures or ["no architecture"]
+    if config.model_type != "memory_mosaic" or "MemoryMosaicForCausalLM" not in architectures:
+        found = f"{', '.join(architectures)} of type {config.model_type}"
+        raise ValueError(f"{source}: {found} was found there, whose memories this page cannot show. {remedy}")
+    model = MemoryMosaicForCausalLM.from_pretrained(source, dtype=torch.float32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source}: the model has no tokenizer beside it. Save its own there: `tokenizer.save_pretrained`."
+        ) from error
+    return model.eval(), tokenizer
+
+
+def write(model, tokenizer, beginning: str, num_tokens: int, temperature: float, seed: int) -> tuple[Reading, str]:
+    """Have the model continue a text, and trace each token of it.
+
+    Args:
+        beginning: not empty; of a longer one than `MOST_GIVEN_TOKENS` the end is read.
+        num_tokens: to write; fewer come if the text ends before.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the sampling.
+
+    Returns:
+        the reading, and what the reader ought to be told; "" if nothing.
+
+    Raises:
+        ValueError: if the beginning is empty, or a number is missing or out of range.
+    """
+    if not beginning.strip():
+        raise ValueError("The beginning is empty: write a few words for the model to continue.")
+    if None in (num_tokens, temperature, seed):
+        raise ValueError("A number is missing: give the number of new tokens, the temperature and the seed.")
+    if not 1 <= num_tokens <= MOST_NEW_TOKENS or temperature < 0:
+        raise ValueError(f"1 to {MOST_NEW_TOKENS} new tokens can be written, at a temperature from 0 on.")
+    ids = tokenizer(beginning, return_tensors="pt").input_ids
+    told = ""
+    if ids.shape[1] > MOST_GIVEN_TOKENS:
+        told = f"The beginning has {ids.shape[1]} tokens; the model read the last {MOST_GIVEN_TOKENS} of them."
+        ids = ids[:, -MOST_GIVEN_TOKENS:]
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    settings = GenerationConfig(max_new_tokens=int(num_tokens), **how, **ends)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed))
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    trace = trace_tokens(model, text)
+    weights, slots = trace.slot_weights[:, 0].topk(min(PAIRS_OF_A_UNIT, trace.slot_weights.shape[-1]))
+    trace = dataclasses.replace(trace, slot_weights=torch.empty(0))
+    reading = Reading([tokenizer.decode([token]) for token in text[0]], ids.shape[1], trace, (slots, weights), {})
+    units = [unit for position in range(len(text[0])) for unit in strongest_units(reading, position)]
+    persistent = [unit for unit in units if unit.kind == "persistent"]
+    places = {(unit.layer, unit.head, slot) for unit in persistent for slot, _ in unit.recalled}
+    return dataclasses.replace(reading, words=words_of_slots(model, tokenizer, places)), told
+
+
+@torch.no_grad()
+def words_of_slots(model, tokenizer, places: set[tuple[int, int, int]]) -> dict[tuple[int, int, int], list[str]]:
+    """For learnt pairs, by layer, head and slot: the tokens that the head would hold likeliest if it saw nothing else.
+
+    A first look at what a slot is for. What later layers make of it is left out.
+    """
+    words = {}
+    for layer in {layer for layer, _, _ in places}:
+        memory, own = model.model.layers[layer].persistent_memory, [place for place in places if place[0] == layer]
+        heads, slots = torch.tensor([place[1:] for place in own]).T
+        alone = torch.zeros(len(own) + 1, *memory.slot_values.shape[::2])  # each slot's value, and nothing: (n, H, D)
+        alone[range(len(own)), heads] = memory.slot_values[heads, slots]
+        added = memory.o_proj(alone.flatten(1))
+        added = added[:-1] - added[-1]  # without the bias
+        logits = model.lm_head((added - added.mean(-1, keepdim=True)) * model.model.norm.weight)
+        ranking = logits.topk(min(3 * WORDS_OF_A_SLOT, logits.shape[1])).indices.tolist()
+        for place, best in zip(own, ranking, strict=True):
+            tokens = [tokenizer.decode([token]) for token in best]
+            # Single bytes of longer characters are no words to show.
+            words[place] = [token for token in tokens if "\ufffd" not in token][:WORDS_OF_A_SLOT]
+    return words
+
+
+def visible(token: str) -> str:
+    """A token with what could not be seen of it. Spaces beside letters can be, as every token is in a box."""
+    token = token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
+    return token if token.strip() else token.replace(" ", "␣") or "∅"
+
+
+def label_of(number: float, upper_bounds: dict[str, float]) -> str:
+    """The first label whose bound lies above the number."""
+    return next(label for label, bound in upper_bounds.items() if number < bound)
+
+
+def coloured_text(reading: Reading, position: int) -> list[tuple[str, str]]:
+    """Tokens, each labelled by the probability that the model gave it; the given and the chosen ones as such."""
+    probabilities = reading.trace.log_probability[0].exp().tolist()
+    labels = [GIVEN] * reading.num_given
+    labels += [label_of(number, PROBABILITIES) for number in probabilities[reading.num_given - 1 : -1]]
+    labels[position] = CHOSEN
+    # A line ends where the text has its own end of line.
+    shown = [visible(token) + "\n" * token.count("\n") for token in reading.tokens]
+    return list(zip(shown, labels, strict=True))
+
+
+def strongest_units(reading: Reading, position: int) -> list[Unit]:
+    """Of each kind, the memories that said most about the token at a position; from most for it to most against it."""
+    if position == 0:
+        return []
+    said = reading.trace.contribution[:, :, 0, :, position - 1]  # (L, 2, H)
+    units = []
+    for index, kind in enumerate(KINDS):
+        numbers = said[:, index]
+        for place in numbers.abs().flatten().topk(min(UNITS_OF_A_KIND, numbers.numel())).indices.tolist():
+            layer, head = divmod(place, numbers.shape[1])
+            recalled = recalled_by(reading, position, layer, kind, head)
+            units.append(Unit(layer, kind, head, numbers[layer, head].item(), recalled))
+    return sorted(units, key=lambda unit: -unit.contribution)
+
+
+def recalled_by(reading: Reading, position: int, layer: int, kind: str, head: int) -> list[tuple[int, float]]:
+    """Which pairs or slots a memory recalled most to predict the token at a position, and their weights."""
+    if kind == "persistent":
+        slots, weights = (numbers[layer, head, position - 1] for numbers in reading.slots)
+    else:
+        row = reading.trace.weights[layer, 0, head, position - 1]
+        weights, slots = row.topk(min(PAIRS_OF_A_UNIT, len(row)))
+    return [(slot, weight) for slot, weight in zip(slots.tolist(), weights.tolist(), strict=True) if weight >= 0.005]
+
+
+def boxed(token: str) -> str:
+    """A token as HTML, in a box that shows its spaces."""
+    return f"<u>{html.escape(visible(token))}</u>"
+
+
+def pair_name(reading: Reading, place: int) -> str:
+    """The pair that a token completed, as HTML: its place, what came before, the token of its key and its own."""
+    before = html.escape("".join(visible(token) for token in reading.tokens[max(0, place - 3) : place - 1]))
+    return f"{place}: <s>{before}</s>{boxed(reading.tokens[place - 1])} → {boxed(reading.tokens[place])}"
+
+
+def slot_name(reading: Reading, layer: int, head: int, slot: int) -> str:
+    """A learnt pair, as HTML: its number and the tokens that it speaks for."""
+    words = reading.words.get((layer, head, slot), [])
+    return f"slot {slot} → " + " ".join(map(boxed, words)) if words else f"slot {slot}"
+
+
+def names_of_recalled(reading: Reading, unit: Unit) -> list[str]:
+    """What a memory recalled, as HTML, with its weights."""
+    names = []
+    for place, weight in unit.recalled:
+        contextual = unit.kind == "contextual"
+        name = pair_name(reading, place) if contextual else slot_name(reading, unit.layer, unit.head, place)
+        names.append(f'<span class="pair"><b>{weight:.0%}</b> {name}</span>')
+    return names
+
+
+def table_rows(reading: Reading, units: list[Unit]) -> list[list]:
+    """One row of the table for each memory."""
+    rows = []
+    for unit in units:
+        names = names_of_recalled(reading, unit)
+        names += [""] * (PAIRS_OF_A_UNIT - len(names))
+        rows.append([f"{unit.contribution:+.2f}", unit.layer, unit.kind, unit.head, *names])
+    return rows
+
+
+def weighted_text(reading: Reading, position: int, layer: int, kind: str, head: int) -> list[tuple[str, str | None]]:
+    """The text before a position, each token labelled by the weight that a memory gave the pair it completed."""
+    row = torch.zeros(position)
+    if kind == "contextual":
+        row = reading.trace.weights[layer, 0, head, position - 1, :position]
+    labels = [label_of(weight, WEIGHTS) if weight >= 0.01 else None for weight in row.tolist()]
+    return list(zip([visible(token) for token in reading.tokens[:position]], labels, strict=True))
+
+
+def parts_of_logit(reading: Reading, position: int) -> dict[str, float]:
+    """What the logit of the token at a position is the sum of."""
+    trace, place = reading.trace, position - 1
+    contextual, persistent = trace.contribution[:, :, 0, :, place].sum(dim=(0, 2)).tolist()
+    parts = {
+        "the last token itself": trace.embedding[0, place].item(),
+        "contextual memories": contextual,
+        "persistent memories": persistent,
+    }
+    biases = trace.biases[0, place].item()
+    return parts if biases == 0 else parts | {"biases": biases}
+
+
+def explanation(reading: Reading, position: int) -> str:
+    """Why a token came, as HTML: how likely it was, and bars of what its logit is the sum of."""
+    token = html.escape(visible(reading.tokens[position]))
+    if position == 0:
+        return f"<p>“{token}” is the first token. Nothing came before it, so nothing predicted it: choose another.</p>"
+    trace, place = reading.trace, position - 1
+    who = "was given" if position < reading.num_given else "was written"
+    parts = parts_of_logit(reading, position)
+    longest = max(map(abs, parts.values()))
+    share = trace.persistent_share[0, place].item()
+    return (
+        f'<p><b class="chosen">{token}</b> (token {position}) {who}; the model held it '
+        f"<b>{trace.log_probability[0, place].exp().item():.0%}</b> likely. Its logit, "
+        f"<b>{trace.logit[0, place].item():+.2f}</b> where the mean of all tokens is 0, is the sum of:</p>"
+        '<div class="why"><div class="parts">'
+        + "".join(bar(name, value, longest) for name, value in parts.items())
+        + f'</div><div class="share"><b>{share:.0%}</b> persistent share: of all that memories said, '
+        "for the token or against it, this much came from persistent ones</div></div>"
+    )
+
+
+def bar(name: str, value: float, longest: float) -> str:
+    """One bar, to the right if it speaks for the token, to the left if against it."""
+    width = 50 * abs(value) / max(longest, 1e-9)
+    left, side = (50, "for") if value >= 0 else (50 - width, "against")
+    return (
+        f'<div class="part"><span class="name">{name}</span><span class="track">'
+        f'<span class="{side}" style="left:{left:.1f}%;width:{width:.1f}%"></span></span>'
+        f'<span class="value">{value:+.2f}</span></div>'
+    )
+
+
+def what_was_recalled(reading: Reading, position: int, layer: int, kind: str, head: int) -> str:
+    """A sentence, as HTML, on what the coloured text below it shows."""
+    name = f"<b>Layer {layer}, {kind} memory {head}</b>"
+    if kind == "persistent":
+        return f"<p>{name} recalled pairs that it learnt in training, and nothing of this text:</p>"
+    if position == 1:
+        return f"<p>{name} had nothing to recall: one token makes no pair.</p>"
+    return (
+        f"<p>{name} recalled what came after whatever in the text was most like what had just been read. "
+        "The weights:</p>"
+    )
+
+
+def show_unit(reading: Reading, position: int, layer: int, kind: str, head: int):
+    """What the components of one memory show: a sentence and the coloured text."""
+    place = reading, position, layer, kind, head
+    return what_was_recalled(*place), weighted_text(*place)
+
+
+def show_token(reading: Reading, position: int):
+    """What all components below the text show of one token; of its memories, the contextual one that helped most."""
+    units = strongest_units(reading, position)
+    shown = [coloured_text(reading, position), explanation(reading, position), table_rows(reading, units)]
+    if not units:
+        return *shown, "", []
+    first = next(unit for unit in units if unit.kind == "contextual")
+    return *shown, *show_unit(reading, position, first.layer, first.kind, first.head)
+
+
+def make_page(model, tokenizer) -> gr.Blocks:
+    """The page; what a visitor's text is, only the visitor's own state holds."""
+    with gr.Blocks(title="The memory of a Memory Mosaic") as page:
+        reading, position = gr.State(time_to_live=KEPT_SECONDS), gr.State(0)
+        gr.HTML(HEADING, elem_id="heading")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1, min_width=280):
+                beginning = gr.Textbox(EXAMPLES[0], label="Beginning", lines=4, max_lines=4, elem_id="beginning")
+                num_tokens = gr.Slider(1, MOST_NEW_TOKENS, 40, step=1, label="New tokens")
+                temperature = gr.Slider(0, 1.5, 0.7, step=0.1, label="Temperature")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+                button = gr.Button("Continue the text", variant="primary", elem_id="continue")
+                note = gr.HTML(elem_id="note")
+                gr.Examples(EXAMPLES, beginning, label="Beginnings to try")
+            with gr.Column(scale=3, min_width=600):
+                text = gr.HighlightedText(
+                    label="1. Choose a token. The bluer it is, the likelier the model held it.",
+                    color_map={GIVEN: "#dcdce0", **BLUES, CHOSEN: "#ff5fa2"},
+                    show_legend=True,
+                    elem_id="text",
+                )
+                why = gr.HTML(elem_id="why")
+                table = gr.Dataframe(
+                    headers=["said", "layer", "memory", "head", "recalled most", "then", "then"],
+                    label="2. Choose a memory. What the strongest said, + for the token and - against it, and "
+                    "recalled: pairs of the text, or learnt slots → words that these speak for.",
+                    datatype=["str", "number", "str", "number", "html", "html", "html"],
+                    column_widths=["7%", "6%", "10%", "6%", "24%", "24%", "23%"],
+                    interactive=False,
+                    buttons=[],
+                    elem_id="table",
+                )
+                recalled = gr.HTML(elem_id="recalled")
+                pairs = gr.HighlightedText(
+                    label="3. What it recalled of the text so far",
+                    color_map=OCHRES,
+                    show_legend=True,
+                    elem_id="pairs",
+                )
+        of_a_token = [text, why, table, recalled, pairs]
+
+        def continue_text(beginning, num_tokens, temperature, seed):
+            try:
+                found, told = write(model, tokenizer, beginning, num_tokens, temperature, seed)
+            except ValueError as error:
+                return gr.skip(), gr.skip(), f"<p>{html.escape(str(error))}</p>", *[gr.skip()] * len(of_a_token)
+            last = len(found.tokens) - 1
+            return found, last, told and f"<p>{html.escape(told)}</p>", *show_token(found, last)
+
+        def choose_token(found, event: gr.SelectData):
+            refuse_forgotten(found)
+            return event.index, *show_token(found, event.index)
+
+        def choose_unit(found, chosen, event: gr.SelectData):
+            refuse_forgotten(found)
+            _, layer, kind, head, *_ = event.row_value  # not its number: visitors may sort the table
+            return show_unit(found, chosen, int(layer), kind, int(head))
+
+        settings = [beginning, num_tokens, temperature, seed]
+        # The first visit shows an example at once. One text at a time: the model and its random numbers are shared.
+        asked = [page.load, button.click, beginning.submit]
+        gr.on(asked, continue_text, settings, [reading, position, note, *of_a_token], concurrency_limit=1)
+        text.select(choose_token, reading, [position, *of_a_token])
+        table.select(choose_unit, [reading, position], [recalled, pairs])
+    return page
+
+
+def refuse_forgotten(reading: Reading | None) -> None:
+    if reading is None:
+        raise gr.Error(f"This text was forgotten after {KEPT_SECONDS // 60} minutes: continue it again.")
+
+
+HEADING = """
+<h1>The memory of a Memory Mosaic</h1>
+<p>A language model without attention and feed-forward layers: it has only memories. <b>Contextual</b> memories store
+what came after what in the text, <b>persistent</b> ones what was learnt in training. Each recalls what used to follow
+when things looked like now, and adds its word to the sum that predicts the next token.</p>
+"""
+
+# Black letters on pale colours are not to be read on a dark page.
+LIGHT = "() => document.body.classList.remove('dark')"
+
+CSS = """
+.gradio-container { max-width: 1280px !important; font-size: 14px; }
+.gradio-container .app { padding: 8px 16px !important; }
+.gradio-container main { padding: 0 !important; }
+.gradio-container .column, .gradio-container .row { gap: 8px !important; }
+.gradio-container .html-container { padding: 2px 4px !important; }
+#heading h1 { font-size: 20px; font-weight: 700; margin: 0; }
+#heading p, #why p, #recalled p, #note p { margin: 0; line-height: 1.4; }
+#note p { color: #b42318; }
+#note:not(:has(p)) { display: none; }
+#text .token, #pairs .token { margin: 0 1px; padding: 1px 0; border-radius: 3px; }
+#text .text, #pairs .text { white-space: pre-wrap; padding: 0; }
+#text .token:hover { outline: 1px solid #555; cursor: pointer; }
+.legend-item { font-weight: 400 !important; font-size: 12px; padding: 0 6px !important; }
+.chosen { background: #ffafd0; border-radius: 3px; padding: 1px 3px; white-space: pre; }
+.why { display: flex; gap: 20px; align-items: center; }
+.parts { flex: 1; }
+.part { display: flex; align-items: center; height: 20px; gap: 8px; }
+.part .name { width: 150px; }
+.part .value { width: 50px; text-align: right; font-variant-numeric: tabular-nums; }
+.part .track { flex: 1; position: relative; height: 14px; border-radius: 2px; background: #f4f4f5; }
+.part .track span { position: absolute; height: 100%; border-radius: 2px; }
+.part .for { background: #2f86d9; }
+.part .against { background: #d9482f; }
+.share { width: 230px; font-size: 12px; line-height: 1.3; }
+.share b { display: block; font-size: 22px; }
+#table * { font-family: var(--font) !important; font-size: 12px; }
+#table .cell-wrap { padding: 3px 6px !important; min-height: 0 !important; }
+#table .body-cell { min-height: 0 !important; height: auto !important; }
+#table .pair { white-space: pre; }
+#table u { text-decoration: none; background: #eceef1; border-radius: 3px; padding: 1px 0; }
+#table s { text-decoration: none; color: #888; }
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A page on which one sees the memory of a Memory Mosaic.")
+    beside = Path(__file__).with_name("model")
+    parser.add_argument("source", nargs="?", default=str(beside), help="folder of a model, or repository on the Hub")
+    try:
+        page = make_page(*load(parser.parse_args().source))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    # Gradio's own file of the half-bold letters holds few of them.
+    letters = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "sans-serif"]
+    theme = gr.themes.Default(primary_hue="blue", font=letters)
+    look = {"theme": theme, "css": CSS, "js": LIGHT, "footer_links": []}
+    page.launch(**look, run_history=False, ssr_mode=False, state_session_capacity=100)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page as a browser shows it, for a picture and for tests.
+
+    python hub_cards/space/screenshot.py runs/stories_tiny/mosaic-tiny-seed0/model screenshot.png --token 26
+
+Needs Chromium and its driver, and works without a network: the browser finds no machine but this one.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+
+APP = Path(__file__).with_name("app.py")
+WINDOW = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+SECONDS_TO_START = 60
+
+
+@contextlib.contextmanager
+def serve(*arguments: str | Path, app: Path = APP) -> Iterator[str]:
+    """Run the app with these arguments in a process of its own; its address, as long as the block lasts.
+
+    Raises:
+        RuntimeError: if it ends or does not answer, with what it printed.
+    """
+    with socket.socket() as free, tempfile.TemporaryFile("w+") as printed:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        environment = os.environ | {
+            "GRADIO_SERVER_NAME": "127.0.0.1",
+            "GRADIO_SERVER_PORT": str(port),
+            "HF_HUB_OFFLINE": "1",
+            # Behind the folder of the app, where a Space has its copy of the package.
+            "PYTHONPATH": str(APP.parents[2]),
+        }
+        command = [sys.executable, str(app), *map(str, arguments)]
+        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.STDOUT)
+        try:
+            address = f"http://127.0.0.1:{port}/"
+            wait_until_it_answers(process, address, printed)
+            yield address
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_until_it_answers(process: subprocess.Popen, address: str, printed) -> None:
+    deadline = time.monotonic() + SECONDS_TO_START
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        time.sleep(0.2)
+    printed.seek(0)
+    raise RuntimeError(f"{address} does not answer. The app printed:\n{printed.read()}")
+
+
+@contextlib.contextmanager
+def browse(address: str) -> Iterator[webdriver.Chrome]:
+    """A headless Chromium in which the page is open."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--hide-scrollbars",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    # The driver is named, so that selenium looks for none on the network.
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", WINDOW)
+        driver.get(address)
+        yield driver
+    finally:
+        driver.quit()
+
+
+def wait_for(driver: webdriver.Chrome, condition, seconds: float = 20):
+    """What `condition()` returns as soon as it is true."""
+    ignored = webdriver.remote.webdriver.WebDriverException  # the page may be drawn anew in between
+    return WebDriverWait(driver, seconds, 0.1, ignored_exceptions=[ignored]).until(lambda _: condition())
+
+
+def find(driver: webdriver.Chrome, selector: str) -> list:
+    return driver.find_elements(By.CSS_SELECTOR, selector)
+
+
+def requested(driver: webdriver.Chrome) -> set[str]:
+    """Addresses that the page has asked for since this was last called."""
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    sent = [message for message in messages if message["method"] == "Network.requestWillBeSent"]
+    return {message["params"]["request"]["url"] for message in sent}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A picture of the page with the example that a visitor sees first.")
+    parser.add_argument("folder", help="of a model")
+    parser.add_argument("output", help="the PNG")
+    parser.add_argument("--token", type=int, default=-1, help="the one to choose; by default the last")
+    arguments = parser.parse_args()
+    if BROWSER is None or DRIVER is None:
+        raise SystemExit("Chromium and its driver are needed: install `chromium` and `chromium-driver`.")
+    with serve(arguments.folder) as address, browse(address) as driver:
+        wait_for(driver, lambda: find(driver, "#pairs .token"))
+        find(driver, "#text .token")[arguments.token].click()
+        time.sleep(2)  # until nothing moves
+        driver.save_screenshot(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
