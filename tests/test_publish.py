@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from hub_server import TOKEN, Hub
-from huggingface_hub import DatasetCard, ModelCard
+from huggingface_hub import DatasetCard, ModelCard, RepoCard
 from test_memory_training import read as read_memory_recipe
 from typer.testing import CliRunner
 
@@ -263,6 +263,28 @@ def test_a_memory_model_is_published(tmp_path, about):
     assert f"| {result['metrics']['causal_loss']:.3f} | {result['unigram']['loss']:.3f} |" in card.text
     assert f"{result['metrics']['autoencoding_accuracy']:.4f}" in card.text
     assert (folder / "stages.png").is_file() and "3 snippets of the card run" in "\n".join(told)
+
+
+def test_a_space_runs_by_what_lies_in_it(run, about, tmp_path):
+    told = []
+    folder = publish.publish(
+        *(run, "someone/space", "space", about, f"someone/smoke@{COMMIT}"), dry_run=True, tell=told.append
+    )
+    assert "runs as a Space" in "\n".join(told)
+    names = hub.published_files(folder)
+    assert {"app.py", "requirements.txt", "LICENSE", "README.md", "model/config.json"} <= set(names)
+    assert not [name for name in names if "pycache" in name]
+    package = {path.name for path in verify.PACKAGE.glob("*.py")}
+    assert {name.split("/")[1] for name in names if name.startswith(verify.PACKAGE.name)} == package
+    metadata = RepoCard.load(folder / "README.md").data.to_dict()
+    assert metadata["sdk"] == "gradio" and metadata["models"] == ["someone/smoke"] and metadata["app_file"] == "app.py"
+    assert len(metadata["short_description"]) <= 60  # the Hub's limit
+    publish.verify_published(folder, tell=told.append)
+    with (folder / "app.py").open("a") as file:
+        file.write("print('hello')")
+    verify.write_sums(folder)
+    with pytest.raises(ValueError, match="app.py differs from this project's"):
+        publish.verify_published(folder)
 
 
 def stories_run(tmp_path, license="cc-by-4.0"):

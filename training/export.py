@@ -189,7 +189,7 @@ def run_isolated(
         if cached is not None:
             cached(Path(home))
         return subprocess.run(
-            [sys.executable, "-I", *arguments],
+            [sys.executable, "-I", "-B", *arguments],  # without bytecode: it would lie in what is looked at
             input=input,
             capture_output=True,
             text=True,

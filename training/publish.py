@@ -115,6 +115,7 @@ def publish(
         write_text(staged / hub.CARD, kind.card(publication, staged, NO_COMMIT))
         for line in (*verify.check_folder(staged), *kind.prove(publication, staged)):
             tell(f"ok: {line}")
+        verify.check_sums(staged)  # trying it has changed nothing
     tell(_list_files(final))
     if dry_run:
         tell(f"nothing was uploaded; it is in {final}, its card without the commit that it will pin")
