@@ -54,8 +54,14 @@ class Repository:
         return self.commits[self.find(revision)]
 
 
+class Refusal(Exception):
+    def __init__(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None):
+        self.status, self.message, self.headers = status, message, {"X-Error-Code": code, **(headers or {})}
+
+
 class Hub(ThreadingHTTPServer):
-    """`drop_before` and `drop_after` are asked of each request whether its connection breaks, undone or done."""
+    """`drop_before` and `drop_after` are asked of each request whether its connection breaks, undone or done; `refuse`
+    for what it is refused, if it is."""
 
     daemon_threads = True
 
@@ -67,6 +73,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.drop_before: Callable[[str], bool] = lambda request: False
         self.drop_after: Callable[[str], bool] = lambda request: False
+        self.refuse: Callable[[str], Refusal | None] = lambda request: None
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -78,11 +85,6 @@ class Hub(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         pass  # whoever has broken off
-
-
-class Refusal(Exception):
-    def __init__(self, status: int, message: str, code: str = ""):
-        self.status, self.message, self.code = status, message, code
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -99,6 +101,9 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         try:
+            refusal = self.server.refuse(request)
+            if refusal is not None:
+                raise refusal
             status, headers, answer = 200, {}, self._route(*urlsplit(self.path)[2:4])
             if isinstance(answer, tuple):
                 headers, answer = answer
@@ -106,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
             # The real one does not echo tokens; some proxy might.
             said = f"{refusal.message}, with {self.headers.get('Authorization')}"
             status, answer = refusal.status, {"error": said, "errors": [{"message": refusal.message}]}
-            headers = {"X-Error-Code": refusal.code, "X-Error-Message": said}
+            headers = {**refusal.headers, "X-Error-Message": said}
         if self.server.drop_after(request):
             self.close_connection = True
             return
@@ -160,7 +165,9 @@ class Handler(BaseHTTPRequestHandler):
         if key in self.server.repositories:
             raise Refusal(409, "You already created this repo")
         private = wanted.get("private", wanted.get("visibility") == "private")
-        self.server.repositories[key] = Repository(bool(private))
+        repository = self.server.repositories[key] = Repository(bool(private))
+        if key[0] == "space":
+            repository.commit("main", {**repository.files(), "README.md": b"---\nsdk: gradio\n---\nSee the docs.\n"})
         return {"url": f"{self.server.url}/{repo_id}", "name": repo_id}
 
     def info(self, kind: str, repo_id: str, revision: str = "main", **query):
@@ -186,6 +193,11 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(409, "Reference already exists")
         repository.refs[name] = oid
         return {}
+
+    def paths_info(self, kind: str, repo_id: str, revision: str):
+        repository, oid = self._commit_of(kind, repo_id, revision)
+        wanted = parse_qs(self.body.decode()).get("paths", [])
+        return [self._entry(name, data) for name, data in repository.commits[oid].items() if name in wanted]
 
     def discussions(self, kind: str, repo_id: str, **query):
         found = self._repository(kind, repo_id).proposals
@@ -282,6 +294,7 @@ ROUTES = [
     (("GET",), f"/api/{_KIND}/{_ID}/revision/(.+)", Handler.info),
     (("GET",), f"/api/{_KIND}/{_ID}/tree/([^/]+)", Handler.tree),
     (("POST",), f"/api/{_KIND}/{_ID}/branch/(.+)", Handler.branch),
+    (("POST",), f"/api/{_KIND}/{_ID}/paths-info/([^/]+)", Handler.paths_info),
     (("GET",), f"/api/{_KIND}/{_ID}/discussions", Handler.discussions),
     (("POST",), f"/api/{_KIND}/{_ID}/preupload/([^/]+)", Handler.preupload),
     (("POST",), f"/(?:datasets/|spaces/)?{_ID}\\.git/info/lfs/objects/batch", Handler.batch),

@@ -7,16 +7,19 @@ import traceback
 
 import huggingface_hub
 import pytest
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN, Hub, Refusal
 from huggingface_hub import constants
 
-from training.hub import CARD, Target, download, upload
+from training.hub import CARD, Target, check_weights, download, published_files, upload
 
 
 # huggingface_hub 2.4 uploads large files by an argument that httpx2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
-RESULT = {"name": "stories", "task": "language_modeling", "model": "mosaic", "seed": 0}
+RESULT = {
+    "recipe": {"name": "stories", "model": "mosaic", "seed": 0, "training": {"max_steps": 2, "logging_steps": 1}},
+    "data": {"train": {"name": "embedded"}},
+}
 WEIGHTS = b"weights " * 1000
 FILES = "/{repo_id}/resolve/{revision}/{filename}"
 
@@ -41,11 +44,12 @@ def folder(tmp_path):
     return make_folder(tmp_path / "staged")
 
 
-def make_folder(folder, **result):
+def make_folder(folder):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(WEIGHTS)
-    (folder / "result.json").write_text(json.dumps(RESULT | result))
+    (folder / "result.json").write_text(json.dumps(RESULT))
+    (folder / "SHA256SUMS").write_text("".join(f"0  {name}\n" for name in ("config.json", "result.json", "loss.png")))
     return folder
 
 
@@ -64,7 +68,7 @@ def published(hub, repo_id="someone/stories", kind="model"):
 def assert_whole(repository, pinned, revision="main"):
     """All files are there, and the card pins a commit that has the same payload."""
     files, payload = dict(repository.files(revision)), dict(repository.files(pinned))
-    assert files.keys() == {".gitattributes", "config.json", "model.safetensors", "result.json", CARD}
+    assert files.keys() == {".gitattributes", "config.json", "model.safetensors", "result.json", "SHA256SUMS", CARD}
     assert files["model.safetensors"] == WEIGHTS and files.pop(CARD).decode() == card(pinned)
     payload.pop(CARD, None)  # of the version before
     assert payload == files
@@ -168,15 +172,24 @@ def test_a_hidden_repository_of_somebody_else_is_not_touched(hub, folder, monkey
     assert published(hub).history == history
 
 
+def result(**changes):
+    return json.dumps(RESULT | changes).encode()
+
+
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
         ({"model.bin": b"theirs"}, "holds 1 files .model.bin. but no result.json"),
-        ({"result.json": json.dumps(RESULT | {"name": "other"}).encode()}, "a run whose name is 'other'"),
-        ({"result.json": json.dumps(RESULT | {"seed": 3}).encode()}, "a run whose seed is 3"),
-        ({"result.json": json.dumps(RESULT).encode(), "adapter_config.json": b"{}"}, "has no config.json"),
+        ({"README.md": b"---\nlicense: mit\n---\n# Mine\n"}, "holds 1 files .README.md. but no result.json"),
+        ({"result.json": result(recipe=RESULT["recipe"] | {"name": "other"})}, "holds a run of another recipe"),
+        ({"result.json": result(recipe=RESULT["recipe"] | {"seed": 3})}, "holds a run of another recipe"),
+        ({"result.json": result(data={"train": {"name": "mine"}})}, "holds a run of another data"),
+        ({"result.json": result(base={"weights": {"model.safetensors": "0"}})}, "holds a run of another base"),
+        ({"result.json": b"[1, 2]"}, "holds a run of another recipe"),
+        ({"result.json": b"\x80\x04"}, "holds a run of another recipe"),
+        ({"result.json": result(), "adapter_config.json": b"{}"}, "has no config.json"),
     ],
-    ids=["foreign", "another-recipe", "another-seed", "an-adapter"],
+    ids=["foreign", "a-card", "recipe", "seed", "data", "base", "a-list", "no-text", "an-adapter"],
 )
 def test_other_content_is_refused(hub, folder, theirs, message):
     send(folder)
@@ -185,6 +198,34 @@ def test_other_content_is_refused(hub, folder, theirs, message):
     with pytest.raises(ValueError, match=message):
         send(folder)
     assert repository.files() == {".gitattributes": b"", **theirs}
+
+
+def test_an_earlier_version_may_have_shown_its_progress_otherwise(hub, folder):
+    send(folder)
+    recipe = RESULT["recipe"] | {"training": {"max_steps": 2, "disable_tqdm": True}}
+    (folder / "result.json").write_bytes(result(recipe=recipe))
+    send(folder)
+    assert json.loads(published(hub).files()["result.json"])["recipe"] == recipe
+
+
+def test_what_somebody_has_added_stays(hub, folder):
+    (folder / "loss.png").write_bytes(b"a picture")
+    send(folder)
+    published(hub).commit("main", published(hub).files() | {"precious.txt": b"theirs"})
+    (folder / "loss.png").unlink()
+    send(folder)
+    assert published(hub).files()["precious.txt"] == b"theirs" and "loss.png" not in published(hub).files()
+
+
+@pytest.mark.parametrize("begun", ["", "---\nlicense: apache-2.0\n---\n"], ids=["nothing", "a-licence-chosen"])
+def test_an_empty_repository_is_filled(hub, folder, begun):
+    send(folder)
+    first = published(hub)
+    hub.repositories["model", "someone/stories"] = repository = type(first)(private=True)
+    if begun:
+        repository.commit("main", {CARD: begun.encode(), ".gitattributes": b""})
+    _, pinned = send(folder)
+    assert_whole(repository, pinned)
 
 
 def test_public_only_if_asked_for(hub, folder):
@@ -226,16 +267,50 @@ def test_an_interrupted_pull_request_is_gone_on_with(hub, folder, request_number
     assert_whole(published(hub), pinned, "refs/pr/1")
 
 
+def test_what_is_there_already_is_not_proposed(hub, folder):
+    send(folder)
+    with pytest.raises(ValueError, match="there is nothing to propose"):
+        send(folder, create_pr=True)
+    assert not published(hub).proposals
+
+
 def test_nothing_is_proposed_to_what_is_not_there(hub, folder):
     with pytest.raises(ValueError, match="nothing to propose to"):
         send(folder, create_pr=True)
     assert not hub.repositories
 
 
-def test_invalid_metadata_are_refused_before_main_changes(hub, folder):
-    with pytest.raises(ValueError, match='"license" must be one of'):
-        upload(folder, Target("someone/stories"), "Publish", lambda revision: "---\nlicense: mine\n---\n")
-    assert published(hub).files().keys() == {".gitattributes"}
+def test_invalid_metadata_are_refused_before_anything_is_there(hub, folder):
+    with pytest.raises(ValueError, match="license.* must be one of"):
+        upload(folder, Target("someone/stories"), "Publish", lambda revision: "---\nlicense: mine\n---\n# Mine\n")
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("status", "at", "message"),
+    [
+        (429, "POST /api/models/someone/stories/commit", "too many requests .429.: wait 17 s"),
+        (403, "POST /api/models/someone/stories/commit", "this token may not write to someone/stories"),
+        (500, "POST /api/models/someone/stories/commit", "the Hub answered 500"),
+    ],
+    ids=["too-many", "read-only", "broken"],
+)
+def test_a_refusal_is_told_plainly(hub, folder, status, at, message):
+    refusal = Refusal(status, "no", headers={"Retry-After": "17"})
+    hub.refuse = lambda request: refusal if request.startswith(at) else None
+    with pytest.raises(OSError, match=message):
+        send(folder)
+
+
+def test_weights_of_a_base_are_compared(hub, folder):
+    _, pinned = send(folder)
+    weights = {"model.safetensors": hashlib.sha256(WEIGHTS).hexdigest()}
+    check_weights("someone/stories", pinned, weights)
+    for wrong in ({}, {"model.safetensors": "0" * 64}, {"other.safetensors": weights["model.safetensors"]}):
+        with pytest.raises(ValueError, match="has not the weights"):
+            check_weights("someone/stories", pinned, wrong)
+    with pytest.raises(OSError, match="not there, or hidden"):
+        check_weights("someone/nothing", pinned, weights)
 
 
 @pytest.mark.parametrize("kind", ["dataset", "space"])
@@ -245,9 +320,17 @@ def test_other_kinds_of_repositories(hub, folder, kind):
     assert_whole(published(hub, kind=kind), pinned)
 
 
-def test_what_was_uploaded_is_downloaded(hub, folder):
+def test_what_was_uploaded_is_downloaded(hub, folder, tmp_path):
     _, pinned = send(folder)
-    there = download("someone/stories", pinned)
+    there = download("someone/stories", pinned, into=tmp_path)
     assert (there / "model.safetensors").read_bytes() == WEIGHTS and there.name == pinned
+    assert published_files(there) == sorted(published(hub).files(pinned))  # real files, and none of the download's own
     with pytest.raises(OSError, match="not there, or hidden"):
-        download("someone/nothing")
+        download("someone/nothing", into=tmp_path)
+
+
+def test_a_link_leads_out_of_a_folder(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "extra").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="extra is a link"):
+        published_files(folder)

@@ -163,7 +163,7 @@ def convert(
 def publish(
     context: typer.Context,
     run: Annotated[
-        Path, typer.Argument(help="The folder of a finished run; with --verify-only, a published folder or USER/NAME.")
+        str, typer.Argument(help="The folder of a finished run; with --verify-only, a published folder or USER/NAME.")
     ],
     repo_id: Annotated[str | None, typer.Option(help="Where to: user/name on the Hub.")] = None,
     what: Annotated[
@@ -188,12 +188,19 @@ def publish(
     with _plain_errors(context):
         from training import publish as publishing
 
+        given = {"repo-id": repo_id, "base": base, "about": about}
+        given |= {"public": public, "create-pr": create_pr, "dry-run": dry_run}
+        without = [f"--{name}" for name, value in given.items() if value]
+        if verify_only and without:
+            raise ValueError(f"--verify-only publishes nothing: leave out {', '.join(without)}")
         if verify_only:
             publishing.verify_published(run, revision, what, tell=typer.echo)
             return
+        if revision is not None:
+            raise ValueError(f"--revision is {revision!r}, which is for --verify-only: leave it out")
         if repo_id is None:
             raise ValueError("give --repo-id user/name: where on the Hub it goes")
-        publishing.publish(run, repo_id, what, about, base, public, create_pr, dry_run, tell=typer.echo)
+        publishing.publish(Path(run), repo_id, what, about, base, public, create_pr, dry_run, tell=typer.echo)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ A number in a card is looked up in the run's `result.json` or in `units.json`; w
 the data, limits) stands in `hub_cards/about/NAME.yaml`, one file a recipe. A value that is missing is an error.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ class DataAbout(Section):
     """Where the training text comes from."""
 
     datasets: list[str] = Field(description="ids on the Hub; none for text that is not there")
+    sources: list[str] = Field(min_length=1, description="what is meant: names of sources, or sha256 of files")
     license: str = Field(min_length=1)
     origin: str = Field(min_length=1, description="who wrote it, when, how; whole sentences")
 
@@ -65,6 +65,19 @@ def load_about(name: str, path: Path | None = None) -> About:
         raise ValueError("\n".join([f"the card needs these fields of {path}:", *problems])) from None
 
 
+def check_data(about: About, result: dict[str, Any]) -> None:
+    """`ValueError` if a run has read other data than those that are described."""
+    for split in ("train", "validation"):
+        read = result["data"][split]
+        files = {} if read["kind"] in ("embedded", "hub") else read["files"]  # those have a name that means one thing
+        for name, known_as in (files or {split: read["name"].partition("@")[0]}).items():
+            if known_as not in about.data.sources:
+                raise ValueError(
+                    f"the run's {split} data are {known_as} ({name}), of which data.origin and data.license say "
+                    "nothing: describe them, with that among data.sources, and give the file as --about"
+                )
+
+
 def model_metadata(result: dict[str, Any], about: About, base: str | None = None, adapter: bool = False) -> str:
     """The YAML that the Hub reads, by `huggingface_hub`'s own classes.
 
@@ -91,20 +104,22 @@ def model_metadata(result: dict[str, Any], about: About, base: str | None = None
         base_model=base,
         metrics=[name for name in ("perplexity",) if f"validation_{name}" in result["metrics"]] or None,
         model_name=about.title,
-        eval_results=_evaluations(result, about),
+        eval_results=_evaluations(result, about) or None,
         **relation,
     )
     return data.to_yaml()
 
 
 def _evaluations(result: dict[str, Any], about: About) -> list[EvalResult]:
-    """The validation metrics of a result, in the Hub's model index."""
+    """The validation metrics of a result, in the Hub's model index, which knows data sets on the Hub only."""
     provenance = result["data"]["validation"]
+    if not about.data.datasets:
+        return []
     return [
         EvalResult(
             task_type="text-generation",
             task_name="Text generation",
-            dataset_type=about.data.datasets[0] if about.data.datasets else provenance["name"],
+            dataset_type=about.data.datasets[0],
             dataset_name=provenance["name"],
             dataset_split="validation",
             metric_type=name.removeprefix("validation_"),
@@ -130,8 +145,3 @@ def render(template: str, **values: Any) -> str:
         return environment.get_template(template).render(**values)
     except (jinja2.UndefinedError, TypeError) as error:  # TypeError: a filter was given nothing
         raise ValueError(f"the card {template} lacks a value: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))

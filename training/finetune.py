@@ -14,8 +14,8 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field, PositiveInt, model_validator
+from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from training import hub, train
@@ -125,26 +125,24 @@ def export(recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase,
 
 def merge(model: PeftModel) -> PreTrainedModel:
     """The base with its adapters merged and out of the way."""
-    merged = model.merge_and_unload()
     # Of wrappers within wrappers, as those of projections in a memory whose slots are adapted, PEFT 0.21 takes off the
-    # outer ones.
-    while any(isinstance(module, BaseTunerLayer) for module in merged.modules()):
-        merged = model.merge_and_unload()
-    return merged
+    # outer ones only.
+    model.merge_and_unload()
+    return model.merge_and_unload()
 
 
 def describe(recipe: Recipe, windows: Dataset, batch_size: int) -> dict[str, Any]:
     """What was adapted, by how many numbers, and how good it was before."""
     base = load_causal_lm(recipe.base)
     loss = mean_loss(base, windows, batch_size)
-    trained = build_model(recipe, None).num_parameters(only_trainable=True)
+    adapter = load_file(recipe.folder / "adapter" / "adapter_model.safetensors")
     return {
         "base": {
             "name": recipe.model,
             "weights": weights_checksums(recipe.base),
             "metrics": {"validation_loss": loss, "validation_perplexity": perplexity(loss)},
         },
-        "trained_parameters": trained,
+        "trained_parameters": sum(tensor.numel() for tensor in adapter.values()),
     }
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    RepoCard,
     get_token,
     hf_hub_download,
     snapshot_download,
@@ -30,14 +32,17 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile, SpaceInfo
 
 from training.data import checksum
 from training.export import write_text
 
 
-CARD = "README.md"
-RESULT = "result.json"
+CARD, RESULT, SUMS = "README.md", "result.json", "SHA256SUMS"
+# In a card that is not uploaded yet, where the pinned commit will stand.
+NO_COMMIT = "0" * 40
+# Settings of a recipe that change what is seen of a run, and no number.
+PRESENTATION = ("disable_tqdm", "logging_steps", "report_to")
 # Made by the Hub itself in every new repository.
 NOBODYS = (".gitattributes",)
 
@@ -77,17 +82,20 @@ def upload(folder: Path, target: Target, message: str, card: Callable[[str], str
     """
     api = HfApi()
     with _told_plainly(target):
+        RepoCard(card(NO_COMMIT)).validate(target.repo_type)
         head = _claim(api, folder, target)
         message = f"{message} (payload {payload_hash(folder)[:12]})"
         way = _proposal(api, target, message) if target.create_pr else _branch(api, folder, target, head)
         first = _commit(api, folder, target, message, without=CARD, **way)
+        if target.create_pr and first.oid == head:
+            raise ValueError(f"{target.repo_id} holds this very payload already: there is nothing to propose")
         write_text(folder / CARD, card(first.oid))
         if not target.create_pr:
             way = {"revision": "main", "parent_commit": head}
         elif first.pr_revision is not None:
-            way = {"revision": first.pr_revision}
+            way = {"revision": first.pr_revision}  # else that of an earlier attempt, as before
         last = _commit(api, folder, target, message, **way)
-        return first.pr_url or last.pr_url or last.commit_url, first.oid
+        return first.pr_url or last.commit_url, first.oid
 
 
 def _claim(api: HfApi, folder: Path, target: Target) -> str:
@@ -103,31 +111,49 @@ def _claim(api: HfApi, folder: Path, target: Target) -> str:
         sdk = {"space_sdk": "gradio"} if target.repo_type == "space" else {}
         api.create_repo(**where, private=not target.public, **sdk)
         return api.repo_info(**where).sha
-    files = [file.rfilename for file in found.siblings or [] if file.rfilename not in NOBODYS]
-    if files:
-        _refuse_another(folder, target, files)
+    _refuse_another(folder, target, found)
     if not target.create_pr and found.private == target.public:
         is_now, remedy = ("private", "leave out --public") if found.private else ("public", "pass --public")
         raise ValueError(f"{target.repo_id} is {is_now} already: {remedy}, or change that in its settings first")
     return found.sha
 
 
-def _refuse_another(folder: Path, target: Target, files: list[str]) -> None:
-    """`ValueError` if a repository holds anything but an earlier publication of the same run."""
+def _refuse_another(folder: Path, target: Target, found: ModelInfo | DatasetInfo | SpaceInfo) -> None:
+    """`ValueError` if a repository holds anything but what the Hub has made, or an earlier version of the same run."""
     remedy = "choose another --repo-id"
+    files = {file.rfilename for file in found.siblings or []} - {*NOBODYS}
+    where = {"repo_type": target.repo_type, "revision": found.sha}
+    if files <= {CARD}:
+        if not files or target.repo_type == "space":  # the Hub gives a new Space a card of its own
+            return
+        if not RepoCard.load(hf_hub_download(target.repo_id, CARD, **where)).text.strip():
+            return
     if RESULT not in files:
         shown = ", ".join(sorted(files)[:5])
         raise ValueError(f"{target.repo_id} holds {len(files)} files ({shown}) but no {RESULT} of ours: {remedy}")
-    theirs = Path(hf_hub_download(target.repo_id, RESULT, repo_type=target.repo_type))
-    ours = {path.name for path in folder.iterdir()}
-    for name in ("name", "task", "model", "seed"):
-        before, now = (json.loads(path.read_text(encoding="utf-8")).get(name) for path in (theirs, folder / RESULT))
-        if before != now:
-            raise ValueError(f"{target.repo_id} holds a run whose {name} is {before!r}, not {now!r}: {remedy}")
+    theirs, ours = (_identity(path) for path in (hf_hub_download(target.repo_id, RESULT, **where), folder / RESULT))
+    for name in ours:
+        if theirs.get(name) != ours[name]:
+            raise ValueError(f"{target.repo_id} holds a run of another {name}: {remedy}, or delete it there first")
     for name in ("config.json", "adapter_config.json"):
-        if (name in files) != (name in ours):
+        if (name in files) != (folder / name).is_file():
             which = "has" if name in files else "has no"
             raise ValueError(f"{target.repo_id} {which} {name}, unlike what is to be published: {remedy}")
+
+
+def _identity(result: str | Path) -> dict[str, Any]:
+    """What two versions of one publication have in common: the recipe but for what it shows, and the data."""
+    try:
+        content = json.loads(Path(result).read_text(encoding="utf-8"))
+        settings = content["recipe"]
+        training = {k: v for k, v in settings.get("training", {}).items() if k not in PRESENTATION}
+        return {
+            "recipe": settings | {"training": training},
+            "data": content.get("data"),
+            "base": content.get("base", {}).get("weights"),
+        }
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}  # no result of ours
 
 
 def _branch(api: HfApi, folder: Path, target: Target, head: str) -> dict[str, Any]:
@@ -153,17 +179,38 @@ def _commit(
     A file that the commit goes without stays as it is there.
     """
     where = {"repo_id": target.repo_id, "repo_type": target.repo_type, "revision": revision}
-    there = {entry.path for entry in api.list_repo_tree(**where, recursive=True) if isinstance(entry, RepoFile)}
     ours = [path for path in published_files(folder) if path != without]
-    gone = there - {*ours, *NOBODYS, without}
+    gone = _published_before(api, where) - {*ours, without}  # what somebody has added since stays
     operations = [CommitOperationAdd(path, folder / path) for path in ours]
     operations += [CommitOperationDelete(path) for path in sorted(gone)]
     return api.create_commit(**where, operations=operations, commit_message=message, **options)
 
 
+def _published_before(api: HfApi, where: dict[str, Any]) -> set[str]:
+    """The files at a revision that an earlier upload has put there."""
+    there = {entry.path for entry in api.list_repo_tree(**where, recursive=True) if isinstance(entry, RepoFile)}
+    if SUMS not in there:
+        return set()
+    lines = Path(hf_hub_download(filename=SUMS, **where)).read_text(encoding="utf-8").splitlines()
+    return there & {line.partition("  ")[2] for line in lines}
+
+
 def published_files(folder: Path) -> list[str]:
-    """What a folder would upload, by its path within it, in order."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """The files of a folder, by their paths within it, in order; not those of git and of the Hub's own downloads.
+
+    Raises:
+        ValueError: there is a link, which would lead out of what is looked at, or something that is no file.
+    """
+    found = []
+    for place, folders, names in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        folders[:] = [name for name in folders if (inside / name).as_posix() not in (".git", ".cache")]
+        for name in (*folders, *names):
+            path = Path(place) / name
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{path} is a link or no file: what is published has none, remove it")
+        found += [(inside / name).as_posix() for name in names]
+    return sorted(found)
 
 
 def payload_hash(folder: Path) -> str:
@@ -175,10 +222,30 @@ def payload_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def download(repo_id: str, revision: str | None = None, repo_type: str = "model") -> Path:
-    """A folder with all files of a repository at one commit, from the cache if they are there."""
+def check_weights(repo_id: str, revision: str, weights: dict[str, str]) -> None:
+    """`ValueError` unless a model on the Hub has, at a commit, these weights (sha256 by file name)."""
+    with _told_plainly(Target(repo_id), upload=False):
+        found = HfApi().get_paths_info(repo_id, list(weights), revision=revision)
+    sums = {file.path: file.lfs.sha256 for file in found if isinstance(file, RepoFile) and file.lfs is not None}
+    if not weights or sums != weights:
+        raise ValueError(f"{repo_id} at {revision} has not the weights that this builds on: give the right --base")
+
+
+def download(repo_id: str, revision: str | None = None, repo_type: str = "model", into: Path | None = None) -> Path:
+    """A folder with all files of a repository at one commit.
+
+    Args:
+        repo_id: `user/name`.
+        revision: a commit, branch or tag; by default the newest of `main`.
+        repo_type: `model`, `dataset` or `space`.
+        into: where to put it, named by its commit; by default it is in the Hub's cache, which makes use of links.
+    """
+    where = {"repo_id": repo_id, "repo_type": repo_type}
     with _told_plainly(Target(repo_id, repo_type), upload=False):
-        return Path(snapshot_download(repo_id, revision=revision, repo_type=repo_type))
+        if into is None:
+            return Path(snapshot_download(**where, revision=revision))
+        commit = HfApi().repo_info(**where, revision=revision).sha
+        return Path(snapshot_download(**where, revision=commit, local_dir=into / commit))
 
 
 @contextlib.contextmanager
@@ -202,6 +269,11 @@ def _refusal(error: HfHubHTTPError, target: Target) -> str:
     said = _without_token(error.server_message or error)
     if status == 401:
         return f"the Hub does not accept the token (401: {said}): log in anew with `hf auth login`, or set HF_TOKEN."
+    if status == 403 and HfApi().endpoint not in str(error):  # it names the address
+        return f"the Hub's storage refuses the upload (403: {said}), perhaps because it took too long."
+    if status == 429:
+        wait = error.response.headers.get("Retry-After")
+        return f"too many requests (429): wait {f'{wait} s' if wait else 'some minutes'}."
     if status == 403:
         return f"this token may not write to {target.repo_id} (403: {said}): use one with write access."
     if status == 404:
