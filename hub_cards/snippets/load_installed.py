@@ -1,5 +1,6 @@
 import modeling_memory_mosaic  # AutoModel now knows Memory Mosaics
 from transformers import pipeline
 
-storyteller = pipeline("text-generation", model="{{ repo_id }}", revision="{{ revision }}")
+repo, revision = "{{ repo_id }}", "{{ revision }}"
+storyteller = pipeline("text-generation", model=repo, revision=revision)
 print(storyteller("Once upon a time", max_new_tokens=40)[0]["generated_text"])

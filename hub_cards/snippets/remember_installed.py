@@ -1,4 +1,5 @@
 import modeling_memory_mosaic  # AutoModel now knows memory models
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{{ repo_id }}", revision="{{ revision }}")
+repo, revision = "{{ repo_id }}", "{{ revision }}"
+model = AutoModelForCausalLM.from_pretrained(repo, revision=revision)
