@@ -132,7 +132,7 @@ def _refuse_another(folder: Path, target: Target, found: ModelInfo | DatasetInfo
         shown = ", ".join(sorted(files)[:5])
         raise ValueError(f"{target.repo_id} holds {len(files)} files ({shown}) but no {RESULT} of ours: {remedy}")
     theirs, ours = (_identity(path) for path in (hf_hub_download(target.repo_id, RESULT, **where), folder / RESULT))
-    for name in ours:
+    for name in ("recipe", "data", "base"):
         if theirs.get(name) != ours[name]:
             raise ValueError(f"{target.repo_id} holds a run of another {name}: {remedy}, or delete it there first")
     for name in ("config.json", "adapter_config.json"):
