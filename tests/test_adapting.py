@@ -48,7 +48,7 @@ def base(tmp_path):
 
 
 def read(base, folder, **settings):
-    settings = [SHORT, {"model": str(base), "output_dir": str(folder)}, settings]
+    settings = [SHORT, {"model": str(base), "base": None, "output_dir": str(folder)}, settings]
     return load_recipe(CONFIGURATION / "recipe" / "shakespeare_lora.yaml", settings=settings)
 
 

@@ -53,6 +53,7 @@ def lora(folder, base, **settings):
     settings = {
         "name": "lora",
         "model": str(base),
+        "base": None,
         "data": {"context_length": 64, "train": {"source": "embedded"}, "validation": {"source": "embedded"}},
         "training": {"learning_rate": 0.01, "logging_steps": 1, "eval_strategy": "steps"},
     } | settings
@@ -251,17 +252,17 @@ def hub_repository(server, repo_id, folder, without=None):
     return repository.commit("main", {name: (folder / name).read_bytes() for name in names})
 
 
-def test_a_base_that_has_other_weights_is_refused(adapted, run, about, tmp_path):
-    with Hub() as server:
-        wrong = tmp_path / "wrong"
-        wrong.mkdir()
-        (wrong / "model.safetensors").write_bytes(b"others")
-        base = hub_repository(server, "nobody/gpt2", wrong)
-        home = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
-        arguments = ["publish", adapted, "--repo-id", "someone/lora", "--about", about]
-        process = call(*arguments, "--base", f"nobody/gpt2@{base}", **home)
-        assert process.returncode == 1 and "has not the weights that this builds on" in process.stderr
-        assert ("model", "someone/lora") not in server.repositories
+def test_a_base_that_has_other_weights_is_refused(adapted, about, monkeypatch):
+    def refuse(repo_id, revision, weights):
+        assert (repo_id, revision) == ("nobody/gpt2", COMMIT) and list(weights) == ["model.safetensors"]
+        raise ValueError("other weights")
+
+    kind = publication.KINDS["fine_tuning", "adapter"]
+    monkeypatch.setitem(publication.KINDS, ("fine_tuning", "adapter"), kind._replace(prove=lambda *arguments: []))
+    monkeypatch.setattr(hub, "check_weights", refuse)  # `test_hub.py` has it
+    monkeypatch.setattr(hub, "upload", lambda *arguments: pytest.fail("it was uploaded"))
+    with pytest.raises(ValueError, match="^other weights$"):
+        publish.publish(adapted, "someone/lora", "adapter", about, f"nobody/gpt2@{COMMIT}", tell=lambda line: None)
 
 
 def test_another_base_than_the_one_adapted_is_refused(adapted, run, about):

@@ -22,7 +22,7 @@ from training import hub, train
 from training.data import checksum
 from training.evaluate import load_causal_lm, mean_loss
 from training.export import export_model, staged_folder
-from training.recipe import Section, TextRecipe
+from training.recipe import CONFIGURATION, Section, TextRecipe, load_recipe
 from training.result import perplexity
 from training.tokenizer import load_tokenizer
 
@@ -48,24 +48,47 @@ class LoraSection(Section):
         return self
 
 
+class BaseSection(Section):
+    """The recipe that trains the base, with these settings."""
+
+    recipe: str
+    settings: dict[str, Any] = {}
+
+
 class Recipe(TextRecipe):
     """A model to adapt; see `configuration/README.md` for each field.
 
-    `model` is the base: an exported folder, or one on the Hub as `USER/NAME@COMMIT`.
+    `model` is the base: an exported folder, or one on the Hub as `USER/NAME@COMMIT`. With `base`, it is the folder
+    that this recipe exports, and is trained first if it is not there yet.
     """
 
     task: Literal["fine_tuning"]
+    base: BaseSection | None = None
     lora: LoraSection = LoraSection()
 
     @model_validator(mode="after")
     def _the_base_decides(self):
         if self.model_args:
             raise ValueError(f"`model_args` is {self.model_args}, but the base has its architecture: leave it out")
+        if self.base is not None and Path(self.model) != self.base_recipe.folder / "model":
+            exported = self.base_recipe.folder / "model"
+            raise ValueError(
+                f"`model` is {self.model!r}, but `base` is exported to {exported}: name that, or base=null"
+            )
         return self
 
     @functools.cached_property
-    def base(self) -> Path:
+    def base_recipe(self) -> TextRecipe | None:
+        """The recipe that trains the base, if one is named."""
+        if self.base is None:
+            return None
+        return load_recipe(CONFIGURATION / "recipe" / f"{self.base.recipe}.yaml", settings=[self.base.settings])
+
+    @functools.cached_property
+    def base_folder(self) -> Path:
         """The base on this machine; one on the Hub is downloaded."""
+        if self.base is not None:
+            return Path(self.model)
         if (Path(self.model) / "config.json").is_file():
             return Path(self.model)
         name, _, commit = self.model.partition("@")
@@ -77,11 +100,15 @@ class Recipe(TextRecipe):
 
     @functools.cached_property
     def architecture(self) -> dict[str, Any]:
-        """Content of the base's `config.json`."""
-        return json.loads((self.base / "config.json").read_text(encoding="utf-8"))
+        """Content of the base's `config.json`, or of the file that its recipe names."""
+        if self.base is not None:
+            return self.base_recipe.architecture
+        return json.loads((self.base_folder / "config.json").read_text(encoding="utf-8"))
 
     def build_config(self) -> PreTrainedConfig:
-        return AutoConfig.from_pretrained(self.base)
+        return (
+            self.base_recipe.build_config() if self.base is not None else AutoConfig.from_pretrained(self.base_folder)
+        )
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -89,8 +116,9 @@ class Recipe(TextRecipe):
         return Path(self.output_dir or f"runs/{self.name}/seed{self.seed}")
 
     def content(self) -> dict[str, Any]:
-        """All that determines the run: the recipe, and the base's weights."""
-        return super().content() | {"base": weights_checksums(self.base)}
+        """All that determines the run: the recipe, and the base's weights, or the recipe that they come from."""
+        base = weights_checksums(self.base_folder) if self.base is None else self.base_recipe.hash
+        return super().content() | {"base_made_of": base}
 
 
 def weights_checksums(folder: Path) -> dict[str, str]:
@@ -103,12 +131,14 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     distribution = PartialState().distributed_type
     if distribution not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(f"fine-tuning under {distribution.value} has not been tried: use one process or DDP")
+    if recipe.base is not None:
+        train.run(recipe.base_recipe)
     return train.run(recipe, restart, LORA)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     """The base in training mode with new adapters, initialised from the recipe's seed; nothing else is trained."""
-    base = load_causal_lm(recipe.base)
+    base = load_causal_lm(recipe.base_folder)
     base.loss_type = "ForCausalLM"
     set_seed(recipe.seed)
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()))
@@ -133,13 +163,13 @@ def merge(model: PeftModel) -> PreTrainedModel:
 
 def describe(recipe: Recipe, windows: Dataset, batch_size: int) -> dict[str, Any]:
     """What was adapted, by how many numbers, and how good it was before."""
-    base = load_causal_lm(recipe.base)
+    base = load_causal_lm(recipe.base_folder)
     loss = mean_loss(base, windows, batch_size)
     adapter = load_file(recipe.folder / "adapter" / "adapter_model.safetensors")
     return {
         "base": {
             "name": recipe.model,
-            "weights": weights_checksums(recipe.base),
+            "weights": weights_checksums(recipe.base_folder),
             "metrics": {"validation_loss": loss, "validation_perplexity": perplexity(loss)},
         },
         "trained_parameters": sum(tensor.numel() for tensor in adapter.values()),
@@ -147,7 +177,7 @@ def describe(recipe: Recipe, windows: Dataset, batch_size: int) -> dict[str, Any
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    return load_tokenizer(str(recipe.base))
+    return load_tokenizer(str(recipe.base_folder))
 
 
 LORA = train.Kind(_tokenizer, build_model, export, describe)
