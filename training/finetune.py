@@ -106,9 +106,9 @@ class Recipe(TextRecipe):
         return json.loads((self.base_folder / "config.json").read_text(encoding="utf-8"))
 
     def build_config(self) -> PreTrainedConfig:
-        return (
-            self.base_recipe.build_config() if self.base is not None else AutoConfig.from_pretrained(self.base_folder)
-        )
+        if self.base is not None:
+            return self.base_recipe.build_config()
+        return AutoConfig.from_pretrained(self.base_folder)
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -128,6 +128,7 @@ def weights_checksums(folder: Path) -> dict[str, str]:
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     """Adapt as the recipe says; arguments, result and errors as of `training.train.run`."""
+    train.training_arguments(recipe)  # settles devices and processes
     distribution = PartialState().distributed_type
     if distribution not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(f"fine-tuning under {distribution.value} has not been tried: use one process or DDP")
