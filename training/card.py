@@ -19,6 +19,8 @@ from training.result import CLONE
 
 TEMPLATES = CLONE / "hub_cards"
 ABOUT = TEMPLATES / "about"
+# What a data set of stories says of its files.
+STORIES = [{"config_name": "default", "data_files": "stories.jsonl.gz"}]
 PAPERS = {"memory_mosaic": "2405.06394", "memory_model": "2602.13466"}
 
 
@@ -102,7 +104,7 @@ def model_metadata(result: dict[str, Any], about: About, base: str | None = None
         ],
         datasets=about.data.datasets or None,
         base_model=base,
-        metrics=[name for name in ("perplexity",) if f"validation_{name}" in result["metrics"]] or None,
+        metrics=["perplexity"] if "validation_perplexity" in result["metrics"] else None,
         model_name=about.title,
         eval_results=_evaluations(result, about) or None,
         **relation,
@@ -123,7 +125,7 @@ def _evaluations(result: dict[str, Any], about: About) -> list[EvalResult]:
             dataset_name=provenance["name"],
             dataset_split="validation",
             metric_type=name.removeprefix("validation_"),
-            metric_name=f"{name.replace('_', ' ')}",
+            metric_name=name.replace("_", " "),
             metric_value=value,
         )
         for name, value in sorted(result["metrics"].items())

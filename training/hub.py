@@ -8,9 +8,9 @@ and the same again goes on from there. Endpoint and token are those of `huggingf
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ NO_COMMIT = "0" * 40
 PRESENTATION = ("disable_tqdm", "logging_steps", "report_to")
 # Made by the Hub itself in every new repository.
 NOBODYS = (".gitattributes",)
+REPO_ID, COMMIT = re.compile(r"\w[\w.-]*/\w[\w.-]*"), re.compile("[0-9a-f]{40}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def upload(folder: Path, target: Target, message: str, card: Callable[[str], str
     """Upload a staged folder; its card is written last, when the commit is known that it pins.
 
     Args:
-        folder: everything but the card, `result.json` among it.
+        folder: everything but the card, `result.json` and `SHA256SUMS` among it.
         target: the repository, which is created (private, unless `public`) if it does not exist.
         message: title of the commit.
         card: gives the text of the card that pins a commit of the payload.
@@ -84,8 +85,9 @@ def upload(folder: Path, target: Target, message: str, card: Callable[[str], str
     with _told_plainly(target):
         RepoCard(card(NO_COMMIT)).validate(target.repo_type)
         head = _claim(api, folder, target)
-        message = f"{message} (payload {payload_hash(folder)[:12]})"
-        way = _proposal(api, target, message) if target.create_pr else _branch(api, folder, target, head)
+        payload = checksum(folder / SUMS)[:12]
+        message = f"{message} (payload {payload})"
+        way = _proposal(api, target, message) if target.create_pr else _branch(api, target, head, f"payload-{payload}")
         first = _commit(api, folder, target, message, without=CARD, **way)
         if target.create_pr and first.oid == head:
             raise ValueError(f"{target.repo_id} holds this very payload already: there is nothing to propose")
@@ -145,10 +147,8 @@ def _identity(result: str | Path) -> dict[str, Any]:
     """What two versions of one publication have in common: the recipe but for what it shows, and the data."""
     try:
         content = json.loads(Path(result).read_text(encoding="utf-8"))
-        settings = content["recipe"]
-        training = {k: v for k, v in settings.get("training", {}).items() if k not in PRESENTATION}
         return {
-            "recipe": settings | {"training": training},
+            "recipe": without_presentation(content["recipe"]),
             "data": content.get("data"),
             "base": content.get("base", {}).get("weights"),
         }
@@ -156,9 +156,14 @@ def _identity(result: str | Path) -> dict[str, Any]:
         return {}  # no result of ours
 
 
-def _branch(api: HfApi, folder: Path, target: Target, head: str) -> dict[str, Any]:
+def without_presentation(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A resolved recipe less the settings that change what is seen of a run, and no number."""
+    training = {name: value for name, value in recipe.get("training", {}).items() if name not in PRESENTATION}
+    return recipe | {"training": training}
+
+
+def _branch(api: HfApi, target: Target, head: str, name: str) -> dict[str, Any]:
     """Where the payload is committed first, so that a card can pin it: a branch of its own, away from `main`."""
-    name = f"payload-{payload_hash(folder)[:12]}"
     api.create_branch(target.repo_id, repo_type=target.repo_type, branch=name, revision=head, exist_ok=True)
     return {"revision": name}
 
@@ -191,8 +196,13 @@ def _published_before(api: HfApi, where: dict[str, Any]) -> set[str]:
     there = {entry.path for entry in api.list_repo_tree(**where, recursive=True) if isinstance(entry, RepoFile)}
     if SUMS not in there:
         return set()
-    lines = Path(hf_hub_download(filename=SUMS, **where)).read_text(encoding="utf-8").splitlines()
-    return there & {line.partition("  ")[2] for line in lines}
+    return there & read_sums(Path(hf_hub_download(filename=SUMS, **where))).keys()
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """sha256 by file name, from a file in the form of `sha256sum`."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 def published_files(folder: Path) -> list[str]:
@@ -211,15 +221,6 @@ def published_files(folder: Path) -> list[str]:
                 raise ValueError(f"{path} is a link or no file: what is published has none, remove it")
         found += [(inside / name).as_posix() for name in names]
     return sorted(found)
-
-
-def payload_hash(folder: Path) -> str:
-    """sha256 over names and contents of a folder's files, the card left out."""
-    digest = hashlib.sha256()
-    for path in published_files(folder):
-        if path != CARD:
-            digest.update(f"{path}\0{checksum(folder / path)}\n".encode())
-    return digest.hexdigest()
 
 
 def check_weights(repo_id: str, revision: str, weights: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard
+from packaging.requirements import Requirement
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -80,7 +81,7 @@ def _stage_model(publication: Publication, staged: Path) -> None:
     if publication.result["architecture"]["model_type"] == "memory_mosaic":
         model, tokenizer = _load(publication)
         texts = [sample["text"] for sample in publication.result["samples"]] or ["Once upon a time"]
-        write_text(staged / "units.json", json.dumps(measure_units(model, tokenizer, texts), indent=1) + "\n")
+        _write_json(staged / "units.json", measure_units(model, tokenizer, texts))
 
 
 def _stage_adapter(publication: Publication, staged: Path) -> None:
@@ -94,13 +95,17 @@ def _stage_adapter(publication: Publication, staged: Path) -> None:
 
 def _add_results(publication: Publication, staged: Path) -> None:
     shutil.copyfile(CLONE / "LICENSE", staged / "LICENSE")
-    write_text(staged / "result.json", json.dumps(publication.result, indent=1, ensure_ascii=False) + "\n")
+    _write_json(staged / hub.RESULT, publication.result)
     for picture in sorted(publication.run.glob("*.png")):
         shutil.copyfile(picture, staged / picture.name)
     for result in comparable_results(publication)[1:]:
         (staged / "results").mkdir(exist_ok=True)
         name = f"{result['name']}--{result['model']}--seed{result['seed']}.json"
-        write_text(staged / "results" / name, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        _write_json(staged / "results" / name, result)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -134,9 +139,9 @@ def comparable_results(publication: Publication) -> list[dict[str, Any]]:
 
 def _compared(result: dict[str, Any]) -> dict[str, Any]:
     """What results that stand in one table have in common."""
-    recipe = {name: value for name, value in result["recipe"].items() if name not in ("model", "model_args", "seed")}
-    recipe["training"] = {name: value for name, value in recipe["training"].items() if name not in hub.PRESENTATION}
-    return {"recipe": recipe, "data": result["data"]}
+    recipe = hub.without_presentation(result["recipe"])
+    differing = ("model", "model_args", "seed")
+    return {"recipe": {k: v for k, v in recipe.items() if k not in differing}, "data": result["data"]}
 
 
 def _load(publication: Publication) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -194,7 +199,7 @@ def _mean(values: list[float | None]) -> float | None:
 def _card(template: str) -> Callable[[Publication, Path, str], str]:
     def text(publication: Publication, folder: Path, revision: str) -> str:
         result, base = publication.result, publication.base
-        compared = comparable_results(publication)
+        compared = [result, *map(verify.read_object, sorted((folder / "results").glob("*.json")))]
         values = {
             "metadata": card.model_metadata(
                 result, publication.about, base and base.repo_id, publication.what == "adapter"
@@ -221,8 +226,8 @@ def _card(template: str) -> Callable[[Publication, Path, str], str]:
 
 def _ranges() -> dict[str, str]:
     """The versions that the package asks for, by name."""
-    wanted = [line for line in importlib.metadata.requires("modeling-memory-mosaic") if "extra" not in line]
-    return {re.match(r"[\w-]+", line)[0]: re.sub(r"^[\w-]+", "", line) for line in wanted}
+    wanted = map(Requirement, importlib.metadata.requires("modeling-memory-mosaic"))
+    return {one.name: str(one.specifier) for one in wanted if one.marker is None}  # those of extras have a marker
 
 
 def _prove_model(publication: Publication, staged: Path) -> list[str]:
@@ -243,7 +248,7 @@ def _stage_stories(publication: Publication, staged: Path) -> None:
     for name in ("stories.jsonl.gz", "rejected.jsonl"):
         if (publication.run / name).is_file():
             shutil.copyfile(publication.run / name, staged / name)
-    write_text(staged / "result.json", json.dumps(publication.result, indent=1, ensure_ascii=False) + "\n")
+    _write_json(staged / hub.RESULT, publication.result)
 
 
 def _stories_card(publication: Publication, folder: Path, revision: str) -> str:
@@ -261,12 +266,10 @@ def _stage_space(publication: Publication, staged: Path) -> None:
     shutil.copytree(folder, staged / "model", ignore=shutil.ignore_patterns(hub.CARD))
     for name in ("app.py", "requirements.txt"):
         shutil.copyfile(verify.SPACE / name, staged / name)
-    shutil.copytree(verify.PACKAGE, staged / verify.PACKAGE.name, ignore=lambda _, names: _all_but_code(names))
+    (staged / verify.PACKAGE.name).mkdir()
+    for path in verify.PACKAGE.glob("*.py"):
+        shutil.copyfile(path, staged / verify.PACKAGE.name / path.name)
     _add_results(publication, staged)
-
-
-def _all_but_code(names: list[str]) -> list[str]:
-    return [name for name in names if not name.endswith(".py")]
 
 
 def _space_card(publication: Publication, folder: Path, revision: str) -> str:

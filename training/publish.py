@@ -6,7 +6,6 @@ offline process with the very logits of the run's own model, whose card has an e
 """
 
 import importlib.metadata
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -66,10 +65,8 @@ def publish(
     tell(_list_files(final))
     if dry_run:
         tell(f"nothing was uploaded; it is in {final}, its card without the commit that it will pin")
-        tell(
-            "left for the upload: the Hub's own look at the card's metadata"
-            + (publication.base and ", and at the base" or "")
-        )
+        later = ", and at the base" if publication.base is not None else ""
+        tell(f"left for the upload: the Hub's own look at the card's metadata{later}")
         return final
     if publication.base is not None:
         hub.check_weights(*publication.base, weights_of_base(publication, final))
@@ -116,7 +113,7 @@ def _published(base: str | None, result: dict[str, Any], what: str) -> Published
     """The repository that this one builds on: as given, or as the recipe has named it."""
     base = base or result["recipe"]["model"]
     name, _, revision = base.partition("@")
-    if name.count("/") != 1 or not re.fullmatch("[0-9a-f]{40}", revision):
+    if name.count("/") != 1 or not hub.COMMIT.fullmatch(revision):
         told = "the model that it shows" if what == "space" else "its base"
         raise ValueError(
             f"the card has to name {told} on the Hub: publish that, and give --base user/name@COMMIT (not {base!r})"
@@ -143,7 +140,7 @@ def verify_published(
     folder, repo_type = Path(where), what if what in ("dataset", "space") else "model"
     if folder.is_dir() and (revision or what):
         raise ValueError(f"{where} is a folder: leave out --revision and --what, which are for the Hub")
-    if not folder.is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", where):
+    if not folder.is_dir() and not hub.REPO_ID.fullmatch(where):
         raise ValueError(f"{where!r} is neither a folder nor user/name on the Hub")
     with tempfile.TemporaryDirectory() as downloads:
         if not folder.is_dir():
@@ -172,9 +169,9 @@ def _tried(folder: Path, downloads: Path, tell: Callable[[str], None]) -> list[s
 
 
 def _list_files(folder: Path) -> str:
-    lines = [f"{(folder / name).stat().st_size:>14,}  {name}" for name in hub.published_files(folder)]
-    total = sum((folder / name).stat().st_size for name in hub.published_files(folder))
-    return "\n".join(["to be uploaded, in bytes:", *lines, f"{total:>14,}  in {len(lines)} files"])
+    sizes = {name: (folder / name).stat().st_size for name in hub.published_files(folder)}
+    lines = [f"{size:>14,}  {name}" for name, size in sizes.items()]
+    return "\n".join(["to be uploaded, in bytes:", *lines, f"{sum(sizes.values()):>14,}  in {len(sizes)} files"])
 
 
 def _version() -> str:

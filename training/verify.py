@@ -17,6 +17,8 @@ from huggingface_hub import RepoCard
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from training import hub
+from training.card import STORIES
 from training.data import checksum
 from training.hub import CARD, NOBODYS, RESULT, SUMS, published_files
 from training.result import CLONE
@@ -39,8 +41,6 @@ FILES = {
     "dataset": ("stories.jsonl.gz", "rejected.jsonl"),
     "space": ("requirements.txt", *(f"model/{name}" for name in _OF_MODELS)),
 }
-# What a data set's card has to say of its files.
-STORIES = [{"config_name": "default", "data_files": "stories.jsonl.gz"}]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 # Settings by which a library fetches or runs what is not in the folder, wherever they stand.
 LEADING_ELSEWHERE = {
@@ -137,8 +137,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     """sha256 by file name, from `SHA256SUMS`."""
     if not (folder / SUMS).is_file():
         raise ValueError(f"{folder} has no {SUMS}: it was not published by `python -m training publish`")
-    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    return hub.read_sums(folder / SUMS)
 
 
 def check_sums(folder: Path) -> str:
@@ -238,7 +237,7 @@ def base_of_adapter(folder: Path) -> tuple[str, str]:
     """Id and commit of the model that a published adapter goes on top of."""
     settings = read_object(folder / "adapter_config.json")
     base, commit = settings.get("base_model_name_or_path"), settings.get("revision")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(base)) or not re.fullmatch(r"[0-9a-f]{40}", str(commit)):
+    if not hub.REPO_ID.fullmatch(str(base)) or not hub.COMMIT.fullmatch(str(commit)):
         raise ValueError(f"adapter_config.json names {base!r} at {commit!r}, not a base on the Hub at a commit")
     return base, commit
 

@@ -39,7 +39,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from training.card import render
+from training.card import STORIES, render
 from training.data import checksum
 from training.experiments import story_filters, story_prompts
 from training.experiments.comparison import Claim
@@ -595,7 +595,7 @@ def card(result: dict[str, Any], published: dict[str, Any] | None = None) -> str
         size_categories=size_category(result["metrics"]["kept"]),
         tags=["synthetic", "stories", "babistories", "memory-mosaics", "arxiv:2405.06394"],
         pretty_name=result["name"],
-        configs=[{"config_name": "default", "data_files": "stories.jsonl.gz"}],
+        configs=STORIES,
     )
     values = {"result": result, "metrics": result["metrics"], "recipe": result["recipe"]}
     return str(DatasetCard(render("dataset_card.md.jinja", metadata=data.to_yaml(), published=published, **values)))
