@@ -39,7 +39,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_memory_mosaic import ContinuousMemoryMosaicCacheLayer
 from .modeling_memory_mosaic import (
+    FOREIGN_PACKING_NAMES,
     MEMORY_NAME,
+    PACKING_NAMES,
     PARAMETER_SCALE,
     MemoryMosaicContextualMemory,
     at_least_float32,
@@ -306,7 +308,8 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
     _no_split_modules = ["ContinuousMemory"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
-    _can_record_outputs = {"attentions": ContinuousMemory}
+    # The states are the observations themselves and what the memories retrieved.
+    _can_record_outputs = {"hidden_states": ContinuousMemory, "attentions": ContinuousMemory}
     no_weight_decay_names = ("key_leak", "log_beta")
 
     def __init__(self, config: ContinuousMemoryMosaicConfig):
@@ -327,6 +330,9 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
                 init.copy_(module.key_leak, leaks)
             if module.log_beta is not None:
                 init.constant_(module.log_beta, torch.tensor(float(config.beta)).log().item() / PARAMETER_SCALE)
+
+    def get_input_embeddings(self):
+        raise NotImplementedError(f"{type(self).__name__} reads observations: it has no table of tokens.")
 
     # trf-ignore: TRF057
     @merge_with_config_defaults
@@ -516,6 +522,9 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         """Refuses what would be passed over."""
         if kwargs.get("attention_mask") is not None:
             raise ValueError("Continuous observations have no padding: pass rows of one length, without a mask.")
+        for name in ("position_ids", *PACKING_NAMES, *FOREIGN_PACKING_NAMES):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is not supported: each row is one series, so give each series its own row.")
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
             raise ValueError(
                 f"attn_implementation={self.config._attn_implementation!r} computes no weights. Load the model with "

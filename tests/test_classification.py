@@ -3,15 +3,9 @@
 
 import pytest
 import torch
-from conftest import SIZES, make_ids, make_model
+from conftest import make_ids, make_model
+from kinds import make_classifier
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
-
-from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForSequenceClassification
-
-
-def make_classifier(**config):
-    torch.manual_seed(0)
-    return MemoryMosaicForSequenceClassification(MemoryMosaicConfig(**SIZES | config)).eval()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

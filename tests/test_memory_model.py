@@ -8,32 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_ids
-from transformers import DynamicCache, GPT2Config, LlamaConfig
+from kinds import BACKBONES, LENGTH, MOSAIC, VOCAB_SIZE, make_memory_model
+from transformers import DynamicCache
 
-from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM, MemoryMosaicConfig
+from modeling_memory_mosaic import MemoryModelConfig, MemoryMosaicConfig
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 from modeling_memory_mosaic.modeling_memory_model import round_through, to_codes
 
 
-LENGTH, VOCAB_SIZE = 5, 61
-DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
-MOSAIC = MemoryMosaicConfig(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    num_persistent_slots=11,
-    **DROPOUT,
-)
-LLAMA = LlamaConfig(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    pad_token_id=0,
-)
-GPT2 = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=64)
 READS = {
     "prefix": {"memory_read": "prefix"},
     "last": {"memory_read": "prefix", "memory_pooling": "last", "encoder_chunk_positions": False},
@@ -44,18 +26,6 @@ READS = {
     "none": {"max_memories": 0},
     "bytes": {"memory_quantization": "int8"},
 }
-BACKBONES = {"mosaic": (MOSAIC, MOSAIC), "llama": (LLAMA, LLAMA), "gpt2": (GPT2, GPT2), "mixed": (MOSAIC, LLAMA)}
-
-
-def make_memory_model(seed=0, encoder=MOSAIC, decoder=MOSAIC, dtype=torch.float64, **config):
-    """A small model in eval mode, all of whose parameters are away from their start."""
-    torch.manual_seed(seed)
-    config = MemoryModelConfig(encoder=encoder, decoder=decoder, **{"chunk_length": LENGTH} | config)
-    model = MemoryModelForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
 
 
 def all_weights(**weights):

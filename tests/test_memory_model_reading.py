@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import make_ids
 from huggingface_hub.errors import StrictDataclassError
-from test_memory_model import BACKBONES, LENGTH, READS, make_memory_model
+from kinds import BACKBONES, LENGTH, make_memory_model
+from test_memory_model import READS
 from transformers import set_seed
 
 from modeling_memory_mosaic import MemoryModelCache

@@ -1,111 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A saved memory model is the model, wherever it is loaded; Trainer, PEFT and checkpointing take it as any other."""
 
-import json
-
 import pytest
 import torch
 from conftest import checkpoint_activations, make_ids
+from kinds import BACKBONES, LLAMA, VOCAB_SIZE, make_memory_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_memory_model import BACKBONES, LLAMA, VOCAB_SIZE, all_weights, make_memory_model
-from test_saving import run_clean
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from test_memory_model import all_weights
+from transformers import AutoConfig, Trainer, TrainingArguments
 
-from modeling_memory_mosaic import MemoryModelEncoder, MemoryModelForCausalLM, MemoryMosaicConfig
+from modeling_memory_mosaic import MemoryModelForCausalLM, MemoryMosaicConfig
 from training.export import export_model, verify_export
 from training.tokenizer import train_tokenizer
-
-
-PAYLOAD = {
-    f"{kind}_memory_{name}.py" for kind in ("configuration", "cache", "modeling") for name in ("model", "mosaic")
-}
-
-
-@pytest.fixture(params=BACKBONES)
-def model(request):
-    encoder, decoder = BACKBONES[request.param]
-    return make_memory_model(encoder=encoder, decoder=decoder, dtype=torch.float32, num_memory_embeddings=2)
-
-
-@pytest.mark.parametrize("loader", [MemoryModelForCausalLM, AutoModelForCausalLM])
-def test_every_parameter_survives_bitwise(model, loader, tmp_path):
-    model.save_pretrained(tmp_path)
-    loaded, report = loader.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    expected = model.state_dict()
-    assert loaded.state_dict().keys() == expected.keys()
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-    ids = make_ids(2, 12, vocab_size=VOCAB_SIZE)
-    assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
-
-
-def test_the_encoder_alone_is_what_automodel_loads(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    ids = make_ids(2, 12, vocab_size=VOCAB_SIZE)
-    encoder = AutoModel.from_pretrained(tmp_path).eval()
-    assert isinstance(encoder, MemoryModelEncoder)
-    assert torch.equal(encoder(ids).memories, model(ids, use_cache=False).memories)
-    encoder.save_pretrained(tmp_path / "encoder")
-    assert torch.equal(AutoModel.from_pretrained(tmp_path / "encoder").eval()(ids).memories, encoder(ids).memories)
-
-
-def test_settings_survive_and_tell_their_backbones(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert config.to_diff_dict() == model.config.to_diff_dict()
-    for part in ("encoder", "decoder"):
-        assert type(getattr(config, part)) is type(getattr(model.config, part))
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
-        "AutoConfig": "configuration_memory_model.MemoryModelConfig",
-        "AutoModel": "modeling_memory_model.MemoryModelEncoder",
-        "AutoModelForCausalLM": "modeling_memory_model.MemoryModelForCausalLM",
-    }
-
-
-@pytest.mark.parametrize("backbone", ["mosaic", "mixed"])
-def test_remote_code_loads_everything_in_a_clean_process(backbone, tmp_path, request):
-    encoder, decoder = BACKBONES[backbone]
-    model = make_memory_model(encoder=encoder, decoder=decoder, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "model")
-    package = request.config.rootpath / "modeling_memory_mosaic"
-    code = {path.name: path.read_bytes() for path in (tmp_path / "model").glob("*.py")}
-    assert code == {name: (package / name).read_bytes() for name in PAYLOAD}
-    ids = make_ids(2, 12, vocab_size=VOCAB_SIZE)
-    text = model.generate(ids, max_new_tokens=7, do_sample=False, pad_token_id=0)
-    expected = {"ids": ids, "logits": model(ids).logits, "text": text, "memories": model.encoder(ids).memories}
-    torch.save(expected, tmp_path / "expected.pt")
-    script = """
-import sys, torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-folder, expected = sys.argv[1], torch.load(sys.argv[2])
-for place in (folder, sys.argv[3] + "/again"):
-    model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True).eval()
-    assert type(model).__module__.startswith("transformers_modules")
-    assert torch.equal(model(expected["ids"]).logits, expected["logits"])
-    text = model.generate(expected["ids"], max_new_tokens=7, do_sample=False, pad_token_id=0)
-    assert torch.equal(text, expected["text"])
-    encoder = AutoModel.from_pretrained(place, trust_remote_code=True).eval()
-    assert torch.equal(encoder(expected["ids"]).memories, expected["memories"])
-    assert AutoConfig.from_pretrained(place, trust_remote_code=True).model_type == "memory_model"
-    model.save_pretrained(sys.argv[3] + "/again")
-sys.path.append(sys.argv[4])
-import modeling_memory_mosaic
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-assert type(model) is modeling_memory_mosaic.MemoryModelForCausalLM
-assert torch.equal(model(expected["ids"]).logits, expected["logits"])
-"""
-    root = str(request.config.rootpath)
-    run_clean(script, str(tmp_path / "model"), str(tmp_path / "expected.pt"), str(tmp_path), root, str(tmp_path))
-
-
-def test_both_token_tables_are_resized(model, tmp_path):
-    model.resize_token_embeddings(VOCAB_SIZE + 4, mean_resizing=False)
-    model.save_pretrained(tmp_path)
-    loaded = MemoryModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.vocab_size == loaded.config.encoder.vocab_size == VOCAB_SIZE + 4
-    ids = make_ids(1, 12, vocab_size=VOCAB_SIZE + 4)
-    assert loaded.eval()(ids).logits.shape == (1, 12, VOCAB_SIZE + 4)
 
 
 def test_a_frozen_encoder_is_frozen_when_loaded(tmp_path):
@@ -115,14 +21,6 @@ def test_a_frozen_encoder_is_frozen_when_loaded(tmp_path):
     loaded = MemoryModelForCausalLM.from_pretrained(tmp_path)
     assert not any(parameter.requires_grad for parameter in loaded.encoder.parameters())
     assert all(parameter.requires_grad for parameter in loaded.decoder.parameters())
-
-
-def test_half_precision_is_kept_and_stays_finite(model, tmp_path):
-    model.to(torch.bfloat16).save_pretrained(tmp_path)
-    loaded = MemoryModelForCausalLM.from_pretrained(tmp_path)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
-    ids = make_ids(2, 12, vocab_size=VOCAB_SIZE)
-    assert loaded(ids, labels=ids).loss.isfinite() and loaded(ids).logits.isfinite().all()
 
 
 def arguments(folder, **settings):
@@ -219,14 +117,6 @@ def test_an_export_is_proven_in_a_clean_process(backbone, tmp_path):
     export_model(model, tokenizer, tmp_path / "model")
     texts = verify_export(tmp_path / "model", ["once upon"], max_new_tokens=9, model=model)
     assert texts[0].startswith("once upon")
-
-
-def test_a_saved_encoder_begins_a_whole_model(tmp_path):
-    encoder = make_memory_model(dtype=torch.float32).encoder
-    encoder.save_pretrained(tmp_path)
-    whole, report = MemoryModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert {name.split(".")[0] for name in report["missing_keys"]} == {"reader", "decoder"}
-    assert whole.encoder.fingerprint() == encoder.fingerprint()
 
 
 def test_adapters_of_a_frozen_encoder_rest():
