@@ -344,6 +344,7 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ContinuousMemoryMosaicOutput:
         """
@@ -353,6 +354,7 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
                 the loss compares the prediction at t with `labels` at t + 1.
             past_key_values or cache ([`~transformers.Cache`], *optional*): the memory; grows by T slots.
             use_cache (`bool`, *optional*): whether to return the memory.
+            num_items_in_batch (*optional*): see `clipped_loss`.
 
         Raises:
             ValueError: if observations or labels have another shape or are not finite, or if the memory is another
@@ -369,13 +371,17 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         predictions = self.memory.o_proj(retrieved)
         return ContinuousMemoryMosaicOutput(
             last_hidden_state=retrieved,
-            loss=None if labels is None else self.clipped_loss(predictions, labels),
+            loss=None if labels is None else self.clipped_loss(predictions, labels, num_items_in_batch),
             predictions=predictions,
             **{MEMORY_NAME: past_key_values},
         )
 
-    def clipped_loss(self, predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean over rows, positions and coordinates of clip(z_t - x_(t+1))^2, for both of shape `(B, T, C)`."""
+    def clipped_loss(self, predictions: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """Mean over rows, positions and coordinates of clip(z_t - x_(t+1))^2, for both of shape `(B, T, C)`.
+
+        Of a batch that comes in several parts, with `num_items_in_batch` numbers in all labels, a part counts by its
+        share of them. `Trainer` takes -100 for no label when it counts.
+        """
         if labels.shape != predictions.shape or labels.shape[1] < 2:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, predictions {tuple(predictions.shape)}: pass the "
@@ -385,7 +391,10 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         errors = at_least_float32(predictions[:, :-1]) - at_least_float32(labels[:, 1:])
         if self.config.loss_clip is not None:
             errors = errors.clamp(-self.config.loss_clip, self.config.loss_clip)
-        return errors.square().mean()
+        loss = errors.square().mean()
+        if num_items_in_batch is not None:
+            loss = loss * (labels != -100).sum() / num_items_in_batch
+        return loss
 
     @torch.no_grad()
     def predict(self, observations: torch.Tensor, num_steps: int, past_key_values: Cache | None = None):
