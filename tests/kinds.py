@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -27,6 +28,7 @@ from modeling_memory_mosaic import (
     MemoryMosaicConfig,
     MemoryMosaicForSequenceClassification,
 )
+from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 
 
 VOCAB_SIZE = SIZES["vocab_size"]
@@ -40,7 +42,18 @@ LLAMA = LlamaConfig(
     num_attention_heads=4,
     pad_token_id=0,
 )
-GPT2 = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+GPT2 = GPT2Config(
+    vocab_size=VOCAB_SIZE,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    n_positions=64,
+    attn_pdrop=0.0,
+    embd_pdrop=0.0,
+    resid_pdrop=0.0,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 BACKBONES = {"mosaic": (MOSAIC, MOSAIC), "llama": (LLAMA, LLAMA), "gpt2": (GPT2, GPT2), "mixed": (MOSAIC, LLAMA)}
 
 
@@ -74,12 +87,7 @@ def make_continuous(seed=0, dtype=torch.float64, **config) -> ContinuousMemoryMo
     return model.to(dtype)
 
 
-def memory_model_of(backbones: str) -> Callable[..., MemoryModelForCausalLM]:
-    encoder, decoder = BACKBONES[backbones]
-    return lambda **options: make_memory_model(**{"encoder": encoder, "decoder": decoder} | options)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """One kind of model.
 
@@ -91,6 +99,8 @@ class Kind:
         body: the part of it that `AutoModel` loads, if it is another class.
         answers: the field of its outputs that says what it makes of its input.
         options: fields of the configuration beside the defaults of `maker`; no dropout, unless asked for.
+        objectives: fields by which each part of its loss that it can have has a weight.
+        dropouts: fields of which each alone makes training random.
     """
 
     name: str
@@ -101,6 +111,8 @@ class Kind:
     body: str | None = "model"
     answers: str = "logits"
     options: dict = field(default_factory=dict)
+    objectives: dict = field(default_factory=dict)
+    dropouts: tuple[dict, ...] = ({"attention_dropout": 0.5}, {"hidden_dropout": 0.5})
 
     def __str__(self) -> str:
         return self.name
@@ -125,8 +137,35 @@ class Kind:
         labels = torch.arange(len(text)) % 3 if self.model == "classifier" else text.clone()
         return {**inputs, "labels": labels}
 
+    def batch(self, rows: list[torch.Tensor], places: list[torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+        """Texts as the rows of one batch, each at its places `(tokens,)`; at padding stand ids as anywhere else."""
+        ids, mask = make_ids(len(rows), width, seed=99), torch.zeros(len(rows), width, dtype=torch.long)
+        for number, (row, place) in enumerate(zip(rows, places, strict=True)):
+            ids[number, place], mask[number, place] = row, 1
+        return {"input_ids": ids, "attention_mask": mask}
+
     def answer(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], **options) -> torch.Tensor:
         return model(**inputs, **options)[self.answers]
+
+
+def dropping(backbone: PreTrainedConfig) -> PreTrainedConfig:
+    fields = {"gpt2": ["attn_pdrop", "embd_pdrop", "resid_pdrop"], "llama": ["attention_dropout"]}
+    fields = fields.get(backbone.model_type, ["attention_dropout", "hidden_dropout"])
+    return type(backbone)(**backbone.to_dict() | dict.fromkeys(fields, 0.5))
+
+
+def memory_model_kind(name: str, backbones: str) -> Kind:
+    encoder, decoder = BACKBONES[backbones]
+    return Kind(
+        name,
+        "memory model",
+        lambda **options: make_memory_model(**{"encoder": encoder, "decoder": decoder} | options),
+        AutoModelForCausalLM,
+        other_size="chunk_length",
+        body="encoder",
+        objectives={f"{objective}_weight": 1.0 for objective in OBJECTIVES},
+        dropouts=({"encoder": dropping(encoder)}, {"decoder": dropping(decoder)}),
+    )
 
 
 STILL = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
@@ -137,16 +176,20 @@ KINDS = {
     for kind in (
         Kind("mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=STILL),
         Kind("untied mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=UNTIED),
-        *(
-            Kind(name, "memory model", memory_model_of(backbones), AutoModelForCausalLM, "chunk_length", "encoder")
-            for name, backbones in (
-                ("memory model", "mosaic"),
-                ("memory model of llama", "llama"),
-                ("memory model of gpt2", "gpt2"),
-                ("memory model of both", "mixed"),
-            )
+        memory_model_kind("memory model", "mosaic"),
+        memory_model_kind("memory model of llama", "llama"),
+        memory_model_kind("memory model of gpt2", "gpt2"),
+        memory_model_kind("memory model of both", "mixed"),
+        Kind(
+            "continuous",
+            "continuous",
+            make_continuous,
+            AutoModel,
+            other_size="head_dim",
+            body=None,
+            answers="predictions",
+            dropouts=({"attention_dropout": 0.5},),
         ),
-        Kind("continuous", "continuous", make_continuous, AutoModel, "head_dim", None, answers="predictions"),
         Kind("classifier", "classifier", make_classifier, AutoModelForSequenceClassification, SLOTS, options=STILL),
     )
 }
