@@ -37,7 +37,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_memory_mosaic import ContinuousMemoryMosaicCacheLayer
+from .cache_memory_mosaic import ContinuousMemoryMosaicCacheLayer, note_writer
 from .modeling_memory_mosaic import (
     FOREIGN_PACKING_NAMES,
     MEMORY_NAME,
@@ -368,6 +368,9 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         slot_mask = create_memory_masks(self.config, observations, None, past_key_values)["slot_mask"]
+        if past_key_values is not None:
+            note_writer(past_key_values.layers[0], self)
+            past_key_values.layers[0].note_text(None, None)
         retrieved, _ = self.memory(observations, slot_mask, past_key_values, **kwargs)
         predictions = self.memory.o_proj(retrieved)
         return ContinuousMemoryMosaicOutput(
@@ -514,7 +517,7 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         """Refuses a memory that another model wrote, or that holds other rows."""
         if past_key_values is None:
             return
-        layers = past_key_values.layers
+        layers = getattr(past_key_values, "layers", ())
         # By the name of the kind: code that came with the weights has classes of its own.
         kinds = [getattr(layer, "_layer_type", None) for layer in layers]
         if kinds != [ContinuousMemoryMosaicCacheLayer._layer_type]:

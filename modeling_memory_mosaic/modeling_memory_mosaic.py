@@ -20,6 +20,8 @@ Per-head scalars are stored divided by 10, as in the authors' `Library`: Adam th
 Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -44,7 +46,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdyn
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_memory_mosaic import MemoryMosaicStates
+from .cache_memory_mosaic import MemoryMosaicStates, note_writer
 from .configuration_memory_mosaic import MemoryMosaicConfig
 
 
@@ -542,6 +544,9 @@ def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values=N
     num_tokens = inputs_embeds.shape[1]
     num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     check_mask(attention_mask, inputs_embeds, num_seen)
+    if attention_mask is None and past_key_values is not None:
+        past_mask = past_key_values.layers[0].past_mask()
+        attention_mask = None if past_mask is None else F.pad(past_mask, (0, num_tokens), value=True)
     if attention_mask is not None:
         attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
         if not is_torchdynamo_compiling() and attention_mask.all():
@@ -755,6 +760,9 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
                 "Compiled, the marks of documents cannot be asked whether there are several, which would leave no "
                 "memory: pass `use_cache=False`, a memory of your own, or no position_ids."
             )
+        if past_key_values is not None:
+            note_writer(past_key_values.layers[0], self)
+            past_key_values.layers[0].note_text(input_ids, masks["is_token"])
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, **masks, past_key_values=past_key_values, **kwargs)
@@ -805,7 +813,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
                 "A memory cannot be read or written under gradient checkpointing, which reads everything twice: call "
                 "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
             )
-        layers = past_key_values.layers
+        layers = getattr(past_key_values, "layers", ())  # a tuple of tensors, as older code made them, has none
         # More layers than the model uses are in order: decoding with an early exit lowers num_hidden_layers.
         if len(layers) < self.config.num_hidden_layers or not all(hasattr(layer, "get_state") for layer in layers):
             raise ValueError(
@@ -817,6 +825,105 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
                 f"The memory holds {layers[0].keys.shape[0]} rows, but {inputs_embeds.shape[0]} are passed: they must "
                 "be as many. See `batch_repeat_interleave` and `batch_select_indices` of the cache."
             )
+        num_seen, most = layers[0].get_seq_length(), getattr(layers[0], "max_cache_len", None)
+        # Compiled, a static memory's length is not known before it runs.
+        if most is not None and not is_torchdynamo_compiling() and int(num_seen) + inputs_embeds.shape[1] > most:
+            raise ValueError(
+                f"A static memory of max_cache_len={most} holds {int(num_seen)} tokens already, so that "
+                f"{inputs_embeds.shape[1]} more do not fit: make it longer, or use one that grows, "
+                "`DynamicCache(config=model.config)`."
+            )
+
+
+# What to do where `generate` cannot tell whether ids are new.
+SAY_THAT_IDS_ARE_NEW = """To read all of them behind the memory, pass a mask over both:
+    mask = torch.ones(ids.shape[0], memory.get_seq_length() + ids.shape[1], dtype=torch.long)
+    model.generate(ids, attention_mask=mask, past_key_values=memory)"""
+
+
+def continue_from(model: GenerationMixin, inputs: torch.Tensor | None, kwargs: dict) -> dict:
+    """Arguments of `generate` by which it reads all new ids, and only those, behind a memory that holds some.
+
+    The library takes ids behind a memory for the whole text, the memory's own included, unless the mask covers more
+    than the ids. New ids alone would lose as many as the memory holds. Here ids are the whole text if they begin with
+    those that the memory has read, and new otherwise; the mask is made to say so.
+
+    Returns:
+        `dict`: `kwargs`, with an `attention_mask` `(B, past + new)` if there is such a memory.
+
+    Raises:
+        ValueError: if ids and memory are of different numbers of rows, if there are no new ids, if the mask is none
+            of ids or of all, or if it cannot be told whether ids are new.
+    """
+    memory = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"))
+    read = memory if hasattr(memory, "past_ids") else next(iter(getattr(memory, "layers", ())), None)
+    num_read = int(read.get_seq_length()) if hasattr(read, "past_ids") else 0
+    if num_read == 0:
+        return kwargs
+    ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
+    check_new_ids(ids, kwargs.get("inputs_embeds"), read.num_rows())
+    if mask is not None and mask.shape[-1] == num_read + ids.shape[1]:
+        return kwargs
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}: it must be that of the ids, {tuple(ids.shape)}, or also "
+            f"cover the {num_read} tokens of the memory."
+        )
+    past_mask = read.past_mask()
+    if past_mask is None:
+        past_mask = torch.ones(ids.shape[0], num_read, dtype=torch.bool, device=ids.device)
+    new_mask = mask_by_ids(model, ids, kwargs) if mask is None else mask
+    if begins_with(ids, read.past_ids(), past_mask):
+        new_mask = new_mask[:, num_read:]
+    whole = torch.cat([past_mask.to(ids.device, torch.long), new_mask.to(ids.device, torch.long)], dim=1)
+    return kwargs | {"attention_mask": whole}
+
+
+def check_new_ids(ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, num_rows: int) -> None:
+    """Refuses what is no text that could be read behind a memory of so many rows."""
+    if inputs_embeds is not None:
+        raise ValueError(
+            "Embeddings behind a memory would be taken for the whole text, the memory's own included. Read them by "
+            "`model(inputs_embeds=..., past_key_values=memory)`, then generate from the next ids."
+        )
+    if ids is None or ids.ndim != 2 or ids.shape[1] == 0:
+        raise ValueError("Behind a memory, `generate` needs at least one new id in each row, `(batch, tokens)`.")
+    if num_rows != ids.shape[0]:
+        raise ValueError(
+            f"The memory holds {num_rows} rows, but {ids.shape[0]} are passed: they must be as many. Copy rows by "
+            "`memory.batch_repeat_interleave(times)`, choose some by `memory.batch_select_indices(rows)`."
+        )
+
+
+def begins_with(ids: torch.Tensor, past_ids: torch.Tensor | None, past_mask: torch.Tensor) -> bool:
+    """Whether ids `(B, T)` are a whole text, which begins with the ids of a memory and goes on.
+
+    Raises:
+        ValueError: if that cannot be told, or if the text ends where the memory does.
+    """
+    num_read, num_ids = past_mask.shape[1], ids.shape[1]
+    if past_ids is None:
+        raise ValueError(
+            f"The memory of {num_read} tokens does not know their ids, so it cannot be told whether these {num_ids} "
+            f"ids are new. {SAY_THAT_IDS_ARE_NEW}"
+        )
+    if num_ids < num_read or bool(((ids[:, :num_read] != past_ids.to(ids.device)) & past_mask.to(ids.device)).any()):
+        return False
+    if num_ids == num_read:
+        raise ValueError(
+            f"These {num_read} ids are those that the memory has read, and no new one is among them: add the next "
+            f"ids. {SAY_THAT_IDS_ARE_NEW}"
+        )
+    return True
+
+
+def mask_by_ids(model: GenerationMixin, ids: torch.Tensor, kwargs: dict) -> torch.Tensor:
+    """The mask `(B, T)` that the library gives ids that come without: 0 at `pad_token_id`, if that ends no text."""
+    settings = kwargs.get("generation_config") or model.generation_config
+    pad, ends = (kwargs.get(name, getattr(settings, name)) for name in ("pad_token_id", "eos_token_id"))
+    is_token = torch.ones_like(ids) if pad is None else (ids != pad).long()
+    is_an_end = pad is not None and torch.isin(torch.tensor(pad), torch.tensor([] if ends is None else ends)).any()
+    return torch.ones_like(ids) if is_an_end else is_token
 
 
 # trf-ignore: TRF057
@@ -834,6 +941,21 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         self.post_init()
 
     create_masks_for_generate = staticmethod(create_memory_masks)
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, *args, **kwargs):
+        """As the library's; behind a memory, ids may be the new text alone or all of it, see [`continue_from`]."""
+        return super().generate(inputs, *args, **continue_from(self, inputs, kwargs))
+
+    def _assisted_decoding(self, *args, **kwargs):
+        """As the library's, which would leave the memory recording its past for ever."""
+        memory = kwargs.get(MEMORY_NAME)
+        recorded = [] if memory is None else [layer for layer in memory.layers if not layer.record_past]
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:
+            for layer in recorded:
+                layer.deactivate_past_recording()
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: for `generate_batch`, paged caches and continuous batching of servers."""
