@@ -190,6 +190,17 @@ KINDS = {
             answers="predictions",
             dropouts=({"attention_dropout": 0.5},),
         ),
+        Kind(
+            "continuous of real weights",
+            "continuous",
+            make_continuous,
+            AutoModel,
+            other_size="head_dim",
+            body=None,
+            answers="predictions",
+            options={"complex_weights": False, "observation_size": 5, "num_attention_heads": 2, "head_dim": 3},
+            dropouts=({"attention_dropout": 0.5},),
+        ),
         Kind("classifier", "classifier", make_classifier, AutoModelForSequenceClassification, SLOTS, options=STILL),
     )
 }

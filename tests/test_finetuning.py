@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_ids, make_model
 from kinds import KINDS, for_kinds, make_classifier
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 
@@ -46,6 +46,38 @@ def test_projections_beside_adapted_slots_merge_and_load(tmp_path):
     torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # PEFT sets it for GPT-2's own layers
+@for_kinds(*(name for name in KINDS if name != "continuous"))
+def test_lora_trains_saves_loads_and_merges(kind, tmp_path):
+    model = kind.make(**kind.objectives)
+    model.save_pretrained(tmp_path / "base")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs = kind.inputs(model, 2, 15)
+    batch, plain = kind.with_labels(inputs), kind.answer(model, inputs)
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
+    first = adapted(**batch).loss.item()
+    for _ in range(3):
+        adapted(**batch).loss.backward()
+        optimizer.step()
+    adapted.eval()
+    assert adapted(**batch).loss.item() < first
+    with adapted.disable_adapter():
+        torch.testing.assert_close(kind.answer(adapted, inputs), plain)
+    for name, tensor in adapted.base_model.model.state_dict().items():
+        assert "lora_" in name or torch.equal(tensor, before[name.replace(".base_layer", "")]), name
+    expected = kind.answer(adapted, inputs)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(kind.auto.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(kind.answer(loaded, inputs), expected)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(kind.answer(merged, inputs), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = kind.auto.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in merged.state_dict().items())
+
+
 def trainer_of(kind, folder, num_rows=8, length=15, model=None, **settings):
     """Plain `Trainer` on rows of whole chunks; `make_ids` below 5, so that there is something to learn."""
     model = model or kind.make(**kind.objectives)
@@ -56,7 +88,7 @@ def trainer_of(kind, folder, num_rows=8, length=15, model=None, **settings):
     return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:3])
 
 
-@for_kinds()
+@for_kinds("mosaic", "continuous", "classifier")
 def test_trainer_evaluates_with_metrics(kind, tmp_path):
     """Answers alone are gathered, in one array: no memory, no part of the loss."""
     seen = []
@@ -116,12 +148,12 @@ def test_trainer_accumulates_to_the_large_batch(kind, tmp_path):
 )
 def test_other_losses_of_a_classifier_accumulate_too(fields, labels):
     """The library leaves them out."""
-    model, ids = make_classifier(**fields), make_ids(5, 9)
+    model, ids = make_classifier(dtype=torch.float64, **fields), make_ids(5, 9)
     gradients = []
     for size in (5, 2):
         model.zero_grad()
         for part in torch.arange(5).split(size):
-            inputs = {"attention_mask": torch.ones_like(ids[part]), "labels": labels[part]}
+            inputs = {"attention_mask": torch.ones_like(ids[part]), "labels": labels[part].double()}
             model(ids[part], **inputs, num_items_in_batch=labels.numel()).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for whole, parts in zip(*gradients, strict=True):
