@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     create_causal_mask,
@@ -841,12 +841,13 @@ SAY_THAT_IDS_ARE_NEW = """To read all of them behind the memory, pass a mask ove
     model.generate(ids, attention_mask=mask, past_key_values=memory)"""
 
 
-def continue_from(model: GenerationMixin, inputs: torch.Tensor | None, kwargs: dict) -> dict:
+def continue_from(inputs: torch.Tensor | None, settings: GenerationConfig, kwargs: dict) -> dict:
     """Arguments of `generate` by which it reads all new ids, and only those, behind a memory that holds some.
 
     The library takes ids behind a memory for the whole text, the memory's own included, unless the mask covers more
     than the ids. New ids alone would lose as many as the memory holds. Here ids are the whole text if they begin with
-    those that the memory has read, and new otherwise; the mask is made to say so.
+    those that the memory has read, and new otherwise; the mask is made to say so. The memory gets as many rows for
+    each text as `generate` makes of it (beams, sequences to return).
 
     Returns:
         `dict`: `kwargs`, with an `attention_mask` `(B, past + new)` if there is such a memory.
@@ -860,10 +861,20 @@ def continue_from(model: GenerationMixin, inputs: torch.Tensor | None, kwargs: d
     num_read = int(read.get_seq_length()) if hasattr(read, "past_ids") else 0
     if num_read == 0:
         return kwargs
-    ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
+    ids = inputs if inputs is not None else kwargs.get("input_ids")
     check_new_ids(ids, kwargs.get("inputs_embeds"), read.num_rows())
-    if mask is not None and mask.shape[-1] == num_read + ids.shape[1]:
-        return kwargs
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.shape[-1] != num_read + ids.shape[1]:
+        kwargs = kwargs | {"attention_mask": whole_mask(read, ids, mask, settings, kwargs)}
+    numbers = [kwargs.get(name, getattr(settings, name)) for name in ("num_beams", "num_return_sequences")]
+    if (times := max(number or 1 for number in numbers)) > 1:
+        memory.batch_repeat_interleave(times)
+    return kwargs
+
+
+def whole_mask(read, ids: torch.Tensor, mask: torch.Tensor | None, settings: GenerationConfig, kwargs) -> torch.Tensor:
+    """The mask `(B, past + new)` of ids behind a memory, of which `read` tells what it has read."""
+    num_read = int(read.get_seq_length())
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}: it must be that of the ids, {tuple(ids.shape)}, or also "
@@ -872,11 +883,10 @@ def continue_from(model: GenerationMixin, inputs: torch.Tensor | None, kwargs: d
     past_mask = read.past_mask()
     if past_mask is None:
         past_mask = torch.ones(ids.shape[0], num_read, dtype=torch.bool, device=ids.device)
-    new_mask = mask_by_ids(model, ids, kwargs) if mask is None else mask
+    new_mask = mask_by_ids(ids, settings, kwargs) if mask is None else mask
     if begins_with(ids, read.past_ids(), past_mask):
         new_mask = new_mask[:, num_read:]
-    whole = torch.cat([past_mask.to(ids.device, torch.long), new_mask.to(ids.device, torch.long)], dim=1)
-    return kwargs | {"attention_mask": whole}
+    return torch.cat([past_mask.to(ids.device, torch.long), new_mask.to(ids.device, torch.long)], dim=1)
 
 
 def check_new_ids(ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, num_rows: int) -> None:
@@ -917,13 +927,27 @@ def begins_with(ids: torch.Tensor, past_ids: torch.Tensor | None, past_mask: tor
     return True
 
 
-def mask_by_ids(model: GenerationMixin, ids: torch.Tensor, kwargs: dict) -> torch.Tensor:
+def check_assisted(read, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Refuses to decode with an assistant what the library would read wrongly behind a memory, of layer `read`."""
+    num_read, past_ids = int(read.get_seq_length()), read.past_ids()
+    if num_read == 0:
+        return
+    if attention_mask is not None:
+        raise ValueError(
+            "Assisted and prompt-lookup decoding behind a memory cannot be told of padding: leave the assistant out."
+        )
+    if past_ids is not None and torch.equal(input_ids[:, :num_read].to(past_ids.device), past_ids):
+        raise ValueError(
+            "In assisted and prompt-lookup decoding a text that the memory holds already must not be passed again: "
+            "pass the new ids alone."
+        )
+
+
+def mask_by_ids(ids: torch.Tensor, settings: GenerationConfig, kwargs: dict) -> torch.Tensor:
     """The mask `(B, T)` that the library gives ids that come without: 0 at `pad_token_id`, if that ends no text."""
-    settings = kwargs.get("generation_config") or model.generation_config
     pad, ends = (kwargs.get(name, getattr(settings, name)) for name in ("pad_token_id", "eos_token_id"))
-    is_token = torch.ones_like(ids) if pad is None else (ids != pad).long()
-    is_an_end = pad is not None and torch.isin(torch.tensor(pad), torch.tensor([] if ends is None else ends)).any()
-    return torch.ones_like(ids) if is_an_end else is_token
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
 
 
 # trf-ignore: TRF057
@@ -943,18 +967,29 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
     create_masks_for_generate = staticmethod(create_memory_masks)
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, inputs=None, *args, **kwargs):
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """As the library's; behind a memory, ids may be the new text alone or all of it, see [`continue_from`]."""
-        return super().generate(inputs, *args, **continue_from(self, inputs, kwargs))
+        kwargs = continue_from(inputs, generation_config or self.generation_config, kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def _assisted_decoding(self, *args, **kwargs):
-        """As the library's, which would leave the memory recording its past for ever."""
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """None: to a memory, positions tell documents apart, and the library's do not rise behind padding."""
+
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        """As the library's, which would read a memory's own text again, and leave the memory recording its past.
+
+        Raises:
+            ValueError: if `input_ids` begin with the text that a memory holds, or if there is padding behind a memory.
+        """
         memory = kwargs.get(MEMORY_NAME)
-        recorded = [] if memory is None else [layer for layer in memory.layers if not layer.record_past]
+        if memory is None:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        check_assisted(memory.layers[0], input_ids, kwargs.get("attention_mask"))
+        not_recording = [layer for layer in memory.layers if not layer.record_past]
         try:
-            return super()._assisted_decoding(*args, **kwargs)
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
         finally:
-            for layer in recorded:
+            for layer in not_recording:
                 layer.deactivate_past_recording()
 
     def init_continuous_batching(self, *args, **kwargs):
