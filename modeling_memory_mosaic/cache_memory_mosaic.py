@@ -427,42 +427,6 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
 TEXT_NAMES = ("fingerprint", "input_ids", "attention_mask")
 
 
-def weights_fingerprint(module: torch.nn.Module) -> bytes:
-    """sha256 of every tensor of a module, by name, type, shape and bytes: modules of one fingerprint agree in all.
-
-    Quantized tensors count with their parts. Sharded ones are collected, so that every process has to ask; of
-    offloaded ones the numbers are fetched.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        for part, dense in dense_parts(fetched(module, name, tensor)):
-            digest.update(repr((name, part, str(dense.dtype), tuple(dense.shape))).encode())
-            digest.update(dense.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.digest()
-
-
-def fetched(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of `module`'s state, wherever it is kept: in other processes, or where `accelerate` has put it."""
-    if hasattr(tensor, "full_tensor"):
-        return tensor.full_tensor()
-    if not tensor.is_meta:
-        return tensor
-    owner, _, own_name = name.rpartition(".")
-    kept = getattr(getattr(module.get_submodule(owner), "_hf_hook", None), "weights_map", None)
-    if kept is None:
-        raise ValueError(f"{name} has a shape but no numbers, so that nothing tells these weights: load the model.")
-    return kept[own_name]
-
-
-def dense_parts(tensor: torch.Tensor, part: str = ""):
-    """The plain tensors that a tensor consists of, with their names: itself, unless it is a quantized one."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield part, tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from dense_parts(getattr(tensor, name), f"{part}.{name}")
-
-
 def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
     """Everything a `DynamicCache` of this model holds, as named tensors that `safetensors` can save.
 

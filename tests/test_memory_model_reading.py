@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_ids, make_model
 from huggingface_hub.errors import StrictDataclassError
-from kinds import LENGTH, make_memory_model
+from kinds import BACKBONES, LENGTH, make_memory_model
 from test_memory_model import READS
 from transformers import set_seed
 
