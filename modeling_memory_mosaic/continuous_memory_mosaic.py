@@ -231,15 +231,15 @@ class ContinuousMemory(MemoryMosaicContextualMemory):
         slot_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """
         Args:
             observations (`torch.Tensor` of shape `(B, T, C)`).
             slot_mask, past_key_values (*optional*): as for [`MemoryMosaicContextualMemory`].
 
         Returns:
-            retrieved values `(B, T, H * D)`, and under eager attention the weight `(B, H, T, S)` that each of T
-            observations gives to the pair of each of S observations so far.
+            retrieved values `(B, T, H * D)`; under eager attention the weight `(B, H, T, S)` that each of T
+            observations gives to the pair of each of S observations so far; and predictions `(B, T, C)`.
         """
         previous = None if past_key_values is None else self.states(past_key_values).get_state(self.sum_name)
         keys, values = self.keys_and_values(observations, previous)
@@ -251,7 +251,8 @@ class ContinuousMemory(MemoryMosaicContextualMemory):
         if previous is not None:
             pairs = torch.cat([previous, pairs[0]], dim=2), values
         retrieved, weights = self.recall(queries, pairs, slot_mask, past_key_values, previous is None, **kwargs)
-        return retrieved.flatten(2), weights
+        retrieved = retrieved.flatten(2)
+        return retrieved, weights, self.o_proj(retrieved)  # here, as FSDP2 gathers weights for `forward` alone
 
     def keys_and_values(self, observations, previous=None):
         """Keys `(B, H, T, D)` of observations that follow a key `previous` `(B, H, 1, D)`, and their values: v_t is
@@ -371,8 +372,7 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         if past_key_values is not None:
             note_writer(past_key_values.layers[0], self)
             past_key_values.layers[0].note_text(None, None)
-        retrieved, _ = self.memory(observations, slot_mask, past_key_values, **kwargs)
-        predictions = self.memory.o_proj(retrieved)
+        retrieved, _, predictions = self.memory(observations, slot_mask, past_key_values, **kwargs)
         return ContinuousMemoryMosaicOutput(
             last_hidden_state=retrieved,
             loss=None if labels is None else self.clipped_loss(predictions, labels, num_items_in_batch),
