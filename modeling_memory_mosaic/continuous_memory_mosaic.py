@@ -230,19 +230,28 @@ class ContinuousMemory(MemoryMosaicContextualMemory):
         observations: torch.Tensor,
         slot_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        previous: torch.Tensor | None = None,
+        pairs_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """
         Args:
             observations (`torch.Tensor` of shape `(B, T, C)`).
             slot_mask, past_key_values (*optional*): as for [`MemoryMosaicContextualMemory`].
+            previous (`torch.Tensor` of shape `(B, H, 1, D)`, *optional*): the key before these observations, if no
+                memory has it.
+            pairs_only (`bool`): return queries, keys and values `(B, H, T, D)` instead, and retrieve nothing. Through
+                `forward`, as tools that keep weights elsewhere fetch them for it alone.
 
         Returns:
             retrieved values `(B, T, H * D)`; under eager attention the weight `(B, H, T, S)` that each of T
             observations gives to the pair of each of S observations so far; and predictions `(B, T, C)`.
         """
-        previous = None if past_key_values is None else self.states(past_key_values).get_state(self.sum_name)
+        if past_key_values is not None:
+            previous = self.states(past_key_values).get_state(self.sum_name)
         keys, values = self.keys_and_values(observations, previous)
+        if pairs_only:
+            return self.queries(keys), keys, values
         if past_key_values is not None:
             self.states(past_key_values).set_state(self.sum_name, keys)
         queries = self.queries(keys)
@@ -439,30 +448,31 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
             raise ValueError(f"lengths must be a list of numbers from 1 to {observations.shape[1]}, not {lengths}.")
         memory, lengths = self.memory, lengths.to(observations.device)
         latest = self(observations, use_cache=False).predictions[:, lengths - 1]  # (B, P, C)
-        keys, values = memory.keys_and_values(observations)
+        _, keys, values = memory(observations, pairs_only=True)
         shared = keys[:, :, :-1], values[:, :, 1:]
         is_stored = torch.arange(1, observations.shape[1], device=lengths.device) < lengths[:, None]
         shared_mask = torch.zeros_like(is_stored, dtype=keys.dtype).masked_fill(~is_stored, float("-inf"))
         key, predictions, own_keys, own_values = keys[:, :, lengths - 1], [latest], [], []
         for _ in range(num_steps - 1):
             own_keys.append(key)
-            key, value = self._advance(latest, key)
+            query, key, value = self._advance(latest, key)
             own_values.append(value)
             own = torch.stack(own_keys, dim=3), torch.stack(own_values, dim=3)
-            retrieved = recall_shared_and_own(memory.queries(key), shared, shared_mask, own)
+            retrieved = recall_shared_and_own(query, shared, shared_mask, own)
             latest = memory.o_proj(retrieved.transpose(1, 2).flatten(2))
             predictions.append(latest)
         return torch.stack(predictions, dim=2)
 
     def _advance(self, observations, keys):
-        """The next key and value `(B, H, P, D)` of each of P readings, from what each observes `(B, P, C)`."""
+        """The next query, key and value `(B, H, P, D)` of each of P readings, from what each observes `(B, P, C)`."""
         batch_size, num_readings, _ = observations.shape
 
         def unfold(rows):
             return rows.squeeze(2).unflatten(0, (batch_size, num_readings)).transpose(1, 2)
 
         previous = keys.transpose(1, 2).flatten(0, 1)[:, :, None]
-        return tuple(map(unfold, self.memory.keys_and_values(observations.flatten(0, 1)[:, None], previous)))
+        pairs = self.memory(observations.flatten(0, 1)[:, None], previous=previous, pairs_only=True)
+        return tuple(map(unfold, pairs))
 
     @torch.no_grad()
     def units(self, observations: torch.Tensor) -> MemoryUnits:
@@ -474,8 +484,8 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         self.check_observations(observations)
         if observations.shape[1] < 2:
             raise ValueError("One observation completes no pair: pass at least two.")
-        keys, values = self.memory.keys_and_values(observations)
-        stored, queries = keys[:, :, :-1], self.memory.queries(keys[:, :, 1:])
+        queries, keys, values = self.memory(observations, pairs_only=True)
+        stored, queries = keys[:, :, :-1], queries[:, :, 1:]
         num_pairs = stored.shape[2]
         mask = torch.full((num_pairs, num_pairs), float("-inf"), dtype=keys.dtype, device=keys.device).triu(1)
         retrieved, weights = kernel_smoothing(queries, stored, values[:, :, 1:], mask)

@@ -11,9 +11,7 @@ import sys
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import make_ids, make_model
 from kinds import KINDS, MOSAIC, for_kinds
-from transformers import AutoModelForCausalLM
 
 from modeling_memory_mosaic import MemoryMosaicConfig
 
@@ -179,21 +177,37 @@ def test_heads_that_cannot_be_spread_are_named(model):
         model.model.layers[0].contextual_memory.split_heads(torch.zeros(1, 2, 12))
 
 
+# Of each model, which parts are kept on disk; those of a memory model are tried one by one in a file of its own.
+ON_DISK = {
+    "mosaic": {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"},
+    "classifier": {"model.embed_tokens": "cpu", "model.norm": "cpu", "score": "cpu"},
+    "memory model": {"decoder": "cpu", "reader": "cpu", "encoder": "disk"},
+    "continuous": {"memory": "disk"},
+}
+for name in ("mosaic", "classifier"):
+    ON_DISK[name] |= {"model.layers.0": "disk", "model.layers.1": "disk", "model.layers.2": "cpu"}
+OFFLOADED = {"mosaic": {"num_hidden_layers": 3}, "classifier": {"num_hidden_layers": 3}}
+OFFLOADED["continuous"] = {"key_leak": True, "learnable_beta": True}
+
+
+@for_kinds()
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_offloaded_layers_run_from_where_they_are_kept(place, tmp_path):
-    whole = make_model(num_hidden_layers=3)
+def test_offloaded_layers_run_from_where_they_are_kept(kind, place, tmp_path):
+    whole = kind.make(**OFFLOADED.get(kind.name, {}))
     whole.save_pretrained(tmp_path / "model")
     if place == "cpu":
-        model = cpu_offload(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), torch.device("cpu"))
+        model = cpu_offload(kind.auto.from_pretrained(tmp_path / "model"), torch.device("cpu"))
     else:
-        device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers.2": "cpu"}
-        device_map |= {"model.layers.0": "disk", "model.layers.1": "disk"}
-        model = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
-        )
-    assert model.model.layers[0].contextual_memory.key_leak.device.type == "meta"
-
-    ids = make_ids(2, 9)
-    assert torch.equal(model(ids).logits, whole(ids).logits)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(ids, **options), whole.generate(ids, **options))
+        options = {"device_map": ON_DISK[kind.name], "offload_folder": tmp_path / "offload"}
+        model = kind.auto.from_pretrained(tmp_path / "model", **options)
+    assert any(parameter.is_meta for name, parameter in model.named_parameters() if name.endswith("key_leak"))
+    inputs = kind.inputs(whole, 2, 13)
+    assert torch.equal(kind.answer(model, inputs), kind.answer(whole, inputs))
+    if whole.can_generate():
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(model.generate(**inputs, **options), whole.generate(**inputs, **options))
+    if kind.model == "continuous":
+        x, lengths = inputs["observations"], torch.tensor([2, 7])
+        assert torch.equal(model.predict(x, 4), whole.predict(x, 4))
+        assert torch.equal(model.predict_from_prefixes(x, lengths, 4), whole.predict_from_prefixes(x, lengths, 4))
+        assert torch.equal(model.units(x).error, whole.units(x).error)
