@@ -716,6 +716,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
     """The blocks without the head. Returns hidden states and, as `past_key_values`, the memory."""
 
     def __init__(self, config: MemoryMosaicConfig):
+        config.validate_architecture()  # fields may have been assigned since the configuration was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
