@@ -559,7 +559,7 @@ def check_text(about: dict[str, torch.Tensor], keys: torch.Tensor, check_weights
     fingerprint = about.get("fingerprint")
     if fingerprint is None or fingerprint.dtype != torch.uint8 or tuple(fingerprint.shape) != (32,):
         raise ValueError(
-            "This memory does not tell which weights wrote it (`fingerprint`, 32 bytes), as files before version 0.2 "
+            "This memory does not tell which weights wrote it (`fingerprint`, 32 bytes), as older files "
             "do not: read the text again, or pass `check_weights=False` if you know that they are this model's."
         )
 
