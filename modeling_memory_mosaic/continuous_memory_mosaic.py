@@ -37,6 +37,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_memory_mosaic import AdaptableModel
 from .cache_memory_mosaic import ContinuousMemoryMosaicCacheLayer
 from .modeling_memory_mosaic import (
     MEMORY_NAME,
@@ -294,7 +295,7 @@ def recall_shared_and_own(queries, shared_pairs, shared_mask, own_pairs):
 
 
 # trf-ignore: TRF057
-class ContinuousMemoryMosaicModel(PreTrainedModel):
+class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
     """Predicts each next observation: z_t = W_z concat_h y_t with y_t retrieved from the pairs stored before t.
 
     The first prediction is 0, as nothing is stored yet.

@@ -40,6 +40,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
+from .adapters_memory_mosaic import AdaptableModel, prepare_for_adapters
 from .cache_memory_model import MemoryModelCache
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
@@ -152,7 +153,7 @@ def from_codes(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
 
 
 # trf-ignore: TRF057
-class MemoryModelPreTrainedModel(PreTrainedModel):
+class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
     config: MemoryModelConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True

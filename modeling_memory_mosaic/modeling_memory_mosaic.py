@@ -44,6 +44,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdyn
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_memory_mosaic import AdaptableLayer, AdaptableModel, prepare_for_adapters
 from .cache_memory_mosaic import MemoryMosaicStates
 from .configuration_memory_mosaic import MemoryMosaicConfig
 
@@ -429,7 +430,7 @@ class MemoryMosaicPersistentMemory(MemoryMosaicMemory):
         return self.dropout(self.o_proj(retrieved.reshape(batch_size, num_tokens, -1)))
 
 
-class MemoryMosaicDecoderLayer(GradientCheckpointingLayer):
+class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
     """One block: a contextual memory, then a persistent one, each added to the residual stream."""
 
     def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
@@ -455,7 +456,7 @@ class MemoryMosaicDecoderLayer(GradientCheckpointingLayer):
 
 
 # trf-ignore: TRF057
-class MemoryMosaicPreTrainedModel(PreTrainedModel):
+class MemoryMosaicPreTrainedModel(AdaptableModel, PreTrainedModel):
     config: MemoryMosaicConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -500,19 +501,7 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, *args, **kwargs):
-        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder.
-
-        Raises:
-            ValueError: if layers are still wrapped by adapters that were to be merged. Their weights would be saved
-                under names that no model has.
-        """
-        wrapped = [name for name, _ in self.named_parameters() if ".base_layer." in name]
-        if wrapped and not getattr(self, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                f"{len(wrapped)} parameters belong to layers that an adapter still wraps, such as {wrapped[0]!r}: "
-                "save the adapter itself, or merge it first. Where it adapts `slot_keys` or `slot_values` beside "
-                "projections, PEFT 0.21 needs `merge_and_unload()` called twice."
-            )
+        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
             "AutoModel": f"{module}.MemoryMosaicModel",
@@ -834,6 +823,13 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         self.post_init()
 
     create_masks_for_generate = staticmethod(create_memory_masks)
+
+    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool = False, **kwargs):
+        """As the library's, and as soft prompts of PEFT need it."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        return prepare_for_adapters(self, inputs, MEMORY_NAME, is_first_iteration)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: for `generate_batch`, paged caches and continuous batching of servers."""
