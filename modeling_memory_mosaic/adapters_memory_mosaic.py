@@ -55,6 +55,14 @@ class AdaptableModel:
             )
         return super().save_pretrained(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """PEFT ends its first adaptation by giving the model `peft_config`: layers note which adapters were there."""
+        if name == "peft_config" and name not in self.__dict__:
+            for layer in self.modules():
+                if isinstance(layer, AdaptableLayer):
+                    layer.first_adapters = frozenset(value)
+        super().__setattr__(name, value)
+
     def __delattr__(self, name: str) -> None:
         """PEFT ends `merge_and_unload()` and `unload()` by taking `peft_config` away: then nothing may be left.
 
@@ -73,14 +81,17 @@ class AdaptableModel:
 
 
 class AdaptableLayer:
-    """Of a layer: adapters within adapters come off in one call, as those of projections in a memory whose slots are
-    adapted too. PEFT 0.21 replaces the outer ones only."""
+    """Of a layer: adapters within adapters, as those of projections in a memory whose slots are adapted too, come off
+    in one call, and what PEFT passed over when it added another one is noticed."""
+
+    # Names of those that were attached before any other.
+    first_adapters: frozenset[str] = frozenset()
 
     @property
     def unload_and_optionally_merge_module(self):
-        """What PEFT asks of any module when it merges or unloads; the layer answers only if adapters are nested."""
+        """What PEFT asks of any module when it merges or unloads: the layer answers where adapters lie in adapters."""
         parts = adapter_parts(self)
-        if not any("base_layer" in name.split(".") for name in parts):
+        if not any("base_layer" in name.split(".") or hasattr(parts[name], "parameter_name") for name in parts):
             raise AttributeError("No adapters within adapters: PEFT takes each one off by itself.")
         return self._take_adapters_off
 
@@ -91,6 +102,8 @@ class AdaptableLayer:
                 "Adapters within adapters cannot be merged into layers that are offloaded, which would lose what is "
                 "written: load the model without offloading, on the CPU if need be, and merge there."
             )
+        if merge:
+            self.check_added_adapters(adapter_names)
         for name, part in reversed(adapter_parts(self).items()):
             if hasattr(part, "unload_and_optionally_merge_module"):
                 module = part.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
@@ -103,6 +116,32 @@ class AdaptableLayer:
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, module)
         return self
+
+    def check_added_adapters(self, adapter_names: list[str] | None = None) -> None:
+        """Refuses an active adapter that was added behind another one's wrapper of the slots, as PEFT 0.21 then passes
+        over the projections that lie within it: only part of the adapter would act.
+
+        Args:
+            adapter_names (*optional*): those to ask about, in place of the active ones.
+        """
+        parts = {name: part for name, part in adapter_parts(self).items() if hasattr(part, "lora_A")}
+        outer = {name for name, part in parts.items() if hasattr(part, "parameter_name") and _has_parts(part)}
+        if not outer or any(parts[name].disable_adapters for name in outer):
+            return
+        within = {name for name in parts if any(name.startswith(f"{wrapper}.") for wrapper in outer)} - outer
+        late = set().union(*(parts[name].lora_A for name in parts.keys() - outer - within))
+        late -= self.first_adapters.union(*(parts[name].lora_A for name in within))
+        late &= set(adapter_names or parts[min(outer)].active_adapters)
+        if late:
+            raise ValueError(
+                f"The adapter {min(late)!r} was added to a model whose slots another adapter adapts already. PEFT "
+                "then passes over the projections of persistent memories, so that only a part of it would act: load "
+                "it onto the base model alone, or before the one that adapts slots."
+            )
+
+
+def _has_parts(wrapper: nn.Module) -> bool:
+    return any(True for _ in wrapper.get_base_layer().children())
 
 
 def prepare_for_adapters(model: nn.Module, inputs: dict[str, Any], memory_name: str, is_first: bool) -> dict[str, Any]:
@@ -122,7 +161,7 @@ def prepare_for_adapters(model: nn.Module, inputs: dict[str, Any], memory_name: 
     memory = inputs.get(memory_name)
     if memory is not None:
         check_routers(model)
-    caller = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
+    caller = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", model)
     config = getattr(caller, "active_peft_config", None)
     if config is None or not config.is_prompt_learning:
         return inputs
@@ -147,8 +186,6 @@ def check_soft_prompt(kind: str, inputs: dict[str, Any], memory: Cache | None, i
             f"{getattr(kind, 'value', kind)} of PEFT puts keys and values in front of a text, but a memory holds "
             "leaky sums too: use prompt tuning or LoRA."
         )
-    if inputs.get("inputs_embeds") is not None:
-        raise ValueError("PEFT puts a soft prompt in front of ids, not of inputs_embeds: pass `input_ids`.")
     if memory is None:
         return
     if memory.is_compileable:
@@ -164,4 +201,4 @@ def check_soft_prompt(kind: str, inputs: dict[str, Any], memory: Cache | None, i
         )
 
 
-__all__ = ["AdaptableLayer", "AdaptableModel", "adapter_parts", "prepare_for_adapters"]
+__all__ = ["AdaptableLayer", "AdaptableModel", "adapter_parts", "check_routers", "prepare_for_adapters"]

@@ -449,6 +449,8 @@ class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        if not isinstance(self.persistent_memory, MemoryMosaicPersistentMemory):
+            self.check_added_adapters()
         memory_kwargs = {"is_token": is_token, "document": document, "past_key_values": past_key_values, **kwargs}
         recalled, _ = self.contextual_memory(self.contextual_norm(hidden_states), slot_mask=slot_mask, **memory_kwargs)
         hidden_states = hidden_states + recalled
@@ -799,7 +801,8 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         if len(layers) < self.config.num_hidden_layers or not all(hasattr(layer, "get_state") for layer in layers):
             raise ValueError(
                 f"This {type(past_key_values).__name__} was not made for this Memory Mosaic. Build it from the "
-                "model's config: `DynamicCache(config=model.config)`."
+                "model's config: `DynamicCache(config=model.config)`. (Prefix tuning of PEFT makes such a one: use "
+                "prompt tuning or LoRA.)"
             )
         if layers[0].is_initialized and layers[0].keys.shape[0] != inputs_embeds.shape[0]:
             raise ValueError(
@@ -824,11 +827,13 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
 
     create_masks_for_generate = staticmethod(create_memory_masks)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool = False, **kwargs):
+    # `generate` takes `inputs_embeds` only if this signature names them.
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool = False, **kwargs
+    ):
         """As the library's, and as soft prompts of PEFT need it."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
-        )
+        kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         return prepare_for_adapters(self, inputs, MEMORY_NAME, is_first_iteration)
 
     def init_continuous_batching(self, *args, **kwargs):

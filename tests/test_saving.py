@@ -17,7 +17,12 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, MemoryMosaicModel
 
 
-PAYLOAD = ("configuration_memory_mosaic.py", "cache_memory_mosaic.py", "modeling_memory_mosaic.py")
+PAYLOAD = (
+    "configuration_memory_mosaic.py",
+    "cache_memory_mosaic.py",
+    "adapters_memory_mosaic.py",
+    "modeling_memory_mosaic.py",
+)
 # What comes besides with a memory model.
 WHOLE_PAYLOAD = (*PAYLOAD, "configuration_memory_model.py", "cache_memory_model.py", "modeling_memory_model.py")
 
