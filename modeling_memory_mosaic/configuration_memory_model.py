@@ -172,6 +172,18 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
         return self.decoder.vocab_size
 
     @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the decoder's table is its head too: PEFT asks before it adapts one of them, or merges."""
+        return getattr(self.decoder, "tie_word_embeddings", False)
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, is_tied: bool) -> None:
+        self.decoder.tie_word_embeddings = is_tied
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"tie_word_embeddings": self.tie_word_embeddings}
+
+    @property
     def hidden_size(self) -> int:
         return self.decoder.hidden_size
 

@@ -37,6 +37,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_memory_mosaic import AdaptableModel
 from .cache_memory_mosaic import ContinuousMemoryMosaicCacheLayer, note_writer
 from .configuration_memory_mosaic import DerivedSizes, check_heads, width_of_heads
 from .modeling_memory_mosaic import (
@@ -295,7 +296,7 @@ def recall_shared_and_own(queries, shared_pairs, shared_mask, own_pairs):
 
 
 # trf-ignore: TRF057
-class ContinuousMemoryMosaicModel(PreTrainedModel):
+class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
     """Predicts each next observation: z_t = W_z concat_h y_t with y_t retrieved from the pairs stored before t.
 
     The first prediction is 0, as nothing is stored yet.
