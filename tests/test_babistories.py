@@ -131,7 +131,8 @@ def test_run_leaves_stories_that_the_training_reads(finished_run):
         assert not set(row["features"]) & set(LISTS["feature_labels"][:2])  # phrases, not labels
     parts = sorted((recipe.folder / "parts").iterdir())
     assert [path.name for path in parts] == [f"part-{number:08d}.jsonl" for number in range(7)]
-    assert [row["index"] for path in parts for row in rows_of(path)] == list(range(20))
+    assert all(rows_of(path)[-1].keys() == {"sha256"} for path in parts)
+    assert [row["index"] for path in parts for row in rows_of(path)[:-1]] == list(range(20))
     assert "stories of 20 prompts" in babistories.summary(result, recipe.folder)
 
 

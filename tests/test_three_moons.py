@@ -23,6 +23,7 @@ from training.experiments.moon_training import (
     train_part,
 )
 from training.recipe import CONFIGURATION, load_recipe
+from training.result import write_result
 
 
 RECIPE = CONFIGURATION / "recipe" / "three_moons.yaml"
@@ -200,9 +201,9 @@ def test_finished_parts_are_kept_when_others_are_not(tiny):
     recipe = tiny()
     for part, folder in recipe.parts.items():
         folder.mkdir(parents=True)
-        (folder / "part.json").write_text("{}")
+        write_result({}, folder, name="part.json")
         train_part(recipe, *part, folder)
-        assert [path.name for path in folder.iterdir()] == ["part.json"]
+        assert {path.name for path in folder.iterdir()} == {"part.json", "checksums.json"}
 
 
 @pytest.mark.slow

@@ -176,12 +176,12 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
             "generator.quantization=none"
         )
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
-    with only_run_in(recipe.folder, state):
-        return _run(recipe, state, restart)
-
-
-def _run(recipe: Recipe, state: PartialState, restart: bool) -> dict[str, Any]:
     given = _given_lists(recipe)
+    with only_run_in(recipe.folder, state):
+        return _run(recipe, given, state, restart)
+
+
+def _run(recipe: Recipe, given: dict[str, list[str]], state: PartialState, restart: bool) -> dict[str, Any]:
     claim_folder(recipe, _identity(recipe, state), state, restart)
     finished = read_result(recipe.folder)
     if finished is not None:
