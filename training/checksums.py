@@ -72,12 +72,13 @@ def read_list(folder: Path) -> dict[str, str]:
     return sums
 
 
-def faults(folder: Path, part: str | None = None) -> list[str]:
+def faults(folder: Path, part: str | None = None, unlisted: bool = True) -> list[str]:
     """What is wrong with a folder's files by its list, in words; empty if all are what was written.
 
     Args:
         folder: with a list.
-        part: a file or folder in it, which alone is checked; by default all is, and no file may be there unlisted.
+        part: a file or folder in it, which alone is checked; by default all is.
+        unlisted: whether a file that is not in the list is a fault.
     """
     try:
         sums = read_list(folder)
@@ -90,7 +91,7 @@ def faults(folder: Path, part: str | None = None) -> list[str]:
         if not sums:
             return [f"{LIST} does not list {part}"]
     found = [f"{name} is missing" for name in sorted(sums.keys() - there)]
-    found += [f"{LIST} does not list {name}" for name in sorted(there - sums.keys())]
+    found += [f"{LIST} does not list {name}" for name in sorted(there - sums.keys()) if unlisted]
     changed = [name for name in sorted(there & sums.keys()) if checksum(folder / name) != sums[name]]
     return found + [f"{name} has changed since it was written" for name in changed]
 

@@ -158,6 +158,14 @@ def read_result(folder: Path, name: str = "result.json") -> dict[str, Any] | Non
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
+def refuse_change(folder: Path) -> None:
+    """`ValueError` if the folder of a finished run lacks what `write_result` has listed, or has it changed."""
+    if found := faults(folder, unlisted=False):
+        raise ValueError(
+            f"{folder} is damaged ({'; '.join(found)}): restore it, or remove its result.json and run the recipe again"
+        )
+
+
 def draw_learning_curve(result: dict[str, Any], path: Path) -> None:
     """Loss over tokens as a PNG: the training loss faint, the validation loss marked."""
     from matplotlib.figure import Figure  # without pyplot there is no display and no global state
