@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from training import hub, train
-from training.data import checksum
+from training.checksums import checksum
 from training.evaluate import load_causal_lm, mean_loss
 from training.export import export_model, staged_folder
 from training.recipe import CONFIGURATION, Section, TextRecipe, load_recipe
 from training.result import perplexity
-from training.tokenizer import load_tokenizer
+from training.tokenizer import added_tokens, load_tokenizer
 
 
 plan, summary = train.plan, train.summary
@@ -170,7 +170,16 @@ def describe(recipe: Recipe, windows: Dataset, batch_size: int) -> dict[str, Any
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    return load_tokenizer(str(recipe.base_folder))
+    """The base's own; refused if it adds tokens, which readers of the adapter would have and its training not."""
+    folder = str(recipe.base_folder)
+    if added := added_tokens(load_tokenizer(folder, keep_added=True)):
+        raise ValueError(
+            f"the tokenizer of the base {recipe.model!r} adds {' and '.join(added)} of each text by itself, but the "
+            "windows of training have none: an adapter made of them would be used on other text than it was trained "
+            "on. If the base was trained without, save its tokenizer so: "
+            "load_tokenizer(FOLDER).save_pretrained(FOLDER), of training.tokenizer"
+        )
+    return load_tokenizer(folder)
 
 
-LORA = train.Kind(_tokenizer, build_model, export, describe)
+LORA = train.Kind(_tokenizer, build_model, export, describe, ("adapter", "merged"))
