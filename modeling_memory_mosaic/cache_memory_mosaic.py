@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
+from .adapters_memory_mosaic import adapter_parts
+
 
 # Of each module the fingerprint that was taken last, with what its weights looked like then.
 _FINGERPRINTS = weakref.WeakKeyDictionary()
@@ -78,11 +80,7 @@ def adapters_at_work(module: nn.Module) -> list[tuple]:
 
 def adapted_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Names and modules of the layers that PEFT wraps, or keeps a trained copy of."""
-    return [
-        (name, layer)
-        for name, layer in module.named_modules()
-        if hasattr(layer, "active_adapters") and (hasattr(layer, "base_layer") or hasattr(layer, "original_module"))
-    ]
+    return [(name, layer) for name, layer in adapter_parts(module).items() if hasattr(layer, "active_adapters")]
 
 
 def acting_adapters(layer: nn.Module) -> list[str]:
@@ -559,7 +557,7 @@ def check_text(about: dict[str, torch.Tensor], keys: torch.Tensor, check_weights
     fingerprint = about.get("fingerprint")
     if fingerprint is None or fingerprint.dtype != torch.uint8 or tuple(fingerprint.shape) != (32,):
         raise ValueError(
-            "This memory does not tell which weights wrote it (`fingerprint`, 32 bytes), as files before version 0.2 "
+            "This memory does not tell which weights wrote it (`fingerprint`, 32 bytes), as older files "
             "do not: read the text again, or pass `check_weights=False` if you know that they are this model's."
         )
 

@@ -41,6 +41,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
 from transformers.utils.import_utils import is_fake_tensor
 
+from .adapters_memory_mosaic import AdaptableModel, check_routers
 from .cache_memory_model import MemoryModelCache
 from .cache_memory_mosaic import weights_fingerprint
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
@@ -171,7 +172,7 @@ def from_codes(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
 
 
 # trf-ignore: TRF057
-class MemoryModelPreTrainedModel(PreTrainedModel):
+class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
     config: MemoryModelConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
@@ -454,6 +455,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
     """A memory model that predicts the next token, and recalls what its memories hold."""
 
     _is_stateful = True
+    # None of its own; PEFT then looks for those of the decoder.
+    _tied_weights_keys = {}
 
     def __init__(self, config: MemoryModelConfig):
         super().__init__(config)
@@ -584,7 +587,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         """Refuses what would fail later or, worse, be answered as if it had been something else."""
         if inputs_embeds is not None:
             raise ValueError(
-                "inputs_embeds are not supported: encoder and decoder embed tokens by tables of their own."
+                "inputs_embeds are not supported, nor soft prompts of PEFT, which come as such: encoder and decoder "
+                "embed tokens by tables of their own. Pass input_ids; to adapt the model, use LoRA."
             )
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name):
@@ -607,7 +611,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
     def check_cache(cache, memories, labels) -> None:
         if not isinstance(cache, MemoryModelCache):
             raise ValueError(
-                f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned."
+                f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned. "
+                "(Prefix tuning of PEFT makes such a one: use LoRA.)"
             )
         if labels is not None:
             raise ValueError("With labels a text is read as a whole: leave the cache out.")
@@ -941,6 +946,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if kwargs.get("use_cache", self.config.use_cache):
+            check_routers(self)
         cache = inputs.get(MEMORY_NAME)
         if cache is not None and cache.get_seq_length() > 0:
             inputs["input_ids"] = input_ids[:, cache.get_seq_length() :]

@@ -46,6 +46,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdyn
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_memory_mosaic import AdaptableLayer, AdaptableModel, prepare_for_adapters
 from .cache_memory_mosaic import MemoryMosaicStates, note_writer
 from .configuration_memory_mosaic import MemoryMosaicConfig
 
@@ -431,7 +432,7 @@ class MemoryMosaicPersistentMemory(MemoryMosaicMemory):
         return self.dropout(self.o_proj(retrieved.reshape(batch_size, num_tokens, -1)))
 
 
-class MemoryMosaicDecoderLayer(GradientCheckpointingLayer):
+class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
     """One block: a contextual memory, then a persistent one, each added to the residual stream."""
 
     def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
@@ -450,6 +451,8 @@ class MemoryMosaicDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        if not isinstance(self.persistent_memory, MemoryMosaicPersistentMemory):
+            self.check_added_adapters()
         memory_kwargs = {"is_token": is_token, "document": document, "past_key_values": past_key_values, **kwargs}
         recalled, _ = self.contextual_memory(self.contextual_norm(hidden_states), slot_mask=slot_mask, **memory_kwargs)
         hidden_states = hidden_states + recalled
@@ -457,7 +460,7 @@ class MemoryMosaicDecoderLayer(GradientCheckpointingLayer):
 
 
 # trf-ignore: TRF057
-class MemoryMosaicPreTrainedModel(PreTrainedModel):
+class MemoryMosaicPreTrainedModel(AdaptableModel, PreTrainedModel):
     config: MemoryMosaicConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -502,19 +505,7 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, *args, **kwargs):
-        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder.
-
-        Raises:
-            ValueError: if layers are still wrapped by adapters that were to be merged. Their weights would be saved
-                under names that no model has.
-        """
-        wrapped = [name for name, _ in self.named_parameters() if ".base_layer." in name]
-        if wrapped and not getattr(self, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                f"{len(wrapped)} parameters belong to layers that an adapter still wraps, such as {wrapped[0]!r}: "
-                "save the adapter itself, or merge it first. Where it adapts `slot_keys` or `slot_values` beside "
-                "projections, PEFT 0.21 needs `merge_and_unload()` called twice."
-            )
+        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
             "AutoModel": f"{module}.MemoryMosaicModel",
@@ -716,6 +707,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
     """The blocks without the head. Returns hidden states and, as `past_key_values`, the memory."""
 
     def __init__(self, config: MemoryMosaicConfig):
+        config.validate_architecture()  # fields may have been assigned since the configuration was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -818,7 +810,8 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         if len(layers) < self.config.num_hidden_layers or not all(hasattr(layer, "get_state") for layer in layers):
             raise ValueError(
                 f"This {type(past_key_values).__name__} was not made for this Memory Mosaic. Build it from the "
-                "model's config: `DynamicCache(config=model.config)`."
+                "model's config: `DynamicCache(config=model.config)`. (Prefix tuning of PEFT makes such a one: use "
+                "prompt tuning or LoRA.)"
             )
         if layers[0].is_initialized and layers[0].keys.shape[0] != inputs_embeds.shape[0]:
             raise ValueError(
@@ -991,6 +984,15 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         finally:
             for layer in not_recording:
                 layer.deactivate_past_recording()
+
+    # `generate` takes `inputs_embeds` only if this signature names them.
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool = False, **kwargs
+    ):
+        """As the library's, and as soft prompts of PEFT need it."""
+        kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return prepare_for_adapters(self, inputs, MEMORY_NAME, is_first_iteration)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: for `generate_batch`, paged caches and continuous batching of servers."""

@@ -32,20 +32,6 @@ def test_lora_trains_the_slots_too():
     assert len(trained) == 2 * 2 * 2 and all("lora" in name for name in trained)
 
 
-def test_projections_beside_adapted_slots_merge_and_load(tmp_path):
-    slots = ["persistent_memory.slot_keys", "persistent_memory.slot_values"]
-    configuration = LoraConfig(target_modules=[*PROJECTIONS], target_parameters=slots, init_lora_weights=False)
-    adapted, ids = get_peft_model(make_model(), configuration).eval(), make_ids(2, 9)
-    expected = adapted(ids).logits
-    halfway = adapted.merge_and_unload()
-    with pytest.raises(ValueError, match="an adapter still wraps"):
-        halfway.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-    adapted.merge_and_unload().save_pretrained(tmp_path)
-    merged = type(halfway).from_pretrained(tmp_path)
-    torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # PEFT sets it for GPT-2's own layers
 @for_kinds(*(name for name in KINDS if name != "continuous"))
 def test_lora_trains_saves_loads_and_merges(kind, tmp_path):
@@ -88,7 +74,7 @@ def trainer_of(kind, folder, num_rows=8, length=15, model=None, **settings):
     return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:3])
 
 
-@for_kinds("mosaic", "continuous", "classifier")
+@for_kinds(*KINDS)
 def test_trainer_evaluates_with_metrics(kind, tmp_path):
     """Answers alone are gathered, in one array: no memory, no part of the loss."""
     seen = []
