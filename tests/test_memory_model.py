@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_ids
-from kinds import BACKBONES, LENGTH, MOSAIC, VOCAB_SIZE, make_memory_model
+from conftest import checkpoint_activations, make_ids
+from kinds import BACKBONES, GPT2, LENGTH, LLAMA, MOSAIC, VOCAB_SIZE, make_memory_model
 from transformers import DynamicCache
 
-from modeling_memory_mosaic import MemoryModelConfig, MemoryMosaicConfig
+from modeling_memory_mosaic import MemoryModelCache, MemoryModelConfig, MemoryMosaicConfig
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 from modeling_memory_mosaic.modeling_memory_model import round_through, to_codes
 
@@ -443,3 +443,29 @@ def test_a_cache_is_not_read_on_by_other_rows_or_with_other_memories():
 def test_mistakes_in_a_configuration_are_named(settings, message):
     with pytest.raises(Exception, match=message):
         MemoryModelConfig(**{"encoder": MOSAIC, "decoder": MOSAIC} | settings)
+
+
+def test_learnt_positions_end_where_they_end():
+    """A GPT-2 of 64 positions reads 59 memories and a chunk of 5: one more has no position."""
+    model = make_memory_model(encoder=GPT2, decoder=GPT2)
+    model(make_ids(1, 59 * LENGTH + LENGTH - 1), use_cache=False)
+    with pytest.raises(ValueError, match="take 65 slots of a row, but this GPT2LMHeadModel has 64 learnt positions"):
+        model(make_ids(1, 60 * LENGTH + LENGTH - 1), use_cache=False)
+    bounded = make_memory_model(encoder=GPT2, decoder=GPT2, max_memories=3)
+    assert bounded(make_ids(1, 100 * LENGTH)).logits.isfinite().all()
+    with pytest.raises(ValueError, match="chunk_length=64 tokens in 65 slots, but has 64 learnt positions"):
+        make_memory_model(encoder=GPT2, decoder=MOSAIC, chunk_length=64)
+    make_memory_model(encoder=GPT2, decoder=MOSAIC, chunk_length=64, memory_pooling="last")
+
+
+@pytest.mark.parametrize("decoder", [MOSAIC, LLAMA, GPT2], ids=["mosaic", "llama", "gpt2"])
+def test_a_cache_under_gradient_checkpointing_is_refused(decoder):
+    """Llama and GPT-2 would write nothing into it, and read on as if they had."""
+    model = make_memory_model(decoder=decoder).train()
+    checkpoint_activations(model, use_reentrant=False)
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        model(make_ids(1, 8), past_key_values=MemoryModelCache())
+    assert model(make_ids(1, 8)).logits.isfinite().all()
+    cache = MemoryModelCache()
+    model.eval()(make_ids(1, 8), past_key_values=cache)
+    assert cache.num_row_slots() > 0
