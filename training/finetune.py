@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, PositiveInt, model_validator
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from training import hub, train
 from training.checksums import checksum
@@ -149,17 +149,9 @@ def export(recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase,
     """Write `adapter/` and, with the tokenizer, `merged/`; the merged model is what is evaluated."""
     with staged_folder(recipe.folder / "adapter") as staged:
         model.save_pretrained(staged, save_embedding_layers=False)
-    merged = merge(model)
+    merged = model.merge_and_unload()
     export_model(merged, tokenizer, recipe.folder / "merged")
     return recipe.folder / "merged", merged
-
-
-def merge(model: PeftModel) -> PreTrainedModel:
-    """The base with its adapters merged and out of the way."""
-    # Of wrappers within wrappers, as those of projections in a memory whose slots are adapted, PEFT 0.21 takes off the
-    # outer ones only.
-    model.merge_and_unload()
-    return model.merge_and_unload()
 
 
 def describe(recipe: Recipe, windows: Dataset, batch_size: int) -> dict[str, Any]:
