@@ -171,6 +171,18 @@ class MemoryModelConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         return self.decoder.num_hidden_layers
 
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the decoder's head uses its embedding's matrix: PEFT asks the model that holds both."""
+        return getattr(self.decoder, "tie_word_embeddings", False)
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool) -> None:
+        self.decoder.tie_word_embeddings = value
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"tie_word_embeddings": self.tie_word_embeddings}
+
     def validate_architecture(self):
         """Part of `@strict` validation: runs after `__init__` and before saving."""
         sizes = ("chunk_length", "num_memory_embeddings", "memory_size", "slots_per_memory", "unroll_window")
