@@ -868,6 +868,13 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
 
     create_masks_for_generate = staticmethod(create_memory_masks)
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """As the library's, but padding behind a text has its last token's position, not 0: there it goes on."""
+        attention_mask = model_kwargs.get("attention_mask")
+        if attention_mask is None:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: for `generate_batch`, paged caches and continuous batching of servers."""
         raise ValueError(
