@@ -143,6 +143,11 @@ def run_on_one_and_on_several(configuration, tmp_path, processes):
     first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "several"))
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
+    results = [
+        json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8")) for name in ("one", "several")
+    ]
+    losses = [result["metrics"]["validation_loss"] for result in results]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # each window counts once, wherever it was read
     return command, second
 
 
