@@ -92,7 +92,7 @@ class ContinuousMemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
     """
 
     model_type = "continuous_memory_mosaic"
-    # So that predictions are what `Trainer` hands to `compute_metrics`.
+    # `Trainer` gives what is left to `compute_metrics`: the predictions alone.
     keys_to_ignore_at_inference = ["past_key_values", "cache", "last_hidden_state"]
     attribute_map = {"num_key_value_heads": "num_attention_heads", "hidden_size": "observation_size"}
     derived_fields = ("head_dim",)

@@ -25,6 +25,7 @@ row to row, so all chunks are encoded in one pass and all rows decoded in anothe
 Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
 """
 
+import functools
 import hashlib
 import inspect
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from transformers.utils.import_utils import is_fake_tensor
 
 from .adapters_memory_mosaic import AdaptableModel, check_routers
 from .cache_memory_model import MemoryModelCache
-from .cache_memory_mosaic import weights_fingerprint
+from .cache_memory_mosaic import note_writer, weights_fingerprint
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .modeling_memory_mosaic import (
@@ -53,7 +54,9 @@ from .modeling_memory_mosaic import (
     MemoryMosaicForCausalLM,
     MemoryMosaicModel,
     at_least_float32,
+    continue_from,
     one_memory,
+    own_names,
     refuse,
 )
 
@@ -119,6 +122,14 @@ def right_aligned(is_token: torch.Tensor) -> torch.Tensor:
     return is_token.long().argsort(dim=1, stable=True)
 
 
+def as_they_stood(is_token: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Where of tokens that were moved to the front, as `is_token` and `order` `(B, T)` tell, each position's stands.
+
+    Padding has that of the token before it: behind a text, `generate` asks there what comes next.
+    """
+    return (take(is_token, order.argsort(dim=1)).cumsum(dim=1) - 1).clamp(min=0)
+
+
 def take(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """`(B, N, ...)` at positions `order` `(B, ...)` of its second dimension: `(*order.shape, ...)`."""
     rows = torch.arange(order.shape[0], device=order.device).view(-1, *[1] * (order.ndim - 1))
@@ -179,6 +190,7 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
+    _tied_weights_keys = {}  # those of the parts, which PEFT looks for where there is a dictionary
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = True
@@ -201,7 +213,7 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
             for linear in (module.prefix_proj, *module.unroll_projs):
                 init.normal_(linear.weight, std=self.config.initializer_range * linear.in_features**-0.5)
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
         """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
@@ -209,7 +221,7 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
             "AutoModel": f"{module}.MemoryModelEncoder",
             "AutoModelForCausalLM": f"{module}.MemoryModelForCausalLM",
         }
-        return super().save_pretrained(*args, **kwargs)
+        return super().save_pretrained(save_directory, is_main_process, own_names(self, state_dict), **kwargs)
 
 
 # trf-ignore: TRF057
@@ -227,8 +239,8 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         num_slots = config.chunk_length + (config.num_memory_embeddings if config.memory_pooling == "summary" else 0)
         if num_positions is not None and num_slots > num_positions:
             raise ValueError(
-                f"The encoder reads a chunk of chunk_length={config.chunk_length} tokens in {num_slots} slots, but has "
-                f"{num_positions} learnt positions: lower chunk_length, or take an encoder without such a table."
+                f"The encoder reads a chunk of chunk_length={config.chunk_length} tokens in {num_slots} slots, but "
+                f"has {num_positions} learnt positions: lower chunk_length, or take an encoder without such a table."
             )
         self.summary_embeddings = self.chunk_positions = self.memory_proj = None
         if config.memory_pooling == "summary":
@@ -581,10 +593,14 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}: it must be that of the ids, {tuple(ids.shape)}."
             )
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and cache is None and labels is None and not self.training:
+        if use_cache is None:  # asked for, it is kept in training too
+            use_cache = self.config.use_cache and labels is None and not self.training
+        if use_cache and cache is None:
             cache = MemoryModelCache()
+            self.check_cache(cache, memories, labels)
         if cache is not None:
+            note_writer(cache, self)
+            cache.note_text(input_ids, None if attention_mask is None else attention_mask.to(ids.device, torch.bool))
             return self.read_on(cache, ids, is_token, order, memories, memory_mask, logits_to_keep)
 
         remembered = self.remember(ids, is_token, memories, memory_mask)
@@ -594,7 +610,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         if labels is not None:
             parts = self.losses(logits, ids, is_token, take(labels, order), *remembered, **kwargs)
         if logits is not None:
-            logits = take(logits, order.argsort(dim=1)[:, -logits_to_keep:])
+            logits = take(logits, as_they_stood(is_token, order)[:, -logits_to_keep:])
         loss = sum(getattr(self.config, f"{name}_weight") * part for name, part in parts.items()) if parts else None
         named = {f"{name}_loss": part for name, part in parts.items()}
         latest_last = right_aligned(remembered[1])
@@ -632,15 +648,22 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
                     "call `model.gradient_checkpointing_disable()` or `model.eval()`, or leave the cache out."
                 )
 
-    @staticmethod
-    def check_cache(cache, memories, labels) -> None:
+    def check_cache(self, cache, memories, labels) -> None:
         if not isinstance(cache, MemoryModelCache):
             raise ValueError(
                 f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned. "
                 "(Prefix tuning of PEFT makes such a one: use LoRA.)"
             )
         if labels is not None:
-            raise ValueError("With labels a text is read as a whole: leave the cache out.")
+            raise ValueError(
+                "With labels a text is read as a whole, and no cache is kept of it: leave the cache out, and "
+                "use_cache=True."
+            )
+        if self.training and self.decoder.is_gradient_checkpointing:
+            raise ValueError(
+                "A cache cannot be read or written under gradient checkpointing, which reads everything twice: call "
+                "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
+            )
         if memories is not None and cache.num_tokens > 0:
             raise ValueError("memories come before a text, but the cache has read some already: give them at first.")
 
@@ -923,15 +946,13 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             remembered = self.remember(whole, is_whole, cache.memories, cache.memory_mask)
             self.keep(cache, whole, is_whole, *remembered[:2])
             # Where the processes have to call the decoder equally often, the open chunk is read again each time.
-            last = None if self.is_sharded_in_parts() else self.begin_rows(cache)
-            ends_in_token = (order.argsort(dim=1)[:, -1] < is_token.sum(-1)).all()
-            if last is not None and logits_to_keep == 1 and ends_in_token:
-                logits, order = last, order[:, -1:] * 0
-            else:
+            logits = None if self.is_sharded_in_parts() else self.begin_rows(cache)
+            if logits is None or logits_to_keep != 1:
                 at = num_before + torch.arange(ids.shape[1], device=ids.device)
                 logits = take(self.causal_logits(whole, is_whole, *remembered), at.clamp(max=whole.shape[1] - 1))
         cache.num_tokens += ids.shape[1]
-        logits = take(logits, order.argsort(dim=1)[:, -logits_to_keep:])
+        if logits.shape[1] == ids.shape[1]:
+            logits = take(logits, as_they_stood(is_token, order)[:, -logits_to_keep:])
         kept = {"memories": cache.memories, "memory_mask": cache.memory_mask}
         return MemoryModelOutput(logits=logits, **kept, **{MEMORY_NAME: cache})
 
@@ -976,13 +997,24 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         )
         return outputs.logits
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        """As the library's; behind a cache, ids may be the new text alone or all of it, see `continue_from`."""
+        cache = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"))
+        if isinstance(cache, MemoryModelCache) and cache.is_initialized:
+            self.check_cache(cache, kwargs.get("memories"), None)
+            kwargs = continue_from(inputs, generation_config or self.generation_config, kwargs)
+            ids = kwargs["input_ids"] if inputs is None else inputs
+            cache.num_ahead = kwargs["attention_mask"].shape[1] - ids.shape[1]
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if kwargs.get("use_cache", self.config.use_cache):
             check_routers(self)
         cache = inputs.get(MEMORY_NAME)
         if cache is not None and cache.get_seq_length() > 0:
-            inputs["input_ids"] = input_ids[:, cache.get_seq_length() :]
+            inputs["input_ids"] = input_ids[:, cache.get_seq_length() - cache.num_ahead :]
             if inputs["input_ids"].shape[1] == 0 and self.is_sharded_in_parts():
                 inputs["input_ids"] = input_ids[:, -1:]  # these texts have ended, those of another process have not
             inputs.pop("memories", None)

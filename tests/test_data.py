@@ -86,6 +86,20 @@ def test_every_form_gives_the_same_stories(tmp_path, name, compressed):
     assert [row["text"] for row in streamed] == [row["text"] for row in streamed] == STORIES
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["objects.jsonl", "strings.txt", "separated.txt"])
+def test_nothing_but_a_line_feed_ends_a_line(tmp_path, form, streaming):
+    """Neither do the line and paragraph separators of Unicode, nor what else Python's `splitlines` cuts at."""
+    stories = ["one\u2029two\u2028three\x85four\x0bfive\x0csix\x1cseven", "eight\rnine"]
+    lines = {
+        "objects.jsonl": "\n".join(json.dumps({"text": story}, ensure_ascii=False) for story in stories),
+        "strings.txt": "\n".join(json.dumps(story, ensure_ascii=False) for story in stories),
+        "separated.txt": f"\n{END}\n".join(stories),
+    }
+    (tmp_path / form).write_bytes(lines[form].encode())
+    assert [row["text"] for row in load_stories(str(tmp_path / form), streaming=streaming)] == stories
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -297,6 +311,18 @@ def test_hub_data_sets_are_loaded_by_name(monkeypatch):
         load_stories("some/stories", text_field="id")
 
 
+def test_files_of_a_hub_data_set_that_have_changed_are_refused(monkeypatch, tmp_path):
+    Dataset.from_dict({"text": STORIES * 50}).save_to_disk(tmp_path)
+    (path,) = tmp_path.glob("*.arrow")
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: Dataset.from_file(str(path)))
+    for _ in range(2):
+        assert load_stories("some/stories")["text"][:] == STORIES * 50
+    flip(path)
+    with pytest.raises(ValueError, match=f"{path} has changed since it was first read: remove its folder"):
+        load_stories("some/stories")
+    assert load_stories("some/stories", streaming=True)  # another way of reading, which the cache has no part in
+
+
 @pytest.mark.parametrize("failure", [ConnectionError("no network"), FileNotFoundError("unknown")])
 def test_what_the_hub_cannot_give_is_explained(monkeypatch, failure):
     def load_dataset(*args, **kwargs):
@@ -450,6 +476,24 @@ def test_a_stream_resumed_anywhere_goes_on_with_the_next_window(tmp_path, tokeni
         resumed = iter(skip_first_batches(loader, seen))
         following = np.concatenate([next(resumed)["input_ids"].numpy() for _ in range(2)])
         assert np.array_equal(following, expected[4 * seen : 4 * seen + 8]), seen
+
+
+@pytest.mark.parametrize("seen", [3, 40])
+def test_a_stream_is_resumed_from_a_state_of_a_resumed_one(tokenizer, seen):
+    """By the states of `datasets`, which some versions of it stop counting after the first time."""
+
+    def windows():
+        return pack_windows(load_stories("embedded", num_stories=60, streaming=True), tokenizer, 64)
+
+    expected, state, read = list(windows()), None, []
+    for _ in range(3):
+        stream = windows()
+        if state is not None:
+            stream.load_state_dict(state)
+        rows = iter(stream)
+        read += [next(rows) for _ in range(seen)]
+        state = stream.state_dict()
+    assert read == expected[: 3 * seen] and len(read) == 3 * seen
 
 
 def test_end_of_text_inside_a_story_ends_nothing(tokenizer):
