@@ -640,13 +640,6 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
                 )
         if cache is not None:
             self.check_cache(cache, memories, labels)
-            if self.training and any(
-                getattr(part, "gradient_checkpointing", False) for part in self.decoder.modules()
-            ):
-                raise ValueError(
-                    "A cache cannot be read or written under gradient checkpointing, which reads everything twice: "
-                    "call `model.gradient_checkpointing_disable()` or `model.eval()`, or leave the cache out."
-                )
 
     def check_cache(self, cache, memories, labels) -> None:
         if not isinstance(cache, MemoryModelCache):
@@ -659,7 +652,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
                 "With labels a text is read as a whole, and no cache is kept of it: leave the cache out, and "
                 "use_cache=True."
             )
-        if self.training and self.decoder.is_gradient_checkpointing:
+        layers = self.decoder.modules() if self.training else ()
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
             raise ValueError(
                 "A cache cannot be read or written under gradient checkpointing, which reads everything twice: call "
                 "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
