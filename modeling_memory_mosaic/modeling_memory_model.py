@@ -599,8 +599,6 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             cache = MemoryModelCache()
             self.check_cache(cache, memories, labels)
         if cache is not None:
-            note_writer(cache, self)
-            cache.note_text(input_ids, None if attention_mask is None else attention_mask.to(ids.device, torch.bool))
             return self.read_on(cache, ids, is_token, order, memories, memory_mask, logits_to_keep)
 
         remembered = self.remember(ids, is_token, memories, memory_mask)
@@ -929,6 +927,9 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"The cache has read {cache.ids.shape[0]} rows, but {ids.shape[0]} are passed: they must be as many."
             )
+        note_writer(cache, self)
+        as_given = order.argsort(dim=1)
+        cache.note_text(take(ids, as_given), take(is_token, as_given))
         num_before = cache.is_token.sum(-1, keepdim=True)
         whole, is_whole = torch.cat([cache.ids, ids], dim=1), torch.cat([cache.is_token, is_token], dim=1)
         packed = left_aligned(is_whole)
