@@ -4,8 +4,9 @@
 import pytest
 import torch
 from conftest import make_ids
+from kinds import BACKBONES, LENGTH, VOCAB_SIZE, make_memory_model
 from safetensors.torch import load_file, save_file
-from test_memory_model import BACKBONES, LENGTH, READS, VOCAB_SIZE, make_memory_model
+from test_memory_model import READS
 from transformers import TextStreamer, pipeline, set_seed
 
 from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
