@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 from conftest import make_ids, make_model
+from kinds import VOCAB_SIZE, make_memory_model
 from peft import LoraConfig, get_peft_model
-from test_memory_model import VOCAB_SIZE, make_memory_model
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
