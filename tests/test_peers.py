@@ -28,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel, get_peft_model
 from torchao import quantization
 from torchao.quantization import quantize_
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, Trainer, TrainingArguments, pipeline
 
 from modeling_memory_mosaic import MemoryMosaicConfig
 from training.export import export_model
@@ -393,6 +393,30 @@ def test_quantized_model_loses_little(kind, folder, tokenizer, tmp_path, name, b
         assert loss_of(load(tmp_path), tokenizer, texts) == pytest.approx(loss, abs=1e-6)
 
 
+@for_kinds("continuous of real weights", "classifier")
+def test_quantized_layers_of_other_models_answer_nearly_alike(kind):
+    model = kind.make()
+    inputs = kind.inputs(model, 2, 12)
+    expected = kind.answer(model, inputs)
+    quantize_(model, quantization_of("int8"))
+    assert sum(is_quantized(parameter) for parameter in model.parameters()) >= 3
+    error = (kind.answer(model, inputs) - expected).norm() / expected.norm()
+    assert 0 < error < 0.1
+
+
+@for_kinds("classifier")
+def test_a_pipeline_classifies_a_batch_as_each_text(kind, exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported("mosaic"))
+    model = kind.make(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu", top_k=None)
+    texts = ["Once upon a time", "One day, a little cat", "The"]
+    for verdict, text in zip(classify(texts, batch_size=3), texts, strict=True):
+        logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        found = {entry["label"]: entry["score"] for entry in verdict}
+        expected = dict(zip(model.config.id2label.values(), logits.softmax(-1).tolist(), strict=True))
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
 def plain(parameter):
     parameter = parameter.detach()
     return (parameter.dequantize() if is_quantized(parameter) else parameter).clone()
@@ -498,7 +522,8 @@ class Server:
 
 
 @pytest.mark.slow
-def test_serve_and_chat(folder, tokenizer, tmp_path):
+@for_kinds("mosaic", "memory model")
+def test_serve_and_chat(kind, folder, tokenizer, tmp_path):
     prompt = "Once upon a time there was a"
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = load(folder).generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1] :]
