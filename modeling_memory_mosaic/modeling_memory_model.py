@@ -44,9 +44,9 @@ from transformers.utils.import_utils import is_fake_tensor
 
 from .adapters_memory_mosaic import AdaptableModel, check_routers
 from .cache_memory_model import MemoryModelCache
-from .cache_memory_mosaic import note_writer, weights_fingerprint
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
+from .identity_memory_mosaic import note_writer, weights_fingerprint
 from .modeling_memory_mosaic import (
     FOREIGN_PACKING_NAMES,
     MEMORY_NAME,

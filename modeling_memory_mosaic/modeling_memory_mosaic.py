@@ -47,8 +47,9 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_memory_mosaic import AdaptableLayer, AdaptableModel, prepare_for_adapters
-from .cache_memory_mosaic import MemoryMosaicStates, note_writer
+from .cache_memory_mosaic import MemoryMosaicStates
 from .configuration_memory_mosaic import MemoryMosaicConfig
+from .identity_memory_mosaic import note_writer
 
 
 PARAMETER_SCALE = 10.0

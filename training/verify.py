@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import RepoCard
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from training import hub
 from training.card import STORIES
@@ -28,8 +29,8 @@ PACKAGE, SPACE = CLONE / "modeling_memory_mosaic", CLONE / "hub_cards" / "space"
 LICENSE = "LICENSE"
 # By kind, the file that only it has.
 MARKERS = {"model": "config.json", "adapter": "adapter_config.json", "dataset": "stories.jsonl.gz", "space": "app.py"}
-# By model type, whose files `save_pretrained` writes beside the weights.
-CODE_OF = {"memory_mosaic": ("memory_mosaic",), "memory_model": ("memory_mosaic", "memory_model")}
+# Of models that are published with their code, which `save_pretrained` writes beside the weights.
+MODEL_TYPES = ("memory_mosaic", "memory_model")
 _OF_ALL = (CARD, LICENSE, SUMS, RESULT, "results/*.json", "units.json", "*.png", *NOBODYS)
 _OF_MODELS = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
@@ -182,10 +183,12 @@ def _own_code(folder: Path) -> dict[str, Path]:
 
 def _code_of_model(folder: Path) -> dict[str, Path]:
     model_type = read_object(folder / "config.json").get("model_type")
-    if model_type not in CODE_OF:
-        raise ValueError(f"{folder} holds a model of type {model_type!r}, not one of {', '.join(CODE_OF)}")
-    parts = [f"{part}_{name}.py" for name in CODE_OF[model_type] for part in ("cache", "configuration", "modeling")]
-    return {name: PACKAGE / name for name in ("adapters_memory_mosaic.py", *parts)}
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"{folder} holds a model of type {model_type!r}, not one of {', '.join(MODEL_TYPES)}")
+    modeling = PACKAGE / f"modeling_{model_type}.py"
+    # As the library collects them when it saves and loads a model.
+    files = [modeling, *map(Path, get_relative_import_files(modeling))]
+    return {path.name: path for path in sorted(files)}
 
 
 def check_settings(folder: Path) -> str:
