@@ -37,7 +37,9 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_memory_mosaic import ContinuousMemoryMosaicCacheLayer
+from .adapters_memory_mosaic import AdaptableModel
+from .cache_memory_mosaic import ContinuousMemoryMosaicCacheLayer, note_writer
+from .configuration_memory_mosaic import DerivedSizes, check_heads, width_of_heads
 from .modeling_memory_mosaic import (
     MEMORY_NAME,
     PARAMETER_SCALE,
@@ -53,7 +55,7 @@ from .modeling_memory_mosaic import (
 
 # Documented by hand: the library's generator knows its own models only. trf-ignore: TRF057
 @strict
-class ContinuousMemoryMosaicConfig(PreTrainedConfig):
+class ContinuousMemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
     r"""
     Sizes and choices of a [`ContinuousMemoryMosaicModel`]. The default is the paper's three-head model of three moons.
 
@@ -91,6 +93,7 @@ class ContinuousMemoryMosaicConfig(PreTrainedConfig):
     # `Trainer` gives what is left to `compute_metrics`: the predictions alone.
     keys_to_ignore_at_inference = ["past_key_values", "cache", "last_hidden_state"]
     attribute_map = {"num_key_value_heads": "num_attention_heads", "hidden_size": "observation_size"}
+    derived_fields = ("head_dim",)
 
     observation_size: int = 6
     num_attention_heads: int = 3
@@ -104,14 +107,12 @@ class ContinuousMemoryMosaicConfig(PreTrainedConfig):
     use_cache: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.head_dim is None and self.num_attention_heads > 0:
-            if self.observation_size % self.num_attention_heads:
-                raise ValueError(
-                    f"observation_size={self.observation_size} is not a multiple of num_attention_heads="
-                    f"{self.num_attention_heads}: change one of them, or set head_dim."
-                )
-            self.head_dim = self.observation_size // self.num_attention_heads
+        self.derive_missing()
+        check_heads(self, "observation_size")
         super().__post_init__(**kwargs)
+
+    def derived_value(self, name: str):
+        return width_of_heads(self.observation_size, self.num_attention_heads)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -126,7 +127,8 @@ class ContinuousMemoryMosaicConfig(PreTrainedConfig):
         """There is one layer, so there is nothing to compare with the library's list of layer types."""
 
     def validate_architecture(self):
-        """Part of `@strict` validation: runs after `__init__` and before saving."""
+        """Part of `@strict` validation: runs after `__init__`, before saving, and when a model is built."""
+        check_heads(self, "observation_size")
         for name in ("observation_size", "num_attention_heads", "head_dim", "beta", "loss_clip"):
             value = getattr(self, name)
             if value is None and name == "loss_clip":
@@ -295,7 +297,7 @@ def recall_shared_and_own(queries, shared_pairs, shared_mask, own_pairs):
 
 
 # trf-ignore: TRF057
-class ContinuousMemoryMosaicModel(PreTrainedModel):
+class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
     """Predicts each next observation: z_t = W_z concat_h y_t with y_t retrieved from the pairs stored before t.
 
     The first prediction is 0, as nothing is stored yet.
@@ -360,6 +362,9 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         slot_mask = create_memory_masks(self.config, observations, None, past_key_values)["slot_mask"]
+        if past_key_values is not None:
+            note_writer(past_key_values.layers[0], self)
+            past_key_values.layers[0].note_text(None, None)
         retrieved, _ = self.memory(observations, slot_mask, past_key_values, **kwargs)
         predictions = self.memory.o_proj(retrieved)
         return ContinuousMemoryMosaicOutput(
@@ -499,7 +504,7 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         """Refuses a memory that another model wrote, or that holds other rows."""
         if past_key_values is None:
             return
-        layers = past_key_values.layers
+        layers = getattr(past_key_values, "layers", ())
         # By the name of the kind: code that came with the weights has classes of its own.
         kinds = [getattr(layer, "_layer_type", None) for layer in layers]
         if kinds != [ContinuousMemoryMosaicCacheLayer._layer_type]:

@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 
-from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
+from modeling_memory_mosaic import (
+    ContinuousMemoryMosaicConfig,
+    MemoryModelConfig,
+    MemoryMosaicConfig,
+    MemoryMosaicForCausalLM,
+)
+from modeling_memory_mosaic.configuration_memory_model import backbone_config
 from modeling_memory_mosaic.configuration_memory_mosaic import warn_of_untested_versions
 
 
@@ -122,3 +129,84 @@ def test_tools_find_the_names_they_look_for():
     assert not MemoryMosaicForCausalLM._supports_attention_backend  # what vLLM asks
     assert MemoryMosaicForCausalLM.base_model_prefix == "model"
     assert MemoryMosaicForCausalLM._no_split_modules == ["MemoryMosaicDecoderLayer"]
+
+
+SMALL = {"vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+PARTS = {"encoder": SMALL, "decoder": SMALL}
+# Of each class: fields that it is made of, other ones, and the derived fields that follow them.
+FOLLOWING = {
+    "mosaic": (MemoryMosaicConfig, SMALL, {"hidden_size": 96}, ["head_dim", "num_persistent_slots", "logits_scaling"]),
+    "heads": (MemoryMosaicConfig, SMALL, {"num_attention_heads": 8}, ["head_dim"]),
+    "both": (MemoryMosaicConfig, SMALL, {"hidden_size": 90, "num_attention_heads": 5}, ["head_dim", "logits_scaling"]),
+    "continuous": (ContinuousMemoryMosaicConfig, {}, {"observation_size": 12}, ["head_dim"]),
+    "by another name": (ContinuousMemoryMosaicConfig, {}, {"hidden_size": 12}, ["head_dim"]),
+    "vectors": (
+        MemoryModelConfig,
+        {"encoder": SMALL, "decoder": SMALL},
+        {"num_memory_embeddings": 3},
+        ["unroll_width"],
+    ),
+    "encoder": (
+        MemoryModelConfig,
+        {"encoder": SMALL, "decoder": SMALL},
+        {"encoder": {**SMALL, "hidden_size": 128}},
+        ["memory_size", "unroll_width"],
+    ),
+    "decoder": (
+        MemoryModelConfig,
+        {"encoder": SMALL, "decoder": SMALL},
+        {"decoder": {**SMALL, "hidden_size": 128}},
+        ["initializer_range"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWING)
+def test_derived_sizes_follow_the_others(case, tmp_path):
+    """However the others are changed: while a folder is loaded, in any order, or by assignment."""
+    config_class, fields, changed, followers = FOLLOWING[case]
+    config_class(**fields).save_pretrained(tmp_path)
+    fresh = config_class(**{**fields, **changed})
+    loaded = [config_class.from_pretrained(tmp_path, **changed), AutoConfig.from_pretrained(tmp_path, **changed)]
+    loaded.append(config_class.from_pretrained(tmp_path, **dict(reversed(changed.items()))))
+    assigned = config_class(**fields)
+    for name, value in changed.items():
+        setattr(assigned, name, backbone_config(value) if isinstance(value, dict) else value)
+    for config in (*loaded, assigned):
+        sizes, expected = (
+            {name: each.to_dict()[name] for name in config_class.__annotations__} for each in (config, fresh)
+        )
+        assert sizes == expected
+    assert all(getattr(fresh, name) != getattr(config_class(**fields), name) for name in followers)
+
+
+def test_sizes_of_a_part_follow_within_it(tmp_path):
+    MemoryModelConfig(**PARTS).save_pretrained(tmp_path)
+    config = MemoryModelConfig.from_pretrained(tmp_path, encoder={"hidden_size": 128})
+    assert (config.encoder.head_dim, config.encoder.num_persistent_slots, config.encoder.vocab_size) == (32, 448, 90)
+    assert (config.memory_size, config.unroll_width, config.decoder.hidden_size) == (128, 64, 64)
+    other = MemoryModelConfig.from_pretrained(tmp_path, decoder={"model_type": "gpt2", "vocab_size": 90, "n_embd": 48})
+    assert (other.decoder.model_type, other.initializer_range) == ("gpt2", 48**-0.5)
+
+
+def test_chosen_sizes_stay(tmp_path):
+    MemoryMosaicConfig(**SMALL, head_dim=7, logits_scaling=3.0).save_pretrained(tmp_path)
+    config = MemoryMosaicConfig.from_pretrained(tmp_path, hidden_size=96)
+    assert (config.head_dim, config.logits_scaling, config.num_persistent_slots) == (7, 3.0, 336)
+    MemoryMosaicConfig(**SMALL).save_pretrained(tmp_path)
+    for chosen in ({"head_dim": 16, "hidden_size": 96}, {"hidden_size": 96, "head_dim": 16}):
+        assert MemoryMosaicConfig.from_pretrained(tmp_path, **chosen).head_dim == 16
+    config.head_dim = None
+    assert config.head_dim == 24, "`None` asks for what follows from the others"
+
+
+def test_a_width_that_no_longer_fits_its_heads_is_refused(tmp_path):
+    config = MemoryMosaicConfig(**SMALL)
+    config.hidden_size = 90
+    for use in (MemoryMosaicForCausalLM, lambda config: config.save_pretrained(tmp_path)):
+        with pytest.raises(
+            (ValueError, StrictDataclassError), match="hidden_size=90 is not a multiple of num_attention_heads=4"
+        ):
+            use(config)
+    config.num_attention_heads = 5
+    assert MemoryMosaicForCausalLM(config).config.head_dim == 18

@@ -145,7 +145,7 @@ def test_a_saved_memory_reads_on(tmp_path):
     observations = observe(model, 2, 17)
     save_file(memory_state_dict(read(model, observations[:, :11])[1]), tmp_path / "memory.safetensors")
     tensors = load_file(tmp_path / "memory.safetensors")
-    assert set(tensors) == {"layers.0.keys", "layers.0.values", "layers.0.contextual_sum"}
+    assert set(tensors) == {"layers.0.keys", "layers.0.values", "layers.0.contextual_sum", "fingerprint"}
     memory = memory_from_state_dict(model.config, tensors)
     expected = model(observations).predictions[:, 11:]
     torch.testing.assert_close(read(model, observations[:, 11:], memory)[0], expected, rtol=0, atol=1e-12)

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
+from conftest import flip
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from training import data
+from training.checksums import LIST
 from training.data import collate_windows, load_stories, pack_windows, source_provenance
 from training.story_writer import write_stories
 from training.tokenizer import load_tokenizer, train_tokenizer
@@ -390,6 +392,25 @@ def test_a_second_call_does_no_work(stories, tokenizer, monkeypatch, tmp_path):
         again = load_stories("embedded", num_stories=300)
         for num_proc in (None, 2):
             assert np.array_equal(_ids(pack_windows(again, load_tokenizer(str(tmp_path)), 96, num_proc)), before)
+
+
+def test_what_has_changed_in_the_cache_is_made_again(tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    texts = load_stories("embedded", num_stories=40)["text"][:]
+    before = _ids(pack_windows(load_stories("embedded", num_stories=40), tokenizer, 64, num_proc=2))
+    files = sorted(tmp_path.rglob("*.arrow"))
+    assert [path.name for path in files].count("rows.arrow") == 2 and len(files) == 4  # tokens of two processes
+    for name in ("*.arrow", LIST):
+        caplog.clear()
+        for path in tmp_path.rglob(name):
+            flip(path)
+        stories = load_stories("embedded", num_stories=40)
+        assert stories["text"][:] == texts
+        assert np.array_equal(_ids(pack_windows(stories, tokenizer, 64)), before)
+        shorter = pack_windows(stories, tokenizer, 32)  # by the tokens, which the windows had no need of
+        assert np.array_equal(_ids(shorter).ravel()[: before.size], before.ravel())
+        assert caplog.text.count("it is removed and made again") == 3
+        shutil.rmtree(Path(shorter.cache_files[0]["filename"]).parent)
 
 
 def test_another_tokenizer_or_other_stories_are_not_taken_from_the_cache(stories, tokenizer):

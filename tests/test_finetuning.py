@@ -31,20 +31,6 @@ def test_lora_trains_the_slots_too():
     assert len(trained) == 2 * 2 * 2 and all("lora" in name for name in trained)
 
 
-def test_projections_beside_adapted_slots_merge_and_load(tmp_path):
-    slots = ["persistent_memory.slot_keys", "persistent_memory.slot_values"]
-    configuration = LoraConfig(target_modules=[*PROJECTIONS], target_parameters=slots, init_lora_weights=False)
-    adapted, ids = get_peft_model(make_model(), configuration).eval(), make_ids(2, 9)
-    expected = adapted(ids).logits
-    halfway = adapted.merge_and_unload()
-    with pytest.raises(ValueError, match="an adapter still wraps"):
-        halfway.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-    adapted.merge_and_unload().save_pretrained(tmp_path)
-    merged = type(halfway).from_pretrained(tmp_path)
-    torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-5)
-
-
 def test_trainer_evaluates_with_metrics(tmp_path):
     """The memory must stay out of what Trainer gathers."""
     rows = [{"input_ids": row, "labels": row} for row in make_ids(4, 8)]

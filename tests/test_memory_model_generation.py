@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory models generate: finished chunks turn into memories as the text grows, whatever the way of decoding."""
 
+import copy
+
 import pytest
 import torch
 from conftest import make_ids
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_memory_model import BACKBONES, LENGTH, READS, VOCAB_SIZE, make_memory_model
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import TextStreamer, pipeline, set_seed
 
+from modeling_memory_mosaic import MemoryMosaicConfig
 from training.tokenizer import train_tokenizer
 
 
@@ -96,6 +102,109 @@ def test_rounded_memories_take_a_byte_for_each_number():
     assert sizes == [3 * 24 * 8, 3 * (24 + 4)]
 
 
+NOT_FINITE = {
+    "nan": lambda memories: memories.index_fill(3, torch.tensor(2), float("nan")),
+    "infinite": lambda memories: memories.index_fill(3, torch.tensor(2), float("inf")),
+    "too large for float32": lambda memories: memories.double() * 1e300,
+}
+OF_ANOTHER_KIND = {
+    "integers": lambda memories: memories.long(),
+    "booleans": lambda memories: memories.bool(),
+    "complex": lambda memories: memories.to(torch.complex64),
+}
+
+
+@pytest.mark.parametrize("wrong", [*NOT_FINITE, *OF_ANOTHER_KIND])
+def test_memories_of_impossible_numbers_are_refused(wrong):
+    model = make_memory_model(dtype=torch.float32)
+    memories, rest = model.encode(make_ids(2, 18, vocab_size=VOCAB_SIZE))
+    tensors = model.memories_state_dict(**memories)
+    wrong = (NOT_FINITE | OF_ANOTHER_KIND)[wrong](memories["memories"])
+    message = "memories are not finite|memories are torch.*floating-point numbers"
+    for take in (
+        lambda: model(**rest, **memories | {"memories": wrong}),
+        lambda: model.generate(**rest, **memories | {"memories": wrong}, max_new_tokens=2),
+        lambda: model.memories_from_state_dict(tensors | {"memories": wrong}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            take()
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (torch.zeros(2, 3), "memory_mask is torch.float32"),
+        (torch.full((2, 3), 2), "memory_mask must hold 1 and 0 only. Found: 2"),
+        (torch.full((2, 3), -1), "Found: -1"),
+        (torch.ones(2, 2, dtype=torch.bool), "memory_mask has shape"),
+    ],
+)
+def test_a_memory_mask_of_another_meaning_is_refused(mask, message):
+    model = make_memory_model()
+    memories, rest = model.encode(make_ids(2, 18, vocab_size=VOCAB_SIZE))
+    tensors = model.memories_state_dict(**memories)
+    with pytest.raises(ValueError, match=message):
+        model(**rest, **memories | {"memory_mask": mask})
+    with pytest.raises(ValueError, match=message):
+        model.memories_from_state_dict(tensors | {"memory_mask": mask})
+
+
+def test_what_stands_at_absent_memories_may_be_anything():
+    model = make_memory_model()
+    memories, rest = model.encode(make_ids(2, 18, vocab_size=VOCAB_SIZE))
+    memories["memory_mask"][1, 0] = False
+    expected = model(**rest, **memories).logits
+    memories["memories"][1, 0] = float("nan")
+    assert torch.equal(model(**rest, **memories).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_memories_of_another_precision_are_converted(dtype):
+    model = make_memory_model(dtype=torch.float32)
+    memories, rest = model.encode(make_ids(2, 18, vocab_size=VOCAB_SIZE))
+    tensors = model.memories_state_dict(**memories)
+    other = memories["memories"].to(dtype)
+    read = model.memories_from_state_dict(tensors | {"memories": other})
+    assert read["memories"].dtype == torch.float32
+    assert torch.equal(model(**rest, **read).logits, model(**rest, memories=other).logits)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda tensors: tensors | {"memories": tensors["memories"].float()},
+            "memories are torch.float32 with scales",
+        ),
+        (lambda tensors: {n: t for n, t in tensors.items() if n != "scale"}, r"of shape \(0,\)"),
+        (lambda tensors: tensors | {"scale": tensors["scale"][:, :1]}, "with float32 scales of shape"),
+        (lambda tensors: tensors | {"scale": tensors["scale"] * float("nan")}, "memories are not finite"),
+    ],
+)
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_stored_codes_that_no_encoder_wrote_are_refused(quantization, change, message):
+    model = make_memory_model(memory_quantization=quantization)
+    tensors = model.memories_state_dict(**model.encode(make_ids(2, 18, vocab_size=VOCAB_SIZE))[0])
+    model.memories_from_state_dict(tensors)
+    with pytest.raises(ValueError, match=message):
+        model.memories_from_state_dict(change(tensors))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"memories": torch.zeros(2, 0, 1, 24), "memory_mask": torch.zeros(2, 0)}, "holds none"),
+        ({"chunk_length": torch.tensor([5, 5])}, r"chunks of \[5, 5\] tokens"),
+        ({"encoder": torch.full((32,), -1.5)}, "of another encoder"),
+    ],
+)
+def test_damaged_memories_are_refused(change, message):
+    model = make_memory_model()
+    tensors = model.memories_state_dict(**model.encode(make_ids(2, 18, vocab_size=VOCAB_SIZE))[0])
+    with pytest.raises(ValueError, match=message):
+        model.memories_from_state_dict(tensors | change)
+
+
 @pytest.mark.parametrize(
     "other, message",
     [
@@ -112,6 +221,31 @@ def test_memories_of_another_model_are_refused(other, message):
         make_memory_model(**other).memories_from_state_dict(tensors)
     with pytest.raises(ValueError, match=r"\['encoder'\] are missing"):
         model.memories_from_state_dict({name: t for name, t in tensors.items() if name != "encoder"})
+
+
+def quantized(model):
+    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "head" not in name)
+    return model
+
+
+def adapted(model):
+    config = LoraConfig(target_modules=["k_proj"], init_lora_weights=False)
+    return get_peft_model(model, config).base_model.model
+
+
+@pytest.mark.parametrize("change", [quantized, adapted])
+def test_memories_of_quantized_and_adapted_weights_are_read_by_these_alone(change):
+    sizes = MemoryMosaicConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    plain = make_memory_model(encoder=sizes, decoder=sizes, dtype=torch.float32)
+    model = change(copy.deepcopy(plain))
+    memories, rest = model.encode(make_ids(2, 13, vocab_size=VOCAB_SIZE))
+    tensors = model.memories_state_dict(**memories)
+    read = model.memories_from_state_dict(tensors)
+    assert torch.equal(read["memories"], memories["memories"])
+    options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
+    assert torch.equal(model.generate(**rest, **read, **options), model.generate(**rest, **memories, **options))
+    with pytest.raises(ValueError, match="of another encoder"):
+        plain.memories_from_state_dict(tensors)
 
 
 def test_a_decoder_may_be_trained_on_and_its_memories_stay_valid():

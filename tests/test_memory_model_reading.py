@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from conftest import make_ids
+from conftest import make_ids, make_model
 from huggingface_hub.errors import StrictDataclassError
 from test_memory_model import BACKBONES, LENGTH, READS, make_memory_model
 from transformers import set_seed
@@ -41,6 +41,26 @@ def test_the_gradient_of_a_padded_batch_is_that_of_its_rows(kind):
     alone.backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(together[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("build", [make_model, *BACKBONES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_rows_of_any_length_has_a_loss_and_a_gradient(build, dtype):
+    """Logits with gaps in their storage would do in half precision alone, which the library's loss copies."""
+    if build is make_model:
+        model = make_model(dtype=dtype, num_hidden_layers=1)
+    else:
+        encoder, decoder = BACKBONES[build]
+        model = make_memory_model(encoder=encoder, decoder=decoder, dtype=dtype)
+    for num_rows in (1, 2, 3):
+        for num_tokens in (2, LENGTH, LENGTH + 1, 2 * LENGTH - 1, 2 * LENGTH):
+            ids = make_ids(num_rows, num_tokens)
+            outputs = model(ids, labels=ids)
+            outputs.loss.backward()
+            assert outputs.logits.is_contiguous() and model(ids, logits_to_keep=2).logits.is_contiguous()
+            expected = torch.stack([model(row[None], labels=row[None]).loss for row in ids]).mean()
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(outputs.loss, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_memory_reaches_all_later_rows_and_no_earlier_one():

@@ -18,7 +18,7 @@ from training.tokenizer import train_tokenizer
 
 PAYLOAD = {
     f"{kind}_memory_{name}.py" for kind in ("configuration", "cache", "modeling") for name in ("model", "mosaic")
-}
+} | {"adapters_memory_mosaic.py"}
 
 
 @pytest.fixture(params=BACKBONES)

@@ -17,7 +17,12 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, MemoryMosaicModel
 
 
-PAYLOAD = ("configuration_memory_mosaic.py", "cache_memory_mosaic.py", "modeling_memory_mosaic.py")
+PAYLOAD = (
+    "configuration_memory_mosaic.py",
+    "cache_memory_mosaic.py",
+    "adapters_memory_mosaic.py",
+    "modeling_memory_mosaic.py",
+)
 # What comes besides with a memory model.
 WHOLE_PAYLOAD = (*PAYLOAD, "configuration_memory_model.py", "cache_memory_model.py", "modeling_memory_model.py")
 
@@ -156,7 +161,7 @@ def test_the_payload_touches_neither_files_nor_network_nor_processes(request, na
     assert not attributes & {"load", "save", "hub", "ops", "cpp_extension", "system", "popen", "write", "__globals__"}
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
-    harmless = {"copy", "dataclasses", "hashlib", "inspect", "typing"}
+    harmless = {"copy", "dataclasses", "functools", "hashlib", "inspect", "typing", "weakref"}
     assert {module.split(".")[0] for module in modules} <= {"torch", "transformers", "huggingface_hub"} | harmless
     assert modules & {"torch", "transformers.configuration_utils"}  # it found the imports there are
 
