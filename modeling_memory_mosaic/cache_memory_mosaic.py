@@ -201,7 +201,52 @@ def note_writer(layer, module: nn.Module) -> None:
     layer.writer = MemoryWriter(module)
 
 
-class MemoryMosaicStates:
+class ReadText:
+    """What a memory has read, so that it can be told whether ids are new:
+
+    - `read_ids` `(B, tokens)`, `None` if any of it came as embeddings,
+    - `read_mask` `(B, tokens or fewer)`, False at padding; what it does not cover are tokens,
+    - `writer`: by which weights it was read.
+    """
+
+    def forget_text(self) -> None:
+        self.knows_ids = True  # until something comes as embeddings
+        self.read_ids: torch.Tensor | None = None
+        self.read_mask: torch.Tensor | None = None
+        self.writer: MemoryWriter | None = None
+
+    def note_text(self, input_ids: torch.Tensor | None, is_token: torch.Tensor | None) -> None:
+        """Keep the ids `(B, T)` that are about to be read, and which are tokens: all, if `is_token` is `None`."""
+        num_read = self.get_seq_length()
+        self.knows_ids = self.knows_ids and input_ids is not None
+        if not self.knows_ids:
+            self.read_ids = None
+        else:
+            self.read_ids = input_ids.clone() if num_read == 0 else torch.cat([self.read_ids, input_ids], dim=1)
+        if is_token is not None:
+            before = is_token[:, :0] if self.read_mask is None else self.read_mask
+            self.read_mask = torch.cat([F.pad(before, (0, num_read - before.shape[1]), value=True), is_token], dim=1)
+
+    def past_mask(self) -> torch.Tensor | None:
+        """Which of the tokens read are tokens `(B, tokens)`, the others padding; `None` if all are."""
+        if self.read_mask is None:
+            return None
+        num_read = int(self.get_seq_length())
+        return F.pad(self.read_mask, (0, max(0, num_read - self.read_mask.shape[1])), value=True)[:, :num_read]
+
+    def past_ids(self) -> torch.Tensor | None:
+        """The ids that were read `(B, tokens)`, `None` if they are not known."""
+        return None if self.read_ids is None else self.read_ids[:, : int(self.get_seq_length())]
+
+    def _map_text(self, function) -> None:
+        self.read_ids = None if self.read_ids is None else function(self.read_ids)
+        self.read_mask = None if self.read_mask is None else function(self.read_mask)
+
+    def _cut_text(self, num_left: int) -> None:
+        self._map_text(lambda columns: columns[:, :num_left])
+
+
+class MemoryMosaicStates(ReadText):
     """The running states of one layer, by name, each the last vector of a trajectory `(B, H, T, D)`:
 
     - `contextual_sum`, `persistent_sum`: the leaky sums of the two key extractors, in float32,
@@ -210,9 +255,7 @@ class MemoryMosaicStates:
     They stay on the model's device when pairs are offloaded: they are small, and needed before the pairs are.
     While the past is recorded (`activate_past_recording`), trajectories are kept whole so that `crop` can roll back.
 
-    The first layer of a memory also keeps what was read: `read_ids` `(B, tokens)`, `None` if any of it came as
-    embeddings, and `read_mask` `(B, tokens or fewer)`, False at padding; what it does not cover are tokens. And it
-    keeps the `writer`: by which weights it was read.
+    The first layer of a memory also keeps what was read, for all of them.
     """
 
     state_names = ("contextual_sum", "pending_value", "persistent_sum")
@@ -224,12 +267,6 @@ class MemoryMosaicStates:
         self.states: dict[str, torch.Tensor] = {}
         self.record_past = False
         self.forget_text()
-
-    def forget_text(self) -> None:
-        self.knows_ids = True  # until something comes as embeddings
-        self.read_ids: torch.Tensor | None = None
-        self.read_mask: torch.Tensor | None = None
-        self.writer: MemoryWriter | None = None
 
     def get_state(self, name: str) -> torch.Tensor | None:
         """Last vector `(B, H, 1, D)` of a state, `None` before the first token."""
@@ -244,40 +281,16 @@ class MemoryMosaicStates:
             trajectory = torch.cat([self.states[name], trajectory], dim=2)
         self.states[name] = trajectory
 
-    def note_text(self, input_ids: torch.Tensor | None, is_token: torch.Tensor | None) -> None:
-        """Keep the ids `(B, T)` that are about to be read, and which are tokens: all, if `is_token` is `None`."""
-        num_read = self.get_seq_length()
-        self.knows_ids = self.knows_ids and input_ids is not None
-        if not self.knows_ids:
-            self.read_ids = None
-        else:
-            self.read_ids = input_ids.clone() if num_read == 0 else torch.cat([self.read_ids, input_ids], dim=1)
-        if is_token is not None:
-            before = is_token[:, :0] if self.read_mask is None else self.read_mask
-            self.read_mask = torch.cat([F.pad(before, (0, num_read - before.shape[1]), value=True), is_token], dim=1)
-
     def num_rows(self) -> int:
         """Rows of what was read; 0 before anything was."""
         return self.keys.shape[0] if self.is_initialized else 0
-
-    def past_mask(self) -> torch.Tensor | None:
-        """Which of the tokens read are tokens `(B, tokens)`, the others padding; `None` if all are."""
-        if self.read_mask is None:
-            return None
-        num_read = int(self.get_seq_length())
-        return F.pad(self.read_mask, (0, max(0, num_read - self.read_mask.shape[1])), value=True)[:, :num_read]
-
-    def past_ids(self) -> torch.Tensor | None:
-        """The ids that were read `(B, tokens)`, `None` if they are not known."""
-        return None if self.read_ids is None else self.read_ids[:, : int(self.get_seq_length())]
 
     def _map_states(self, function) -> None:
         self.states = {name: function(state) for name, state in self.states.items()}
 
     def _map_rows(self, function) -> None:
         self._map_states(function)
-        self.read_ids = None if self.read_ids is None else function(self.read_ids)
-        self.read_mask = None if self.read_mask is None else function(self.read_mask)
+        self._map_text(function)
 
     def activate_past_recording(self) -> None:
         """Keep trajectories from now on, so that `crop` can take tokens back."""
@@ -347,8 +360,7 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
             self._roll_back(-tokens_to_remove)
         super().crop(tokens_to_remove)
         self._map_states(lambda trajectory: trajectory[:, :, -1:].contiguous())
-        self.read_ids = None if self.read_ids is None else self.read_ids[:, :num_left]
-        self.read_mask = None if self.read_mask is None else self.read_mask[:, :num_left]
+        self._cut_text(num_left)
 
     def _roll_back(self, num_tokens: int) -> None:
         if num_tokens > self.get_seq_length():

@@ -25,6 +25,7 @@ row to row, so all chunks are encoded in one pass and all rows decoded in anothe
 Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
 """
 
+import functools
 import hashlib
 import inspect
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from transformers.utils.import_utils import is_fake_tensor
 
 from .adapters_memory_mosaic import AdaptableModel, check_routers
 from .cache_memory_model import MemoryModelCache
-from .cache_memory_mosaic import weights_fingerprint
+from .cache_memory_mosaic import note_writer, weights_fingerprint
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .modeling_memory_mosaic import (
@@ -51,6 +52,7 @@ from .modeling_memory_mosaic import (
     MemoryMosaicForCausalLM,
     MemoryMosaicModel,
     at_least_float32,
+    continue_from,
     one_memory,
     refuse,
 )
@@ -578,6 +580,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             cache = MemoryModelCache()
             self.check_cache(cache, memories, labels)
         if cache is not None:
+            note_writer(cache, self)
+            cache.note_text(input_ids, None if attention_mask is None else attention_mask.to(ids.device, torch.bool))
             return self.read_on(cache, ids, is_token, order, memories, memory_mask, logits_to_keep)
 
         remembered = self.remember(ids, is_token, memories, memory_mask)
@@ -961,13 +965,24 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         )
         return outputs.logits
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        """As the library's; behind a cache, ids may be the new text alone or all of it, see `continue_from`."""
+        cache = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"))
+        if isinstance(cache, MemoryModelCache) and cache.is_initialized:
+            self.check_cache(cache, kwargs.get("memories"), None)
+            kwargs = continue_from(inputs, generation_config or self.generation_config, kwargs)
+            ids = kwargs["input_ids"] if inputs is None else inputs
+            cache.num_ahead = kwargs["attention_mask"].shape[1] - ids.shape[1]
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if kwargs.get("use_cache", self.config.use_cache):
             check_routers(self)
         cache = inputs.get(MEMORY_NAME)
         if cache is not None and cache.get_seq_length() > 0:
-            inputs["input_ids"] = input_ids[:, cache.get_seq_length() :]
+            inputs["input_ids"] = input_ids[:, cache.get_seq_length() - cache.num_ahead :]
             if inputs["input_ids"].shape[1] == 0 and self.is_sharded_in_parts():
                 inputs["input_ids"] = input_ids[:, -1:]  # these texts have ended, those of another process have not
             inputs.pop("memories", None)

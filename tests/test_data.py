@@ -311,6 +311,18 @@ def test_hub_data_sets_are_loaded_by_name(monkeypatch):
         load_stories("some/stories", text_field="id")
 
 
+def test_files_of_a_hub_data_set_that_have_changed_are_refused(monkeypatch, tmp_path):
+    Dataset.from_dict({"text": STORIES * 50}).save_to_disk(tmp_path)
+    (path,) = tmp_path.glob("*.arrow")
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: Dataset.from_file(str(path)))
+    for _ in range(2):
+        assert load_stories("some/stories")["text"][:] == STORIES * 50
+    flip(path)
+    with pytest.raises(ValueError, match=f"{path} has changed since it was first read: remove its folder"):
+        load_stories("some/stories")
+    assert load_stories("some/stories", streaming=True)  # another way of reading, which the cache has no part in
+
+
 @pytest.mark.parametrize("failure", [ConnectionError("no network"), FileNotFoundError("unknown")])
 def test_what_the_hub_cannot_give_is_explained(monkeypatch, failure):
     def load_dataset(*args, **kwargs):

@@ -11,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from modeling_memory_mosaic import (
+    ContinuousMemoryMosaicConfig,
+    ContinuousMemoryMosaicModel,
     MemoryMosaicForCausalLM,
     memory_from_state_dict,
     memory_state_dict,
@@ -120,3 +122,19 @@ def test_fingerprints_of_stored_weights(model, tmp_path):
     assert prints[0] == prints[1] != prints[2] and fingerprint not in prints
     with torch.device("meta"), pytest.raises(ValueError, match="meta device"):
         weights_fingerprint(MemoryMosaicForCausalLM(model.config))
+
+
+def test_a_memory_of_observations_knows_its_writer():
+    torch.manual_seed(0)
+    one, other = (ContinuousMemoryMosaicModel(ContinuousMemoryMosaicConfig(num_attention_heads=1)) for _ in range(2))
+    observations = torch.randn(1, 9, 6)
+    with torch.no_grad():
+        tensors = memory_state_dict(one(observations[:, :5], use_cache=True).past_key_values)
+        expected = one(observations).predictions[:, 5:]
+        for reader in (one, other):
+            memory = memory_from_state_dict(reader.config, tensors)
+            if reader is other:
+                with pytest.raises(ValueError, match="Other weights wrote this memory"):
+                    reader(observations[:, 5:], past_key_values=memory)
+            else:
+                assert_near(reader(observations[:, 5:], past_key_values=memory).predictions, expected)

@@ -14,6 +14,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import TextStreamer, pipeline, set_seed
 
 from modeling_memory_mosaic import MemoryMosaicConfig
+from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
 from training.tokenizer import train_tokenizer
 
 
@@ -276,3 +277,42 @@ def test_assisted_decoding_is_refused():
         generate(
             model, {"input_ids": make_ids(1, 8, vocab_size=VOCAB_SIZE)}, assistant_model=make_memory_model(seed=1)
         )
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("num_new", [1, 4, 7, 15])
+@pytest.mark.parametrize("num_read", [1, 7])
+def test_new_text_behind_a_cache_is_read_whole(num_read, num_new, num_beams):
+    """Whatever the mask covers, and for the whole text too."""
+    model = make_memory_model()
+    past, new = (
+        make_ids(2, num_read, vocab_size=VOCAB_SIZE - 1),
+        make_ids(2, num_new, seed=1, vocab_size=VOCAB_SIZE - 1),
+    )
+    past_mask, new_mask = torch.ones_like(past), torch.ones_like(new)
+    past_mask[0, : num_read // 3], new_mask[1, : num_new // 3] = 0, 0
+    new = new.masked_fill(new_mask == 0, VOCAB_SIZE - 1)
+    whole, mask = torch.cat([past, new], dim=1), torch.cat([past_mask, new_mask], dim=1)
+    settings = GREEDY | {"max_new_tokens": 3, "pad_token_id": VOCAB_SIZE - 1, "num_beams": num_beams}
+    expected = model.generate(whole, attention_mask=mask, **settings)
+    for ids, given in ((new, None), (new, new_mask), (new, mask), (whole, mask)):
+        with torch.no_grad():
+            cache = model(past, attention_mask=past_mask, use_cache=True)[MEMORY_NAME]
+        text = model.generate(ids, attention_mask=given, past_key_values=cache, **settings)
+        assert torch.equal(text, expected[:, -text.shape[1] :]) and text.shape[1] == ids.shape[1] + 3
+
+
+def test_what_a_cache_cannot_continue_is_refused():
+    model = make_memory_model()
+    ids = make_ids(2, 9, vocab_size=VOCAB_SIZE)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True)[MEMORY_NAME]
+        memories = {"memories": cache.memories, "memory_mask": cache.memory_mask}
+        with pytest.raises(ValueError, match="Other weights wrote this memory"):
+            make_memory_model(seed=1)(ids[:, :2], past_key_values=cache)
+    with pytest.raises(ValueError, match="memories come before a text"):
+        model.generate(ids[:, :2], past_key_values=cache, **memories)
+    with pytest.raises(ValueError, match="no new one is among them"):
+        model.generate(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="holds 2 rows, but 1 are passed"):
+        model.generate(ids[:1, :3], past_key_values=cache)

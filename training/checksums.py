@@ -111,7 +111,8 @@ def refuse_damage(folder: Path) -> None:
     if found:
         raise ValueError(
             f"{folder} is damaged ({'; '.join(found)}): restore it, or have it made again: without its result.json a "
-            "run writes it again from its last checkpoint, and with --restart all is done again"
+            "run writes it again from its last checkpoint, and with --restart all is done again. (If you changed it "
+            "yourself, copy the folder out of the run: a copy stands for itself.)"
         )
 
 

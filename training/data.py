@@ -30,8 +30,8 @@ from transformers import PreTrainedTokenizerFast
 
 from training import story_writer
 from training.archive import archive_volumes, archives_in, names_archive, unpacked_file
-from training.checksums import checksum
-from training.export import make_once
+from training.checksums import checksum, checksum_of_text, sealed, unsealed
+from training.export import make_once, write_text
 
 
 EMBEDDED = "embedded"
@@ -90,6 +90,8 @@ def load_stories(
         stories = _stories_of_files(source, split, text_field, separator, streaming)
     else:
         stories = _stories_of_hub(source, split, text_field, streaming)
+        if not streaming:
+            _refuse_changed_files(stories)
     if num_stories is None:
         return stories
     if not streaming and len(stories) < num_stories:
@@ -232,6 +234,22 @@ def _cached_files(write: Callable[[Path], None], fingerprint: str) -> Dataset:
     found = concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(folder.glob("*.arrow"))])
     found._fingerprint = fingerprint  # else it would be made of the place and time of the files
     return found
+
+
+def _refuse_changed_files(stories: Dataset) -> None:
+    """`ValueError` if a file in the library's cache, of a data set on the Hub, has changed since it was first read."""
+    for path in (Path(file["filename"]) for file in stories.cache_files):
+        known = Path(datasets.config.HF_DATASETS_CACHE) / "checksums" / f"{checksum_of_text(str(path.resolve()))}.txt"
+        now = f"{checksum(path)}  {path}\n"
+        before = unsealed(known)
+        if before is None:
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_text(known, sealed(now))
+        elif before != now:
+            raise ValueError(
+                f"{path} has changed since it was first read: remove its folder and {known}, and the data set is "
+                "downloaded again"
+            )
 
 
 def _fingerprint(*parts: Any) -> str:

@@ -114,6 +114,7 @@ def load_tokenizer(name_or_path: str, keep_added: bool = False) -> PreTrainedTok
         logger.warning("%s adds %s of each text: taken away, as training text has none", name_or_path, added)
         tokenizer = _adding_nothing(tokenizer)
     tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # else `save_pretrained` would not keep it
     return tokenizer
 
 
