@@ -48,7 +48,9 @@ from .cache_memory_mosaic import note_writer, weights_fingerprint
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .modeling_memory_mosaic import (
+    FOREIGN_PACKING_NAMES,
     MEMORY_NAME,
+    PACKING_NAMES,
     MemoryMosaicForCausalLM,
     MemoryMosaicModel,
     at_least_float32,
@@ -67,7 +69,7 @@ INT8_LIMIT, FP8_LIMIT = 127.0, 448.0
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 # By which a batch of packed documents would tell where each begins.
-DOCUMENT_MARKS = ("position_ids", "seq_idx", "cu_seq_lens_q")
+DOCUMENT_MARKS = ("position_ids", *PACKING_NAMES, *FOREIGN_PACKING_NAMES)
 
 
 # trf-ignore: TRF057
@@ -232,6 +234,13 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         super().__init__(config)
         width = config.encoder.hidden_size
         self.backbone = build_backbone(config.encoder)
+        num_positions = learnt_positions(self.backbone)
+        num_slots = config.chunk_length + (config.num_memory_embeddings if config.memory_pooling == "summary" else 0)
+        if num_positions is not None and num_slots > num_positions:
+            raise ValueError(
+                f"The encoder reads a chunk of chunk_length={config.chunk_length} tokens in {num_slots} slots, but "
+                f"has {num_positions} learnt positions: lower chunk_length, or take an encoder without such a table."
+            )
         self.summary_embeddings = self.chunk_positions = self.memory_proj = None
         if config.memory_pooling == "summary":
             self.summary_embeddings = nn.Parameter(torch.empty(config.num_memory_embeddings, width))
@@ -415,6 +424,14 @@ def build_decoder(config):
     return AutoModelForCausalLM.from_config(config)
 
 
+def learnt_positions(backbone: PreTrainedModel) -> int | None:
+    """How many slots a model with a table of learnt positions can read; `None` of one without such a table."""
+    limit = getattr(backbone.config, "max_position_embeddings", None)
+    tokens = backbone.get_input_embeddings()
+    tables = [part for part in backbone.modules() if isinstance(part, nn.Embedding) and part is not tokens]
+    return limit if limit is not None and any(table.num_embeddings >= limit for table in tables) else None
+
+
 def embed(backbone: PreTrainedModel, ids: torch.LongTensor) -> torch.Tensor:
     """Token embeddings; an id that the model does not know is named."""
     table = backbone.get_input_embeddings()
@@ -475,6 +492,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         self.reader = MemoryModelReader(config)
         self.decoder = build_decoder(config.decoder)
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.num_positions = learnt_positions(self.decoder)
         self.post_init()
         self.freeze_encoder(config.freeze_encoder)
 
@@ -580,8 +598,6 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             cache = MemoryModelCache()
             self.check_cache(cache, memories, labels)
         if cache is not None:
-            note_writer(cache, self)
-            cache.note_text(input_ids, None if attention_mask is None else attention_mask.to(ids.device, torch.bool))
             return self.read_on(cache, ids, is_token, order, memories, memory_mask, logits_to_keep)
 
         remembered = self.remember(ids, is_token, memories, memory_mask)
@@ -633,7 +649,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
                 "With labels a text is read as a whole, and no cache is kept of it: leave the cache out, and "
                 "use_cache=True."
             )
-        if self.training and self.decoder.is_gradient_checkpointing:
+        layers = self.decoder.modules() if self.training else ()
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
             raise ValueError(
                 "A cache cannot be read or written under gradient checkpointing, which reads everything twice: call "
                 "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
@@ -889,6 +906,13 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
     def masks(self, mask: torch.Tensor, num_new: int) -> dict[str, torch.Tensor]:
         """What a decoder needs to know of rows whose mask is `(N, past + new)`: places count what is there."""
         masks = {"attention_mask": mask.long()}
+        if self.num_positions is not None and not is_torchdynamo_compiling() and not is_fake_tensor(mask):
+            most = int(mask.sum(-1).max())
+            if most > self.num_positions:
+                raise ValueError(
+                    f"Memories and tokens take {most} slots of a row, but this {type(self.decoder).__name__} has "
+                    f"{self.num_positions} learnt positions: set max_memories, or take a decoder without such a table."
+                )
         if self.takes_positions:
             masks["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
         return masks
@@ -902,6 +926,9 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"The cache has read {cache.ids.shape[0]} rows, but {ids.shape[0]} are passed: they must be as many."
             )
+        note_writer(cache, self)
+        as_given = order.argsort(dim=1)
+        cache.note_text(take(ids, as_given), take(is_token, as_given))
         num_before = cache.is_token.sum(-1, keepdim=True)
         whole, is_whole = torch.cat([cache.ids, ids], dim=1), torch.cat([cache.is_token, is_token], dim=1)
         packed = left_aligned(is_whole)
@@ -913,9 +940,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             remembered = self.remember(whole, is_whole, cache.memories, cache.memory_mask)
             self.keep(cache, whole, is_whole, *remembered[:2])
             # Where the processes have to call the decoder equally often, the open chunk is read again each time.
-            last = None if self.is_sharded_in_parts() else self.begin_rows(cache)
-            logits = last
-            if last is None or logits_to_keep != 1:
+            logits = None if self.is_sharded_in_parts() else self.begin_rows(cache)
+            if logits is None or logits_to_keep != 1:
                 at = num_before + torch.arange(ids.shape[1], device=ids.device)
                 logits = take(self.causal_logits(whole, is_whole, *remembered), at.clamp(max=whole.shape[1] - 1))
         cache.num_tokens += ids.shape[1]

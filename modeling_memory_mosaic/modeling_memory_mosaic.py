@@ -1140,6 +1140,10 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=None, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            # The library's loss of classes counts a part of a batch by its share of the labels, its other two do not.
+            num_items = kwargs.get("num_items_in_batch")
+            if num_items is not None and self.config.problem_type != "single_label_classification":
+                loss = loss * (labels != -100).sum() / num_items
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,

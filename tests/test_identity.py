@@ -7,12 +7,15 @@ import pickle
 import pytest
 import torch
 from conftest import make_ids, make_model
+from kinds import VOCAB_SIZE, make_memory_model
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from modeling_memory_mosaic import (
     ContinuousMemoryMosaicConfig,
     ContinuousMemoryMosaicModel,
+    MemoryMosaicConfig,
     MemoryMosaicForCausalLM,
     memory_from_state_dict,
     memory_state_dict,
@@ -138,3 +141,28 @@ def test_a_memory_of_observations_knows_its_writer():
                     reader(observations[:, 5:], past_key_values=memory)
             else:
                 assert_near(reader(observations[:, 5:], past_key_values=memory).predictions, expected)
+
+
+def quantized(model):
+    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "head" not in name)
+    return model
+
+
+def adapted(model):
+    config = LoraConfig(target_modules=["k_proj"], init_lora_weights=False)
+    return get_peft_model(model, config).base_model.model
+
+
+@pytest.mark.parametrize("change", [quantized, adapted])
+def test_memories_of_quantized_and_adapted_weights_are_read_by_these_alone(change):
+    sizes = MemoryMosaicConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    plain = make_memory_model(encoder=sizes, decoder=sizes, dtype=torch.float32)
+    model = change(copy.deepcopy(plain))
+    memories, rest = model.encode(make_ids(2, 13, vocab_size=VOCAB_SIZE))
+    tensors = model.memories_state_dict(**memories)
+    read = model.memories_from_state_dict(tensors)
+    assert torch.equal(read["memories"], memories["memories"])
+    options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
+    assert torch.equal(model.generate(**rest, **read, **options), model.generate(**rest, **memories, **options))
+    with pytest.raises(ValueError, match="of another encoder"):
+        plain.memories_from_state_dict(tensors)

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory models generate: finished chunks turn into memories as the text grows, whatever the way of decoding."""
 
-import copy
-
 import pytest
 import torch
 from conftest import make_ids
-from peft import LoraConfig, get_peft_model
+from kinds import BACKBONES, LENGTH, VOCAB_SIZE, make_memory_model
 from safetensors.torch import load_file, save_file
-from test_memory_model import BACKBONES, LENGTH, READS, VOCAB_SIZE, make_memory_model
-from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from test_memory_model import READS
 from transformers import TextStreamer, pipeline, set_seed
 
-from modeling_memory_mosaic import MemoryMosaicConfig
 from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
 from training.tokenizer import train_tokenizer
 
@@ -222,31 +217,6 @@ def test_memories_of_another_model_are_refused(other, message):
         make_memory_model(**other).memories_from_state_dict(tensors)
     with pytest.raises(ValueError, match=r"\['encoder'\] are missing"):
         model.memories_from_state_dict({name: t for name, t in tensors.items() if name != "encoder"})
-
-
-def quantized(model):
-    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "head" not in name)
-    return model
-
-
-def adapted(model):
-    config = LoraConfig(target_modules=["k_proj"], init_lora_weights=False)
-    return get_peft_model(model, config).base_model.model
-
-
-@pytest.mark.parametrize("change", [quantized, adapted])
-def test_memories_of_quantized_and_adapted_weights_are_read_by_these_alone(change):
-    sizes = MemoryMosaicConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    plain = make_memory_model(encoder=sizes, decoder=sizes, dtype=torch.float32)
-    model = change(copy.deepcopy(plain))
-    memories, rest = model.encode(make_ids(2, 13, vocab_size=VOCAB_SIZE))
-    tensors = model.memories_state_dict(**memories)
-    read = model.memories_from_state_dict(tensors)
-    assert torch.equal(read["memories"], memories["memories"])
-    options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
-    assert torch.equal(model.generate(**rest, **read, **options), model.generate(**rest, **memories, **options))
-    with pytest.raises(ValueError, match="of another encoder"):
-        plain.memories_from_state_dict(tensors)
 
 
 def test_a_decoder_may_be_trained_on_and_its_memories_stay_valid():

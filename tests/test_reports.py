@@ -12,16 +12,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SIZES, checkpoint_activations, make_ids, make_model
+from conftest import checkpoint_activations, make_ids
+from kinds import BACKBONE_KINDS, KINDS, for_kinds, make_continuous
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_continuous import make_model as make_continuous
 from test_continuous import observe
-from test_memory_model import GPT2, LLAMA, MOSAIC, make_memory_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     DynamicCache,
     StaticCache,
     TextIteratorStreamer,
@@ -29,42 +27,22 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForSequenceClassification
 from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
 from training.tokenizer import train_tokenizer
 
 
 PROJECTIONS = ["k_proj", "v_proj", "o_proj"]
-NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+language_models = for_kinds("mosaic", "memory model")
+backbones = for_kinds("mosaic", "memory model", "memory model of llama", "memory model of gpt2")
+all_models = for_kinds()
 
 
 def make_mosaic(**config):
-    return make_model(**NO_DROPOUT, **config)
+    return KINDS["mosaic"].make(**config)
 
 
-def make_memory(backbone=MOSAIC, **config):
-    return make_memory_model(encoder=backbone, decoder=backbone, dtype=torch.float32, **config)
-
-
-def make_classifier():
-    torch.manual_seed(0)
-    return MemoryMosaicForSequenceClassification(
-        MemoryMosaicConfig(**SIZES, **NO_DROPOUT, num_labels=3, pad_token_id=0)
-    ).eval()
-
-
-LANGUAGE_MODELS = {"mosaic": make_mosaic, "memory model": make_memory}
-BACKBONES = LANGUAGE_MODELS | {
-    "memory model on Llama": lambda: make_memory(LLAMA),
-    "memory model on GPT-2": lambda: make_memory(GPT2),
-}
-MODELS = LANGUAGE_MODELS | {"classifier": make_classifier, "continuous": lambda: make_continuous().float()}
-# Loads what each of them saves.
-LOADERS = {"classifier": AutoModelForSequenceClassification, "continuous": AutoModel}
-
-language_models = pytest.mark.parametrize("kind", LANGUAGE_MODELS)
-backbones = pytest.mark.parametrize("kind", BACKBONES)
-all_models = pytest.mark.parametrize("kind", MODELS)
+def make_memory(backbones="memory model", **config):
+    return KINDS[backbones].make(**config)
 
 
 def inputs_of(model, seed=0):
@@ -112,7 +90,7 @@ def padded(rows, side):
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
 @backbones
 def test_a_row_that_ends_in_padding_goes_on_as_the_row_alone(kind, way):
-    model, rows = BACKBONES[kind](), [make_ids(n, seed=n) for n in (3, 10, 7)]
+    model, rows = kind.make(), [make_ids(n, seed=n) for n in (3, 10, 7)]
     ids, mask = padded(rows, "right")
     texts = generate(model, ids, attention_mask=mask, **way)
     for text, row in zip(texts, rows, strict=True):
@@ -122,7 +100,7 @@ def test_a_row_that_ends_in_padding_goes_on_as_the_row_alone(kind, way):
 @pytest.mark.parametrize("side", ["left", "right"])
 @backbones
 def test_a_memory_of_padded_rows_is_read_on(kind, side):
-    model, rows, more = BACKBONES[kind](), [make_ids(n, seed=n) for n in (3, 10, 7)], make_ids(3, 4, seed=77)
+    model, rows, more = kind.make(), [make_ids(n, seed=n) for n in (3, 10, 7)], make_ids(3, 4, seed=77)
     ids, mask = padded(rows, side)
     with torch.no_grad():
         memory = memory_of(model(ids, attention_mask=mask, use_cache=True))
@@ -133,12 +111,10 @@ def test_a_memory_of_padded_rows_is_read_on(kind, side):
             torch.testing.assert_close(logits[index], alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static", "memory model"])
-def test_a_prompt_that_was_read_once_serves_many_texts(kind):
-    model, prompt = make_memory() if kind == "memory model" else make_mosaic(), make_ids(1, 8)
-    memory = (
-        {"static": StaticCache(config=model.config, max_cache_len=32)}.get(kind) if kind != "memory model" else None
-    )
+@pytest.mark.parametrize(("name", "static"), [("mosaic", False), ("mosaic", True), ("memory model", False)])
+def test_a_prompt_that_was_read_once_serves_many_texts(name, static):
+    model, prompt = KINDS[name].make(), make_ids(1, 8)
+    memory = StaticCache(config=model.config, max_cache_len=32) if static else None
     with torch.no_grad():
         memory = memory_of(model(prompt, past_key_values=memory, use_cache=True))
     for seed in (1, 2):
@@ -158,7 +134,7 @@ def test_observations_that_were_read_once_serve_many_predictions():
 
 @backbones
 def test_finished_rows_leave_a_memory(kind):
-    model, read, more = BACKBONES[kind](), make_ids(4, 7), make_ids(4, 3, seed=5)
+    model, read, more = kind.make(), make_ids(4, 7), make_ids(4, 3, seed=5)
     with torch.no_grad():
         memory = memory_of(model(read, use_cache=True))
         for kept in (torch.tensor([0, 2, 3]), torch.tensor([True, False, True])):  # by number, then by a mask
@@ -173,10 +149,10 @@ def test_finished_rows_leave_a_memory(kind):
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("kind", [*BACKBONES, "continuous"])
+@for_kinds("mosaic", *BACKBONE_KINDS, "continuous")
 def test_a_gradient_flows_through_what_was_remembered(kind, mode):
     """A text in pieces has the gradient of the text, in training too: the memory is there when it is asked for."""
-    model = without_dropout(BACKBONES[kind]() if kind in BACKBONES else make_continuous().float()).train(mode)
+    model = without_dropout(kind.make()).train(mode)
     name, read = next(iter(inputs_of(model).items()))
     read = torch.cat([read, inputs_of(model, seed=1)[name]])
     targets = read[:, 1:].flatten() if name == "input_ids" else read[:, 1:].flatten(0, 1)
@@ -200,16 +176,16 @@ def test_a_gradient_flows_through_what_was_remembered(kind, mode):
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
 @all_models
 def test_a_loss_has_its_gradients_whatever_the_mode_and_with_the_default_cache(kind, mode):
-    model = MODELS[kind]().train(mode)
+    model = kind.make().train(mode)
     inputs = inputs_of(model)
-    labels = torch.tensor([1]) if kind == "classifier" else next(iter(inputs.values()))
+    labels = torch.tensor([1]) if kind.model == "classifier" else next(iter(inputs.values()))
     model(**inputs, labels=labels).loss.backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
-@pytest.mark.parametrize("kind", [name for name in BACKBONES if name != "mosaic"])
+@for_kinds(*BACKBONE_KINDS)
 def test_a_memory_model_generates_in_training_as_in_evaluation_or_says_why_not(kind):
-    model, ids = without_dropout(BACKBONES[kind]()), make_ids(1, 8)
+    model, ids = without_dropout(kind.make()), make_ids(1, 8)
     expected = generate(model, ids, max_new_tokens=12)
     assert torch.equal(generate(model.train(), ids, max_new_tokens=12), expected)
     checkpoint_activations(model, use_reentrant=False)
@@ -221,7 +197,7 @@ def test_a_memory_model_generates_in_training_as_in_evaluation_or_says_why_not(k
 
 @language_models
 def test_logits_of_the_last_tokens_only_in_training(kind):
-    model, ids = LANGUAGE_MODELS[kind]().train(), make_ids(2, 10)
+    model, ids = kind.make().train(), make_ids(2, 10)
     whole = answer(model, input_ids=ids)
     torch.testing.assert_close(model(ids, logits_to_keep=3, use_cache=False).logits, whole[:, -3:], rtol=0, atol=1e-6)
 
@@ -246,18 +222,18 @@ def collate_for_verdicts(rows):
     return collate(rows) | {"labels": torch.tensor([row["label"] for row in rows])}
 
 
-@pytest.mark.parametrize("kind", ["mosaic", "classifier", "continuous"])
+@for_kinds("mosaic", "classifier", "continuous")
 def test_trainer_predicts_for_each_row_what_the_model_does(kind, tmp_path):
-    model, rows, collator = MODELS[kind](), ragged_rows(), collate
-    if kind == "classifier":
+    model, rows, collator = kind.make(), ragged_rows(), collate
+    if kind.model == "classifier":
         collator = collate_for_verdicts
-    if kind == "continuous":
+    if kind.model == "continuous":
         rows, collator = [{"observations": row, "labels": row} for row in observe(model, 5, 9).float()], None
     options = training_arguments(tmp_path, remove_unused_columns=False)
     predictions = Trainer(model, options, data_collator=collator).predict(rows).predictions
     assert len(predictions) == len(rows)  # and no tuple of several outputs
     for row, predicted in zip(rows, torch.as_tensor(predictions), strict=True):
-        name = "observations" if kind == "continuous" else "input_ids"
+        name = "observations" if kind.model == "continuous" else "input_ids"
         expected = answer(model, **{name: row[name][None]})[0]
         torch.testing.assert_close(predicted[: len(expected)], expected, rtol=0, atol=1e-5)
 
@@ -286,7 +262,7 @@ def test_the_model_of_the_best_evaluation_is_loaded_at_the_end(adapted, tmp_path
 
 @all_models
 def test_a_model_survives_pickling_and_copying(kind):
-    model = MODELS[kind]()
+    model = kind.make()
     for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert torch.equal(answer(again, **inputs_of(model)), answer(model, **inputs_of(model)))
         assert again.all_tied_weights_keys == model.all_tied_weights_keys
@@ -295,7 +271,7 @@ def test_a_model_survives_pickling_and_copying(kind):
 
 @backbones
 def test_a_memory_survives_pickling(kind):
-    model, more = BACKBONES[kind](), make_ids(1, 2, seed=5)
+    model, more = kind.make(), make_ids(1, 2, seed=5)
     with torch.no_grad():
         memory = memory_of(model(make_ids(1, 8), use_cache=True))
         again = pickle.loads(pickle.dumps(memory))
@@ -339,7 +315,7 @@ def assert_loads(model, folder, loader):
 @all_models
 def test_a_compiled_model_is_saved_under_its_own_names(kind, tmp_path):
     """As accelerate documents it: `save_pretrained(folder, state_dict=accelerator.get_state_dict(model))`."""
-    model, loader = MODELS[kind](), LOADERS.get(kind, AutoModelForCausalLM)
+    model, loader = kind.make(), kind.auto
     compiled = torch.compile(model, backend="eager").state_dict()
     assert all(name.startswith("_orig_mod.") for name in compiled)
     model.save_pretrained(tmp_path / "whole", state_dict=compiled)
@@ -356,10 +332,9 @@ def test_a_model_with_a_compiled_layer_is_saved_under_its_own_names(tmp_path):
     assert_loads(expected, tmp_path, AutoModelForCausalLM)
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied", "memory model", "memory model on Llama"])
+@for_kinds("mosaic", "untied mosaic", "memory model", "memory model of llama")
 def test_resized_tables_survive_another_initialisation(kind, tmp_path):
-    untied = {"untied": lambda: make_mosaic(tie_word_embeddings=False), "tied": make_mosaic}
-    model = (untied | BACKBONES)[kind]()
+    model = kind.make()
     model.resize_token_embeddings(70)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.post_init()
@@ -373,8 +348,8 @@ def test_resized_tables_survive_another_initialisation(kind, tmp_path):
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16], ids=str)
 @all_models
 def test_a_precision_that_is_asked_for_is_given(kind, saved, tmp_path):
-    MODELS[kind]().to(saved).save_pretrained(tmp_path)
-    for loader in {LOADERS.get(kind, AutoModelForCausalLM), AutoModel}:
+    kind.make().to(saved).save_pretrained(tmp_path)
+    for loader in {kind.auto, AutoModel}:
         for asked, given in (({}, saved), ({"dtype": "auto"}, saved), *(({"dtype": d}, d) for d in (torch.float32,))):
             model = loader.from_pretrained(tmp_path, **asked)
             assert {parameter.dtype for parameter in model.parameters()} == {given}, (loader, asked)
@@ -408,10 +383,10 @@ TOKENS = [{"trainable_token_indices": [3, 5]}]
 @language_models
 def test_a_tied_table_trained_beside_adapters_merges_and_loads(kind, trained, tmp_path):
     ids = torch.tensor([[3, 5, 3, 7, 9, 3, 5, 3, 3, 11, 5]])
-    adapted = adapt(LANGUAGE_MODELS[kind](), **trained)
+    adapted = adapt(kind.make(), **trained)
     expected = answer(adapted, input_ids=ids)
     adapted.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(LANGUAGE_MODELS[kind](), tmp_path / "adapter").eval()
+    loaded = PeftModel.from_pretrained(kind.make(), tmp_path / "adapter").eval()
     torch.testing.assert_close(answer(loaded, input_ids=ids), expected, rtol=0, atol=1e-5)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(answer(merged, input_ids=ids), expected, rtol=0, atol=1e-5)
@@ -425,12 +400,12 @@ def test_an_adapter_of_a_tied_table_is_warned_of(kind):
     """PEFT merges it into the head as well, which the adapter did not change: it says so where it knows of the tie."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        get_peft_model(LANGUAGE_MODELS[kind](), LoraConfig(target_modules=["embed_tokens"]))
+        get_peft_model(kind.make(), LoraConfig(target_modules=["embed_tokens"]))
     assert any("tie_word_embeddings=True" in str(warning.message) for warning in caught)
 
 
 def test_whether_a_memory_models_table_is_tied_is_its_decoders_to_say(tmp_path):
-    tied, untied = make_memory(), make_memory(LLAMA)
+    tied, untied = make_memory(), make_memory("memory model of llama")
     for model, is_tied in ((tied, True), (untied, False)):
         assert model.config.tie_word_embeddings is is_tied and model.config.to_dict()["tie_word_embeddings"] is is_tied
         model.save_pretrained(tmp_path)
@@ -444,7 +419,7 @@ def test_whether_a_memory_models_table_is_tied_is_its_decoders_to_say(tmp_path):
 def test_adapters_under_checkpointed_activations_have_their_gradients(kind, use_reentrant):
     ids, gradients = make_ids(2, 10), []
     for checkpointed in (False, True):
-        adapted = adapt(LANGUAGE_MODELS[kind](), lora_dropout=0.0).train()
+        adapted = adapt(kind.make(), lora_dropout=0.0).train()
         if checkpointed:
             checkpoint_activations(adapted.base_model.model, use_reentrant)
             adapted.enable_input_require_grads()
@@ -457,12 +432,12 @@ def test_adapters_under_checkpointed_activations_have_their_gradients(kind, use_
 
 @language_models
 def test_adapters_can_be_combined(kind):
-    adapted = get_peft_model(LANGUAGE_MODELS[kind](), LoraConfig(target_modules=PROJECTIONS, r=2), adapter_name="one")
+    adapted = get_peft_model(kind.make(), LoraConfig(target_modules=PROJECTIONS, r=2), adapter_name="one")
     adapted.add_adapter("two", LoraConfig(target_modules=PROJECTIONS, r=2))
     move_adapters(adapted)
     adapted.add_weighted_adapter(["one", "two"], [0.5, 0.25], "both", combination_type="cat")
     adapted.set_adapter("both")
-    expected, ids = LANGUAGE_MODELS[kind](), make_ids(1, 9)
+    expected, ids = kind.make(), make_ids(1, 9)
     modules = dict(expected.named_modules())
     with torch.no_grad():
         for name, module in adapted.base_model.model.named_modules():
@@ -494,7 +469,7 @@ def test_each_row_may_have_an_adapter_of_its_own():
 def test_a_resized_table_needs_no_place_in_an_adapter(kind, tmp_path):
     def resized():
         torch.manual_seed(0)
-        model = LANGUAGE_MODELS[kind]()
+        model = kind.make()
         model.resize_token_embeddings(70)
         return model
 
@@ -509,9 +484,9 @@ def test_a_resized_table_needs_no_place_in_an_adapter(kind, tmp_path):
 # Several at once
 
 
-@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+@language_models
 def test_texts_written_in_several_threads_are_those_written_one_by_one(kind):
-    model, prompts, texts = LANGUAGE_MODELS[kind](), [make_ids(1, n, seed=n) for n in (3, 7, 12)], {}
+    model, prompts, texts = kind.make(), [make_ids(1, n, seed=n) for n in (3, 7, 12)], {}
 
     def write(index):
         texts[index] = generate(model, prompts[index])
@@ -574,7 +549,7 @@ def test_a_quantized_model_is_saved_and_loaded(kind, tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
 
-    model = LANGUAGE_MODELS[kind]()
+    model = kind.make()
     model.save_pretrained(tmp_path / "model")
     config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config)

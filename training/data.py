@@ -3,7 +3,8 @@
 
 `load_stories` gives a data set with one column `text`, `pack_windows` one with the column `input_ids`. Both are
 written to the cache of `datasets` and memory-mapped from there, so a corpus may be larger than the memory. The names
-in that cache are made of the contents (of files, tokenizer and this code), so what has changed is computed again.
+in that cache are made of the contents (of files, tokenizer and this code), so what has changed is computed again; so
+is what has changed in the cache itself, by its checksums.
 """
 
 import codecs

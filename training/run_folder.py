@@ -42,7 +42,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"a run is going on in {folder}: wait for it, or choose another output_dir") from None
+        raise ValueError(
+            f"a run is going on in {folder}, or it is being published: wait for it, or choose another output_dir"
+        ) from None
     try:
         yield
     finally:
