@@ -136,7 +136,7 @@ def test_a_run_is_published_and_verified_by_a_stranger(run, about, tmp_path):
 
 def test_the_payload_is_whole(staged, run):
     names = set(hub.published_files(staged))
-    code = {f"{part}_memory_mosaic.py" for part in ("cache", "configuration", "modeling")}
+    code = {f"{part}_memory_mosaic.py" for part in ("adapters", "cache", "configuration", "modeling")}
     assert names == code | {
         *("README.md", "LICENSE", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json", "result.json", "units.json", "loss.png"),
@@ -161,7 +161,7 @@ def test_a_card_says_what_its_result_says(staged):
     for version in result["versions"].values():
         assert f"| {version} |" in card.text
     listed = dict(map(reversed, re.findall(r"^([0-9a-f]{64})  (.+)$", card.text, flags=re.MULTILINE)))
-    assert listed.items() <= verify.read_sums(staged).items() and len(listed) == 7
+    assert listed.items() <= verify.read_sums(staged).items() and len(listed) == 8
     assert card.text.index(listed["model.safetensors"]) < card.text.index("trust_remote_code=True")
     assert "No baseline was trained by this recipe" in card.text
 
