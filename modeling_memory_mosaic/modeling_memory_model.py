@@ -56,7 +56,6 @@ from .modeling_memory_mosaic import (
     at_least_float32,
     continue_from,
     one_memory,
-    own_names,
     refuse,
 )
 
@@ -213,7 +212,7 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
             for linear in (module.prefix_proj, *module.unroll_projs):
                 init.normal_(linear.weight, std=self.config.initializer_range * linear.in_features**-0.5)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
+    def save_pretrained(self, *args, **kwargs):
         """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
@@ -221,7 +220,7 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
             "AutoModel": f"{module}.MemoryModelEncoder",
             "AutoModelForCausalLM": f"{module}.MemoryModelForCausalLM",
         }
-        return super().save_pretrained(save_directory, is_main_process, own_names(self, state_dict), **kwargs)
+        return super().save_pretrained(*args, **kwargs)
 
 
 # trf-ignore: TRF057

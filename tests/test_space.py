@@ -154,8 +154,8 @@ def test_the_table_has_the_strongest_of_each_kind_with_what_they_recalled(readin
             assert f"<b>{weight:.0%}</b>" in shown
             if unit.kind == "contextual":
                 assert weight == reading.trace.weights[unit.layer, 0, unit.head, position - 1, place].item()
-                pair = [f"<u>{html.escape(token)}</u>" for token in reading.tokens[place - 1 : place + 1]]
-                assert f"{place}: <s>" in shown and shown.endswith(" → ".join(pair).replace("\n", "↵") + "</span>")
+                pair = [f"<u>{html.escape(app.visible(token))}</u>" for token in reading.tokens[place - 1 : place + 1]]
+                assert f"{place}: <s>" in shown and shown.endswith(" → ".join(pair) + "</span>")
             else:
                 assert f"slot {place} → <u>" in shown
 
