@@ -16,6 +16,7 @@ import yaml
 from hub_server import TOKEN, Hub, Repository
 from huggingface_hub import DatasetCard, ModelCard, RepoCard
 from test_memory_training import read as read_memory_recipe
+from test_saving import PAYLOAD
 from typer.testing import CliRunner
 
 from training import finetune, hub, proof, publication, publish, train, verify
