@@ -219,6 +219,8 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
             "AutoConfig": "configuration_memory_model.MemoryModelConfig",
             "AutoModel": f"{module}.MemoryModelEncoder",
             "AutoModelForCausalLM": f"{module}.MemoryModelForCausalLM",
+            # `transformers serve` 5.23 asks for this one first, and then only for classes within transformers.
+            "AutoModelForDecision": f"{module}.MemoryModelForCausalLM",
         }
         return super().save_pretrained(*args, **kwargs)
 

@@ -7,7 +7,6 @@ from conftest import checkpoint_activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import make_continuous
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
@@ -319,11 +318,6 @@ def test_bad_requests_are_refused():
         (lambda model, x: model(x, cu_seq_lens_q=torch.tensor([0, 5])), ValueError, "give each series its own row"),
         (lambda model, x: model(x, document_ids=torch.zeros(2, 5)), ValueError, "give each series its own row"),
         (lambda model, x: model.resize_token_embeddings(9), NotImplementedError, "it has no table of tokens"),
-        (
-            lambda model, x: get_peft_model(model, LoraConfig(target_modules=["k_proj"])),
-            ValueError,
-            "ComplexLinear.* is not",
-        ),
         (lambda model, x: checkpoint_activations(model, False), ValueError, "does not support"),
         (lambda model, x: model.set_attn_implementation("flex_attention"), ValueError, "does not support"),
         (lambda model, x: model.set_attn_implementation("flash_attention_2"), ValueError, "does not support"),

@@ -64,6 +64,11 @@ def test_lora_trains_saves_loads_and_merges(kind, tmp_path):
     assert all(torch.equal(tensor, again[name]) for name, tensor in merged.state_dict().items())
 
 
+def test_lora_of_complex_weights_is_refused():
+    with pytest.raises(ValueError, match="ComplexLinear.* is not supported"):
+        get_peft_model(KINDS["continuous"].make(), LoraConfig(target_modules=["k_proj"]))
+
+
 def trainer_of(kind, folder, num_rows=8, length=15, model=None, **settings):
     """Plain `Trainer` on rows of whole chunks; `make_ids` below 5, so that there is something to learn."""
     model = model or kind.make(**kind.objectives)

@@ -229,6 +229,7 @@ AUTO_MAPS = {
         "AutoConfig": "configuration_memory_model.MemoryModelConfig",
         "AutoModel": "modeling_memory_model.MemoryModelEncoder",
         "AutoModelForCausalLM": "modeling_memory_model.MemoryModelForCausalLM",
+        "AutoModelForDecision": "modeling_memory_model.MemoryModelForCausalLM",
     },
     "continuous": {
         "AutoConfig": "continuous_memory_mosaic.ContinuousMemoryMosaicConfig",
