@@ -22,7 +22,6 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     RepoCard,
-    get_token,
     hf_hub_download,
     snapshot_download,
 )
@@ -36,6 +35,7 @@ from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile, SpaceInfo
 
 from training.data import checksum
 from training.export import write_text
+from training.secrecy import masked
 
 
 CARD, RESULT, SUMS = "README.md", "result.json", "SHA256SUMS"
@@ -260,14 +260,14 @@ def _told_plainly(target: Target, upload: bool = True) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise OSError(f"{_refusal(error, target)}{whole}") from None
     except (httpx2.HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError) as error:
-        raise OSError(f"the connection to the Hub broke ({_without_token(error)}).{whole}") from None
+        raise OSError(f"the connection to the Hub broke ({_plain(error)}).{whole}") from None
     except RuntimeError as error:  # around what stopped the upload of a large file
-        raise OSError(f"the upload broke off ({_without_token(error.__cause__ or error)}).{whole}") from None
+        raise OSError(f"the upload broke off ({_plain(error.__cause__ or error)}).{whole}") from None
 
 
 def _refusal(error: HfHubHTTPError, target: Target) -> str:
     status = error.response.status_code
-    said = _without_token(error.server_message or error)
+    said = _plain(error.server_message or error)
     if status == 401:
         return f"the Hub does not accept the token (401: {said}): log in anew with `hf auth login`, or set HF_TOKEN."
     if status == 403 and HfApi().endpoint not in str(error):  # it names the address
@@ -284,6 +284,5 @@ def _refusal(error: HfHubHTTPError, target: Target) -> str:
     return f"the Hub answered {status}: {said}."
 
 
-def _without_token(error: object) -> str:
-    text, token = str(error).strip().rstrip("."), get_token()
-    return text.replace(token, "[token]") if token else text
+def _plain(error: object) -> str:
+    return masked(str(error).strip().rstrip("."))
