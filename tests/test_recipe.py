@@ -133,6 +133,8 @@ def test_unknown_name_is_refused_with_the_nearest(override, wrong, nearest):
         (["training.gradient_accumulation_steps=0"], "must be at least 1"),
         (["training.per_device_train_batch_size=0"], "must be at least 1"),
         (["model_args.hidden_dropout=2"], "hidden_dropout=2"),
+        (["model_args.num_hidden_layers=1000000000"], "no model of over 10,000 layers"),
+        (["model=gpt2-smoke", "model_args.num_hidden_layers=1000000000"], "no model of over 10,000 layers"),
         (["name=.."], "name"),
         (["tokenizer.pretrained=gpt2"], "either `pretrained` or `vocab_size`"),
         (["tokenizer.vocab_size=513"], "raise `model_args.vocab_size`"),

@@ -47,6 +47,8 @@ from training.secrecy import masked, names_secret, refuse_secrets
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "configuration"
 
+MOST_LAYERS = 10_000
+
 # The module of each task has a class `Recipe` and functions `plan`, `run` and `summary` that take one.
 TASKS = {
     "language_modeling": "training.train",
@@ -233,7 +235,9 @@ class TrainingRecipe(BaseRecipe):
         # `hidden_size` is the standard name of what GPT-2's own file calls `n_embd`: either may be given.
         own_names = AutoConfig.for_model(content["model_type"]).attribute_map
         given = {own_names.get(name, name): value for name, value in self.model_args.items()}
-        return OmegaConf.to_container(OmegaConf.merge(content, given))  # a backbone within a model takes part
+        made = OmegaConf.to_container(OmegaConf.merge(content, given))  # a backbone within a model takes part
+        _refuse_endless_layers(made)
+        return made
 
     def build_config(self) -> PreTrainedConfig:
         """The model's configuration object; `ValueError` if `model_args` has a key that it does not know."""
@@ -263,6 +267,15 @@ def _model_file(name: str) -> Path:
         known = sorted(file.stem for file in folder.glob("*.json"))
         raise ValueError(f"unknown model {name!r}{nearest(name, known)}")
     return path
+
+
+def _refuse_endless_layers(architecture: dict[str, Any]) -> None:
+    """`ValueError` for more layers than can be built: configurations list the type of each."""
+    for name, value in architecture.items():
+        if isinstance(value, dict):
+            _refuse_endless_layers(value)
+        elif name in ("num_hidden_layers", "n_layer") and type(value) is int and value > MOST_LAYERS:
+            raise ValueError(f"`{name}` is {value}: no model of over {MOST_LAYERS:,} layers is built here")
 
 
 def _refuse_unknown(where: str, settings: dict[str, Any], config: PreTrainedConfig) -> None:
