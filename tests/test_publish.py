@@ -508,11 +508,11 @@ HARM = {
     "list-map": (lambda f: edit(f, "config.json", auto_map={"AutoTokenizer": [None, "x.Y"]}), "leads to .None, 'x.Y'"),
     "pipeline": (
         lambda f: edit(f, "config.json", custom_pipelines={"text-generation": PIPELINE}),
-        "settings that a memory_mosaic does not have: custom_pipelines",
+        "`custom_pipelines` in config.json is .*leads elsewhere",
     ),
     "kernel": (
         lambda f: edit(f, "config.json", attn_implementation="evil/kernel"),
-        "does not have: attn_implementation",
+        "`attn_implementation` in config.json is 'evil/kernel'",
     ),
     "tokenizer-code": (
         lambda f: edit(f, "tokenizer_config.json", auto_map={"AutoTokenizer": "evil/repo--tok.T"}),
@@ -520,7 +520,7 @@ HARM = {
     ),
     "nested-setting": (
         lambda f: edit(f, "generation_config.json", more=[{"custom_generate": "evil/repo"}]),
-        "`custom_generate` in generation_config.json",
+        "`more` in generation_config.json is",
     ),
     "processor": (
         lambda f: put(f, "processor_config.json", {"auto_map": FOREIGN}),
@@ -601,13 +601,13 @@ def test_a_data_set_that_would_load_other_files_is_refused(tmp_path):
 def test_downloads_of_git_and_of_the_hub_are_verified_too(copy):
     put(copy, ".git/COMMIT_EDITMSG", "Publish")
     put(copy, ".cache/huggingface/download/config.json.metadata", "0")
-    assert len(verify.check_folder(copy)) == 5
+    assert len(verify.check_folder(copy)) == 6
 
 
 def test_a_folder_in_order_is_told_so(staged):
     told = []
     publish.verify_published(str(staged), tell=told.append)
-    assert [line.split(":")[0] for line in told[:-1]] == ["ok"] * 6 and "byte for byte" in told[2]
+    assert [line.split(":")[0] for line in told[:-1]] == ["ok"] * 7 and "byte for byte" in told[2]
     assert "the card itself is not checked" in told[-1]
 
 

@@ -8,7 +8,7 @@ import shutil
 
 import gradio
 import gradio_client
-import httpx
+import httpx2 as httpx
 import jinja2
 import pytest
 import torch

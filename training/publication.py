@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modeling_memory_mosaic import inspect_units, summarize_units
 from modeling_memory_mosaic.modeling_memory_mosaic import PARAMETER_SCALE
 from training import card, hub, proof, verify
+from training.bounded import read_object
 from training.evaluate import load_model
 from training.experiments import babistories
 from training.export import write_text
@@ -88,7 +89,7 @@ def _stage_adapter(publication: Publication, staged: Path) -> None:
     _stage_model(publication, staged)
     # PEFT writes where the base was on this machine; whoever downloads the adapter needs where it is published.
     path = staged / "adapter_config.json"
-    settings = verify.read_object(path)
+    settings = read_object(path)
     settings |= {"base_model_name_or_path": publication.base.repo_id, "revision": publication.base.revision}
     write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -110,7 +111,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def read_result(path: Path) -> dict[str, Any]:
     """Content of a `result.json` without this machine's folders: of a path that leads elsewhere, its last part."""
-    return _without_paths(verify.read_object(path))
+    return _without_paths(read_object(path))
 
 
 def _without_paths(value: Any, is_path: bool = False) -> Any:
@@ -162,7 +163,7 @@ def weights_of_base(publication: Publication, staged: Path) -> dict[str, str]:
 
 def _base_folder(publication: Publication) -> Path:
     """The base of a fine-tuned model on this machine, as it was when the run was made."""
-    name = verify.read_object(publication.run / "result.json")["recipe"]["model"]
+    name = read_object(publication.run / "result.json")["recipe"]["model"]
     folder = Path(name) if Path(name).is_dir() else hub.download(publication.base.repo_id, publication.base.revision)
     if weights_checksums(folder) != publication.result["base"]["weights"]:
         raise ValueError(f"the weights in {folder} are not those that {publication.run} has adapted: restore them")
@@ -199,7 +200,7 @@ def _mean(values: list[float | None]) -> float | None:
 def _card(template: str) -> Callable[[Publication, Path, str], str]:
     def text(publication: Publication, folder: Path, revision: str) -> str:
         result, base = publication.result, publication.base
-        compared = [result, *map(verify.read_object, sorted((folder / "results").glob("*.json")))]
+        compared = [result, *map(read_object, sorted((folder / "results").glob("*.json")))]
         values = {
             "metadata": card.model_metadata(
                 result, publication.about, base and base.repo_id, publication.what == "adapter"
@@ -207,7 +208,7 @@ def _card(template: str) -> Callable[[Publication, Path, str], str]:
             "table": TABLES[result["task"]](compared) if result["task"] in TABLES else None,
             "other_models": len({other["model"] for other in compared}) > 1,
             "files": verify.read_sums(folder),
-            "units": verify.read_object(folder / "units.json") if (folder / "units.json").is_file() else None,
+            "units": read_object(folder / "units.json") if (folder / "units.json").is_file() else None,
             "ranges": _ranges(),
         }
         rendered = card.render(

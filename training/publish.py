@@ -14,7 +14,8 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from training import card, hub, proof, verify
+from training import card, hub, proof, verify, verify_values
+from training.bounded import read_object
 from training.export import staged_folder, write_text
 from training.publication import KINDS, Publication, Published, read_result, weights_of_base
 
@@ -157,12 +158,12 @@ def _tried(folder: Path, downloads: Path, tell: Callable[[str], None]) -> list[s
     """What is found in order when a published folder, whose files are, is loaded."""
     kind = verify.kind_of(folder)
     if kind == "dataset":
-        return [proof.check_stories(folder, verify.read_object(folder / hub.RESULT)["metrics"]["kept"])]
+        return [proof.check_stories(folder, read_object(folder / hub.RESULT)["metrics"]["kept"])]
     if kind == "space":
         return [proof.check_space(folder)]
     if kind == "model":
         return [proof.check_loads(folder, [])]
-    name, commit = verify.base_of_adapter(folder)
+    name, commit = verify_values.base_of_adapter(folder)
     base = hub.download(name, commit, into=downloads)
     tell(f"its base is {name} at commit {commit}")
     return [*verify.check_folder(base), proof.check_loads(folder, [], base)]
