@@ -184,7 +184,7 @@ ODD = {
     "scalar": lambda a, s: {"model": first(s, lambda t: t.sum()), "model_args": a},
     "block": lambda a, s: {"model": s | {"blocks." + "9" * 5000 + ".ln1.weight": torch.ones(1)}, "model_args": a},
     "twice": lambda a, s: {"model": s | {"module.emb.weight": s["emb.weight"] + 1}, "model_args": a},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("odd", ODD)

@@ -346,8 +346,14 @@ def test_a_link_does_not_lead_a_run_elsewhere(tmp_path):
         ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
         ("a: &a [*a]", "nested too deeply"),
         ("[" * 5000 + "]" * 5000, "nested too deeply|nesting depth"),
-        ("a: &a [1,1,1,1,1,1,1,1]\n" + "".join(f"k{n}: &{b} [{','.join(['*' + a] * 8)}]\n" for n, (a, b) in
-         enumerate(zip("abcdefgh", "bcdefghi", strict=True))), "values when its aliases are written out"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1]\n"
+            + "".join(
+                f"k{n}: &{b} [{','.join(['*' + a] * 8)}]\n"
+                for n, (a, b) in enumerate(zip("abcdefgh", "bcdefghi", strict=True))
+            ),
+            "values when its aliases are written out",
+        ),
         ("# " + "x" * 2**21, "LARGEST_YAML"),
         ("3", "cannot read recipe"),
         ("a: " + "9" * 6000, "cannot read recipe"),
@@ -355,7 +361,7 @@ def test_a_link_does_not_lead_a_run_elsewhere(tmp_path):
         ("a: \x07", "cannot read recipe"),
     ],
     ids=["tag", "cycle", "deep", "laughs", "large", "scalar", "number", "key", "control"],
-)  # fmt: skip
+)
 def test_hostile_yaml_is_refused_at_once(tmp_path, text, message):
     path = tmp_path / "own.yaml"
     path.write_text(text, encoding="utf-8")

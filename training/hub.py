@@ -8,7 +8,6 @@ and the same again goes on from there. Endpoint and token are those of `huggingf
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -32,7 +31,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile, SpaceInfo
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from training.bounded import read_object
 from training.data import checksum
 from training.export import write_text
 from training.secrecy import masked
@@ -128,7 +129,8 @@ def _refuse_another(folder: Path, target: Target, found: ModelInfo | DatasetInfo
     if files <= {CARD}:
         if not files or target.repo_type == "space":  # the Hub gives a new Space a card of its own
             return
-        if not RepoCard.load(hf_hub_download(target.repo_id, CARD, **where)).text.strip():
+        card = Path(hf_hub_download(target.repo_id, CARD, **where)).read_text(encoding="utf-8", errors="replace")
+        if not REGEX_YAML_BLOCK.sub("", card, count=1).strip():  # metadata alone, as the Hub writes them
             return
     if RESULT not in files:
         shown = ", ".join(sorted(files)[:5])
@@ -146,7 +148,7 @@ def _refuse_another(folder: Path, target: Target, found: ModelInfo | DatasetInfo
 def _identity(result: str | Path) -> dict[str, Any]:
     """What two versions of one publication have in common: the recipe but for what it shows, and the data."""
     try:
-        content = json.loads(Path(result).read_text(encoding="utf-8"))
+        content = read_object(Path(result))
         return {
             "recipe": without_presentation(content["recipe"]),
             "data": content.get("data"),

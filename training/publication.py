@@ -27,6 +27,9 @@ from training.finetune import weights_checksums
 from training.result import CLONE, RESULTS, TABLES
 
 
+# Of what a run has written: cards of libraries, and a chat template that came with a tokenizer, for no model here is
+# trained on chats and a template is a program.
+_LEFT_OUT = (hub.CARD, "chat_template.jinja")
 # Fields of a result that may be paths on the machine of the run.
 PATHS = ("source", "output_dir", "model", "pretrained", "lists", "name")
 
@@ -77,10 +80,10 @@ def _model_folder(publication: Publication) -> Path:
 def _stage_model(publication: Publication, staged: Path) -> None:
     folder = _model_folder(publication)
     verify.check_forms(folder)  # before a pickle could be copied
-    shutil.copytree(folder, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(hub.CARD))
+    shutil.copytree(folder, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_LEFT_OUT))
     _add_results(publication, staged)
     if publication.result["architecture"]["model_type"] == "memory_mosaic":
-        model, tokenizer = _load(publication)
+        model, tokenizer = load_own(publication)
         texts = [sample["text"] for sample in publication.result["samples"]] or ["Once upon a time"]
         _write_json(staged / "units.json", measure_units(model, tokenizer, texts))
 
@@ -145,7 +148,7 @@ def _compared(result: dict[str, Any]) -> dict[str, Any]:
     return {"recipe": {k: v for k, v in recipe.items() if k not in differing}, "data": result["data"]}
 
 
-def _load(publication: Publication) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_own(publication: Publication) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The run's own model, an adapter on its base, and its tokenizer."""
     folder = _model_folder(publication)
     if publication.what != "adapter":
@@ -240,7 +243,7 @@ def _prove_model(publication: Publication, staged: Path) -> list[str]:
     text = (staged / hub.CARD).read_text(encoding="utf-8")
     return [
         *([proof.check_lint(staged)] if base is None else []),  # an adapter has no code
-        proof.check_loads(staged, prompts, base, _load(publication)[0]),
+        proof.check_loads(staged, prompts, base, load_own(publication)[0]),
         proof.check_snippets(text, repositories),
     ]
 
@@ -264,7 +267,7 @@ def _prove_stories(publication: Publication, staged: Path) -> list[str]:
 def _stage_space(publication: Publication, staged: Path) -> None:
     folder = _model_folder(publication)
     verify.check_forms(folder)  # before a pickle could be copied
-    shutil.copytree(folder, staged / "model", ignore=shutil.ignore_patterns(hub.CARD))
+    shutil.copytree(folder, staged / "model", ignore=shutil.ignore_patterns(*_LEFT_OUT))
     for name in ("app.py", "requirements.txt"):
         shutil.copyfile(verify.SPACE / name, staged / name)
     (staged / verify.PACKAGE.name).mkdir()

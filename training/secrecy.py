@@ -140,8 +140,8 @@ def check_no_secrets(folder: Path, names: list[str]) -> str:
             found = _first_secret(file, [token.encode() for token in tokens], end)
         if found is not None:
             raise ValueError(
-                f"{folder / name}, line {found[1]}, holds what {found[0]} looks like, and an upload would publish it: "
-                "take it out and, if it has been published before, revoke it"
+                f"{name}, line {found[1]}, holds what {found[0]} looks like, and an upload would publish it: take it "
+                "out of the run and, if it has been published before, revoke it"
             )
     return f"no token and nothing that looks like one in {len(names)} files"
 
