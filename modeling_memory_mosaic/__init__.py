@@ -9,6 +9,7 @@ from .cache_memory_mosaic import (
     MemoryMosaicStaticCacheLayer,
     memory_from_state_dict,
     memory_state_dict,
+    weights_fingerprint,
 )
 from .configuration_memory_model import MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
@@ -80,4 +81,5 @@ __all__ = [
     "memory_state_dict",
     "summarize_units",
     "trace_tokens",
+    "weights_fingerprint",
 ]

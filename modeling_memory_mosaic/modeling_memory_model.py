@@ -25,6 +25,7 @@ row to row, so all chunks are encoded in one pass and all rows decoded in anothe
 Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
 """
 
+import functools
 import hashlib
 import inspect
 from dataclasses import dataclass
@@ -38,17 +39,25 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
+from transformers.utils.import_utils import is_fake_tensor
 
+from .adapters_memory_mosaic import AdaptableModel, check_routers
 from .cache_memory_model import MemoryModelCache
+from .cache_memory_mosaic import note_writer, weights_fingerprint
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .modeling_memory_mosaic import (
+    FOREIGN_PACKING_NAMES,
     MEMORY_NAME,
+    PACKING_NAMES,
     MemoryMosaicForCausalLM,
     MemoryMosaicModel,
     at_least_float32,
+    continue_from,
     one_memory,
+    own_names,
+    refuse,
 )
 
 
@@ -58,9 +67,10 @@ from .modeling_memory_mosaic import (
 
 # Rounding to so many codes on each side of zero; float8 e4m3 reaches to 448.
 INT8_LIMIT, FP8_LIMIT = 127.0, 448.0
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 # By which a batch of packed documents would tell where each begins.
-DOCUMENT_MARKS = ("position_ids", "seq_idx", "cu_seq_lens_q")
+DOCUMENT_MARKS = ("position_ids", *PACKING_NAMES, *FOREIGN_PACKING_NAMES)
 
 
 # trf-ignore: TRF057
@@ -112,6 +122,14 @@ def right_aligned(is_token: torch.Tensor) -> torch.Tensor:
     return is_token.long().argsort(dim=1, stable=True)
 
 
+def as_they_stood(is_token: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Where of tokens that were moved to the front, as `is_token` and `order` `(B, T)` tell, each position's stands.
+
+    Padding has that of the token before it: behind a text, `generate` asks there what comes next.
+    """
+    return (take(is_token, order.argsort(dim=1)).cumsum(dim=1) - 1).clamp(min=0)
+
+
 def take(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """`(B, N, ...)` at positions `order` `(B, ...)` of its second dimension: `(*order.shape, ...)`."""
     rows = torch.arange(order.shape[0], device=order.device).view(-1, *[1] * (order.ndim - 1))
@@ -122,6 +140,22 @@ def tokens_from(ids: torch.Tensor, starts: torch.Tensor, numbers: torch.Tensor) 
     """Of ids `(B, T)` so many, `numbers` `(B, 1)`, from `starts` `(B, 1)` on: `(B, R)`, and which are meant."""
     index = torch.arange(int(numbers.max()), device=ids.device)
     return take(ids, (starts + index).clamp(max=ids.shape[1] - 1)), index < numbers
+
+
+def longest_of(ids: torch.Tensor, lengths: torch.Tensor) -> int:
+    """Tokens of the longest of texts `(B, T)`; within a graph that is compiled, which cannot ask, of their columns."""
+    return ids.shape[1] if is_torchdynamo_compiling() else int(lengths.max())
+
+
+def cut_into_chunks(ids, lengths, num_chunks: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of texts `(B, T)` without padding before or within, `lengths` `(B,)`: chunks `(B * N, L)`, which are full."""
+    is_full = torch.arange(num_chunks, device=ids.device) < (lengths // length)[:, None]
+    return ids[:, : num_chunks * length].reshape(-1, length), is_full
+
+
+def nothing_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Exactly 0, whatever the tensor holds, and a gradient of zeros for what it was made of."""
+    return tensor[:0].sum()
 
 
 def round_through(memories: torch.Tensor, quantization: str | None) -> torch.Tensor:
@@ -143,8 +177,7 @@ def to_codes(memories: torch.Tensor, quantization: str) -> tuple[torch.Tensor, t
     fraction, exponent = torch.frexp(memories.float().abs().amax(-1, keepdim=True) / limit)
     scale = torch.ldexp((fraction * steps).ceil() / steps, exponent)
     scaled = memories.float() / scale.masked_fill(scale == 0, 1.0)
-    codes = scaled.round().to(torch.int8) if quantization == "int8" else scaled.to(torch.float8_e4m3fn)
-    return codes, scale
+    return (scaled.round() if quantization == "int8" else scaled).to(CODES[quantization]), scale
 
 
 def from_codes(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -152,11 +185,12 @@ def from_codes(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
 
 
 # trf-ignore: TRF057
-class MemoryModelPreTrainedModel(PreTrainedModel):
+class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
     config: MemoryModelConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
+    _tied_weights_keys = {}  # those of the parts, which PEFT looks for where there is a dictionary
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = True
@@ -179,7 +213,7 @@ class MemoryModelPreTrainedModel(PreTrainedModel):
             for linear in (module.prefix_proj, *module.unroll_projs):
                 init.normal_(linear.weight, std=self.config.initializer_range * linear.in_features**-0.5)
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
         """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
@@ -187,7 +221,7 @@ class MemoryModelPreTrainedModel(PreTrainedModel):
             "AutoModel": f"{module}.MemoryModelEncoder",
             "AutoModelForCausalLM": f"{module}.MemoryModelForCausalLM",
         }
-        return super().save_pretrained(*args, **kwargs)
+        return super().save_pretrained(save_directory, is_main_process, own_names(self, state_dict), **kwargs)
 
 
 # trf-ignore: TRF057
@@ -201,6 +235,13 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         super().__init__(config)
         width = config.encoder.hidden_size
         self.backbone = build_backbone(config.encoder)
+        num_positions = learnt_positions(self.backbone)
+        num_slots = config.chunk_length + (config.num_memory_embeddings if config.memory_pooling == "summary" else 0)
+        if num_positions is not None and num_slots > num_positions:
+            raise ValueError(
+                f"The encoder reads a chunk of chunk_length={config.chunk_length} tokens in {num_slots} slots, but "
+                f"has {num_positions} learnt positions: lower chunk_length, or take an encoder without such a table."
+            )
         self.summary_embeddings = self.chunk_positions = self.memory_proj = None
         if config.memory_pooling == "summary":
             self.summary_embeddings = nn.Parameter(torch.empty(config.num_memory_embeddings, width))
@@ -237,33 +278,28 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         """
         ids, is_token, _ = take_text(input_ids, attention_mask)
         lengths = is_token.sum(-1)
-        if lengths.max() < self.config.chunk_length:
+        longest = ids.shape[1] if attention_mask is None else longest_of(ids, lengths)
+        if longest < self.config.chunk_length:
             raise ValueError(
-                f"The longest text has {int(lengths.max())} tokens, which do not fill a chunk of chunk_length="
+                f"The longest text has {longest} tokens, which do not fill a chunk of chunk_length="
                 f"{self.config.chunk_length}: there is nothing to encode."
             )
-        memories, mask = self.encode_full_chunks(ids, lengths)
+        chunks, mask = cut_into_chunks(ids, lengths, longest // self.config.chunk_length, self.config.chunk_length)
+        memories = self.encode_chunks(chunks).unflatten(0, mask.shape)
         return MemoryModelEncoderOutput(memories=memories, memory_mask=mask)
 
-    def encode_full_chunks(self, ids, lengths):
-        """Of texts `(B, T)` without padding before or within, so many tokens long `(B,)`: memories and their mask."""
-        length = self.config.chunk_length
-        num_chunks = int(lengths.max()) // length
-        mask = torch.arange(num_chunks, device=ids.device) < (lengths // length)[:, None]
-        chunks = ids[:, : num_chunks * length].reshape(-1, length)
-        return self.encode_chunks(chunks).unflatten(0, (ids.shape[0], num_chunks)), mask
-
     def encode_chunks(self, chunks: torch.LongTensor) -> torch.Tensor:
-        """Memories `(N, K, D)` of chunks `(N, L)`."""
-        if chunks.shape[0] == 0:
-            shape = (0, self.config.num_memory_embeddings, self.config.memory_size)
-            return torch.empty(shape, dtype=self.dtype, device=chunks.device)
+        """Memories `(N, K, D)` of chunks `(N, L)`.
+
+        A part of `forward`: from outside call the encoder itself, so that the hooks run that fetch weights which are
+        kept elsewhere, on a disk or in other processes.
+        """
         embeds = embed(self.backbone, chunks)
         if self.chunk_positions is not None:
             embeds = embeds + self.chunk_positions
         if self.summary_embeddings is not None:
             embeds = torch.cat([embeds, self.summary_embeddings.expand(embeds.shape[0], -1, -1)], dim=1)
-        states = self.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        states = self.backbone(inputs_embeds=embeds, use_cache=False, return_dict=True).last_hidden_state
         memories = states[:, -self.config.num_memory_embeddings :]
         if self.memory_proj is not None:
             memories = self.memory_proj(memories)
@@ -273,10 +309,12 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         """sha256 of all weights and of the choices that shape a memory: two encoders of one fingerprint agree."""
         kept = ("chunk_length", "num_memory_embeddings", "memory_size", "memory_pooling", "memory_quantization")
         digest = hashlib.sha256(repr([(name, getattr(self.config, name)) for name in kept]).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(weights_fingerprint(self))
         return digest.digest()
+
+
+# What the reader's slots say.
+BEGIN, COPY, BLANK = range(3)
 
 
 class MemoryModelReader(nn.Module):
@@ -295,14 +333,33 @@ class MemoryModelReader(nn.Module):
         num_added = config.unroll_window if config.memory_read == "unroll_add" else 0
         self.unroll_projs = nn.ModuleList(nn.Linear(window, width, bias=False) for _ in range(num_added))
 
-    def begin(self, tokens: torch.Tensor, is_copy: bool) -> torch.Tensor:
-        """Inputs `(..., L, C)` of chunks with tokens `(..., L, C)`: the slot in front, the last token left out."""
-        slot = self.slot_embeddings[int(is_copy)].expand(*tokens.shape[:-2], 1, -1)
-        return torch.cat([slot, tokens[..., :-1, :]], dim=-2)
+    def forward(self, tokens, is_token, seen, is_memory, places=None, slot=None, is_hidden=False):
+        """Rows of the decoder, `(B, R, S + 1 + W, C)`, and their mask: what is absent is exactly 0.
 
-    def blank(self, *shape: int) -> torch.Tensor:
-        """Hidden tokens `(*shape, C)`."""
-        return self.slot_embeddings[2].expand(*shape, -1)
+        Parameters are used here alone, so that the hooks run that fetch weights which are kept elsewhere.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(B, R, W, C)`): embeddings of the chunk's tokens.
+            is_token (`torch.Tensor` of shape `(B, R, W)`): False at padding, which stands behind.
+            seen (`torch.Tensor` of shape `(B, R, M, K, D)`): memories, the latest one last.
+            is_memory (`torch.Tensor` of shape `(B, R, M)`): False where there is none.
+            places (`torch.LongTensor` of shape `(B, R, W)`, *optional*): of tokens that go on in an open row: `(B, R,
+                W, C)` is returned, as slot and memories stand there already.
+            slot (`int`, *optional*): of a row that begins, [`BEGIN`] or [`COPY`].
+            is_hidden (`bool`): whether the tokens are hidden.
+        """
+        if is_hidden:
+            tokens = self.slot_embeddings[BLANK].expand_as(tokens) + nothing_of(tokens)
+        if slot is not None:
+            begin = self.slot_embeddings[slot].expand(*tokens.shape[:-2], 1, -1)
+            tokens, is_token = torch.cat([begin, tokens], dim=-2), F.pad(is_token, (1, 0), value=True)
+            places = torch.arange(tokens.shape[2], device=tokens.device)
+        inputs = self.dress(tokens, seen, is_memory, places)
+        if slot is None or seen.shape[2] == 0:
+            return inputs, is_token
+        slots = self.prefix(seen) * is_memory[..., None, None]
+        mask = is_memory[..., None].expand(slots.shape[:-1]).flatten(2)
+        return torch.cat([slots.flatten(2, 3), inputs], dim=2), torch.cat([mask, is_token], dim=2)
 
     def prefix(self, memories: torch.Tensor) -> torch.Tensor:
         """Slots `(..., S, C)` of memories `(..., K, D)`."""
@@ -324,6 +381,12 @@ class MemoryModelReader(nn.Module):
         for back, proj in enumerate(self.unroll_projs[: seen.shape[2]], start=1):
             windows = self.windows(seen[:, :, -back], places, self.config.chunk_length)
             inputs = inputs + proj(windows) * is_memory[:, :, -back, None, None]
+        if torch.is_grad_enabled():
+            # Data parallelism asks for a gradient of every weight in every batch: absent memories are zeros, and so
+            # is what is made of them.
+            unread = [self.prefix_proj] * (seen.shape[2] == 0) + list(self.unroll_projs[seen.shape[2] :])
+            for proj in unread:
+                inputs = inputs + proj(seen.new_zeros(1, proj.in_features) + nothing_of(seen))
         return inputs
 
     def windows(self, memories: torch.Tensor, places: torch.Tensor, num_places: int) -> torch.Tensor:
@@ -342,7 +405,10 @@ class MemoryModelReader(nn.Module):
 
 def table_scale(backbone: PreTrainedModel) -> float:
     """Standard deviation of the token embeddings, which what is added to them or stands beside them begins with."""
-    return backbone.get_input_embeddings().weight.std().item()
+    table = backbone.get_input_embeddings().weight
+    if table.is_meta or is_fake_tensor(table):
+        return 1.0  # laid out without numbers, so that any will do
+    return table.std().item()
 
 
 def build_backbone(config):
@@ -359,10 +425,25 @@ def build_decoder(config):
     return AutoModelForCausalLM.from_config(config)
 
 
+def learnt_positions(backbone: PreTrainedModel) -> int | None:
+    """How many slots a model with a table of learnt positions can read; `None` of one without such a table."""
+    limit = getattr(backbone.config, "max_position_embeddings", None)
+    tokens = backbone.get_input_embeddings()
+    tables = [part for part in backbone.modules() if isinstance(part, nn.Embedding) and part is not tokens]
+    return limit if limit is not None and any(table.num_embeddings >= limit for table in tables) else None
+
+
 def embed(backbone: PreTrainedModel, ids: torch.LongTensor) -> torch.Tensor:
     """Token embeddings; an id that the model does not know is named."""
+    table = backbone.get_input_embeddings()
+    if hasattr(backbone, "unshard") and not hasattr(table, "unshard"):
+        # A unit of FSDP2 collects its weights for its own forward, and would lose the gradient of this use of them.
+        raise ValueError(
+            f"The token table of a {type(backbone).__name__} is used besides its forward, so that it cannot be a unit "
+            "of FSDP2: make its layers units, or the whole encoder, and leave the table to what is above."
+        )
     try:
-        return backbone.get_input_embeddings()(ids)
+        return table(ids)
     except IndexError as error:
         raise ValueError(
             f"input_ids range from {ids.min().item()} to {ids.max().item()}, but vocab_size is "
@@ -403,6 +484,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
     """A memory model that predicts the next token, and recalls what its memories hold."""
 
     _is_stateful = True
+    # None of its own; PEFT then looks for those of the decoder.
+    _tied_weights_keys = {}
 
     def __init__(self, config: MemoryModelConfig):
         super().__init__(config)
@@ -410,6 +493,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         self.reader = MemoryModelReader(config)
         self.decoder = build_decoder(config.decoder)
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.num_positions = learnt_positions(self.decoder)
         self.post_init()
         self.freeze_encoder(config.freeze_encoder)
 
@@ -476,8 +560,9 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, on either side or
                 within, 1 at tokens. Chunks are counted from each row's first token.
             memories (`torch.Tensor` of shape `(B, M, K, D)`, *optional*): of chunks before this text, the latest last;
-                see [`~MemoryModelForCausalLM.encode`].
-            memory_mask (`torch.Tensor` of shape `(B, M)`, *optional*): 0 where there is none. All ones when absent.
+                see [`~MemoryModelForCausalLM.encode`]. Finite; converted to the model's dtype.
+            memory_mask (`torch.Tensor` of shape `(B, M)`, *optional*): 0 where there is none, of booleans or whole
+                numbers. All ones when absent.
             past_key_values ([`MemoryModelCache`], *optional*): what was read before; changed in place. `cache` is
                 another name for it.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): not shifted; -100 is ignored. They are the
@@ -508,9 +593,11 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}: it must be that of the ids, {tuple(ids.shape)}."
             )
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and cache is None and labels is None and not self.training:
+        if use_cache is None:  # asked for, it is kept in training too
+            use_cache = self.config.use_cache and labels is None and not self.training
+        if use_cache and cache is None:
             cache = MemoryModelCache()
+            self.check_cache(cache, memories, labels)
         if cache is not None:
             return self.read_on(cache, ids, is_token, order, memories, memory_mask, logits_to_keep)
 
@@ -521,7 +608,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         if labels is not None:
             parts = self.losses(logits, ids, is_token, take(labels, order), *remembered, **kwargs)
         if logits is not None:
-            logits = take(logits, order.argsort(dim=1))[:, -logits_to_keep:]
+            logits = take(logits, as_they_stood(is_token, order)[:, -logits_to_keep:])
         loss = sum(getattr(self.config, f"{name}_weight") * part for name, part in parts.items()) if parts else None
         named = {f"{name}_loss": part for name, part in parts.items()}
         latest_last = right_aligned(remembered[1])
@@ -532,7 +619,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         """Refuses what would fail later or, worse, be answered as if it had been something else."""
         if inputs_embeds is not None:
             raise ValueError(
-                "inputs_embeds are not supported: encoder and decoder embed tokens by tables of their own."
+                "inputs_embeds are not supported, nor soft prompts of PEFT, which come as such: encoder and decoder "
+                "embed tokens by tables of their own. Pass input_ids; to adapt the model, use LoRA."
             )
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name):
@@ -551,14 +639,23 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         if cache is not None:
             self.check_cache(cache, memories, labels)
 
-    @staticmethod
-    def check_cache(cache, memories, labels) -> None:
+    def check_cache(self, cache, memories, labels) -> None:
         if not isinstance(cache, MemoryModelCache):
             raise ValueError(
-                f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned."
+                f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned. "
+                "(Prefix tuning of PEFT makes such a one: use LoRA.)"
             )
         if labels is not None:
-            raise ValueError("With labels a text is read as a whole: leave the cache out.")
+            raise ValueError(
+                "With labels a text is read as a whole, and no cache is kept of it: leave the cache out, and "
+                "use_cache=True."
+            )
+        layers = self.decoder.modules() if self.training else ()
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+            raise ValueError(
+                "A cache cannot be read or written under gradient checkpointing, which reads everything twice: call "
+                "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
+            )
         if memories is not None and cache.num_tokens > 0:
             raise ValueError("memories come before a text, but the cache has read some already: give them at first.")
 
@@ -581,6 +678,27 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
                 f"memory_mask has shape {tuple(memory_mask.shape)}: it must be {tuple(memories.shape[:2])}, one for "
                 "each of the memories."
             )
+        self.check_numbers(memories, memory_mask)
+
+    def check_numbers(self, memories, memory_mask) -> None:
+        """Refuses what no encoder writes: numbers of another kind, or a mask that could mean something else."""
+        if not memories.is_floating_point():
+            raise ValueError(
+                f"memories are {memories.dtype}: pass floating-point numbers of any precision, as `encode` gives them."
+            )
+        is_finite = memories.to(self.dtype).isfinite().flatten(2).all(-1)
+        if memory_mask is not None:
+            if memory_mask.is_floating_point() or memory_mask.is_complex():
+                raise ValueError(
+                    f"memory_mask is {memory_mask.dtype}: it must be of booleans or whole numbers, 1 where there is a "
+                    "memory and 0 where there is none."
+                )
+            refuse((memory_mask != 0) & (memory_mask != 1), "memory_mask must hold 1 and 0 only.", memory_mask)
+            is_finite = is_finite | ~memory_mask.to(is_finite.device, torch.bool)
+        refuse(
+            ~is_finite,
+            f"memories are not finite as numbers of this model, which are {self.dtype}: encode the text again.",
+        )
 
     @staticmethod
     def new_part(attention_mask: torch.Tensor, cache: MemoryModelCache, num_new: int) -> torch.Tensor:
@@ -601,38 +719,70 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         """
         lengths = is_token.sum(-1)
         if self.config.max_memories == 0:
-            lengths = torch.zeros_like(lengths)  # nobody would read them
+            ids, lengths = ids[:, :0], torch.zeros_like(lengths)  # the decoder would see none of them
         new, new_mask = self.encode_full_chunks(ids, lengths)
         if memories is None:
             return new, new_mask, 0
         if memory_mask is None:
             memory_mask = memories.new_ones(memories.shape[:2])
-        memory_mask = memory_mask.bool()
+        memories, memory_mask = memories.to(new.device), memory_mask.to(new.device, torch.bool)
         order = right_aligned(memory_mask)
         memories, memory_mask = take(memories, order).to(new), take(memory_mask, order)
+        memories = memories.masked_fill(~memory_mask[..., None, None], 0.0)  # whatever stands there, it has no meaning
         return torch.cat([memories, new], dim=1), torch.cat([memory_mask, new_mask], dim=1), memories.shape[1]
 
     def encode_full_chunks(self, ids, lengths):
-        """As the encoder's, without gradients if it is frozen."""
+        """Memories `(B, N, K, D)` of the full chunks of texts without padding before or within; which are real.
+
+        Without gradients if the encoder is frozen. If there is no full chunk it reads one of no meaning all the same
+        where its weights ask for that: for a gradient, if only of zeros, or because several processes hold them in
+        parts, which all of them collect at once or wait for without end.
+        """
+        length = self.config.chunk_length
+        chunks, mask = cut_into_chunks(ids, lengths, longest_of(ids, lengths) // length, length)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
-            return self.encoder.encode_full_chunks(ids, lengths)
+            if chunks.shape[0] > 0:
+                return self.encoder(chunks, return_dict=True).memories.unflatten(0, mask.shape).squeeze(2), mask
+            if self.encoder_must_run():
+                memories = self.encoder(ids.new_zeros(1, length), return_dict=True).memories
+                return memories[:, :0].expand(ids.shape[0], -1, -1, -1), mask
+        shape = (*mask.shape, self.config.num_memory_embeddings, self.config.memory_size)
+        return torch.empty(shape, dtype=self.dtype, device=ids.device), mask
+
+    def encoder_must_run(self) -> bool:
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            return True
+        return self.is_sharded_in_parts()
+
+    def is_sharded_in_parts(self) -> bool:
+        """Whether parts of this model are collected from several processes, each when it is called."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # some builds of torch lack it
+
+        units = (FSDPModule, FullyShardedDataParallel)
+        is_zero3 = any(hasattr(parameter, "ds_id") for parameter in self.parameters())
+        return is_zero3 or any(isinstance(module, units) for module in self.modules() if module is not self)
 
     def causal_logits(self, ids, is_token, memories, memory_mask, num_given):
         """Logits `(B, T, V)` of the token after each one of texts `(B, T)`: all chunks are decoded in one pass."""
-        length = self.config.chunk_length
-        num_rows, behind = -(-ids.shape[1] // length), -ids.shape[1] % length
-        tokens = embed(self.decoder, F.pad(ids, (0, behind))).unflatten(1, (num_rows, length))
-        is_token = F.pad(is_token, (0, behind)).unflatten(1, (num_rows, length))
-        is_input = F.pad(is_token[..., :-1], (1, 0), value=True)
-        ends = num_given + torch.arange(num_rows, device=ids.device)
-        logits = self.decode(self.reader.begin(tokens, False), is_input, memories, memory_mask, ends).flatten(1, 2)
-        if behind:
-            return logits[:, 1 : ids.shape[1] + 1]
-        # The last chunk is full: what follows it is predicted where the next one begins.
-        begin = self.reader.begin(tokens[:, :1, :1], False)
-        return torch.cat(
-            [logits[:, 1:], self.decode(begin, is_input[:, :1, :1], memories, memory_mask, ends[-1:] + 1)[:, 0]], 1
+        length, num_tokens = self.config.chunk_length, ids.shape[1]
+        num_rows, behind = -(-num_tokens // length), -num_tokens % length
+        # A full last chunk opens another row, as what follows it is predicted there: decoded by itself, or as a whole
+        # row among the rest where every process has to call the decoder as often as the others.
+        opens_row = not behind
+        if opens_row and (is_torchdynamo_compiling() or self.is_sharded_in_parts()):
+            num_rows, behind, opens_row = num_rows + 1, length, False
+        tokens = embed(self.decoder, F.pad(ids, (0, behind))).unflatten(1, (num_rows, length))[..., :-1, :]
+        is_token = F.pad(is_token, (0, behind)).unflatten(1, (num_rows, length))[..., :-1]
+        ends, most = num_given + torch.arange(num_rows, device=ids.device), num_given + num_rows - 1
+        logits = self.decode(tokens, is_token, memories, memory_mask, ends, most, BEGIN).flatten(1, 2)
+        if not opens_row:
+            return logits[:, 1 : num_tokens + 1].contiguous()
+        last = self.decode(
+            tokens[:, :1, :0], is_token[:, :1, :0], memories, memory_mask, ends[-1:] + 1, most + 1, BEGIN
         )
+        return torch.cat([logits[:, 1:], last[:, 0]], dim=1)
 
     def recall(self, objective: str, ids, is_token, memories, memory_mask, num_given=0):
         """What the decoder writes of chunks that it sees as memories: for losses and measures alike.
@@ -660,17 +810,18 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
                 f"{is_token.sum(-1).max().item()} tokens: give longer texts, or set {objective}_weight=0."
             )
         if objective == "autoencoding":
-            logits, is_row = self.recall_each(memories, memory_mask)
+            logits, is_row = self.recall_each(ids, memories, memory_mask)
         else:
             logits, is_row = self.recall_first_half(objective, ids, memories, num_full)
         num_rows = is_row.shape[1]
         return logits, ids[:, : num_rows * length].unflatten(1, (num_rows, length)), is_row
 
-    def recall_each(self, memories, memory_mask):
+    def recall_each(self, ids, memories, memory_mask):
         """Logits `(B, N, L, V)` of each chunk, written from its own memory alone, and which chunks are real."""
         flat, is_memory = memories.flatten(0, 1)[:, None], memory_mask.flatten()[:, None]
-        tokens = self.reader.blank(flat.shape[0], 1, self.config.chunk_length)
-        logits = self.decode_copies(tokens, flat, is_memory, ends=is_memory.new_ones(1, dtype=torch.long))
+        chunks = ids[:, : memory_mask.shape[1] * self.config.chunk_length].reshape(flat.shape[0], 1, -1)
+        ends = is_memory.new_ones(1, dtype=torch.long)
+        logits = self.decode_copies(chunks, flat, is_memory, ends, 1, is_hidden=True)
         return logits.unflatten(0, memory_mask.shape)[:, :, 0], memory_mask
 
     def recall_first_half(self, objective: str, ids, memories, num_full):
@@ -684,16 +835,15 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             )
         rows, index = torch.arange(num_rows, device=ids.device), torch.arange(2 * num_rows, device=ids.device)
         twice = take(memories, torch.where(index < half, index, (index - half).clamp(0, num_rows - 1)))
-        tokens = self.reader.blank(ids.shape[0], num_rows, length)
-        if objective == "copy":
-            tokens = embed(self.decoder, ids[:, : num_rows * length]).unflatten(1, (num_rows, length))
-        return self.decode_copies(tokens, twice, index < 2 * half, half + rows), rows < half
+        chunks, is_hidden = ids[:, : num_rows * length].unflatten(1, (num_rows, length)), objective == "blank_copy"
+        logits = self.decode_copies(chunks, twice, index < 2 * half, half + rows, 2 * num_rows - 1, is_hidden)
+        return logits, rows < half
 
-    def decode_copies(self, tokens, memories, memory_mask, ends) -> torch.Tensor:
-        """As `decode`, of whole chunks with tokens `(B, R, L, C)`, behind the slot that asks for a copy."""
-        inputs = self.reader.begin(tokens, True)
-        is_input = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=inputs.device)
-        return self.decode(inputs, is_input, memories, memory_mask, ends)
+    def decode_copies(self, chunks, memories, memory_mask, ends, most: int, is_hidden: bool) -> torch.Tensor:
+        """As `decode`, of whole chunks `(B, R, L)`, behind the slot that asks for a copy."""
+        tokens = embed(self.decoder, chunks[..., :-1])
+        is_token = torch.ones_like(chunks[..., :-1], dtype=torch.bool)
+        return self.decode(tokens, is_token, memories, memory_mask, ends, most, COPY, is_hidden)
 
     def losses(
         self, logits, ids, is_token, labels, memories, memory_mask, num_given, **kwargs
@@ -717,48 +867,53 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
                 )
         return parts
 
-    def decode(self, inputs, is_input, memories, memory_mask, ends) -> torch.Tensor:
-        """Logits `(B, R, W, V)` of all rows at once.
+    def decode(self, tokens, is_token, memories, memory_mask, ends, most, slot, is_hidden=False) -> torch.Tensor:
+        """Logits `(B, R, 1 + W, V)` of all rows at once.
 
         Args:
-            inputs (`torch.Tensor` of shape `(B, R, W, C)`): the slot that says what to do, and tokens.
-            is_input (`torch.Tensor` of shape `(B, R, W)`): False at padding, which stands behind.
+            tokens (`torch.Tensor` of shape `(B, R, W, C)`): embeddings.
+            is_token (`torch.Tensor` of shape `(B, R, W)`): False at padding, which stands behind.
             memories (`torch.Tensor` of shape `(B, N, K, D)`), memory_mask (`torch.Tensor` of shape `(B, N)`).
             ends (`torch.Tensor` of shape `(R,)` or `(B, R)`): each row sees the memories before this one.
+            most (`int`): the largest of them.
+            slot (`int`): [`BEGIN`] or [`COPY`].
+            is_hidden (`bool`): whether the tokens are hidden.
         """
-        shape = inputs.shape[:3]
-        seen, is_memory = self.seen(memories, memory_mask, ends.expand(shape[:2]))
-        places = torch.arange(shape[2], device=inputs.device)
-        inputs, mask = self.lay_out(inputs, is_input, seen, is_memory, places)
+        shape = is_token.shape
+        seen, is_memory = self.seen(memories, memory_mask, ends.expand(shape[:2]), most)
+        inputs, mask = self.reader(tokens, is_token, seen, is_memory, slot=slot, is_hidden=is_hidden)
         outputs = self.decoder(
             inputs_embeds=inputs.flatten(0, 1),
-            logits_to_keep=shape[2],
+            logits_to_keep=1 + shape[2],
             use_cache=False,
+            return_dict=True,
             **self.masks(mask.flatten(0, 1), inputs.shape[2]),
         )
         return outputs.logits.unflatten(0, shape[:2])
 
-    def seen(self, memories, memory_mask, ends):
-        """Of memories `(B, N, K, D)` those before `ends` `(B, R)`: `(B, R, S, K, D)`, the latest last; their mask."""
-        num_seen = min(memories.shape[1], int(ends.max()))
+    def seen(self, memories, memory_mask, ends, most: int):
+        """Of memories `(B, N, K, D)` those before `ends` `(B, R)`, the largest of which is `most`.
+
+        Returns:
+            `(B, R, S, K, D)`, the latest last, and their mask `(B, R, S)`.
+        """
+        num_seen = min(memories.shape[1], most)
         if self.config.max_memories is not None:
             num_seen = min(num_seen, self.config.max_memories)
         index = ends[..., None] + torch.arange(-num_seen, 0, device=ends.device)
         within = index.clamp(0, max(memories.shape[1] - 1, 0))
         return take(memories, within), take(memory_mask, within) & (index == within)
 
-    def lay_out(self, inputs, is_input, seen, is_memory, places):
-        """Rows `(B, R, S + W, C)` with the memories' slots in front, and their mask: what is absent is exactly 0."""
-        inputs = self.reader.dress(inputs, seen, is_memory, places)
-        if seen.shape[2] == 0:
-            return inputs, is_input
-        slots = self.reader.prefix(seen) * is_memory[..., None, None]
-        mask = is_memory[..., None].expand(slots.shape[:-1]).flatten(2)
-        return torch.cat([slots.flatten(2, 3), inputs], dim=2), torch.cat([mask, is_input], dim=2)
-
     def masks(self, mask: torch.Tensor, num_new: int) -> dict[str, torch.Tensor]:
         """What a decoder needs to know of rows whose mask is `(N, past + new)`: places count what is there."""
         masks = {"attention_mask": mask.long()}
+        if self.num_positions is not None and not is_torchdynamo_compiling() and not is_fake_tensor(mask):
+            most = int(mask.sum(-1).max())
+            if most > self.num_positions:
+                raise ValueError(
+                    f"Memories and tokens take {most} slots of a row, but this {type(self.decoder).__name__} has "
+                    f"{self.num_positions} learnt positions: set max_memories, or take a decoder without such a table."
+                )
         if self.takes_positions:
             masks["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
         return masks
@@ -772,6 +927,9 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"The cache has read {cache.ids.shape[0]} rows, but {ids.shape[0]} are passed: they must be as many."
             )
+        note_writer(cache, self)
+        as_given = order.argsort(dim=1)
+        cache.note_text(take(ids, as_given), take(is_token, as_given))
         num_before = cache.is_token.sum(-1, keepdim=True)
         whole, is_whole = torch.cat([cache.ids, ids], dim=1), torch.cat([cache.is_token, is_token], dim=1)
         packed = left_aligned(is_whole)
@@ -781,42 +939,42 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             cache.ids, cache.is_token = whole, is_whole
         else:
             remembered = self.remember(whole, is_whole, cache.memories, cache.memory_mask)
-            last = self.begin_rows(cache, whole, is_whole, *remembered)
-            ends_in_token = (order.argsort(dim=1)[:, -1] < is_token.sum(-1)).all()
-            if logits_to_keep == 1 and ends_in_token:
-                logits, order = last, order[:, -1:] * 0
-            else:
+            self.keep(cache, whole, is_whole, *remembered[:2])
+            # Where the processes have to call the decoder equally often, the open chunk is read again each time.
+            logits = None if self.is_sharded_in_parts() else self.begin_rows(cache)
+            if logits is None or logits_to_keep != 1:
                 at = num_before + torch.arange(ids.shape[1], device=ids.device)
                 logits = take(self.causal_logits(whole, is_whole, *remembered), at.clamp(max=whole.shape[1] - 1))
         cache.num_tokens += ids.shape[1]
-        logits = take(logits, order.argsort(dim=1))[:, -logits_to_keep:]
+        if logits.shape[1] == ids.shape[1]:
+            logits = take(logits, as_they_stood(is_token, order)[:, -logits_to_keep:])
         kept = {"memories": cache.memories, "memory_mask": cache.memory_mask}
         return MemoryModelOutput(logits=logits, **kept, **{MEMORY_NAME: cache})
 
     def continue_rows(self, cache, ids, is_token, places) -> torch.Tensor:
         """Logits `(B, T, V)` of tokens within the open row, at places `(B, T)` of their chunk."""
-        ends = torch.full_like(ids[:, :1], cache.memories.shape[1])
-        seen, is_memory = self.seen(cache.memories, cache.memory_mask, ends)
-        inputs = embed(self.decoder, ids)[:, None]
-        inputs = self.reader.dress(inputs, seen, is_memory, places.clamp(max=self.config.chunk_length - 1)[:, None])
+        num_seen = cache.memories.shape[1]
+        ends = torch.full_like(ids[:, :1], num_seen)
+        seen, is_memory = self.seen(cache.memories, cache.memory_mask, ends, num_seen)
+        places = places.clamp(max=self.config.chunk_length - 1)[:, None]
+        inputs, _ = self.reader(embed(self.decoder, ids)[:, None], is_token[:, None], seen, is_memory, places)
         return self.feed(cache, inputs[:, 0], is_token)
 
-    def begin_rows(self, cache, ids, is_token, memories, memory_mask, num_given) -> torch.Tensor:
-        """Open the row behind the last full chunk of each text, read its tokens; logits `(B, 1, V)` of the last."""
+    def keep(self, cache, ids, is_token, memories, memory_mask) -> None:
+        """Of texts that are read: what stands behind the last full chunk, and the memories of what stands before."""
         length = self.config.chunk_length
         num_full, num_rest = is_token.sum(-1, keepdim=True) // length, is_token.sum(-1, keepdim=True) % length
-        rest, is_rest = tokens_from(ids, num_full * length, num_rest)
-        cache.ids, cache.is_token = rest, is_rest
+        cache.ids, cache.is_token = tokens_from(ids, num_full * length, num_rest)
         order = right_aligned(memory_mask)[:, -max(1, int(memory_mask.sum(-1).max())) :]
         cache.memories, cache.memory_mask = take(memories, order), take(memory_mask, order)
 
-        ends = torch.full_like(num_full, cache.memories.shape[1])
-        seen, is_memory = self.seen(cache.memories, cache.memory_mask, ends)
-        begin = self.reader.slot_embeddings[0].expand(ids.shape[0], 1, 1, -1)
-        inputs = torch.cat([begin, embed(self.decoder, rest)[:, None]], dim=2)
-        is_input = F.pad(is_rest, (1, 0), value=True)[:, None]
-        places = torch.arange(inputs.shape[2], device=ids.device)
-        inputs, mask = self.lay_out(inputs, is_input, seen, is_memory, places)
+    def begin_rows(self, cache) -> torch.Tensor:
+        """Open the row behind the last full chunk of each text, read its tokens; logits `(B, 1, V)` of the last."""
+        num_seen = cache.memories.shape[1]
+        ends = torch.full((cache.ids.shape[0], 1), num_seen, device=cache.ids.device)
+        seen, is_memory = self.seen(cache.memories, cache.memory_mask, ends, num_seen)
+        tokens = embed(self.decoder, cache.ids)[:, None]
+        inputs, mask = self.reader(tokens, cache.is_token[:, None], seen, is_memory, slot=BEGIN)
         order = right_aligned(mask[:, 0])
         cache.row, cache.row_mask = DynamicCache(config=self.config.decoder), mask[:, 0, :0]
         return self.feed(cache, take(inputs[:, 0], order), take(mask[:, 0], order), logits_to_keep=1)
@@ -827,17 +985,33 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         outputs = self.decoder(
             inputs_embeds=inputs,
             use_cache=True,
+            return_dict=True,
             logits_to_keep=logits_to_keep,
             **{MEMORY_NAME: cache.row},
             **self.masks(cache.row_mask, inputs.shape[1]),
         )
         return outputs.logits
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        """As the library's; behind a cache, ids may be the new text alone or all of it, see `continue_from`."""
+        cache = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"))
+        if isinstance(cache, MemoryModelCache) and cache.is_initialized:
+            self.check_cache(cache, kwargs.get("memories"), None)
+            kwargs = continue_from(inputs, generation_config or self.generation_config, kwargs)
+            ids = kwargs["input_ids"] if inputs is None else inputs
+            cache.num_ahead = kwargs["attention_mask"].shape[1] - ids.shape[1]
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if kwargs.get("use_cache", self.config.use_cache):
+            check_routers(self)
         cache = inputs.get(MEMORY_NAME)
         if cache is not None and cache.get_seq_length() > 0:
-            inputs["input_ids"] = input_ids[:, cache.get_seq_length() :]
+            inputs["input_ids"] = input_ids[:, cache.get_seq_length() - cache.num_ahead :]
+            if inputs["input_ids"].shape[1] == 0 and self.is_sharded_in_parts():
+                inputs["input_ids"] = input_ids[:, -1:]  # these texts have ended, those of another process have not
             inputs.pop("memories", None)
             inputs.pop("memory_mask", None)
         return inputs
@@ -858,7 +1032,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if there is nothing to encode, as no row is longer than a chunk.
         """
-        ids, is_token, _ = take_text(input_ids.to(self.device), attention_mask)
+        ids, is_token, _ = take_text(self.brought(input_ids), attention_mask)
         length, lengths = self.config.chunk_length, is_token.sum(-1)
         num_chunks = (lengths - 1) // length
         if num_chunks.max() == 0:
@@ -894,22 +1068,40 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         """`memories` and `memory_mask` that [`~MemoryModelForCausalLM.memories_state_dict`] described.
 
         Raises:
-            ValueError: if they are of another chunk length, of another encoder, or no memories.
+            ValueError: if they are of another chunk length, of another encoder, or no memories: not finite, of
+                another kind of numbers or shape, or without any. Of another precision they are converted.
         """
         missing = {"memories", "memory_mask", "chunk_length", "encoder"} - tensors.keys()
         if missing:
             raise ValueError(f"These are no memories of a memory model: {sorted(missing)} are missing.")
-        if tensors["chunk_length"].item() != self.config.chunk_length:
+        if tensors["chunk_length"].tolist() != self.config.chunk_length:
             raise ValueError(
-                f"These are memories of chunks of {tensors['chunk_length'].item()} tokens, but this model's "
-                f"chunk_length is {self.config.chunk_length}: encode the text anew."
+                f"These are memories of chunks of {tensors['chunk_length'].tolist()} tokens, but this model's "
+                f"chunk_length is {self.config.chunk_length}: encode the text again."
             )
-        if bytes(tensors["encoder"].tolist()) != self.encoder.fingerprint():
-            raise ValueError("These are memories of another encoder than this model's: encode the text anew.")
-        memories = tensors["memories"]
+        if tensors["encoder"].tolist() != list(self.encoder.fingerprint()):
+            raise ValueError("These are memories of another encoder than this model's: encode the text again.")
+        memories, memory_mask = tensors["memories"], tensors["memory_mask"]
+        if 0 in memories.shape:
+            raise ValueError(f"memories have shape {tuple(memories.shape)}, which holds none: encode the text again.")
         if self.config.memory_quantization is not None:
-            memories = from_codes(memories, tensors["scale"], self.dtype)
-        return {"memories": memories.to(self.device), "memory_mask": tensors["memory_mask"].to(self.device)}
+            memories = self.from_codes(memories, tensors.get("scale", torch.empty(0)))
+        self.check_memories(memories, memory_mask, memories.shape[0])
+        return {"memories": self.brought(memories.to(self.dtype)), "memory_mask": self.brought(memory_mask)}
+
+    def from_codes(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Memories in the model's dtype, of what [`to_codes`] made."""
+        dtype = CODES[self.config.memory_quantization]
+        if codes.dtype != dtype or scale.dtype != torch.float32 or scale.shape != (*codes.shape[:-1], 1):
+            raise ValueError(
+                f"memories are {codes.dtype} with scales {scale.dtype} of shape {tuple(scale.shape)}, but this "
+                f"model's are {dtype} with float32 scales of shape {(*codes.shape[:-1], 1)}: encode the text again."
+            )
+        return from_codes(codes, scale, self.dtype)
+
+    def brought(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on the model's device; weights that are kept elsewhere have none, and are brought to the tensor."""
+        return tensor if self.device.type == "meta" else tensor.to(self.device)
 
 
 __all__ = [

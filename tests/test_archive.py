@@ -12,6 +12,7 @@ import multivolumefile
 import numpy as np
 import py7zr
 import pytest
+from conftest import flip
 
 from training import archive, bounded, data
 from training.data import load_stories, pack_windows, source_provenance
@@ -132,6 +133,15 @@ def test_an_archive_is_unpacked_once_and_a_changed_one_again(tmp_path, monkeypat
     shutil.rmtree(tmp_path / "a")
     volumes = cut(tmp_path / "a", packed({"train.txt": '"Other."\n'}))
     assert texts(volumes[0]) == ["Other."]
+
+
+def test_an_unpacked_file_that_has_changed_is_unpacked_again(tmp_path, cache, caplog):
+    volumes = cut(tmp_path / "a")
+    assert texts(volumes[0]) == TRAIN
+    (file,) = cache.rglob("traindataset.txt")
+    flip(file)
+    assert texts(volumes[0]) == TRAIN
+    assert "traindataset.txt has changed since it was written): it is removed and made again" in caplog.text
 
 
 def test_a_full_disk_is_not_called_a_damaged_archive(tmp_path, monkeypatch):

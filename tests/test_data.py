@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
+from conftest import flip
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from training import bounded, data
+from training.checksums import LIST
 from training.data import collate_windows, load_stories, pack_windows, source_provenance
 from training.story_writer import write_stories
 from training.tokenizer import load_tokenizer, train_tokenizer
@@ -82,6 +84,20 @@ def test_every_form_gives_the_same_stories(tmp_path, name, compressed):
     streamed = load_stories(str(path), streaming=True)
     assert isinstance(streamed, IterableDataset)
     assert [row["text"] for row in streamed] == [row["text"] for row in streamed] == STORIES
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["objects.jsonl", "strings.txt", "separated.txt"])
+def test_nothing_but_a_line_feed_ends_a_line(tmp_path, form, streaming):
+    """Neither do the line and paragraph separators of Unicode, nor what else Python's `splitlines` cuts at."""
+    stories = ["one\u2029two\u2028three\x85four\x0bfive\x0csix\x1cseven", "eight\rnine"]
+    lines = {
+        "objects.jsonl": "\n".join(json.dumps({"text": story}, ensure_ascii=False) for story in stories),
+        "strings.txt": "\n".join(json.dumps(story, ensure_ascii=False) for story in stories),
+        "separated.txt": f"\n{END}\n".join(stories),
+    }
+    (tmp_path / form).write_bytes(lines[form].encode())
+    assert [row["text"] for row in load_stories(str(tmp_path / form), streaming=streaming)] == stories
 
 
 @pytest.mark.parametrize(
@@ -373,6 +389,18 @@ def test_a_gap_in_a_hub_data_set_is_named_with_its_row_and_field(monkeypatch, ga
         list(load_stories("some/stories", text_field="story", streaming=streaming))
 
 
+def test_files_of_a_hub_data_set_that_have_changed_are_refused(monkeypatch, tmp_path):
+    Dataset.from_dict({"text": STORIES * 50}).save_to_disk(tmp_path)
+    (path,) = tmp_path.glob("*.arrow")
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: Dataset.from_file(str(path)))
+    for _ in range(2):
+        assert load_stories("some/stories")["text"][:] == STORIES * 50
+    flip(path)
+    with pytest.raises(ValueError, match=f"{path} has changed since it was first read: remove its folder"):
+        load_stories("some/stories")
+    assert load_stories("some/stories", streaming=True)  # another way of reading, which the cache has no part in
+
+
 @pytest.mark.parametrize("failure", [ConnectionError("no network"), FileNotFoundError("unknown")])
 def test_what_the_hub_cannot_give_is_explained(monkeypatch, failure):
     def load_dataset(*args, **kwargs):
@@ -456,6 +484,25 @@ def test_a_second_call_does_no_work(stories, tokenizer, monkeypatch, tmp_path):
             assert np.array_equal(_ids(pack_windows(again, load_tokenizer(str(tmp_path)), 96, num_proc)), before)
 
 
+def test_what_has_changed_in_the_cache_is_made_again(tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    texts = load_stories("embedded", num_stories=40)["text"][:]
+    before = _ids(pack_windows(load_stories("embedded", num_stories=40), tokenizer, 64, num_proc=2))
+    files = sorted(tmp_path.rglob("*.arrow"))
+    assert [path.name for path in files].count("rows.arrow") == 2 and len(files) == 4  # tokens of two processes
+    for name in ("*.arrow", LIST):
+        caplog.clear()
+        for path in tmp_path.rglob(name):
+            flip(path)
+        stories = load_stories("embedded", num_stories=40)
+        assert stories["text"][:] == texts
+        assert np.array_equal(_ids(pack_windows(stories, tokenizer, 64)), before)
+        shorter = pack_windows(stories, tokenizer, 32)  # by the tokens, which the windows had no need of
+        assert np.array_equal(_ids(shorter).ravel()[: before.size], before.ravel())
+        assert caplog.text.count("it is removed and made again") == 3
+        shutil.rmtree(Path(shorter.cache_files[0]["filename"]).parent)
+
+
 def test_another_tokenizer_or_other_stories_are_not_taken_from_the_cache(stories, tokenizer):
     before = _ids(pack_windows(stories, tokenizer, 64))
     smaller = train_tokenizer(write_stories(300), 300)
@@ -507,6 +554,24 @@ def test_a_stream_resumed_anywhere_goes_on_with_the_next_window(tmp_path, tokeni
         resumed = iter(skip_first_batches(loader, seen))
         following = np.concatenate([next(resumed)["input_ids"].numpy() for _ in range(2)])
         assert np.array_equal(following, expected[4 * seen : 4 * seen + 8]), seen
+
+
+@pytest.mark.parametrize("seen", [3, 40])
+def test_a_stream_is_resumed_from_a_state_of_a_resumed_one(tokenizer, seen):
+    """By the states of `datasets`, which some versions of it stop counting after the first time."""
+
+    def windows():
+        return pack_windows(load_stories("embedded", num_stories=60, streaming=True), tokenizer, 64)
+
+    expected, state, read = list(windows()), None, []
+    for _ in range(3):
+        stream = windows()
+        if state is not None:
+            stream.load_state_dict(state)
+        rows = iter(stream)
+        read += [next(rows) for _ in range(seen)]
+        state = stream.state_dict()
+    assert read == expected[: 3 * seen] and len(read) == 3 * seen
 
 
 def test_end_of_text_inside_a_story_ends_nothing(tokenizer):

@@ -27,7 +27,8 @@ from training.evaluate import load_model
 from training.experiments import memory_training
 from training.export import run_isolated
 from training.recipe import CONFIGURATION, load_recipe
-from training.result import CLONE, RESULTS, results_table
+from training.result import CLONE, RESULTS, results_table, write_result
+from training.run_folder import locked
 
 
 SHORT = {
@@ -138,7 +139,7 @@ def test_a_run_is_published_and_verified_by_a_stranger(run, about, tmp_path):
 
 def test_the_payload_is_whole(staged, run):
     names = set(hub.published_files(staged))
-    code = {f"{part}_memory_mosaic.py" for part in ("cache", "configuration", "modeling")}
+    code = {f"{part}_memory_mosaic.py" for part in ("adapters", "cache", "configuration", "modeling")}
     assert names == code | {
         *("README.md", "LICENSE", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json", "result.json", "units.json", "loss.png"),
@@ -163,7 +164,7 @@ def test_a_card_says_what_its_result_says(staged):
     for version in result["versions"].values():
         assert f"| {version} |" in card.text
     listed = dict(map(reversed, re.findall(r"^([0-9a-f]{64})  (.+)$", card.text, flags=re.MULTILINE)))
-    assert listed.items() <= verify.read_sums(staged).items() and len(listed) == 7
+    assert listed.items() <= verify.read_sums(staged).items() and len(listed) == 8
     assert card.text.index(listed["model.safetensors"]) < card.text.index("trust_remote_code=True")
     assert "No baseline was trained by this recipe" in card.text
 
@@ -340,9 +341,9 @@ def stories_run(tmp_path, license="cc-by-4.0"):
     result["metrics"]["kept"], result["recipe"]["license"] = 2, license
     folder = tmp_path / "stories"
     folder.mkdir()
-    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     rows = [json.dumps({"text": text, "index": index}) for index, text in enumerate(("One day.", "In a house."))]
     (folder / "stories.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    write_result(result, folder, ["stories.jsonl.gz"])
     return folder
 
 
@@ -359,7 +360,7 @@ def test_stories_without_a_licence_or_with_another_number_are_refused(tmp_path):
         publish.publish(run, "someone/stories", dry_run=True, tell=lambda line: None)
     result = json.loads((run / "result.json").read_text())
     result["recipe"]["license"], result["metrics"]["kept"] = "mit", 3
-    (run / "result.json").write_text(json.dumps(result))
+    write_result(result, run)
     with pytest.raises(ValueError, match="with 2 stories, but its result says 3"):
         publish.publish(run, "someone/stories", dry_run=True, tell=lambda line: None)
     assert not (run / "published" / "dataset").exists()
@@ -411,7 +412,7 @@ def test_data_that_nobody_has_described_are_refused(run, tmp_path):
     result = json.loads((run / "result.json").read_text())
     result["data"]["train"] |= {"kind": "files", "name": "embedded", "files": {"embedded": "f" * 64}}
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    write_result(result, tmp_path / "run")
     path.write_text(yaml.safe_dump(ABOUT_SMOKE), encoding="utf-8")  # a file may be called anything
     with pytest.raises(ValueError, match=f"train data are {'f' * 64}"):
         prepared(tmp_path / "run", path)
@@ -450,9 +451,24 @@ def test_a_run_without_a_result_is_refused(tmp_path, run, about):
 def test_a_run_of_another_kind_of_model_is_refused(tmp_path, run, about):
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     result["architecture"]["model_type"] = "gpt2"
-    (tmp_path / "result.json").write_text(json.dumps(result))
+    write_result(result, tmp_path)
     with pytest.raises(ValueError, match="holds a gpt2"):
         prepared(tmp_path, about)
+
+
+@pytest.mark.parametrize("name", ["result.json", "model/model.safetensors", "loss.png", "checksums.json"])
+def test_a_run_that_has_changed_is_not_published(name, run, about, tmp_path):
+    changed = shutil.copytree(run, tmp_path / "run")
+    content = bytearray((changed / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (changed / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"is damaged .*{re.escape(name)}.*run the recipe again"):
+        prepared(changed, about)
+
+
+def test_a_run_is_published_by_one_process_at_a_time(run, about):
+    with locked(run), pytest.raises(ValueError, match="a run is going on"):
+        publish.publish(run, "someone/smoke", about=about, dry_run=True)
 
 
 @pytest.mark.parametrize("field", ["title", "license", "language", "purpose", "limits", "data.license", "data.origin"])

@@ -140,6 +140,7 @@ def test_unknown_name_is_refused_with_the_nearest(override, wrong, nearest):
         (["tokenizer.vocab_size=513"], "raise `model_args.vocab_size`"),
         (["data.context_length=65"], "raise `model_args.max_position_embeddings`"),
         (["data.train=null"], "data.train"),
+        (["training.auto_find_batch_size=true"], "`auto_find_batch_size` cannot be set here: the batch is part of"),
         (["task=cooking"], "task: 'cooking' is none of 'language_modeling'"),
         (["seed"], "has no '='"),
         (["seed=${nowhere}"], "cannot read recipe"),

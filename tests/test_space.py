@@ -63,6 +63,15 @@ def test_a_text_begins_with_what_was_given(parts, reading):
     assert "".join(reading.tokens[: reading.num_given]) == BEGINNING
 
 
+def test_a_character_of_several_tokens_is_shown_whole(parts):
+    """By its last token; the tokenizer knows single bytes of it only."""
+    _, tokenizer = parts
+    text = "a 🤗, é and 日本"
+    tokens = app.shown_tokens(tokenizer, tokenizer(text).input_ids)
+    assert "".join(tokens) == text and tokens.count("") == 3 + 1 + 2 + 2
+    assert "\ufffd" in "".join(app.shown_tokens(tokenizer, tokenizer("🤗").input_ids[:2] * 4))  # no character at all
+
+
 def test_a_seed_gives_a_text_and_leaves_other_random_numbers_alone(parts):
     def tokens(temperature, seed):
         return app.write(*parts, BEGINNING, 12, temperature, seed)[0].tokens

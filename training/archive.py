@@ -22,13 +22,13 @@ from typing import BinaryIO
 
 import datasets
 import py7zr
-from filelock import FileLock
 from multivolumefile import MultiVolume
 from py7zr import FileInfo
 from py7zr.exceptions import DecompressionBombError, PasswordRequired, UnsupportedCompressionMethodError
 
 from training.bounded import ALWAYS_UNPACKED, MOST_TIMES, refuse_bomb
-from training.export import staged_folder
+from training.checksums import LIST
+from training.export import make_once
 
 
 # How the file of a split begins, by the names that a split may have.
@@ -102,12 +102,13 @@ def unpacked_file(volumes: list[Path], checksums: list[str], split: str, forms: 
     """
     key = hashlib.sha256(" ".join([*checksums, MEMBERS.get(split, split)]).encode()).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "archives" / key[:32]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if not folder.is_dir():
-            with _stream(volumes) as stream, staged_folder(folder) as staged:
-                _unpack(stream, volumes[0], split, forms, staged)
-    return next(path for path in folder.iterdir())
+
+    def unpack(staged: Path) -> None:
+        with _stream(volumes) as stream:
+            _unpack(stream, volumes[0], split, forms, staged)
+
+    make_once(folder, unpack)
+    return next(path for path in folder.iterdir() if path.name != LIST)
 
 
 def _volume(path: Path, archive: str, number: int, digits: int) -> Path:

@@ -3,7 +3,8 @@
 
 `load_stories` gives a data set with one column `text`, `pack_windows` one with the column `input_ids`. Both are
 written to the cache of `datasets` and memory-mapped from there, so a corpus may be larger than the memory. The names
-in that cache are made of the contents (of files, tokenizer and this code), so what has changed is computed again.
+in that cache are made of the contents (of files, tokenizer and this code), so what has changed is computed again; so
+is what has changed in the cache itself, by its checksums.
 """
 
 import codecs
@@ -22,15 +23,18 @@ import datasets
 import numpy as np
 import pyarrow.compute
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
+from datasets.utils import tqdm
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from training import story_writer
 from training.archive import archive_volumes, archives_in, names_archive, unpacked_file
 from training.bounded import open_packed, parse_json
+from training.checksums import checksum, checksum_of_text, sealed, unsealed
+from training.export import make_once, write_text
 
 
 EMBEDDED = "embedded"
@@ -93,6 +97,8 @@ def load_stories(
         stories = _stories_of_files(source, split, text_field, separator, streaming)
     else:
         stories = _stories_of_hub(source, split, text_field, streaming)
+        if not streaming:
+            _refuse_changed_files(stories)
     if num_stories is None:
         return stories
     if not streaming and len(stories) < num_stories:
@@ -218,27 +224,44 @@ def _texts_in(folder: Path) -> list[Path]:
 
 def _cached(generator: Callable, arguments: dict, features: Features, fingerprint: str) -> Dataset:
     """Write what the generator yields to the cache, unless it is there already, and map it from there."""
-    try:
-        return Dataset.from_generator(generator, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
-    except DatasetGenerationError as error:
-        # The user's mistake is what matters, not that it came to light while writing a cache.
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None
-        raise
+
+    def write(staged: Path) -> None:
+        with ArrowWriter(path=str(staged / "rows.arrow"), features=features) as writer:
+            for row in tqdm(generator(**arguments), desc="Writing to the cache", unit=" rows"):
+                writer.write(row)
+            writer.finalize()
+
+    return _cached_files(write, fingerprint)
+
+
+def _cached_files(write: Callable[[Path], None], fingerprint: str) -> Dataset:
+    """The Arrow files that `write` makes in a folder, in order: by their checksums, as they were written."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "stories_and_windows" / fingerprint
+    make_once(folder, write)
+    found = concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(folder.glob("*.arrow"))])
+    found._fingerprint = fingerprint  # else it would be made of the place and time of the files
+    return found
+
+
+def _refuse_changed_files(stories: Dataset) -> None:
+    """`ValueError` if a file in the library's cache, of a data set on the Hub, has changed since it was first read."""
+    for path in (Path(file["filename"]) for file in stories.cache_files):
+        known = Path(datasets.config.HF_DATASETS_CACHE) / "checksums" / f"{checksum_of_text(str(path.resolve()))}.txt"
+        now = f"{checksum(path)}  {path}\n"
+        before = unsealed(known)
+        if before is None:
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_text(known, sealed(now))
+        elif before != now:
+            raise ValueError(
+                f"{path} has changed since it was first read: remove its folder and {known}, and the data set is "
+                "downloaded again"
+            )
 
 
 def _fingerprint(*parts: Any) -> str:
     # This file counts as well: what an earlier version of it has written must not be taken for its own.
     return Hasher.hash([checksum(Path(__file__)), *parts])
-
-
-def checksum(path: Path) -> str:
-    """sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for chunk in iter(functools.partial(file.read, _CHUNK), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _written_stories(split: str, num_stories: int | None, seed: int, streaming: bool) -> Dataset | IterableDataset:
@@ -529,9 +552,14 @@ def _tokenized(
         "fn_kwargs": {"backend": backend, "eos_token_id": eos_token_id},
     }
     stories = stories.select_columns(["text"])
-    if isinstance(stories, IterableDataset):
+    if isinstance(stories, IterableDataset) or len(stories) == 0:  # of nothing, no file would be written
         return stories.map(_tokenize, **options)
-    return stories.map(_tokenize, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="Tokenizing")
+
+    def write(staged: Path) -> None:
+        place = {"cache_file_name": str(staged / "tokens.arrow"), "new_fingerprint": fingerprint}
+        stories.map(_tokenize, **options, **place, num_proc=num_proc, desc="Tokenizing")
+
+    return _cached_files(write, fingerprint)
 
 
 def _tokenize(batch: dict[str, list[str]], backend: Tokenizer, eos_token_id: int) -> dict[str, list[list[int]]]:

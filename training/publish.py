@@ -20,6 +20,8 @@ from training.bounded import read_object
 from training.evaluate import load_model
 from training.export import staged_folder, write_text
 from training.publication import KINDS, Publication, Published, load_own, read_result, weights_of_base
+from training.result import refuse_change
+from training.run_folder import locked
 
 
 def publish(
@@ -58,7 +60,7 @@ def publish(
     publication = prepare(run, repo_id, what, about, base)
     kind = KINDS[publication.result["task"], publication.what]
     final = run / "published" / publication.what
-    with staged_folder(final) as staged:
+    with locked(run), staged_folder(final) as staged:
         kind.stage(publication, staged)
         verify.write_sums(staged)
         write_text(staged / hub.CARD, kind.card(publication, staged, hub.NO_COMMIT))
@@ -95,6 +97,7 @@ def prepare(
         raise ValueError(f"--repo-id is {repo_id!r}: give it as user/name")
     if not (run / "result.json").is_file():
         raise ValueError(f"{run} has no result.json: name the folder of a run, and run its recipe to the end first")
+    refuse_change(run)
     result = read_result(run / "result.json")
     kinds = [part for task, part in KINDS if task == result["task"]]
     if not kinds:

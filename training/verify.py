@@ -193,7 +193,7 @@ def _code_of_model(folder: Path) -> dict[str, Path]:
     if not isinstance(model_type, str) or model_type not in CODE_OF:
         raise ValueError(f"{folder} holds a model of type {model_type!r}, not one of {', '.join(CODE_OF)}")
     parts = [f"{part}_{name}.py" for name in CODE_OF[model_type] for part in ("cache", "configuration", "modeling")]
-    return {name: PACKAGE / name for name in parts}
+    return {name: PACKAGE / name for name in ("adapters_memory_mosaic.py", *parts)}
 
 
 def check_settings(folder: Path) -> str:

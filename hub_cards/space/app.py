@@ -159,7 +159,7 @@ def write(model, tokenizer, beginning: str, num_tokens: int, temperature: float,
         raise ValueError(NOT_FINITE)
     weights, slots = trace.slot_weights[:, 0].topk(min(PAIRS_OF_A_UNIT, trace.slot_weights.shape[-1]))
     trace = dataclasses.replace(trace, slot_weights=torch.empty(0))
-    reading = Reading([tokenizer.decode([token]) for token in text[0]], ids.shape[1], trace, (slots, weights), {})
+    reading = Reading(shown_tokens(tokenizer, text[0].tolist()), ids.shape[1], trace, (slots, weights), {})
     units = [unit for position in range(len(text[0])) for unit in strongest_units(reading, position)]
     persistent = [unit for unit in units if unit.kind == "persistent"]
     places = {(unit.layer, unit.head, slot) for unit in persistent for slot, _ in unit.recalled}
@@ -185,6 +185,18 @@ def check_settings(beginning: str, num_tokens: float, temperature: float, seed: 
         beginning[-MOST_CHARACTERS:].encode()
     except UnicodeEncodeError as error:
         raise ValueError("The beginning has half a character, which no text can have.") from error
+
+
+def shown_tokens(tokenizer, ids: list[int]) -> list[str]:
+    """The text of each token. Of a character that several tokens make, the last one has it and the others nothing."""
+    tokens, begins = [], 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[begins:end])
+        # No character is longer than four bytes: what ends in more is no character, and shown as it is.
+        is_open = text.endswith("\ufffd") and end < len(ids) and end - begins < 4
+        tokens.append("" if is_open else text)
+        begins = begins if is_open else end
+    return tokens
 
 
 @torch.no_grad()

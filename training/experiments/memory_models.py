@@ -222,7 +222,7 @@ def retrieval_accuracy(training: Trained) -> float:
     text = rows.flatten()[: NUM_CANDIDATES * 2 * length]
     chunks = text.unfold(0, length, 2 * length)  # every other one, so that no two candidates share a token
     later = text.roll(-(length // 4)).unfold(0, length, 2 * length)
-    queries, candidates = (model.encoder.encode_chunks(part.to(model.device)).flatten(1) for part in (chunks, later))
+    queries, candidates = (model.encoder(part.to(model.device)).memories.flatten(1) for part in (chunks, later))
     metric = evaluate.load(str(METRICS / "retrieval_accuracy"))
     return metric.compute(predictions=queries.tolist(), references=candidates.tolist())["accuracy"]
 
