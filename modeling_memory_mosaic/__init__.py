@@ -9,11 +9,11 @@ from .cache_memory_mosaic import (
     MemoryMosaicStaticCacheLayer,
     memory_from_state_dict,
     memory_state_dict,
-    weights_fingerprint,
 )
 from .configuration_memory_model import MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .continuous_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
+from .identity_memory_mosaic import weights_fingerprint
 from .inspection_memory_mosaic import (
     MemoryMosaicTrace,
     MemoryMosaicUnits,

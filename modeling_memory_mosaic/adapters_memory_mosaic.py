@@ -19,12 +19,15 @@ PEFT is not imported: a model that nobody adapts loads without it. Its parts are
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
 
 # Kinds of PEFT that put keys and values of their own in front of a text.
 PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+# What `torch.compile` puts in front of the names of a model's weights.
+COMPILED_PREFIX = "_orig_mod."
 
 
 def adapter_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -36,14 +39,37 @@ def adapter_parts(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-class AdaptableModel:
-    """Of a `PreTrainedModel`: it is not saved with adapters in it, nor left with some of them on."""
+def own_names(model: nn.Module, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+    """What is to be saved, under the names that the model loads, compiled or not; `None` if they are as they are.
 
-    def save_pretrained(self, *args, **kwargs):
+    Raises:
+        ValueError: if a name is none of the model's.
+    """
+    if state_dict is None:
+        if not any(COMPILED_PREFIX in name for name, _ in model.named_parameters()):
+            return None
+        state_dict = model.state_dict()
+    known = {name.replace(COMPILED_PREFIX, "") for name in model.state_dict()}
+    state_dict = {name.replace(COMPILED_PREFIX, ""): tensor for name, tensor in state_dict.items()}
+    unknown = sorted(state_dict.keys() - known)
+    if unknown:
+        raise ValueError(
+            f"state_dict has {len(unknown)} names that this {type(model).__name__} does not have, such as "
+            f"{unknown[0]!r}: no model would load them. Pass `accelerator.get_state_dict(model)` of this very model, "
+            "or leave state_dict out."
+        )
+    return state_dict
+
+
+class AdaptableModel:
+    """Of a `PreTrainedModel`: it is saved under its own names, without adapters, and not left with some of them on."""
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
         """As the library's.
 
         Raises:
-            ValueError: if adapters are still within the model. Weights would be saved under names that no model has.
+            ValueError: if adapters are still within the model, or a name in `state_dict` is none of the model's:
+                weights would be saved under names that no model has.
         """
         parts = list(adapter_parts(self))
         # Adapters that transformers itself attached are saved by themselves.
@@ -53,7 +79,9 @@ class AdaptableModel:
                 "under names that no model has: save the adapter itself (`save_pretrained` of the PEFT model), merge "
                 "it first (`merge_and_unload()`), or load the model again without it."
             )
-        return super().save_pretrained(*args, **kwargs)
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            state_dict = own_names(self, state_dict)
+        return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """PEFT ends its first adaptation by giving the model `peft_config`: layers note which adapters were there."""

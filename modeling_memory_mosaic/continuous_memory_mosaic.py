@@ -38,8 +38,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_memory_mosaic import AdaptableModel
-from .cache_memory_mosaic import ContinuousMemoryMosaicCacheLayer, note_writer
+from .cache_memory_mosaic import ContinuousMemoryMosaicCacheLayer
 from .configuration_memory_mosaic import DerivedSizes, check_heads, width_of_heads
+from .identity_memory_mosaic import note_writer
 from .modeling_memory_mosaic import (
     FOREIGN_PACKING_NAMES,
     MEMORY_NAME,

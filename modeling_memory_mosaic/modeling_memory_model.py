@@ -44,9 +44,9 @@ from transformers.utils.import_utils import is_fake_tensor
 
 from .adapters_memory_mosaic import AdaptableModel, check_routers
 from .cache_memory_model import MemoryModelCache
-from .cache_memory_mosaic import note_writer, weights_fingerprint
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
+from .identity_memory_mosaic import note_writer, weights_fingerprint
 from .modeling_memory_mosaic import (
     FOREIGN_PACKING_NAMES,
     MEMORY_NAME,
@@ -56,7 +56,6 @@ from .modeling_memory_mosaic import (
     at_least_float32,
     continue_from,
     one_memory,
-    own_names,
     refuse,
 )
 
@@ -213,7 +212,7 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
             for linear in (module.prefix_proj, *module.unroll_projs):
                 init.normal_(linear.weight, std=self.config.initializer_range * linear.in_features**-0.5)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
+    def save_pretrained(self, *args, **kwargs):
         """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
@@ -223,7 +222,7 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
             # `transformers serve` 5.23 asks for this one first, and then only for classes within transformers.
             "AutoModelForDecision": f"{module}.MemoryModelForCausalLM",
         }
-        return super().save_pretrained(save_directory, is_main_process, own_names(self, state_dict), **kwargs)
+        return super().save_pretrained(*args, **kwargs)
 
 
 # trf-ignore: TRF057

@@ -47,12 +47,12 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_memory_mosaic import AdaptableLayer, AdaptableModel, prepare_for_adapters
-from .cache_memory_mosaic import MemoryMosaicStates, note_writer
+from .cache_memory_mosaic import MemoryMosaicStates
 from .configuration_memory_mosaic import MemoryMosaicConfig
+from .identity_memory_mosaic import note_writer
 
 
 PARAMETER_SCALE = 10.0
-COMPILED_PREFIX = "_orig_mod."
 # The authors cap the log of a key's length, so that no product of two keys leaves the range of float16.
 MAX_LOG_KEY_SCALE = 5.0
 # Tokens summed by one matrix product in `leaky_average`; a longer text is a leaky average of such chunks.
@@ -460,30 +460,6 @@ class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
         return hidden_states + self.persistent_memory(self.persistent_norm(hidden_states), **memory_kwargs)
 
 
-def own_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
-    """What is to be saved, under the names that the model loads: `torch.compile` puts a prefix in front of them.
-
-    Raises:
-        ValueError: if a name is none of the model's.
-    """
-    if getattr(model, "_hf_peft_config_loaded", False):  # adapters, whose names are PEFT's
-        return state_dict
-    if state_dict is None:
-        if not any(COMPILED_PREFIX in name for name, _ in model.named_parameters()):
-            return None
-        state_dict = model.state_dict()
-    known = {name.replace(COMPILED_PREFIX, "") for name in model.state_dict()}
-    state_dict = {name.replace(COMPILED_PREFIX, ""): tensor for name, tensor in state_dict.items()}
-    unknown = sorted(state_dict.keys() - known)
-    if unknown:
-        raise ValueError(
-            f"state_dict has {len(unknown)} names that this {type(model).__name__} does not have, such as "
-            f"{unknown[0]!r}: no model would load them. Pass `accelerator.get_state_dict(model)` of this very model, "
-            "or leave state_dict out."
-        )
-    return state_dict
-
-
 # trf-ignore: TRF057
 class MemoryMosaicPreTrainedModel(AdaptableModel, PreTrainedModel):
     config: MemoryMosaicConfig
@@ -529,13 +505,8 @@ class MemoryMosaicPreTrainedModel(AdaptableModel, PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
-        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder.
-
-        Raises:
-            ValueError: if adapters are still within the model, or a name in `state_dict` is none of the model's.
-                Weights would be saved under names that no model has.
-        """
+    def save_pretrained(self, *args, **kwargs):
+        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
             "AutoModel": f"{module}.MemoryMosaicModel",
@@ -544,7 +515,7 @@ class MemoryMosaicPreTrainedModel(AdaptableModel, PreTrainedModel):
             # `transformers serve` 5.23 asks for this one first, and then only for classes within transformers.
             "AutoModelForDecision": f"{module}.MemoryMosaicForCausalLM",
         }
-        return super().save_pretrained(save_directory, is_main_process, own_names(self, state_dict), **kwargs)
+        return super().save_pretrained(*args, **kwargs)
 
 
 def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values=None, cache=None, **marks):
@@ -838,7 +809,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
                 "A memory cannot be read or written under gradient checkpointing, which reads everything twice: call "
                 "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
             )
-        if torch.compiler.is_exporting() and past_key_values.is_compileable:
+        if torch.compiler.is_exporting() and getattr(past_key_values, "is_compileable", False):
             raise ValueError(
                 "`torch.export` of a static memory is not supported: its states would be constants of the program. "
                 "Export with `use_cache=False`, or compile the model, which static memories are for."

@@ -4,6 +4,7 @@
 Every place that calls a tokenizer is walked with the export of a run whose tokenizer was made by others.
 """
 
+import functools
 import re
 
 import pytest
@@ -75,6 +76,7 @@ def read(monkeypatch):
     """What the model has read, one list of rows for each pass."""
     passes, forward = [], MemoryMosaicForCausalLM.forward
 
+    @functools.wraps(forward)
     def recording(self, input_ids=None, *arguments, **options):
         passes.append(input_ids.tolist())
         return forward(self, input_ids, *arguments, **options)
@@ -161,7 +163,7 @@ def lora_on(base):
 def test_a_fine_tuning_reads_as_its_base(run, tmp_path):
     recipe = lora_on(run.folder / "model")
     tokenizer = finetune._tokenizer(recipe)
-    export_model(finetune.merge(finetune.build_model(recipe, tokenizer)), tokenizer, tmp_path / "merged")
+    export_model(finetune.build_model(recipe, tokenizer).merge_and_unload(), tokenizer, tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")(TEXT).input_ids == PLAIN
 
 

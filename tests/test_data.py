@@ -18,7 +18,7 @@ from conftest import flip
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
-from training import data
+from training import bounded, data
 from training.checksums import LIST
 from training.data import collate_windows, load_stories, pack_windows, source_provenance
 from training.story_writer import write_stories
@@ -190,6 +190,11 @@ MISTAKES = {
     "list.jsonl": (b'["good"]\n', r":1: list, but a JSON object with a field 'text' is needed"),
     "latin.jsonl": (GOOD + GOOD + '{"text": "café"}\n'.encode("latin-1"), r":3: not UTF-8"),
     "surrogate.jsonl": (GOOD + b'{"text": "a \\ud83d b"}\n', r":2: the text has half a character, '\\ud83d'"),
+    "deep.jsonl": (GOOD + b"[" * 100_000 + b"]" * 100_000, r":2: the JSON is nested too deeply"),
+    "deep_object.jsonl": (GOOD + b'{"a":' * 50_000 + b"1" + b"}" * 50_000, r":2: the JSON is nested too deeply"),
+    "digits.jsonl": (GOOD * 2 + b'{"text": "a", "n": ' + b"9" * 6000 + b"}", r":3: cannot be read as JSON \(Exceeds"),
+    "babi_deep.txt": (b'"good"\n' + b"[" * 100_000, r":2: the JSON is nested too deeply"),
+    "babi_digits.txt": (b'"good"\n' + b"9" * 6000, r":2: cannot be read as JSON"),
     "babi.txt": (b'"good"\n{"text": "x"}\n', r":2: dict, but the first line is a JSON string"),
     "babi_broken.txt": (b'"good"\n"no end\n', r":2: broken JSON"),
     "latin.txt": (f"one\n{END}\ntwo\nthree\nnaïve".encode("latin-1"), r":5: not UTF-8"),
@@ -248,15 +253,67 @@ def test_mistakes_in_arguments_are_explained(tmp_path, arguments, message):
 
 def test_a_large_text_needs_its_separator(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_CHUNK", 100)
-    monkeypatch.setattr(data, "LARGEST_UNSEPARATED_FILE", 1000)
+    monkeypatch.setattr(data, "LARGEST_STORY", 1000)
     path = tmp_path / "a.txt"
     path.write_text("x" * 1000)
     assert len(load_stories(str(path))[0]["text"]) == 1000
     path.write_text("x" * 1001)
     with pytest.raises(ValueError, match=r"a\.txt: '<\|endoftext\|>' does not occur .* set separator"):
         load_stories(str(path))
-    path.write_text("x" * 900 + END + "y" * 5000)
-    assert [len(text) for text in load_stories(str(path))["text"]] == [900, 5000]
+    path.write_text("x" * 900 + END + "y" * 1000)
+    assert [len(text) for text in load_stories(str(path))["text"]] == [900, 1000]
+    path.write_text("x" * 900 + END + "\n" + "y" * 5000 + END + "z")
+    with pytest.raises(ValueError, match=r"a\.txt:1: the story has over 1,000 bytes: cut it .* raise LARGEST_STORY"):
+        load_stories(str(path))
+
+
+def bomb(path, beginning, line, times):
+    with gzip.open(path, "wb", 9) as file:
+        file.write(beginning)
+        for _ in range(times):
+            file.write(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "beginning", "line", "message"),
+    [
+        ("a.txt.gz", b"A story." + END.encode(), b"a", r"a\.txt\.gz:1: the story has over 1,048,576 bytes"),
+        ("a.txt.gz", b"A story.", b"a", "does not occur in the first 1 MiB"),
+        ("a.jsonl.gz", GOOD, b"a", r"a\.jsonl\.gz:2: the line has over 1,048,576 bytes"),
+        ("a.jsonl.gz", GOOD, b" \n" + b" " * 1000, r"a\.jsonl\.gz: [\d,]+ bytes unpack to [\d,]+ and more"),
+        ("a.txt.gz", b"", b"\n" + b" " * 1000, r"a\.txt\.gz: [\d,]+ bytes unpack to [\d,]+ and more"),
+        ("a.txt.gz", b'"Good."\n"', b"a", r"a\.txt\.gz:2: the line has over 1,048,576 bytes"),
+    ],
+    ids=["story", "no-separator", "line", "empty-lines", "empty-text", "string"],
+)
+def test_what_unpacks_without_end_fills_no_memory(tmp_path, monkeypatch, name, beginning, line, message):
+    monkeypatch.setattr(data, "LARGEST_STORY", 2**20)
+    monkeypatch.setattr(bounded, "ALWAYS_UNPACKED", 2**22)
+    bomb(tmp_path / name, beginning, line * (2**24 // len(line)), 2)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            load_stories(str(tmp_path / name))
+        assert tracemalloc.get_traced_memory()[1] < 16e6  # of 33 million bytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_stories_that_repeat_without_end_fill_no_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(bounded, "ALWAYS_UNPACKED", 2**20)
+    bomb(tmp_path / "a.jsonl.gz", b"", GOOD * 1000, 500)
+    with pytest.raises(ValueError, match="over 100 times as much: if you trust the file, unpack it yourself"):
+        load_stories(str(tmp_path / "a.jsonl.gz"))
+
+
+def test_a_line_without_end_fills_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGEST_STORY", 1000)
+    for name, content in (("a.jsonl", GOOD + b"a" * 1001), ("a.txt", b'"good"\n"' + b"a" * 1001)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"{name}:2: the line has over 1,000 bytes: cut it into stories, or raise"
+        ):
+            load_stories(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["one_line.txt", "babi.txt", "objects.jsonl"])
@@ -309,6 +366,27 @@ def test_hub_data_sets_are_loaded_by_name(monkeypatch):
     assert calls[-1][1].items() >= {"path": "some/stories", "name": "simple", "revision": "v1"}.items()
     with pytest.raises(ValueError, match="field 'id' of 'some/stories' is no text"):
         load_stories("some/stories", text_field="id")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("gap", [None, 7])
+def test_a_gap_in_a_hub_data_set_is_named_with_its_row_and_field(monkeypatch, gap, typed, streaming):
+    rows = [{"story": text} for text in STORIES[:3]] + [{"story": gap}, {"story": "Late."}]
+    if gap == 7 and (typed or not streaming):
+        pytest.skip("a column of strings holds no number")
+
+    def load_dataset(*args, **kwargs):
+        features = datasets.Features({"story": datasets.Value("string")}) if typed else None
+        if kwargs["streaming"]:
+            return IterableDataset.from_generator(lambda: iter(rows), features=features)
+        return Dataset.from_list(rows, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        ValueError, match=rf"'some/stories', split 'train', row 3: field 'story' is {type(gap).__name__}"
+    ):
+        list(load_stories("some/stories", text_field="story", streaming=streaming))
 
 
 def test_files_of_a_hub_data_set_that_have_changed_are_refused(monkeypatch, tmp_path):

@@ -312,7 +312,7 @@ def assert_loads(model, folder, loader):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-@for_kinds("mosaic", "memory model", "classifier")
+@all_models
 def test_a_compiled_model_is_saved_under_its_own_names(kind, tmp_path):
     """As accelerate documents it: `save_pretrained(folder, state_dict=accelerator.get_state_dict(model))`."""
     model, loader = kind.make(), kind.auto

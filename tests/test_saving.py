@@ -6,23 +6,27 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from kinds import BACKBONE_KINDS, KINDS, MODELS, VOCAB_SIZE, for_kinds
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
-from transformers.dynamic_module_utils import get_imports, get_relative_imports
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
 
-PAYLOAD = (
-    "configuration_memory_mosaic.py",
-    "cache_memory_mosaic.py",
-    "adapters_memory_mosaic.py",
-    "modeling_memory_mosaic.py",
-)
-# What comes besides with a memory model.
-WHOLE_PAYLOAD = (*PAYLOAD, "configuration_memory_model.py", "cache_memory_model.py", "modeling_memory_model.py")
+PACKAGE = Path(__file__).resolve().parents[1] / "modeling_memory_mosaic"
+
+
+def code_of(name: str) -> tuple[str, ...]:
+    """Names of a model's file and of all files that it needs, as the library collects them."""
+    path = PACKAGE / name
+    return tuple(sorted({name} | {Path(needed).name for needed in get_relative_import_files(path)}))
+
+
+PAYLOAD = code_of("modeling_memory_mosaic.py")
+WHOLE_PAYLOAD = code_of("modeling_memory_model.py")
 
 
 def fill_with_own_constants(model):
@@ -233,7 +237,7 @@ AUTO_MAPS = {
     },
 }
 CODE = {"mosaic": PAYLOAD, "classifier": PAYLOAD, "memory model": WHOLE_PAYLOAD}
-CODE["continuous"] = (*PAYLOAD, "continuous_memory_mosaic.py")
+CODE["continuous"] = code_of("continuous_memory_mosaic.py")
 
 
 @for_kinds(*KINDS)

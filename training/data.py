@@ -11,6 +11,7 @@ import codecs
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import zlib
@@ -31,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from training import story_writer
 from training.archive import archive_volumes, archives_in, names_archive, unpacked_file
+from training.bounded import open_packed, parse_json
 from training.checksums import checksum, checksum_of_text, sealed, unsealed
 from training.export import make_once, write_text
 
@@ -38,9 +40,11 @@ from training.export import make_once, write_text
 EMBEDDED = "embedded"
 FILE_FORMS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 STORY_FEATURES = Features({"text": Value("string")})
-# A text file without any separator is one story up to this size in bytes; beyond it, the separator must be wrong.
-LARGEST_UNSEPARATED_FILE = 16 * 2**20
+# In bytes, of a line of JSON and of a story between separators: what is longer is no story. The separator is wrong, or
+# the file is made to fill the memory.
+LARGEST_STORY = 16 * 2**20
 _CHUNK = 2**20
+_TO_RAISE = "cut it into stories, or raise LARGEST_STORY in training/data.py"
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +84,9 @@ def load_stories(
         streaming (`bool`): read while iterating, without a cache; mistakes in the data are then found while iterating.
 
     Raises:
-        ValueError: the source does not exist, cannot be read as described (with file and line), or holds no story.
+        ValueError: the source does not exist, cannot be read as described (with file and line, or row and field), has
+            a line or a story of more than `LARGEST_STORY` bytes, unpacks to a hundred times its size, or holds no
+            story.
     """
     if num_stories is not None and num_stories < 1:
         raise ValueError(f"num_stories is {num_stories}: ask for at least one story, or leave it out for all")
@@ -292,7 +298,27 @@ def _stories_of_hub(name: str, split: str, text_field: str, streaming: bool) -> 
     if stories.features and getattr(stories.features[text_field], "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"field {text_field!r} of {name!r} is no text, but {stories.features[text_field]}")
     stories = stories.select_columns([text_field])
-    return stories if text_field == "text" else stories.rename_column(text_field, "text")
+    stories = stories if text_field == "text" else stories.rename_column(text_field, "text")
+    return _without_gaps(stories, f"{name!r}, split {split!r}", text_field)
+
+
+def _without_gaps(stories: Dataset | IterableDataset, where: str, text_field: str) -> Dataset | IterableDataset:
+    """The stories, each of which has a text; of a stream, that is found out while it is read."""
+
+    def check(row: dict[str, Any], index: int) -> dict[str, Any]:
+        if not isinstance(row["text"], str):
+            raise ValueError(
+                f"{where}, row {index}: field {text_field!r} is {type(row['text']).__name__}, not a text: leave such "
+                "rows out of the data set, or name another field as text_field"
+            )
+        return row
+
+    if isinstance(stories, IterableDataset):
+        return stories.map(check, with_indices=True, features=stories.features)
+    column = stories.data.column("text")
+    if column.null_count:
+        check({"text": None}, pyarrow.compute.index(column.is_null(), True).as_py())
+    return stories
 
 
 def _hub_name(name: str) -> dict[str, str | None]:
@@ -351,7 +377,7 @@ def _read_file(path: str, text_field: str, separator: str) -> Iterator[str]:
     """The stories of one file, held in memory one at a time."""
     name = path.lower()
     try:
-        with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as file:
+        with open_packed(path) if name.endswith(".gz") else open(path, "rb") as file:
             if name.removesuffix(".gz").endswith(".jsonl"):
                 yield from _read_json_lines(file, path, text_field)
             elif _begins_with_json_string(file):
@@ -371,17 +397,28 @@ def _begins_with_json_string(file: BinaryIO) -> bool:
     first = next(filter(None, lines), b"")
     # A file that is one endless line must not be read whole only to find that out.
     if first.startswith(b'"') and not first.endswith(b"\n"):
-        first += file.readline(LARGEST_UNSEPARATED_FILE)
+        first += file.readline(LARGEST_STORY)
     file.seek(0)
     try:
         return first.startswith(b'"') and isinstance(json.loads(first), str)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
+
+
+def _numbered_lines(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, counted from 1, none of them larger than `LARGEST_STORY`."""
+    for number in itertools.count(1):
+        line = file.readline(LARGEST_STORY + 1)
+        if not line:
+            return
+        if len(line) > LARGEST_STORY:
+            raise ValueError(f"{path}:{number}: the line has over {LARGEST_STORY:,} bytes: {_TO_RAISE}")
+        yield number, line
 
 
 def _read_json_lines(file: BinaryIO, path: str, text_field: str | None) -> Iterator[str]:
     """One story a line: in the field of an object, or, without `text_field`, as a string."""
-    for number, line in enumerate(file, start=1):
+    for number, line in _numbered_lines(file, path):
         where = f"{path}:{number}"
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -404,6 +441,8 @@ def _json_value(line: bytes, where: str) -> Any:
             f"{where}: broken JSON (column {error.colno}: {error.msg}) in {text[:60].rstrip()!r}: in this file, "
             "each line has to be a JSON value of its own"
         ) from error
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists within lists
+        return parse_json(text, where)
 
 
 def _text_of(value: Any, text_field: str | None, where: str) -> str:
@@ -443,11 +482,13 @@ def _read_documents(file: BinaryIO, path: str, separator: str) -> Iterator[str]:
             searched, separated = 0, True
         # The next chunk may complete a separator that begins in this one.
         searched = max(0, len(buffer) - len(delimiter) + 1)
-        if not separated and len(buffer) > LARGEST_UNSEPARATED_FILE:
+        if not separated and len(buffer) > LARGEST_STORY:
             raise ValueError(
-                f"{path}: {separator!r} does not occur in the first {LARGEST_UNSEPARATED_FILE >> 20} MiB, so all of "
-                "it would be one story: set separator to what stands between the stories"
+                f"{path}: {separator!r} does not occur in the first {LARGEST_STORY >> 20} MiB, so all of it would be "
+                "one story: set separator to what stands between the stories"
             )
+        if len(buffer) > LARGEST_STORY:
+            raise ValueError(f"{path}:{line}: the story has over {LARGEST_STORY:,} bytes: {_TO_RAISE}")
     if text := _decoded(bytes(buffer), path, line):
         yield text
 

@@ -6,7 +6,6 @@ has the loss of the base on the same windows, too.
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from training import hub, train
+from training.bounded import read_object
 from training.checksums import checksum
 from training.evaluate import load_causal_lm, mean_loss
 from training.export import export_model, staged_folder
@@ -103,7 +103,7 @@ class Recipe(TextRecipe):
         """Content of the base's `config.json`, or of the file that its recipe names."""
         if self.base is not None:
             return self.base_recipe.architecture
-        return json.loads((self.base_folder / "config.json").read_text(encoding="utf-8"))
+        return read_object(self.base_folder / "config.json")
 
     def build_config(self) -> PreTrainedConfig:
         if self.base is not None:
