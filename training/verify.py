@@ -22,6 +22,7 @@ from training.bounded import read_object
 from training.data import checksum
 from training.hub import CARD, NOBODYS, RESULT, SUMS, published_files
 from training.result import CLONE
+from training.verify_values import MODEL_TYPES
 
 
 PACKAGE, SPACE = CLONE / "modeling_memory_mosaic", CLONE / "hub_cards" / "space"
