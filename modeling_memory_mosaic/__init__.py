@@ -13,6 +13,7 @@ from .cache_memory_mosaic import (
 from .configuration_memory_model import MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .continuous_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
+from .identity_memory_mosaic import weights_fingerprint
 from .inspection_memory_mosaic import (
     MemoryMosaicTrace,
     MemoryMosaicUnits,
@@ -80,4 +81,5 @@ __all__ = [
     "memory_state_dict",
     "summarize_units",
     "trace_tokens",
+    "weights_fingerprint",
 ]

@@ -17,12 +17,14 @@
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
+from .cache_memory_mosaic import ReadText
 
-class MemoryModelCache(Cache):
+
+class MemoryModelCache(ReadText, Cache):
     """What a memory model has read: memories of finished chunks, and of the unfinished one its ids and decoder row.
 
     The decoder's own cache holds one row: at most `chunk_length` slots, and those of the memories. Made by the model
-    itself, in `generate` or with `use_cache=True`.
+    itself, in `generate` or with `use_cache=True`. Besides, the ids of the whole text are kept, eight bytes a token.
     """
 
     def __init__(self):
@@ -31,6 +33,8 @@ class MemoryModelCache(Cache):
 
     def reset(self) -> None:
         self.num_tokens = 0  # columns read so far, padding included
+        self.num_ahead = 0  # of these, how many stand before the ids that `generate` was given
+        self.forget_text()
         self.ids = self.is_token = None  # (B, P): of the unfinished chunk, padding behind
         self.memories = self.memory_mask = None  # (B, M, K, D) and (B, M), the latest last
         self.row: DynamicCache | None = None
@@ -50,11 +54,16 @@ class MemoryModelCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.num_tokens
 
+    def num_rows(self) -> int:
+        """Rows of what was read; 0 before anything was."""
+        return 0 if self.ids is None else self.ids.shape[0]
+
     def num_row_slots(self) -> int:
         """Slots that the decoder's cache holds at this moment."""
         return 0 if self.row is None else self.row.get_seq_length()
 
     def _map_rows(self, function) -> None:
+        self._map_text(function)
         for name in ("ids", "is_token", "memories", "memory_mask", "row_mask"):
             tensor = getattr(self, name)
             if tensor is not None:
@@ -71,7 +80,7 @@ class MemoryModelCache(Cache):
             self.row.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map_rows(lambda tensor: tensor[indices])
+        self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
         if self.row is not None:
             self.row.batch_select_indices(indices)
 

@@ -21,7 +21,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .configuration_memory_mosaic import MemoryMosaicConfig
+from .configuration_memory_mosaic import DerivedSizes, MemoryMosaicConfig
 
 
 # Each has its weight, `NAME_weight`, and its part of the loss, `NAME_loss`.
@@ -33,7 +33,7 @@ MEMORY_QUANTIZATIONS = (None, "int8", "fp8")
 
 # Documented by hand: the library's generator knows its own models only. trf-ignore: TRF057
 @strict
-class MemoryModelConfig(PreTrainedConfig):
+class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
     r"""
     Sizes and choices of a memory model (arXiv 2602.13466) on any causal backbones.
 
@@ -112,6 +112,7 @@ class MemoryModelConfig(PreTrainedConfig):
         *(f"{objective}_loss" for objective in OBJECTIVES),
     ]
     sub_configs = {"encoder": AutoConfig, "decoder": AutoConfig}
+    derived_fields = ("memory_size", "unroll_width", "initializer_range")
 
     encoder: PreTrainedConfig | dict[str, Any] | None = None
     decoder: PreTrainedConfig | dict[str, Any] | None = None
@@ -140,18 +141,25 @@ class MemoryModelConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.encoder, self.decoder = backbone_config(self.encoder), backbone_config(self.decoder)
-        if self.encoder.vocab_size != self.decoder.vocab_size:
-            raise ValueError(
-                f"The encoder knows {self.encoder.vocab_size} tokens and the decoder {self.decoder.vocab_size}: give "
-                "both the same vocab_size."
-            )
-        if self.memory_size is None:
-            self.memory_size = self.encoder.hidden_size
-        if self.unroll_width is None:
-            self.unroll_width = max(1, self.memory_numbers // 2)
-        if self.initializer_range is None:
-            self.initializer_range = self.decoder.hidden_size**-0.5
+        self.check_vocabularies()
+        self.derive_missing()
         super().__post_init__(**kwargs)
+
+    def derived_value(self, name: str):
+        if name == "unroll_width":
+            return max(1, self.memory_numbers // 2)
+        return self.encoder.hidden_size if name == "memory_size" else self.decoder.hidden_size**-0.5
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As the library's; what is given for a part of it changes that part, with the sizes that follow there."""
+        for part in cls.sub_configs:
+            if isinstance(kwargs.get(part), dict):
+                written = dict(config_dict.get(part) or {})
+                is_other = kwargs[part].get("model_type", written.get("model_type")) != written.get("model_type")
+                whole = backbone_config({} if is_other else written)
+                kwargs[part] = backbone_config(kwargs[part]) if is_other else whole.from_dict(written, **kwargs[part])
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def memory_numbers(self) -> int:
@@ -172,6 +180,18 @@ class MemoryModelConfig(PreTrainedConfig):
         self.encoder.vocab_size = self.decoder.vocab_size = value
 
     @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the decoder's table is its head too: PEFT asks before it adapts one of them, or merges."""
+        return getattr(self.decoder, "tie_word_embeddings", False)
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, is_tied: bool) -> None:
+        self.decoder.tie_word_embeddings = is_tied
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"tie_word_embeddings": self.tie_word_embeddings}
+
+    @property
     def hidden_size(self) -> int:
         return self.decoder.hidden_size
 
@@ -179,8 +199,16 @@ class MemoryModelConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         return self.decoder.num_hidden_layers
 
+    def check_vocabularies(self) -> None:
+        if self.encoder.vocab_size != self.decoder.vocab_size:
+            raise ValueError(
+                f"The encoder knows {self.encoder.vocab_size} tokens and the decoder {self.decoder.vocab_size}: give "
+                "both the same vocab_size."
+            )
+
     def validate_architecture(self):
-        """Part of `@strict` validation: runs after `__init__` and before saving."""
+        """Part of `@strict` validation: runs after `__init__`, before saving, and when a model is built."""
+        self.check_vocabularies()
         sizes = ("chunk_length", "num_memory_embeddings", "memory_size", "slots_per_memory", "unroll_window")
         for name in (*sizes, "unroll_width"):
             if getattr(self, name) <= 0:

@@ -34,9 +34,70 @@ def warn_of_untested_versions():
 warn_of_untested_versions()
 
 
+class DerivedSizes:
+    """Of a configuration: fields that are derived from others where they are not chosen, and follow them.
+
+    A field that has the value that it would be given by default counts as derived, also in files, where all are
+    written down. So `from_pretrained(folder, hidden_size=256)` and `config.hidden_size = 256` change what depends on
+    it; what was chosen otherwise stays. `None` assigned to such a field means that it is derived.
+    """
+
+    # In an order in which each depends on earlier ones at most.
+    derived_fields = ()
+
+    def derived_value(self, name: str):
+        """What a derived field is by default; `None` if the others leave no value that fits."""
+        raise NotImplementedError
+
+    def derive_missing(self) -> None:
+        """To be called in `__post_init__`, ahead of the library's."""
+        for name in self.derived_fields:
+            if getattr(self, name) is None:
+                setattr(self, name, self.derived_value(name))
+
+    def __setattr__(self, name: str, value) -> None:
+        is_built = "_name_or_path" in self.__dict__  # the library's `__post_init__` sets it
+        followers = []
+        if is_built:
+            followers = [
+                field
+                for field in self.derived_fields
+                if field != name and getattr(self, field) in (None, self.derived_value(field))
+            ]
+        super().__setattr__(name, value)
+        if is_built and value is None and name in self.derived_fields:
+            super().__setattr__(name, self.derived_value(name))
+        for follower in followers:
+            super().__setattr__(follower, self.derived_value(follower))
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As the library's; a derived field among `kwargs` is chosen, whatever else is given with it."""
+        chosen = {name: kwargs[name] for name in cls.derived_fields if kwargs.get(name) is not None}
+        loaded = super().from_dict(config_dict, **kwargs)
+        for name, value in chosen.items():
+            setattr(loaded[0] if isinstance(loaded, tuple) else loaded, name, value)
+        return loaded
+
+
+def width_of_heads(size: int, num_heads: int) -> int | None:
+    """Width of a head where so many share a size; `None` if they cannot."""
+    return size // num_heads if num_heads > 0 and size % num_heads == 0 else None
+
+
+def check_heads(config, size_name: str) -> None:
+    """Refuses heads that do not divide the size that they share, where no `head_dim` is chosen."""
+    size, num_heads = getattr(config, size_name), config.num_attention_heads
+    if config.head_dim is None and num_heads > 0 and size > 0:
+        raise ValueError(
+            f"{size_name}={size} is not a multiple of num_attention_heads={num_heads}: change one of them, or set "
+            "head_dim."
+        )
+
+
 # Documented by hand: the library's generator knows its own models only. trf-ignore: TRF057
 @strict
-class MemoryMosaicConfig(PreTrainedConfig):
+class MemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
     r"""
     Sizes and choices of a Memory Mosaic (arXiv 2405.06394), the architecture of the authors' `Library`.
 
@@ -89,6 +150,7 @@ class MemoryMosaicConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     # Tools that size a key-value cache read this name.
     attribute_map = {"num_key_value_heads": "num_attention_heads"}
+    derived_fields = ("head_dim", "num_persistent_slots", "logits_scaling")
     # Memories are independent of each other: each process holds some heads of every layer, with all their parameters.
     # The styles say along which axis a parameter is cut: "colwise" the heads of a vector, "embedding_rowwise" the
     # first axis, which are the heads of the slots.
@@ -130,18 +192,16 @@ class MemoryMosaicConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.head_dim is None and self.num_attention_heads > 0:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
-                    f"{self.num_attention_heads}: change one of them, or set head_dim."
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_persistent_slots is None:
-            self.num_persistent_slots = 7 * self.hidden_size // 2
-        if self.logits_scaling is None:
-            self.logits_scaling = self.hidden_size**0.5
+        self.derive_missing()
+        check_heads(self, "hidden_size")
         super().__post_init__(**kwargs)
+
+    def derived_value(self, name: str):
+        if name == "num_persistent_slots":
+            return 7 * self.hidden_size // 2
+        if name == "logits_scaling":
+            return max(0, self.hidden_size) ** 0.5
+        return width_of_heads(self.hidden_size, self.num_attention_heads)
 
     @property
     def layer_types(self) -> list[str]:
@@ -152,7 +212,8 @@ class MemoryMosaicConfig(PreTrainedConfig):
         """Every block is alike, so there is nothing to compare with the library's list of layer types."""
 
     def validate_architecture(self):
-        """Part of `@strict` validation: runs after `__init__` and before saving."""
+        """Part of `@strict` validation: runs after `__init__`, before saving, and when a model is built."""
+        check_heads(self, "hidden_size")
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")
         for name in (*sizes, "num_persistent_slots", "logits_scaling"):
             value = getattr(self, name)

@@ -37,9 +37,14 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_memory_mosaic import AdaptableModel
 from .cache_memory_mosaic import ContinuousMemoryMosaicCacheLayer
+from .configuration_memory_mosaic import DerivedSizes, check_heads, width_of_heads
+from .identity_memory_mosaic import note_writer
 from .modeling_memory_mosaic import (
+    FOREIGN_PACKING_NAMES,
     MEMORY_NAME,
+    PACKING_NAMES,
     PARAMETER_SCALE,
     MemoryMosaicContextualMemory,
     at_least_float32,
@@ -53,7 +58,7 @@ from .modeling_memory_mosaic import (
 
 # Documented by hand: the library's generator knows its own models only. trf-ignore: TRF057
 @strict
-class ContinuousMemoryMosaicConfig(PreTrainedConfig):
+class ContinuousMemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
     r"""
     Sizes and choices of a [`ContinuousMemoryMosaicModel`]. The default is the paper's three-head model of three moons.
 
@@ -88,8 +93,10 @@ class ContinuousMemoryMosaicConfig(PreTrainedConfig):
     """
 
     model_type = "continuous_memory_mosaic"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    # `Trainer` gives what is left to `compute_metrics`: the predictions alone.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "last_hidden_state"]
     attribute_map = {"num_key_value_heads": "num_attention_heads", "hidden_size": "observation_size"}
+    derived_fields = ("head_dim",)
 
     observation_size: int = 6
     num_attention_heads: int = 3
@@ -103,14 +110,12 @@ class ContinuousMemoryMosaicConfig(PreTrainedConfig):
     use_cache: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.head_dim is None and self.num_attention_heads > 0:
-            if self.observation_size % self.num_attention_heads:
-                raise ValueError(
-                    f"observation_size={self.observation_size} is not a multiple of num_attention_heads="
-                    f"{self.num_attention_heads}: change one of them, or set head_dim."
-                )
-            self.head_dim = self.observation_size // self.num_attention_heads
+        self.derive_missing()
+        check_heads(self, "observation_size")
         super().__post_init__(**kwargs)
+
+    def derived_value(self, name: str):
+        return width_of_heads(self.observation_size, self.num_attention_heads)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -125,7 +130,8 @@ class ContinuousMemoryMosaicConfig(PreTrainedConfig):
         """There is one layer, so there is nothing to compare with the library's list of layer types."""
 
     def validate_architecture(self):
-        """Part of `@strict` validation: runs after `__init__` and before saving."""
+        """Part of `@strict` validation: runs after `__init__`, before saving, and when a model is built."""
+        check_heads(self, "observation_size")
         for name in ("observation_size", "num_attention_heads", "head_dim", "beta", "loss_clip"):
             value = getattr(self, name)
             if value is None and name == "loss_clip":
@@ -227,19 +233,28 @@ class ContinuousMemory(MemoryMosaicContextualMemory):
         observations: torch.Tensor,
         slot_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        previous: torch.Tensor | None = None,
+        pairs_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """
         Args:
             observations (`torch.Tensor` of shape `(B, T, C)`).
             slot_mask, past_key_values (*optional*): as for [`MemoryMosaicContextualMemory`].
+            previous (`torch.Tensor` of shape `(B, H, 1, D)`, *optional*): the key before these observations, if no
+                memory has it.
+            pairs_only (`bool`): return queries, keys and values `(B, H, T, D)` instead, and retrieve nothing. Through
+                `forward`, as tools that keep weights elsewhere fetch them for it alone.
 
         Returns:
-            retrieved values `(B, T, H * D)`, and under eager attention the weight `(B, H, T, S)` that each of T
-            observations gives to the pair of each of S observations so far.
+            retrieved values `(B, T, H * D)`; under eager attention the weight `(B, H, T, S)` that each of T
+            observations gives to the pair of each of S observations so far; and predictions `(B, T, C)`.
         """
-        previous = None if past_key_values is None else self.states(past_key_values).get_state(self.sum_name)
+        if past_key_values is not None:
+            previous = self.states(past_key_values).get_state(self.sum_name)
         keys, values = self.keys_and_values(observations, previous)
+        if pairs_only:
+            return self.queries(keys), keys, values
         if past_key_values is not None:
             self.states(past_key_values).set_state(self.sum_name, keys)
         queries = self.queries(keys)
@@ -248,7 +263,8 @@ class ContinuousMemory(MemoryMosaicContextualMemory):
         if previous is not None:
             pairs = torch.cat([previous, pairs[0]], dim=2), values
         retrieved, weights = self.recall(queries, pairs, slot_mask, past_key_values, previous is None, **kwargs)
-        return retrieved.flatten(2), weights
+        retrieved = retrieved.flatten(2)
+        return retrieved, weights, self.o_proj(retrieved)  # here, as FSDP2 gathers weights for `forward` alone
 
     def keys_and_values(self, observations, previous=None):
         """Keys `(B, H, T, D)` of observations that follow a key `previous` `(B, H, 1, D)`, and their values: v_t is
@@ -294,7 +310,7 @@ def recall_shared_and_own(queries, shared_pairs, shared_mask, own_pairs):
 
 
 # trf-ignore: TRF057
-class ContinuousMemoryMosaicModel(PreTrainedModel):
+class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
     """Predicts each next observation: z_t = W_z concat_h y_t with y_t retrieved from the pairs stored before t.
 
     The first prediction is 0, as nothing is stored yet.
@@ -306,7 +322,8 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
     _no_split_modules = ["ContinuousMemory"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
-    _can_record_outputs = {"attentions": ContinuousMemory}
+    # The states are the observations themselves and what the memories retrieved.
+    _can_record_outputs = {"hidden_states": ContinuousMemory, "attentions": ContinuousMemory}
     no_weight_decay_names = ("key_leak", "log_beta")
 
     def __init__(self, config: ContinuousMemoryMosaicConfig):
@@ -328,6 +345,9 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
             if module.log_beta is not None:
                 init.constant_(module.log_beta, torch.tensor(float(config.beta)).log().item() / PARAMETER_SCALE)
 
+    def get_input_embeddings(self):
+        raise NotImplementedError(f"{type(self).__name__} reads observations: it has no table of tokens.")
+
     # trf-ignore: TRF057
     @merge_with_config_defaults
     @capture_outputs
@@ -338,6 +358,7 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ContinuousMemoryMosaicOutput:
         """
@@ -347,6 +368,7 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
                 the loss compares the prediction at t with `labels` at t + 1.
             past_key_values or cache ([`~transformers.Cache`], *optional*): the memory; grows by T slots.
             use_cache (`bool`, *optional*): whether to return the memory.
+            num_items_in_batch (*optional*): see `clipped_loss`.
 
         Raises:
             ValueError: if observations or labels have another shape or are not finite, or if the memory is another
@@ -359,17 +381,23 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         slot_mask = create_memory_masks(self.config, observations, None, past_key_values)["slot_mask"]
-        retrieved, _ = self.memory(observations, slot_mask, past_key_values, **kwargs)
-        predictions = self.memory.o_proj(retrieved)
+        if past_key_values is not None:
+            note_writer(past_key_values.layers[0], self)
+            past_key_values.layers[0].note_text(None, None)
+        retrieved, _, predictions = self.memory(observations, slot_mask, past_key_values, **kwargs)
         return ContinuousMemoryMosaicOutput(
             last_hidden_state=retrieved,
-            loss=None if labels is None else self.clipped_loss(predictions, labels),
+            loss=None if labels is None else self.clipped_loss(predictions, labels, num_items_in_batch),
             predictions=predictions,
             **{MEMORY_NAME: past_key_values},
         )
 
-    def clipped_loss(self, predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean over rows, positions and coordinates of clip(z_t - x_(t+1))^2, for both of shape `(B, T, C)`."""
+    def clipped_loss(self, predictions: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """Mean over rows, positions and coordinates of clip(z_t - x_(t+1))^2, for both of shape `(B, T, C)`.
+
+        Of a batch that comes in several parts, with `num_items_in_batch` numbers in all labels, a part counts by its
+        share of them. `Trainer` takes -100 for no label when it counts.
+        """
         if labels.shape != predictions.shape or labels.shape[1] < 2:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, predictions {tuple(predictions.shape)}: pass the "
@@ -379,7 +407,10 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         errors = at_least_float32(predictions[:, :-1]) - at_least_float32(labels[:, 1:])
         if self.config.loss_clip is not None:
             errors = errors.clamp(-self.config.loss_clip, self.config.loss_clip)
-        return errors.square().mean()
+        loss = errors.square().mean()
+        if num_items_in_batch is not None:
+            loss = loss * (labels != -100).sum() / num_items_in_batch
+        return loss
 
     @torch.no_grad()
     def predict(self, observations: torch.Tensor, num_steps: int, past_key_values: Cache | None = None):
@@ -420,30 +451,31 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
             raise ValueError(f"lengths must be a list of numbers from 1 to {observations.shape[1]}, not {lengths}.")
         memory, lengths = self.memory, lengths.to(observations.device)
         latest = self(observations, use_cache=False).predictions[:, lengths - 1]  # (B, P, C)
-        keys, values = memory.keys_and_values(observations)
+        _, keys, values = memory(observations, pairs_only=True)
         shared = keys[:, :, :-1], values[:, :, 1:]
         is_stored = torch.arange(1, observations.shape[1], device=lengths.device) < lengths[:, None]
         shared_mask = torch.zeros_like(is_stored, dtype=keys.dtype).masked_fill(~is_stored, float("-inf"))
         key, predictions, own_keys, own_values = keys[:, :, lengths - 1], [latest], [], []
         for _ in range(num_steps - 1):
             own_keys.append(key)
-            key, value = self._advance(latest, key)
+            query, key, value = self._advance(latest, key)
             own_values.append(value)
             own = torch.stack(own_keys, dim=3), torch.stack(own_values, dim=3)
-            retrieved = recall_shared_and_own(memory.queries(key), shared, shared_mask, own)
+            retrieved = recall_shared_and_own(query, shared, shared_mask, own)
             latest = memory.o_proj(retrieved.transpose(1, 2).flatten(2))
             predictions.append(latest)
         return torch.stack(predictions, dim=2)
 
     def _advance(self, observations, keys):
-        """The next key and value `(B, H, P, D)` of each of P readings, from what each observes `(B, P, C)`."""
+        """The next query, key and value `(B, H, P, D)` of each of P readings, from what each observes `(B, P, C)`."""
         batch_size, num_readings, _ = observations.shape
 
         def unfold(rows):
             return rows.squeeze(2).unflatten(0, (batch_size, num_readings)).transpose(1, 2)
 
         previous = keys.transpose(1, 2).flatten(0, 1)[:, :, None]
-        return tuple(map(unfold, self.memory.keys_and_values(observations.flatten(0, 1)[:, None], previous)))
+        pairs = self.memory(observations.flatten(0, 1)[:, None], previous=previous, pairs_only=True)
+        return tuple(map(unfold, pairs))
 
     @torch.no_grad()
     def units(self, observations: torch.Tensor) -> MemoryUnits:
@@ -455,8 +487,8 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         self.check_observations(observations)
         if observations.shape[1] < 2:
             raise ValueError("One observation completes no pair: pass at least two.")
-        keys, values = self.memory.keys_and_values(observations)
-        stored, queries = keys[:, :, :-1], self.memory.queries(keys[:, :, 1:])
+        queries, keys, values = self.memory(observations, pairs_only=True)
+        stored, queries = keys[:, :, :-1], queries[:, :, 1:]
         num_pairs = stored.shape[2]
         mask = torch.full((num_pairs, num_pairs), float("-inf"), dtype=keys.dtype, device=keys.device).triu(1)
         retrieved, weights = kernel_smoothing(queries, stored, values[:, :, 1:], mask)
@@ -498,7 +530,7 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         """Refuses a memory that another model wrote, or that holds other rows."""
         if past_key_values is None:
             return
-        layers = past_key_values.layers
+        layers = getattr(past_key_values, "layers", ())
         # By the name of the kind: code that came with the weights has classes of its own.
         kinds = [getattr(layer, "_layer_type", None) for layer in layers]
         if kinds != [ContinuousMemoryMosaicCacheLayer._layer_type]:
@@ -516,6 +548,9 @@ class ContinuousMemoryMosaicModel(PreTrainedModel):
         """Refuses what would be passed over."""
         if kwargs.get("attention_mask") is not None:
             raise ValueError("Continuous observations have no padding: pass rows of one length, without a mask.")
+        for name in ("position_ids", *PACKING_NAMES, *FOREIGN_PACKING_NAMES):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is not supported: each row is one series, so give each series its own row.")
 
 
 def check_num_steps(num_steps: int) -> None:

@@ -26,6 +26,7 @@ Shapes use L layers, B batch, H heads, T tokens, D head width, C hidden size, N 
 
 import contextlib
 import dataclasses
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +182,8 @@ def trace_tokens(
         streams.setdefault("embedding", residual)
         marks.update(is_token=is_token, document=document)
 
-    with causal.model.norm.register_forward_pre_hook(lambda _, inputs: streams.update(final=inputs[0])):
+    keep_final = _in_this_thread(lambda _, inputs: streams.update(final=inputs[0]))
+    with causal.model.norm.register_forward_pre_hook(keep_final):
         _read_through(model, recall, input_ids, attention_mask, position_ids)
     following, is_followed = _following_ids(input_ids, streams["final"], **marks)
     numbers, direction = _look_through_head(causal, streams["final"], following)
@@ -280,10 +282,20 @@ def _observing_hooks(model: nn.Module, observe):
 
     for module in model.modules():
         if hasattr(module, "contextual_memory"):
-            yield module.register_forward_pre_hook(before_layer)
+            yield module.register_forward_pre_hook(_in_this_thread(before_layer))
         elif hasattr(module, "sum_keys"):
             hook = after_contextual if hasattr(module, "pair_values") else after_persistent
-            yield module.register_forward_hook(hook, with_kwargs=True)
+            yield module.register_forward_hook(_in_this_thread(hook), with_kwargs=True)
+
+
+def _in_this_thread(hook):
+    """A hook that passes over what other threads read by the same model: a server answers several users at once."""
+    owner = threading.get_ident()
+
+    def watching(*args):
+        return hook(*args) if threading.get_ident() == owner else None
+
+    return watching
 
 
 def _to_keep(numbers, is_known):

@@ -25,6 +25,7 @@ row to row, so all chunks are encoded in one pass and all rows decoded in anothe
 Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
 """
 
+import functools
 import hashlib
 import inspect
 from dataclasses import dataclass
@@ -42,15 +43,19 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
 from transformers.utils.import_utils import is_fake_tensor
 
+from .adapters_memory_mosaic import AdaptableModel, check_routers
 from .cache_memory_model import MemoryModelCache
-from .cache_memory_mosaic import weights_fingerprint
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
+from .identity_memory_mosaic import note_writer, weights_fingerprint
 from .modeling_memory_mosaic import (
+    FOREIGN_PACKING_NAMES,
     MEMORY_NAME,
+    PACKING_NAMES,
     MemoryMosaicForCausalLM,
     MemoryMosaicModel,
     at_least_float32,
+    continue_from,
     one_memory,
     refuse,
 )
@@ -65,7 +70,7 @@ INT8_LIMIT, FP8_LIMIT = 127.0, 448.0
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 # By which a batch of packed documents would tell where each begins.
-DOCUMENT_MARKS = ("position_ids", "seq_idx", "cu_seq_lens_q")
+DOCUMENT_MARKS = ("position_ids", *PACKING_NAMES, *FOREIGN_PACKING_NAMES)
 
 
 # trf-ignore: TRF057
@@ -142,10 +147,9 @@ def states_of(outputs: ModelOutput, asked: dict, of_hidden_states, shape) -> dic
     return states
 
 
-def in_order(states: dict, order: torch.Tensor) -> dict:
-    """Hidden states at the tokens as they stood before `order` was taken."""
-    hidden_states = each_of(states.get("hidden_states"), lambda state: take(state, order.argsort(dim=1)))
-    return states | {"hidden_states": hidden_states}
+def at_places(states: dict, places: torch.Tensor) -> dict:
+    """The hidden states at so many places `(B, T)` of those that were read."""
+    return states | {"hidden_states": each_of(states.get("hidden_states"), lambda state: take(state, places))}
 
 
 def left_aligned(is_token: torch.Tensor) -> torch.Tensor:
@@ -156,6 +160,14 @@ def left_aligned(is_token: torch.Tensor) -> torch.Tensor:
 def right_aligned(is_token: torch.Tensor) -> torch.Tensor:
     """The order `(B, T)` of positions in which padding comes first and tokens last."""
     return is_token.long().argsort(dim=1, stable=True)
+
+
+def as_they_stood(is_token: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Where of tokens that were moved to the front, as `is_token` and `order` `(B, T)` tell, each position's stands.
+
+    Padding has that of the token before it: behind a text, `generate` asks there what comes next.
+    """
+    return (take(is_token, order.argsort(dim=1)).cumsum(dim=1) - 1).clamp(min=0)
 
 
 def take(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -217,11 +229,12 @@ def from_codes(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
 
 
 # trf-ignore: TRF057
-class MemoryModelPreTrainedModel(PreTrainedModel):
+class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
     config: MemoryModelConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
+    _tied_weights_keys = {}  # those of the parts, which PEFT looks for where there is a dictionary
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = True
@@ -259,6 +272,8 @@ class MemoryModelPreTrainedModel(PreTrainedModel):
             "AutoConfig": "configuration_memory_model.MemoryModelConfig",
             "AutoModel": f"{module}.MemoryModelEncoder",
             "AutoModelForCausalLM": f"{module}.MemoryModelForCausalLM",
+            # `transformers serve` 5.23 asks for this one first, and then only for classes within transformers.
+            "AutoModelForDecision": f"{module}.MemoryModelForCausalLM",
         }
         return super().save_pretrained(*args, **kwargs)
 
@@ -274,6 +289,13 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         super().__init__(config)
         width = config.encoder.hidden_size
         self.backbone = build_backbone(config.encoder)
+        num_positions = learnt_positions(self.backbone)
+        num_slots = config.chunk_length + (config.num_memory_embeddings if config.memory_pooling == "summary" else 0)
+        if num_positions is not None and num_slots > num_positions:
+            raise ValueError(
+                f"The encoder reads a chunk of chunk_length={config.chunk_length} tokens in {num_slots} slots, but "
+                f"has {num_positions} learnt positions: lower chunk_length, or take an encoder without such a table."
+            )
         self.summary_embeddings = self.chunk_positions = self.memory_proj = None
         if config.memory_pooling == "summary":
             self.summary_embeddings = nn.Parameter(torch.empty(config.num_memory_embeddings, width))
@@ -476,6 +498,14 @@ def build_decoder(config):
     return AutoModelForCausalLM.from_config(config)
 
 
+def learnt_positions(backbone: PreTrainedModel) -> int | None:
+    """How many slots a model with a table of learnt positions can read; `None` of one without such a table."""
+    limit = getattr(backbone.config, "max_position_embeddings", None)
+    tokens = backbone.get_input_embeddings()
+    tables = [part for part in backbone.modules() if isinstance(part, nn.Embedding) and part is not tokens]
+    return limit if limit is not None and any(table.num_embeddings >= limit for table in tables) else None
+
+
 def embed(backbone: PreTrainedModel, ids: torch.LongTensor) -> torch.Tensor:
     """Token embeddings; an id that the model does not know is named."""
     table = backbone.get_input_embeddings()
@@ -549,6 +579,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
     """A memory model that predicts the next token, and recalls what its memories hold."""
 
     _is_stateful = True
+    # None of its own; PEFT then looks for those of the decoder.
+    _tied_weights_keys = {}
 
     def __init__(self, config: MemoryModelConfig):
         super().__init__(config)
@@ -556,6 +588,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         self.reader = MemoryModelReader(config)
         self.decoder = build_decoder(config.decoder)
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.num_positions = learnt_positions(self.decoder)
         self.post_init()
         self.freeze_encoder(config.freeze_encoder)
 
@@ -662,10 +695,13 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             )
         if torch.compiler.is_exporting() and (use_cache or cache is not None):
             raise ValueError("An exported program reads whole texts: pass `use_cache=False`, and no cache.")
-        use_cache = self.config.use_cache and not torch.compiler.is_exporting() if use_cache is None else use_cache
+        if use_cache is None:  # asked for, it is kept in training too
+            is_read_alone = labels is None and not self.training and not torch.compiler.is_exporting()
+            use_cache = self.config.use_cache and is_read_alone
         asked = asked_for(self.config, kwargs)
-        if use_cache and cache is None and labels is None and not self.training:
+        if use_cache and cache is None:
             cache = MemoryModelCache()
+            self.check_cache(cache, memories, labels)
         if cache is not None:
             return self.read_on(cache, ids, is_token, order, memories, memory_mask, logits_to_keep, asked)
 
@@ -676,8 +712,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         if labels is not None:
             parts = self.losses(logits, ids, is_token, take(labels, order), *remembered, **kwargs)
         if logits is not None:
-            logits = take(logits, order.argsort(dim=1)[:, -logits_to_keep:])
-            states = in_order(states, order)
+            stood = as_they_stood(is_token, order)
+            logits, states = take(logits, stood[:, -logits_to_keep:]), at_places(states, stood)
         loss = sum(getattr(self.config, f"{name}_weight") * part for name, part in parts.items()) if parts else None
         named = {f"{name}_loss": part for name, part in parts.items()}
         latest_last = right_aligned(remembered[1])
@@ -705,7 +741,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         """Refuses what would fail later or, worse, be answered as if it had been something else."""
         if inputs_embeds is not None:
             raise ValueError(
-                "inputs_embeds are not supported: encoder and decoder embed tokens by tables of their own."
+                "inputs_embeds are not supported, nor soft prompts of PEFT, which come as such: encoder and decoder "
+                "embed tokens by tables of their own. Pass input_ids; to adapt the model, use LoRA."
             )
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must be a number that is not negative.")
@@ -718,14 +755,23 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         if cache is not None:
             self.check_cache(cache, memories, labels)
 
-    @staticmethod
-    def check_cache(cache, memories, labels) -> None:
+    def check_cache(self, cache, memories, labels) -> None:
         if not isinstance(cache, MemoryModelCache):
             raise ValueError(
-                f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned."
+                f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned. "
+                "(Prefix tuning of PEFT makes such a one: use LoRA.)"
             )
         if labels is not None:
-            raise ValueError("With labels a text is read as a whole: leave the cache out.")
+            raise ValueError(
+                "With labels a text is read as a whole, and no cache is kept of it: leave the cache out, and "
+                "use_cache=True."
+            )
+        layers = self.decoder.modules() if self.training else ()
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+            raise ValueError(
+                "A cache cannot be read or written under gradient checkpointing, which reads everything twice: call "
+                "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
+            )
         if memories is not None and cache.num_tokens > 0:
             raise ValueError("memories come before a text, but the cache has read some already: give them at first.")
 
@@ -1001,6 +1047,13 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
     def masks(self, mask: torch.Tensor, num_new: int) -> dict[str, torch.Tensor]:
         """What a decoder needs to know of rows whose mask is `(N, past + new)`: places count what is there."""
         masks = {"attention_mask": mask.long()}
+        if self.num_positions is not None and not is_torchdynamo_compiling() and not is_fake_tensor(mask):
+            most = int(mask.sum(-1).max())
+            if most > self.num_positions:
+                raise ValueError(
+                    f"Memories and tokens take {most} slots of a row, but this {type(self.decoder).__name__} has "
+                    f"{self.num_positions} learnt positions: set max_memories, or take a decoder without such a table."
+                )
         if self.takes_positions:
             masks["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
         return masks
@@ -1014,6 +1067,9 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"The cache has read {cache.ids.shape[0]} rows, but {ids.shape[0]} are passed: they must be as many."
             )
+        note_writer(cache, self)
+        as_given = order.argsort(dim=1)
+        cache.note_text(take(ids, as_given), take(is_token, as_given))
         num_before = cache.is_token.sum(-1, keepdim=True)
         whole, is_whole = torch.cat([cache.ids, ids], dim=1), torch.cat([cache.is_token, is_token], dim=1)
         packed = left_aligned(is_whole)
@@ -1025,20 +1081,18 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             remembered = self.remember(whole, is_whole, cache.memories, cache.memory_mask)
             self.keep(cache, whole, is_whole, *remembered[:2])
             # Where the processes have to call the decoder equally often, the open chunk is read again each time.
-            last, states = None if self.is_sharded_in_parts() else self.begin_rows(cache), {}
-            ends_in_token = (order.argsort(dim=1)[:, -1] < is_token.sum(-1)).all()
-            if last is not None and logits_to_keep == 1 and ends_in_token and not asked:
-                logits, order = last, order[:, -1:] * 0
-            else:
+            logits, states = None if self.is_sharded_in_parts() else self.begin_rows(cache), {}
+            if logits is None or logits_to_keep != 1 or asked:
                 at = num_before + torch.arange(ids.shape[1], device=ids.device)
                 at = at.clamp(max=whole.shape[1] - 1)
                 logits, states = self.read_rows(whole, is_whole, *remembered, **asked)
-                logits = take(logits, at)
-                states |= {"hidden_states": each_of(states.get("hidden_states"), lambda state: take(state, at))}
+                logits, states = take(logits, at), at_places(states, at)
         cache.num_tokens += ids.shape[1]
-        logits = take(logits, order.argsort(dim=1)[:, -logits_to_keep:])
+        if logits.shape[1] == ids.shape[1]:
+            stood = as_they_stood(is_token, order)
+            logits, states = take(logits, stood[:, -logits_to_keep:]), at_places(states, stood)
         kept = {"memories": cache.memories, "memory_mask": cache.memory_mask}
-        return MemoryModelOutput(logits=logits, **kept, **{MEMORY_NAME: cache}, **in_order(states, order))
+        return MemoryModelOutput(logits=logits, **kept, **{MEMORY_NAME: cache}, **states)
 
     def continue_rows(self, cache, ids, is_token, places, **asked) -> tuple[torch.Tensor, dict]:
         """Logits `(B, T, V)` of tokens within the open row, at places `(B, T)` of their chunk; what is asked for."""
@@ -1082,11 +1136,24 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             **asked,
         )
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        """As the library's; behind a cache, ids may be the new text alone or all of it, see `continue_from`."""
+        cache = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), is_asked_for=False)
+        if isinstance(cache, MemoryModelCache) and cache.is_initialized:
+            self.check_cache(cache, kwargs.get("memories"), None)
+            kwargs = continue_from(inputs, generation_config or self.generation_config, kwargs)
+            ids = kwargs["input_ids"] if inputs is None else inputs
+            cache.num_ahead = kwargs["attention_mask"].shape[1] - ids.shape[1]
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if kwargs.get("use_cache", self.config.use_cache):
+            check_routers(self)
         cache = inputs.get(MEMORY_NAME)
         if cache is not None and cache.get_seq_length() > 0:
-            inputs["input_ids"] = input_ids[:, cache.get_seq_length() :]
+            inputs["input_ids"] = input_ids[:, cache.get_seq_length() - cache.num_ahead :]
             if inputs["input_ids"].shape[1] == 0 and self.is_sharded_in_parts():
                 inputs["input_ids"] = input_ids[:, -1:]  # these texts have ended, those of another process have not
             inputs.pop("memories", None)

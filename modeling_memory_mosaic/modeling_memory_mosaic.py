@@ -20,6 +20,7 @@ Per-head scalars are stored divided by 10, as in the authors' `Library`: Adam th
 Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
 """
 
+import functools
 import warnings
 
 import torch
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     create_causal_mask,
@@ -46,8 +47,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdyn
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_memory_mosaic import AdaptableLayer, AdaptableModel, prepare_for_adapters
 from .cache_memory_mosaic import MemoryMosaicStates
 from .configuration_memory_mosaic import MemoryMosaicConfig
+from .identity_memory_mosaic import note_writer
 
 
 PARAMETER_SCALE = 10.0
@@ -439,7 +442,7 @@ class MemoryMosaicPersistentMemory(MemoryMosaicMemory):
         return self.dropout(self.o_proj(retrieved.reshape(batch_size, num_tokens, -1)))
 
 
-class MemoryMosaicDecoderLayer(GradientCheckpointingLayer):
+class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
     """One block: a contextual memory, then a persistent one, each added to the residual stream."""
 
     def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
@@ -458,6 +461,8 @@ class MemoryMosaicDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        if not isinstance(self.persistent_memory, MemoryMosaicPersistentMemory):
+            self.check_added_adapters()
         memory_kwargs = {"is_token": is_token, "document": document, "past_key_values": past_key_values, **kwargs}
         recalled, _ = self.contextual_memory(self.contextual_norm(hidden_states), slot_mask=slot_mask, **memory_kwargs)
         hidden_states = hidden_states + recalled
@@ -465,7 +470,7 @@ class MemoryMosaicDecoderLayer(GradientCheckpointingLayer):
 
 
 # trf-ignore: TRF057
-class MemoryMosaicPreTrainedModel(PreTrainedModel):
+class MemoryMosaicPreTrainedModel(AdaptableModel, PreTrainedModel):
     config: MemoryMosaicConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -510,19 +515,7 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, *args, **kwargs):
-        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder.
-
-        Raises:
-            ValueError: if layers are still wrapped by adapters that were to be merged. Their weights would be saved
-                under names that no model has.
-        """
-        wrapped = [name for name, _ in self.named_parameters() if ".base_layer." in name]
-        if wrapped and not getattr(self, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                f"{len(wrapped)} parameters belong to layers that an adapter still wraps, such as {wrapped[0]!r}: "
-                "save the adapter itself, or merge it first. Where it adapts `slot_keys` or `slot_values` beside "
-                "projections, PEFT 0.21 needs `merge_and_unload()` called twice."
-            )
+        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
             "AutoModel": f"{module}.MemoryMosaicModel",
@@ -552,6 +545,9 @@ def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values=N
     num_tokens = inputs_embeds.shape[1]
     num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     check_mask(attention_mask, inputs_embeds, num_seen)
+    if attention_mask is None and past_key_values is not None:
+        past_mask = past_key_values.layers[0].past_mask()
+        attention_mask = None if past_mask is None else F.pad(past_mask, (0, num_tokens), value=True)
     if attention_mask is not None:
         attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
         if not is_torchdynamo_compiling() and attention_mask.all():
@@ -730,6 +726,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
     """The blocks without the head. Returns hidden states and, as `past_key_values`, the memory."""
 
     def __init__(self, config: MemoryMosaicConfig):
+        config.validate_architecture()  # fields may have been assigned since the configuration was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -774,7 +771,13 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
                 "Compiled, the marks of documents cannot be asked whether there are several, which would leave no "
                 "memory: pass `use_cache=False`, a memory of your own, or no position_ids."
             )
+        if past_key_values is not None:
+            note_writer(past_key_values.layers[0], self)
+            past_key_values.layers[0].note_text(input_ids, masks["is_token"])
         hidden_states = inputs_embeds
+        if masks["is_token"] is not None:
+            # Padding behind a text repeats its last token in all layers: there `generate` asks what comes next.
+            hidden_states = hold_last(inputs_embeds[:, None], masks["is_token"], None)[:, 0]
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, **masks, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(
@@ -819,18 +822,147 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
                 "A memory cannot be read or written under gradient checkpointing, which reads everything twice: call "
                 "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
             )
-        layers = past_key_values.layers
+        if torch.compiler.is_exporting() and getattr(past_key_values, "is_compileable", False):
+            raise ValueError(
+                "`torch.export` of a static memory is not supported: its states would be constants of the program. "
+                "Export with `use_cache=False`, or compile the model, which static memories are for."
+            )
+        layers = getattr(past_key_values, "layers", ())  # a tuple of tensors, as older code made them, has none
         # More layers than the model uses are in order: decoding with an early exit lowers num_hidden_layers.
         if len(layers) < self.config.num_hidden_layers or not all(hasattr(layer, "get_state") for layer in layers):
             raise ValueError(
                 f"This {type(past_key_values).__name__} was not made for this Memory Mosaic. Build it from the "
-                "model's config: `DynamicCache(config=model.config)`."
+                "model's config: `DynamicCache(config=model.config)`. (Prefix tuning of PEFT makes such a one: use "
+                "prompt tuning or LoRA.)"
             )
         if layers[0].is_initialized and layers[0].keys.shape[0] != inputs_embeds.shape[0]:
             raise ValueError(
                 f"The memory holds {layers[0].keys.shape[0]} rows, but {inputs_embeds.shape[0]} are passed: they must "
                 "be as many. See `batch_repeat_interleave` and `batch_select_indices` of the cache."
             )
+        num_seen, most = layers[0].get_seq_length(), getattr(layers[0], "max_cache_len", None)
+        # Compiled, a static memory's length is not known before it runs.
+        if most is not None and not is_torchdynamo_compiling() and int(num_seen) + inputs_embeds.shape[1] > most:
+            raise ValueError(
+                f"A static memory of max_cache_len={most} holds {int(num_seen)} tokens already, so that "
+                f"{inputs_embeds.shape[1]} more do not fit: make it longer, or use one that grows, "
+                "`DynamicCache(config=model.config)`."
+            )
+
+
+# What to do where `generate` cannot tell whether ids are new.
+SAY_THAT_IDS_ARE_NEW = """To read all of them behind the memory, pass a mask over both:
+    mask = torch.ones(ids.shape[0], memory.get_seq_length() + ids.shape[1], dtype=torch.long)
+    model.generate(ids, attention_mask=mask, past_key_values=memory)"""
+
+
+def continue_from(inputs: torch.Tensor | None, settings: GenerationConfig, kwargs: dict) -> dict:
+    """Arguments of `generate` by which it reads all new ids, and only those, behind a memory that holds some.
+
+    The library takes ids behind a memory for the whole text, the memory's own included, unless the mask covers more
+    than the ids. New ids alone would lose as many as the memory holds. Here ids are the whole text if they begin with
+    those that the memory has read, and new otherwise; the mask is made to say so. The memory gets as many rows for
+    each text as `generate` makes of it (beams, sequences to return).
+
+    Returns:
+        `dict`: `kwargs`, with an `attention_mask` `(B, past + new)` if there is such a memory.
+
+    Raises:
+        ValueError: if ids and memory are of different numbers of rows, if there are no new ids, if the mask is none
+            of ids or of all, or if it cannot be told whether ids are new.
+    """
+    memory = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), is_asked_for=False)
+    read = memory if hasattr(memory, "past_ids") else next(iter(getattr(memory, "layers", ())), None)
+    num_read = int(read.get_seq_length()) if hasattr(read, "past_ids") else 0
+    if num_read == 0:
+        return kwargs
+    ids = inputs if inputs is not None else kwargs.get("input_ids")
+    check_new_ids(ids, kwargs.get("inputs_embeds"), read.num_rows())
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.shape[-1] != num_read + ids.shape[1]:
+        kwargs = kwargs | {"attention_mask": whole_mask(read, ids, mask, settings, kwargs)}
+    numbers = [kwargs.get(name, getattr(settings, name)) for name in ("num_beams", "num_return_sequences")]
+    if (times := max(number or 1 for number in numbers)) > 1:
+        memory.batch_repeat_interleave(times)
+    return kwargs
+
+
+def whole_mask(read, ids: torch.Tensor, mask: torch.Tensor | None, settings: GenerationConfig, kwargs) -> torch.Tensor:
+    """The mask `(B, past + new)` of ids behind a memory, of which `read` tells what it has read."""
+    num_read = int(read.get_seq_length())
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}: it must be that of the ids, {tuple(ids.shape)}, or also "
+            f"cover the {num_read} tokens of the memory."
+        )
+    past_mask = read.past_mask()
+    if past_mask is None:
+        past_mask = torch.ones(ids.shape[0], num_read, dtype=torch.bool, device=ids.device)
+    new_mask = mask_by_ids(ids, settings, kwargs) if mask is None else mask
+    if begins_with(ids, read.past_ids(), past_mask):
+        new_mask = new_mask[:, num_read:]
+    return torch.cat([past_mask.to(ids.device, torch.long), new_mask.to(ids.device, torch.long)], dim=1)
+
+
+def check_new_ids(ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, num_rows: int) -> None:
+    """Refuses what is no text that could be read behind a memory of so many rows."""
+    if inputs_embeds is not None:
+        raise ValueError(
+            "Embeddings behind a memory would be taken for the whole text, the memory's own included. Read them by "
+            "`model(inputs_embeds=..., past_key_values=memory)`, then generate from the next ids."
+        )
+    if ids is None or ids.ndim != 2 or ids.shape[1] == 0:
+        raise ValueError("Behind a memory, `generate` needs at least one new id in each row, `(batch, tokens)`.")
+    if num_rows != ids.shape[0]:
+        raise ValueError(
+            f"The memory holds {num_rows} rows, but {ids.shape[0]} are passed: they must be as many. Copy rows by "
+            "`memory.batch_repeat_interleave(times)`, choose some by `memory.batch_select_indices(rows)`."
+        )
+
+
+def begins_with(ids: torch.Tensor, past_ids: torch.Tensor | None, past_mask: torch.Tensor) -> bool:
+    """Whether ids `(B, T)` are a whole text, which begins with the ids of a memory and goes on.
+
+    Raises:
+        ValueError: if that cannot be told, or if the text ends where the memory does.
+    """
+    num_read, num_ids = past_mask.shape[1], ids.shape[1]
+    if past_ids is None:
+        raise ValueError(
+            f"The memory of {num_read} tokens does not know their ids, so it cannot be told whether these {num_ids} "
+            f"ids are new. {SAY_THAT_IDS_ARE_NEW}"
+        )
+    if num_ids < num_read or bool(((ids[:, :num_read] != past_ids.to(ids.device)) & past_mask.to(ids.device)).any()):
+        return False
+    if num_ids == num_read:
+        raise ValueError(
+            f"These {num_read} ids are those that the memory has read, and no new one is among them: add the next "
+            f"ids. {SAY_THAT_IDS_ARE_NEW}"
+        )
+    return True
+
+
+def check_assisted(read, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Refuses to decode with an assistant what the library would read wrongly behind a memory, of layer `read`."""
+    num_read, past_ids = int(read.get_seq_length()), read.past_ids()
+    if num_read == 0:
+        return
+    if attention_mask is not None:
+        raise ValueError(
+            "Assisted and prompt-lookup decoding behind a memory cannot be told of padding: leave the assistant out."
+        )
+    if past_ids is not None and torch.equal(input_ids[:, :num_read].to(past_ids.device), past_ids):
+        raise ValueError(
+            "In assisted and prompt-lookup decoding a text that the memory holds already must not be passed again: "
+            "pass the new ids alone."
+        )
+
+
+def mask_by_ids(ids: torch.Tensor, settings: GenerationConfig, kwargs: dict) -> torch.Tensor:
+    """The mask `(B, T)` that the library gives ids that come without: 0 at `pad_token_id`, if that ends no text."""
+    pad, ends = (kwargs.get(name, getattr(settings, name)) for name in ("pad_token_id", "eos_token_id"))
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
 
 
 # trf-ignore: TRF057
@@ -848,6 +980,41 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         self.post_init()
 
     create_masks_for_generate = staticmethod(create_memory_masks)
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        """As the library's; behind a memory, ids may be the new text alone or all of it, see [`continue_from`]."""
+        kwargs = continue_from(inputs, generation_config or self.generation_config, kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """None: to a memory, positions tell documents apart, and the library's do not rise behind padding."""
+
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        """As the library's, which would read a memory's own text again, and leave the memory recording its past.
+
+        Raises:
+            ValueError: if `input_ids` begin with the text that a memory holds, or if there is padding behind a memory.
+        """
+        memory = kwargs.get(MEMORY_NAME)
+        if memory is None:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        check_assisted(memory.layers[0], input_ids, kwargs.get("attention_mask"))
+        not_recording = [layer for layer in memory.layers if not layer.record_past]
+        try:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        finally:
+            for layer in not_recording:
+                layer.deactivate_past_recording()
+
+    # `generate` takes `inputs_embeds` only if this signature names them.
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool = False, **kwargs
+    ):
+        """As the library's, and as soft prompts of PEFT need it."""
+        kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return prepare_for_adapters(self, inputs, MEMORY_NAME, is_first_iteration)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: for `generate_batch`, paged caches and continuous batching of servers."""
@@ -987,6 +1154,10 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=None, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            # The library's loss of classes counts a part of a batch by its share of the labels, its other two do not.
+            num_items = kwargs.get("num_items_in_batch")
+            if num_items is not None and self.config.problem_type != "single_label_classification":
+                loss = loss * (labels != -100).sum() / num_items
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,

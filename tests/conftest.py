@@ -4,6 +4,7 @@
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 
 # Before the first import of a Hugging Face library: they read these once.
@@ -32,6 +33,13 @@ def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config) -> M
 
 def make_ids(*shape: int, seed: int = 0, vocab_size: int = SIZES["vocab_size"]) -> torch.Tensor:
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file, at equal size: what a bad disk does."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def checkpoint_activations(model, use_reentrant: bool) -> None:

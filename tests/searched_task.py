@@ -5,7 +5,6 @@ Each start of a run leaves its settings in the file `starts` beside its folder. 
 folder above, a run with x = 2 waits.
 """
 
-import json
 import os
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 from accelerate import PartialState
 
 from training.recipe import TASKS, BaseRecipe, Section, load_recipe
+from training.result import read_result, write_result
 from training.run_folder import claim_folder, only_run_in
 
 
@@ -36,14 +36,15 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     state = PartialState(cpu=True)
     with only_run_in(recipe.folder, state):
         claim_folder(recipe, {"hash": recipe.hash, "data": {}}, state, restart)
+        if (finished := read_result(recipe.folder)) is not None:
+            return finished
         print(f"x is {recipe.x}")
         with (recipe.folder.parent / "starts").open("a") as starts:
             starts.write(f"{recipe.x}\n")
         while recipe.x == 2 and (recipe.folder.parent.parent / "hold").exists():
             time.sleep(0.02)
-        result = measure(recipe)
-        (recipe.folder / "result.json").write_text(json.dumps(result))
-        return result
+        write_result(measure(recipe), recipe.folder)
+        return read_result(recipe.folder)
 
 
 def measure(recipe: Recipe) -> dict[str, Any]:

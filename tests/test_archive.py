@@ -12,8 +12,9 @@ import multivolumefile
 import numpy as np
 import py7zr
 import pytest
+from conftest import flip
 
-from training import archive, data
+from training import archive, bounded, data
 from training.data import load_stories, pack_windows, source_provenance
 from training.export import STAGED_PREFIX
 from training.story_writer import write_stories
@@ -132,6 +133,15 @@ def test_an_archive_is_unpacked_once_and_a_changed_one_again(tmp_path, monkeypat
     shutil.rmtree(tmp_path / "a")
     volumes = cut(tmp_path / "a", packed({"train.txt": '"Other."\n'}))
     assert texts(volumes[0]) == ["Other."]
+
+
+def test_an_unpacked_file_that_has_changed_is_unpacked_again(tmp_path, cache, caplog):
+    volumes = cut(tmp_path / "a")
+    assert texts(volumes[0]) == TRAIN
+    (file,) = cache.rglob("traindataset.txt")
+    flip(file)
+    assert texts(volumes[0]) == TRAIN
+    assert "traindataset.txt has changed since it was written): it is removed and made again" in caplog.text
 
 
 def test_a_full_disk_is_not_called_a_damaged_archive(tmp_path, monkeypatch):
@@ -297,3 +307,35 @@ def test_permissions_of_the_packer_do_not_matter(tmp_path):
     assert texts(tmp_path / "a.7z") == ["One."]
     unpacked = data._story_files(str(tmp_path / "a.7z"), "train")[0]
     assert unpacked.stat().st_mode & 0o777 == 0o644
+
+
+def test_an_archive_that_unpacks_without_end_is_refused_before_it_is_unpacked(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(bounded, "ALWAYS_UNPACKED", 2**20)
+    (tmp_path / "a.7z").write_bytes(packed({"train.txt": '"A."\n' + "\n" * 2_000_000}))
+    with pytest.raises(ValueError, match=r"a\.7z: [\d,]+ bytes unpack to 2,000,005 and more, over 100 times"):
+        texts(tmp_path / "a.7z")
+    assert not list(cache.rglob("*.txt"))
+
+
+def test_an_archive_that_understates_what_it_unpacks_to_is_refused(tmp_path, cache, monkeypatch):
+    (tmp_path / "a.7z").write_bytes(CONTENT)
+    monkeypatch.setattr(archive, "ALWAYS_UNPACKED", 1000)
+    monkeypatch.setattr(archive, "MOST_TIMES", 0)
+    with pytest.raises(ValueError, match=r"a\.7z unpacks to more than it says of itself"):
+        texts(tmp_path / "a.7z")
+    assert not list(cache.rglob("*.txt"))
+
+
+def test_what_has_no_room_is_told_before_it_is_unpacked(tmp_path, cache, monkeypatch):
+    (tmp_path / "a.7z").write_bytes(CONTENT)
+    monkeypatch.setattr(archive.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(OSError, match="there is room for 10") as error:
+        texts(tmp_path / "a.7z")
+    assert error.value.errno == errno.ENOSPC and not list(cache.rglob("*.txt"))
+
+
+def test_a_volume_of_any_number_costs_no_time(tmp_path):
+    volumes = cut(tmp_path / "a")
+    (tmp_path / "a" / ("stories.7z." + "9" * 30)).write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"{len(volumes) + 1:03d} is missing, but stories.7z.9+ is there"):
+        texts(volumes[0])

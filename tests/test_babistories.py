@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import make_model
+from conftest import flip, make_model
 from huggingface_hub import DatasetCard
 from test_cli import CLONE, launch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -131,7 +131,8 @@ def test_run_leaves_stories_that_the_training_reads(finished_run):
         assert not set(row["features"]) & set(LISTS["feature_labels"][:2])  # phrases, not labels
     parts = sorted((recipe.folder / "parts").iterdir())
     assert [path.name for path in parts] == [f"part-{number:08d}.jsonl" for number in range(7)]
-    assert [row["index"] for path in parts for row in rows_of(path)] == list(range(20))
+    assert all(rows_of(path)[-1].keys() == {"sha256"} for path in parts)
+    assert [row["index"] for path in parts for row in rows_of(path)[:-1]] == list(range(20))
     assert "stories of 20 prompts" in babistories.summary(result, recipe.folder)
 
 
@@ -174,6 +175,22 @@ def test_only_what_is_missing_is_made(finished_run, material, tmp_path, monkeypa
     monkeypatch.setattr(babistories, "_tell", lambda *arguments: made.append(arguments[-1]) or tell(*arguments))
     babistories.run(recipe)
     assert made == [2, 6]
+    assert contents(recipe.folder) == contents(finished_run[0].folder)
+
+
+def test_a_changed_batch_is_told_again(finished_run, material, tmp_path, monkeypatch, caplog):
+    shutil.copytree(finished_run[0].folder, tmp_path / "run")
+    recipe = recipe_of(material, tmp_path / "run")
+    (recipe.folder / "result.json").unlink()
+    for name in ("parts/part-00000002.jsonl", "seconds.json"):
+        flip(recipe.folder / name)
+    made, tell = [], babistories._tell
+    monkeypatch.setattr(babistories, "_tell", lambda *arguments: made.append(arguments[-1]) or tell(*arguments))
+    babistories.run(recipe)
+    assert made == [2] and (recipe.folder / "parts" / "broken-part-00000002.jsonl").is_file()
+    assert "part-00000002.jsonl is damaged: kept as broken-" in caplog.text
+    assert "seconds.json is damaged" in caplog.text
+    (recipe.folder / "parts" / "broken-part-00000002.jsonl").unlink()
     assert contents(recipe.folder) == contents(finished_run[0].folder)
 
 

@@ -120,14 +120,19 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_batch_operations_equal_reading_anew(model, name):
+def test_batch_operations_equal_reading_anew(model, name, static):
     operation, rows = OPERATIONS[name]
-    ids, more = make_ids(3, 10), make_ids(len(rows), 5, seed=7)
-    _, cache = read(model, ids)
+    ids, more, mask = make_ids(3, 10), make_ids(len(rows), 5, seed=7), torch.ones(3, 10, dtype=torch.long)
+    mask[2, :4] = 0
+    _, cache = read(model, ids, StaticCache(config=model.config, max_cache_len=16) if static else None, mask)
     operation(cache)
-    expected = read(model, torch.cat([ids[rows], more], dim=1))[0][:, 10:]
+    whole, whole_mask = torch.cat([ids[rows], more], dim=1), torch.cat([mask[rows], torch.ones_like(more)], dim=1)
+    expected = read(model, whole, mask=whole_mask)[0][:, 10:]
+    # The memory knows its own padding, so a mask is not needed to read on.
     assert_near(read(model, more, cache)[0], expected)
+    assert torch.equal(cache.layers[0].past_ids(), whole) and torch.equal(cache.layers[0].past_mask(), whole_mask == 1)
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -197,9 +202,35 @@ def test_unrecorded_tokens_cannot_be_taken_back(model):
     assert cache.get_seq_length() == 10, "a refused crop must leave the memory as it was"
     cache.crop(0)
     with pytest.raises(RuntimeError, match="reset"):
-        cache.crop(-10)
+        cache.crop(-11)
     with pytest.raises(ValueError, match="minus the number"):
         cache.crop(5)
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_all_tokens_can_be_taken_back(model, is_recorded):
+    """Assisted decoding asks for it where the first guess behind a prompt of one token is wrong."""
+    ids = make_ids(1, 6)
+    cache = DynamicCache(config=model.config)
+    if is_recorded:
+        cache.activate_past_recording()
+    read(model, make_ids(1, 3, seed=1), cache)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 0
+    assert_near(read(model, ids, cache)[0], read(model, ids)[0])
+
+
+def test_recording_can_be_switched_off(model):
+    ids = make_ids(1, 12)
+    _, cache = read(model, ids[:, :3])
+    cache.activate_past_recording()
+    read(model, ids[:, 3:8], cache)
+    for layer in cache.layers:
+        assert layer.states["contextual_sum"].shape[2] == 6
+        layer.deactivate_past_recording()
+        assert all(state.shape[2] == 1 for state in layer.states.values())
+    assert_near(read(model, ids[:, 8:], cache)[0], read(model, ids)[0][:, 8:])
+    assert all(state.shape[2] == 1 for layer in cache.layers for state in layer.states.values())
 
 
 def test_a_static_memory_refuses_to_crop(model):
@@ -210,11 +241,33 @@ def test_a_static_memory_refuses_to_crop(model):
 
 @pytest.mark.parametrize(
     "make_cache",
-    [lambda config: DynamicCache(), lambda config: DynamicCache(config=GPT2Config(n_layer=2, n_head=3, n_embd=24))],
+    [
+        lambda config: DynamicCache(),
+        lambda config: DynamicCache(config=GPT2Config(n_layer=2, n_head=3, n_embd=24)),
+        lambda config: ((torch.zeros(1, 3, 4, 8), torch.zeros(1, 3, 4, 8)),) * 2,  # as older code made them
+    ],
 )
 def test_a_memory_of_another_model_is_refused(model, make_cache):
     with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
         model(make_ids(1, 3), past_key_values=make_cache(model.config))
+
+
+def test_a_full_static_memory_says_what_to_do(model):
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    read(model, make_ids(2, 6), cache)
+    with pytest.raises(ValueError, match="max_cache_len=8 holds 6 tokens already.*DynamicCache"):
+        read(model, make_ids(2, 3), cache)
+    assert cache.get_seq_length() == 6
+
+
+def test_padding_that_a_memory_holds_needs_no_mask(model):
+    """Without it, slots at padding would be read as pairs."""
+    ids, mask = make_ids(2, 9), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 1]])
+    expected = read(model, ids, mask=torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], dim=1))[0][:, 5:]
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=9)):
+        read(model, ids[:, :5], cache, mask)
+        steps = [read(model, ids[:, [position]], cache)[0] for position in range(5, 7)]
+        assert_near(torch.cat([*steps, read(model, ids[:, 7:], cache)[0]], dim=1), expected)
 
 
 @pytest.mark.parametrize("head", [None, MemoryMosaicForCausalLM, MemoryMosaicForSequenceClassification])
@@ -329,6 +382,45 @@ def test_a_foreign_saved_memory_is_refused(model):
         memory_from_state_dict(model.config, shorter)
     with pytest.raises(ValueError, match="StaticCacheLayer"):
         memory_state_dict(StaticCache(config=model.config, max_cache_len=4))
+    without_writer = {name: tensor for name, tensor in tensors.items() if name != "fingerprint"}
+    with pytest.raises(ValueError, match="does not tell which weights wrote it"):
+        memory_from_state_dict(model.config, without_writer)
+
+
+IMPOSSIBLE = {
+    "not finite": lambda tensor: torch.full_like(tensor, float("nan")),
+    "not finite too": lambda tensor: torch.full_like(tensor, -float("inf")),
+    "whole numbers": lambda tensor: tensor.long(),
+    "truth values": lambda tensor: tensor.bool(),
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "eight bits": lambda tensor: tensor.to(torch.float8_e4m3fn),
+    "of three dimensions": lambda tensor: tensor[0],
+}
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE)
+def test_a_memory_of_impossible_numbers_is_refused(model, change):
+    tensors = memory_state_dict(read(model, make_ids(1, 5))[1])
+    for name in ("layers.0.keys", "layers.1.values", "layers.0.contextual_sum", "layers.1.pending_value"):
+        with pytest.raises(ValueError, match=name):
+            memory_from_state_dict(model.config, tensors | {name: IMPOSSIBLE[change](tensors[name])})
+
+
+def test_a_memory_without_slots_or_with_another_text_is_refused(model):
+    tensors = memory_state_dict(read(model, make_ids(1, 5), mask=torch.tensor([[0, 1, 1, 1, 1]]))[1])
+    emptied = {name: tensor[:, :, :0] for name, tensor in tensors.items() if name.endswith((".keys", ".values"))}
+    with pytest.raises(ValueError, match="at least one of each"):
+        memory_from_state_dict(model.config, tensors | emptied)
+    for name, other in (
+        ("input_ids", tensors["input_ids"][:, 1:]),
+        ("input_ids", tensors["input_ids"].float()),
+        ("attention_mask", tensors["attention_mask"].long()),
+    ):
+        with pytest.raises(ValueError, match=name):
+            memory_from_state_dict(model.config, tensors | {name: other.contiguous()})
+    mixed = tensors | {"layers.1.keys": tensors["layers.1.keys"].double()}
+    with pytest.raises(ValueError, match="float32.*float64"):
+        memory_from_state_dict(model.config, mixed)
 
 
 def test_layers_are_chosen_by_the_configuration(model):
@@ -339,4 +431,4 @@ def test_layers_are_chosen_by_the_configuration(model):
 
 def test_saved_files_hold_tensors_of_their_own(model, tmp_path):
     save_file(memory_state_dict(read(model, make_ids(1, 5))[1]), tmp_path / "memory.safetensors")
-    assert len(load_file(tmp_path / "memory.safetensors")) == 2 * (2 + len(STATES))
+    assert len(load_file(tmp_path / "memory.safetensors")) == 2 * (2 + len(STATES)) + 2

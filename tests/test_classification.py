@@ -3,19 +3,13 @@
 
 import pytest
 import torch
-from conftest import SIZES, make_ids, make_model
+from conftest import make_ids, make_model
+from kinds import make_classifier
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
-
-from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForSequenceClassification
-
-
-def make_classifier(**config):
-    torch.manual_seed(0)
-    return MemoryMosaicForSequenceClassification(MemoryMosaicConfig(**SIZES | config)).eval()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("told_by", ["attention_mask", "pad_token_id", "embeddings and mask"])
+@pytest.mark.parametrize("told_by", ["pad_token_id", "embeddings and mask"])
 def test_padding_changes_no_verdict(side, told_by):
     model = make_classifier(num_labels=3, pad_token_id=60)
     rows = [make_ids(length, seed=length, vocab_size=60) for length in (1, 4, 9)]

@@ -133,6 +133,7 @@ def test_life_of_a_run_from_the_command_line(tmp_path):
 def run_on_one_and_on_several(configuration, tmp_path, processes):
     """As many windows in a step on one process and on several: the same training, up to rounding."""
     shared = ["run", SMOKE, *SHORT, "generation.prompts=[]", "training.save_total_limit=9"]
+    shared += ["data.validation.num_stories=5"]  # 19 windows, which no number of processes shares evenly
     one = CliRunner().invoke(app, [*shared, f"output_dir={tmp_path / 'one'}"])
     assert one.exit_code == 0, one.output
     batch = f"training.per_device_train_batch_size={16 // processes}"
@@ -143,6 +144,11 @@ def run_on_one_and_on_several(configuration, tmp_path, processes):
     first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "several"))
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
+    results = [
+        json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8")) for name in ("one", "several")
+    ]
+    losses = [result["metrics"]["validation_loss"] for result in results]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # each window counts once, wherever it was read
     return command, second
 
 

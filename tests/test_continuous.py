@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model for continuous observations: equal to its equations, through any memory, from any prefix."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from conftest import checkpoint_activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import make_continuous
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, DynamicCache
+from transformers import DynamicCache
 
 from modeling_memory_mosaic import (
     ContinuousMemoryMosaicConfig,
@@ -35,13 +33,7 @@ variants = pytest.mark.parametrize("variant", list(VARIANTS))
 
 
 def make_model(variant="three heads", **config):
-    """A small sharp model in float64; scalars of heads are random, so that no two heads are alike."""
-    torch.manual_seed(0)
-    model = ContinuousMemoryMosaicModel(ContinuousMemoryMosaicConfig(**{"beta": 6.0} | VARIANTS[variant] | config))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter)).mul_(1.5 if parameter.ndim > 1 else 1.0)
-    return model.double().eval()
+    return make_continuous(**VARIANTS[variant] | config)
 
 
 def observe(model, *shape, seed=0):
@@ -145,7 +137,7 @@ def test_a_saved_memory_reads_on(tmp_path):
     observations = observe(model, 2, 17)
     save_file(memory_state_dict(read(model, observations[:, :11])[1]), tmp_path / "memory.safetensors")
     tensors = load_file(tmp_path / "memory.safetensors")
-    assert set(tensors) == {"layers.0.keys", "layers.0.values", "layers.0.contextual_sum"}
+    assert set(tensors) == {"layers.0.keys", "layers.0.values", "layers.0.contextual_sum", "fingerprint"}
     memory = memory_from_state_dict(model.config, tensors)
     expected = model(observations).predictions[:, 11:]
     torch.testing.assert_close(read(model, observations[:, 11:], memory)[0], expected, rtol=0, atol=1e-12)
@@ -182,7 +174,9 @@ def test_weights_name_the_observations_whose_pairs_they_read():
     model = make_model()
     model.set_attn_implementation("eager")
     observations = observe(model, 2, 8)
-    (weights,) = model(observations, output_attentions=True).attentions
+    outputs = model(observations, output_attentions=True, output_hidden_states=True)
+    (weights,), states = outputs.attentions, outputs.hidden_states
+    assert torch.equal(states[0], observations) and torch.equal(states[1], outputs.last_hidden_state)
     assert weights.shape == (2, 3, 8, 8)
     assert torch.equal(weights.triu(), torch.zeros_like(weights))
     torch.testing.assert_close(weights.sum(-1)[..., 1:], torch.ones_like(weights[..., 1:, 0]))
@@ -292,7 +286,6 @@ def test_bad_requests_are_refused():
         (lambda: model(observations, labels=observations[:, 1:]), "labels have shape"),
         (lambda: model(observations[:, :1], labels=observations[:, :1]), "at least two"),
         (lambda: model(observations, labels=observations * torch.nan), "labels must be finite"),
-        (lambda: model(observations, attention_mask=torch.ones(2, 5)), "no padding"),
         (lambda: model(observations, past_key_values=DynamicCache()), "was not made for this model"),
         (lambda: model(observations[:1], past_key_values=read(model, observations)[1]), "holds 2 rows, but 1"),
         (lambda: model.predict(observations, 0), "num_steps=0 must be positive"),
@@ -309,6 +302,35 @@ def test_bad_requests_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("request_of_texts", "error", "message"),
+    [
+        (
+            lambda model, x: model(x, attention_mask=torch.ones(2, 5)),
+            ValueError,
+            "no padding: pass rows of one length",
+        ),
+        (
+            lambda model, x: model(x, position_ids=torch.arange(5)[None] % 3),
+            ValueError,
+            "position_ids is not supported",
+        ),
+        (lambda model, x: model(x, seq_idx=torch.zeros(2, 5)), ValueError, "give each series its own row"),
+        (lambda model, x: model(x, cu_seq_lens_q=torch.tensor([0, 5])), ValueError, "give each series its own row"),
+        (lambda model, x: model(x, document_ids=torch.zeros(2, 5)), ValueError, "give each series its own row"),
+        (lambda model, x: model.resize_token_embeddings(9), NotImplementedError, "it has no table of tokens"),
+        (lambda model, x: checkpoint_activations(model, False), ValueError, "does not support"),
+        (lambda model, x: model.set_attn_implementation("flex_attention"), ValueError, "does not support"),
+        (lambda model, x: model.set_attn_implementation("flash_attention_2"), ValueError, "does not support"),
+    ],
+)
+def test_what_is_for_texts_is_refused(request_of_texts, error, message):
+    """Of padding, documents, tables of tokens and what saves memory in deep models, nothing is passed over."""
+    model = make_model()
+    with pytest.raises(error, match=message):
+        request_of_texts(model, observe(model, 2, 5))
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"num_attention_heads": 4}, "not a multiple of num_attention_heads=4"),
@@ -322,27 +344,3 @@ def test_bad_requests_are_refused():
 def test_bad_configurations_are_refused(settings, message):
     with pytest.raises(Exception, match=message):
         ContinuousMemoryMosaicConfig(**settings)
-
-
-def test_saving_and_loading_keeps_every_bit(tmp_path):
-    model = make_model("learnt beta", key_leak=True).float()
-    model.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path)
-    assert type(loaded) is ContinuousMemoryMosaicModel
-    assert AutoConfig.from_pretrained(tmp_path).to_dict() == loaded.config.to_dict()
-    observations = observe(model, 1, 6).float()
-    assert torch.equal(loaded(observations).predictions, model(observations).predictions)
-
-
-def test_a_saved_folder_brings_its_code(tmp_path):
-    make_model().float().save_pretrained(tmp_path)
-    script = (
-        "import sys, torch; from transformers import AutoModel\n"
-        "model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "assert type(model).__module__.startswith('transformers_modules')\n"
-        "print(model.predict(torch.linspace(-1, 1, 30).reshape(1, 5, 6), 3).shape)\n"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-P", "-c", script, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.stdout.strip() == "torch.Size([1, 3, 6])", done.stderr

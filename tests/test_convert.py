@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of the authors' code: both namings, their training file, and refusals that name the option."""
 
+import io
 import json
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -145,3 +147,113 @@ def test_other_files_are_refused(tmp_path):
         convert_checkpoint(tmp_path / "broken.pt", tmp_path / "out")
     with pytest.raises(FileNotFoundError):
         convert_checkpoint(tmp_path / "nowhere.pt", tmp_path / "out")
+
+
+def first(state_dict, change):
+    name = "blocks.0.ln1.weight"
+    return state_dict | {name: change(state_dict[name])}
+
+
+# What a file could hold instead: by a name, how it is made of the arguments and parameters of a good one.
+ODD = {
+    "list": lambda a, s: [],
+    "tensor": lambda a, s: torch.zeros(3),
+    "list-of-parameters": lambda a, s: {"model": list(s.values()), "model_args": a},
+    "no-parameters": lambda a, s: {"model": {}, "model_args": a},
+    "text-of-arguments": lambda a, s: {"model": s, "model_args": "n_layer=2"},
+    "list-of-arguments": lambda a, s: {"model": s, "model_args": [a]},
+    "number-for-a-tensor": lambda a, s: {"model": first(s, lambda t: 3.0), "model_args": a},
+    "list-for-a-tensor": lambda a, s: {"model": first(s, lambda t: t.tolist()), "model_args": a},
+    "number-for-a-name": lambda a, s: {"model": s | {7: torch.zeros(1)}, "model_args": a},
+    "integers": lambda a, s: {"model": first(s, lambda t: t.long()), "model_args": a},
+    "complex": lambda a, s: {"model": first(s, lambda t: t.to(torch.complex64)), "model_args": a},
+    "sparse": lambda a, s: {"model": first(s, lambda t: t.to_sparse()), "model_args": a},
+    "nan": lambda a, s: {"model": first(s, lambda t: t * float("nan")), "model_args": a},
+    "infinite": lambda a, s: {"model": first(s, lambda t: t.half() * 1e9), "model_args": a},
+    "stretched": lambda a, s: {"model": first(s, lambda t: t[:1].expand(10**12)), "model_args": a},
+    "layers": lambda a, s: {"model": s, "model_args": a | {"n_layer": 10**9}},
+    "width": lambda a, s: {"model": s, "model_args": a | {"n_embd": 10**15}},
+    "no-layer": lambda a, s: {"model": s, "model_args": a | {"n_layer": 0}},
+    "fraction-of-a-layer": lambda a, s: {"model": s, "model_args": a | {"n_layer": 2.0}},
+    "switch-for-a-number": lambda a, s: {"model": s, "model_args": a | {"n_layer": True}},
+    "text-for-a-number": lambda a, s: {"model": s, "model_args": a | {"n_head": "2"}},
+    "heads": lambda a, s: {"model": s, "model_args": a | {"n_head": 7}},
+    "dropout": lambda a, s: {"model": s, "model_args": a | {"hd_dropout": float("nan")}},
+    "tensor-for-an-option": lambda a, s: {"model": s, "model_args": a | {"pre_ln": torch.ones(2)}},
+    "shape": lambda a, s: {"model": s | {"blocks.0.attn.k_featurizer.conv.weight": torch.ones(9)}, "model_args": a},
+    "scalar": lambda a, s: {"model": first(s, lambda t: t.sum()), "model_args": a},
+    "block": lambda a, s: {"model": s | {"blocks." + "9" * 5000 + ".ln1.weight": torch.ones(1)}, "model_args": a},
+    "twice": lambda a, s: {"model": s | {"module.emb.weight": s["emb.weight"] + 1}, "model_args": a},
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_checkpoint_is_told_at_once(tmp_path, golden, state_dict, odd):
+    torch.save(ODD[odd](golden[0], state_dict), tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError) as error:
+        convert_checkpoint(tmp_path / "ckpt.pt", tmp_path / "out")
+    assert type(error.value) is ValueError and len(str(error.value)) < 500
+    assert not (tmp_path / "out").exists()
+
+
+def truncated(whole):
+    return whole[: len(whole) // 2]
+
+
+def deflated(whole):
+    """As `torch.save` writes it, but for a part that unpacks to a thousand times its size."""
+    file = io.BytesIO(whole)
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/99", bytes(2**20))
+    return file.getvalue()
+
+
+def old_form(whole):
+    file = io.BytesIO()
+    torch.save({"model": {}}, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+class Unknown:
+    pass
+
+
+def of_a_class(whole):
+    file = io.BytesIO()
+    torch.save({"model": Unknown(), "model_args": {}}, file)
+    return file.getvalue()
+
+
+def of_code(whole):
+    file = io.BytesIO()
+    torch.save({"model": Malicious(), "model_args": {}}, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (truncated, "not a whole file"),
+        (deflated, "holds more than it has bytes"),
+        (old_form, "save it by a torch of today"),
+        (of_a_class, "it holds [a-z_.]*test_convert.Unknown"),
+        (of_code, "it holds .*exec"),
+        (lambda whole: b"", "not a whole file"),
+        (lambda whole: b"\x80\x04N.", "not a whole file"),
+    ],
+    ids=["truncated", "deflated", "old", "class", "code", "empty", "pickle"],
+)
+def test_a_file_that_is_no_checkpoint_is_told_without_torchs_advice(tmp_path, golden, state_dict, make, message):
+    torch.save({"model": state_dict, "model_args": golden[0]}, tmp_path / "good.pt")
+    (tmp_path / "ckpt.pt").write_bytes(make((tmp_path / "good.pt").read_bytes()))
+    with pytest.raises(ValueError, match=message) as error:
+        convert_checkpoint(tmp_path / "ckpt.pt", tmp_path / "out")
+    assert "weights_only" not in str(error.value) and "safe_globals" not in str(error.value)
+
+
+def test_a_folder_is_no_checkpoint_and_a_file_no_output(tmp_path, golden, state_dict):
+    with pytest.raises(ValueError, match="not a whole file"):
+        convert_checkpoint(tmp_path, tmp_path / "out")
+    torch.save({"model": state_dict, "model_args": golden[0]}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        convert_checkpoint(tmp_path / "ckpt.pt", tmp_path / "ckpt.pt")

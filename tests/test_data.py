@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
+from conftest import flip
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
-from training import data
+from training import bounded, data
+from training.checksums import LIST
 from training.data import collate_windows, load_stories, pack_windows, source_provenance
 from training.story_writer import write_stories
 from training.tokenizer import load_tokenizer, train_tokenizer
@@ -82,6 +84,20 @@ def test_every_form_gives_the_same_stories(tmp_path, name, compressed):
     streamed = load_stories(str(path), streaming=True)
     assert isinstance(streamed, IterableDataset)
     assert [row["text"] for row in streamed] == [row["text"] for row in streamed] == STORIES
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["objects.jsonl", "strings.txt", "separated.txt"])
+def test_nothing_but_a_line_feed_ends_a_line(tmp_path, form, streaming):
+    """Neither do the line and paragraph separators of Unicode, nor what else Python's `splitlines` cuts at."""
+    stories = ["one\u2029two\u2028three\x85four\x0bfive\x0csix\x1cseven", "eight\rnine"]
+    lines = {
+        "objects.jsonl": "\n".join(json.dumps({"text": story}, ensure_ascii=False) for story in stories),
+        "strings.txt": "\n".join(json.dumps(story, ensure_ascii=False) for story in stories),
+        "separated.txt": f"\n{END}\n".join(stories),
+    }
+    (tmp_path / form).write_bytes(lines[form].encode())
+    assert [row["text"] for row in load_stories(str(tmp_path / form), streaming=streaming)] == stories
 
 
 @pytest.mark.parametrize(
@@ -174,6 +190,11 @@ MISTAKES = {
     "list.jsonl": (b'["good"]\n', r":1: list, but a JSON object with a field 'text' is needed"),
     "latin.jsonl": (GOOD + GOOD + '{"text": "café"}\n'.encode("latin-1"), r":3: not UTF-8"),
     "surrogate.jsonl": (GOOD + b'{"text": "a \\ud83d b"}\n', r":2: the text has half a character, '\\ud83d'"),
+    "deep.jsonl": (GOOD + b"[" * 100_000 + b"]" * 100_000, r":2: the JSON is nested too deeply"),
+    "deep_object.jsonl": (GOOD + b'{"a":' * 50_000 + b"1" + b"}" * 50_000, r":2: the JSON is nested too deeply"),
+    "digits.jsonl": (GOOD * 2 + b'{"text": "a", "n": ' + b"9" * 6000 + b"}", r":3: cannot be read as JSON \(Exceeds"),
+    "babi_deep.txt": (b'"good"\n' + b"[" * 100_000, r":2: the JSON is nested too deeply"),
+    "babi_digits.txt": (b'"good"\n' + b"9" * 6000, r":2: cannot be read as JSON"),
     "babi.txt": (b'"good"\n{"text": "x"}\n', r":2: dict, but the first line is a JSON string"),
     "babi_broken.txt": (b'"good"\n"no end\n', r":2: broken JSON"),
     "latin.txt": (f"one\n{END}\ntwo\nthree\nnaïve".encode("latin-1"), r":5: not UTF-8"),
@@ -232,15 +253,67 @@ def test_mistakes_in_arguments_are_explained(tmp_path, arguments, message):
 
 def test_a_large_text_needs_its_separator(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_CHUNK", 100)
-    monkeypatch.setattr(data, "LARGEST_UNSEPARATED_FILE", 1000)
+    monkeypatch.setattr(data, "LARGEST_STORY", 1000)
     path = tmp_path / "a.txt"
     path.write_text("x" * 1000)
     assert len(load_stories(str(path))[0]["text"]) == 1000
     path.write_text("x" * 1001)
     with pytest.raises(ValueError, match=r"a\.txt: '<\|endoftext\|>' does not occur .* set separator"):
         load_stories(str(path))
-    path.write_text("x" * 900 + END + "y" * 5000)
-    assert [len(text) for text in load_stories(str(path))["text"]] == [900, 5000]
+    path.write_text("x" * 900 + END + "y" * 1000)
+    assert [len(text) for text in load_stories(str(path))["text"]] == [900, 1000]
+    path.write_text("x" * 900 + END + "\n" + "y" * 5000 + END + "z")
+    with pytest.raises(ValueError, match=r"a\.txt:1: the story has over 1,000 bytes: cut it .* raise LARGEST_STORY"):
+        load_stories(str(path))
+
+
+def bomb(path, beginning, line, times):
+    with gzip.open(path, "wb", 9) as file:
+        file.write(beginning)
+        for _ in range(times):
+            file.write(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "beginning", "line", "message"),
+    [
+        ("a.txt.gz", b"A story." + END.encode(), b"a", r"a\.txt\.gz:1: the story has over 1,048,576 bytes"),
+        ("a.txt.gz", b"A story.", b"a", "does not occur in the first 1 MiB"),
+        ("a.jsonl.gz", GOOD, b"a", r"a\.jsonl\.gz:2: the line has over 1,048,576 bytes"),
+        ("a.jsonl.gz", GOOD, b" \n" + b" " * 1000, r"a\.jsonl\.gz: [\d,]+ bytes unpack to [\d,]+ and more"),
+        ("a.txt.gz", b"", b"\n" + b" " * 1000, r"a\.txt\.gz: [\d,]+ bytes unpack to [\d,]+ and more"),
+        ("a.txt.gz", b'"Good."\n"', b"a", r"a\.txt\.gz:2: the line has over 1,048,576 bytes"),
+    ],
+    ids=["story", "no-separator", "line", "empty-lines", "empty-text", "string"],
+)
+def test_what_unpacks_without_end_fills_no_memory(tmp_path, monkeypatch, name, beginning, line, message):
+    monkeypatch.setattr(data, "LARGEST_STORY", 2**20)
+    monkeypatch.setattr(bounded, "ALWAYS_UNPACKED", 2**22)
+    bomb(tmp_path / name, beginning, line * (2**24 // len(line)), 2)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            load_stories(str(tmp_path / name))
+        assert tracemalloc.get_traced_memory()[1] < 16e6  # of 33 million bytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_stories_that_repeat_without_end_fill_no_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(bounded, "ALWAYS_UNPACKED", 2**20)
+    bomb(tmp_path / "a.jsonl.gz", b"", GOOD * 1000, 500)
+    with pytest.raises(ValueError, match="over 100 times as much: if you trust the file, unpack it yourself"):
+        load_stories(str(tmp_path / "a.jsonl.gz"))
+
+
+def test_a_line_without_end_fills_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGEST_STORY", 1000)
+    for name, content in (("a.jsonl", GOOD + b"a" * 1001), ("a.txt", b'"good"\n"' + b"a" * 1001)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"{name}:2: the line has over 1,000 bytes: cut it into stories, or raise"
+        ):
+            load_stories(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["one_line.txt", "babi.txt", "objects.jsonl"])
@@ -293,6 +366,39 @@ def test_hub_data_sets_are_loaded_by_name(monkeypatch):
     assert calls[-1][1].items() >= {"path": "some/stories", "name": "simple", "revision": "v1"}.items()
     with pytest.raises(ValueError, match="field 'id' of 'some/stories' is no text"):
         load_stories("some/stories", text_field="id")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("gap", [None, 7])
+def test_a_gap_in_a_hub_data_set_is_named_with_its_row_and_field(monkeypatch, gap, typed, streaming):
+    rows = [{"story": text} for text in STORIES[:3]] + [{"story": gap}, {"story": "Late."}]
+    if gap == 7 and (typed or not streaming):
+        pytest.skip("a column of strings holds no number")
+
+    def load_dataset(*args, **kwargs):
+        features = datasets.Features({"story": datasets.Value("string")}) if typed else None
+        if kwargs["streaming"]:
+            return IterableDataset.from_generator(lambda: iter(rows), features=features)
+        return Dataset.from_list(rows, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        ValueError, match=rf"'some/stories', split 'train', row 3: field 'story' is {type(gap).__name__}"
+    ):
+        list(load_stories("some/stories", text_field="story", streaming=streaming))
+
+
+def test_files_of_a_hub_data_set_that_have_changed_are_refused(monkeypatch, tmp_path):
+    Dataset.from_dict({"text": STORIES * 50}).save_to_disk(tmp_path)
+    (path,) = tmp_path.glob("*.arrow")
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: Dataset.from_file(str(path)))
+    for _ in range(2):
+        assert load_stories("some/stories")["text"][:] == STORIES * 50
+    flip(path)
+    with pytest.raises(ValueError, match=f"{path} has changed since it was first read: remove its folder"):
+        load_stories("some/stories")
+    assert load_stories("some/stories", streaming=True)  # another way of reading, which the cache has no part in
 
 
 @pytest.mark.parametrize("failure", [ConnectionError("no network"), FileNotFoundError("unknown")])
@@ -378,6 +484,25 @@ def test_a_second_call_does_no_work(stories, tokenizer, monkeypatch, tmp_path):
             assert np.array_equal(_ids(pack_windows(again, load_tokenizer(str(tmp_path)), 96, num_proc)), before)
 
 
+def test_what_has_changed_in_the_cache_is_made_again(tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    texts = load_stories("embedded", num_stories=40)["text"][:]
+    before = _ids(pack_windows(load_stories("embedded", num_stories=40), tokenizer, 64, num_proc=2))
+    files = sorted(tmp_path.rglob("*.arrow"))
+    assert [path.name for path in files].count("rows.arrow") == 2 and len(files) == 4  # tokens of two processes
+    for name in ("*.arrow", LIST):
+        caplog.clear()
+        for path in tmp_path.rglob(name):
+            flip(path)
+        stories = load_stories("embedded", num_stories=40)
+        assert stories["text"][:] == texts
+        assert np.array_equal(_ids(pack_windows(stories, tokenizer, 64)), before)
+        shorter = pack_windows(stories, tokenizer, 32)  # by the tokens, which the windows had no need of
+        assert np.array_equal(_ids(shorter).ravel()[: before.size], before.ravel())
+        assert caplog.text.count("it is removed and made again") == 3
+        shutil.rmtree(Path(shorter.cache_files[0]["filename"]).parent)
+
+
 def test_another_tokenizer_or_other_stories_are_not_taken_from_the_cache(stories, tokenizer):
     before = _ids(pack_windows(stories, tokenizer, 64))
     smaller = train_tokenizer(write_stories(300), 300)
@@ -429,6 +554,24 @@ def test_a_stream_resumed_anywhere_goes_on_with_the_next_window(tmp_path, tokeni
         resumed = iter(skip_first_batches(loader, seen))
         following = np.concatenate([next(resumed)["input_ids"].numpy() for _ in range(2)])
         assert np.array_equal(following, expected[4 * seen : 4 * seen + 8]), seen
+
+
+@pytest.mark.parametrize("seen", [3, 40])
+def test_a_stream_is_resumed_from_a_state_of_a_resumed_one(tokenizer, seen):
+    """By the states of `datasets`, which some versions of it stop counting after the first time."""
+
+    def windows():
+        return pack_windows(load_stories("embedded", num_stories=60, streaming=True), tokenizer, 64)
+
+    expected, state, read = list(windows()), None, []
+    for _ in range(3):
+        stream = windows()
+        if state is not None:
+            stream.load_state_dict(state)
+        rows = iter(stream)
+        read += [next(rows) for _ in range(seen)]
+        state = stream.state_dict()
+    assert read == expected[: 3 * seen] and len(read) == 3 * seen
 
 
 def test_end_of_text_inside_a_story_ends_nothing(tokenizer):

@@ -5,6 +5,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import make_ids, make_model
+from kinds import for_kinds
 from torch.export import Dim, export
 from transformers import DynamicCache, StaticCache
 
@@ -127,6 +128,28 @@ def test_exported_program_serves_other_batches_and_lengths(implementation, maske
     for shape in SHAPES:
         inputs = make_inputs(*shape, masked)
         assert_same_at_tokens(program.module()(**inputs, use_cache=False).logits, model, inputs)
+
+
+@for_kinds("continuous", "continuous of real weights", "classifier")
+def test_other_models_compile_to_one_graph_and_are_exported(kind):
+    model = kind.make()
+    inputs = kind.with_labels(kind.inputs(model, 2, 12))
+    model(**inputs, use_cache=False).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(**inputs, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+    inputs = kind.inputs(model, 2, 12)
+    dynamic = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
+    shapes = {**dynamic, "use_cache": None}
+    program = export(model, (), {**inputs, "use_cache": False}, dynamic_shapes=shapes, strict=False).module()
+    for shape in SHAPES:
+        inputs = kind.inputs(model, *shape)
+        answers = [each(**inputs, use_cache=False)[kind.answers] for each in (program, model)]
+        torch.testing.assert_close(*answers, rtol=0, atol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec:FutureWarning")  # torch 2.13's exporter and its own pytree

@@ -4,7 +4,8 @@
 import pytest
 import torch
 from conftest import make_ids, make_model
-from peft import LoraConfig, get_peft_model
+from kinds import KINDS, for_kinds, make_classifier
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 
@@ -31,36 +32,120 @@ def test_lora_trains_the_slots_too():
     assert len(trained) == 2 * 2 * 2 and all("lora" in name for name in trained)
 
 
-def test_projections_beside_adapted_slots_merge_and_load(tmp_path):
-    slots = ["persistent_memory.slot_keys", "persistent_memory.slot_values"]
-    configuration = LoraConfig(target_modules=[*PROJECTIONS], target_parameters=slots, init_lora_weights=False)
-    adapted, ids = get_peft_model(make_model(), configuration).eval(), make_ids(2, 9)
-    expected = adapted(ids).logits
-    halfway = adapted.merge_and_unload()
-    with pytest.raises(ValueError, match="an adapter still wraps"):
-        halfway.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-    adapted.merge_and_unload().save_pretrained(tmp_path)
-    merged = type(halfway).from_pretrained(tmp_path)
-    torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-5)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # PEFT sets it for GPT-2's own layers
+@for_kinds(*(name for name in KINDS if name != "continuous"))
+def test_lora_trains_saves_loads_and_merges(kind, tmp_path):
+    model = kind.make(**kind.objectives)
+    model.save_pretrained(tmp_path / "base")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs = kind.inputs(model, 2, 15)
+    batch, plain = kind.with_labels(inputs), kind.answer(model, inputs)
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
+    first = adapted(**batch).loss.item()
+    for _ in range(3):
+        adapted(**batch).loss.backward()
+        optimizer.step()
+    adapted.eval()
+    assert adapted(**batch).loss.item() < first
+    with adapted.disable_adapter():
+        torch.testing.assert_close(kind.answer(adapted, inputs), plain)
+    for name, tensor in adapted.base_model.model.state_dict().items():
+        assert "lora_" in name or torch.equal(tensor, before[name.replace(".base_layer", "")]), name
+    expected = kind.answer(adapted, inputs)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(kind.auto.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(kind.answer(loaded, inputs), expected)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(kind.answer(merged, inputs), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = kind.auto.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in merged.state_dict().items())
 
 
-def test_trainer_evaluates_with_metrics(tmp_path):
-    """The memory must stay out of what Trainer gathers."""
-    rows = [{"input_ids": row, "labels": row} for row in make_ids(4, 8)]
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, per_device_eval_batch_size=2, disable_tqdm=True)
+def test_lora_of_complex_weights_is_refused():
+    with pytest.raises(ValueError, match="ComplexLinear.* is not supported"):
+        get_peft_model(KINDS["continuous"].make(), LoraConfig(target_modules=["k_proj"]))
+
+
+def trainer_of(kind, folder, num_rows=8, length=15, model=None, **settings):
+    """Plain `Trainer` on rows of whole chunks; `make_ids` below 5, so that there is something to learn."""
+    model = model or kind.make(**kind.objectives)
+    inputs = kind.with_labels({name: tensor % 5 for name, tensor in kind.inputs(model, num_rows, length).items()})
+    rows = [{name: tensor[row] for name, tensor in inputs.items()} for row in range(num_rows)]
+    defaults = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "logging_steps": 1, "learning_rate": 1e-2}
+    arguments = TrainingArguments(str(folder), **defaults | {"max_steps": 6} | settings)
+    return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:3])
+
+
+@for_kinds("mosaic", "continuous", "classifier")
+def test_trainer_evaluates_with_metrics(kind, tmp_path):
+    """Answers alone are gathered, in one array: no memory, no part of the loss."""
     seen = []
 
     def count(prediction):
-        seen.append(prediction.predictions)
+        seen.append(prediction)
         return {"rows": len(prediction.predictions)}
 
-    trainer = Trainer(
-        model=make_model(),
-        args=arguments,
-        eval_dataset=rows,
-        compute_metrics=count,
-    )
+    trainer = trainer_of(kind, tmp_path, per_device_eval_batch_size=2)
+    trainer.compute_metrics = count
     metrics = trainer.evaluate()
-    assert metrics["eval_rows"] == 4 and seen[0].shape == (4, 8, 61)
-    assert metrics["eval_loss"] == pytest.approx(trainer.model(**trainer.data_collator(rows)).loss.item(), rel=1e-3)
+    batch = trainer.data_collator(trainer.eval_dataset)
+    with torch.no_grad():
+        outputs = trainer.model(**batch, use_cache=False)
+    assert metrics["eval_rows"] == 3
+    torch.testing.assert_close(torch.from_numpy(seen[0].predictions), outputs[kind.answers], rtol=0, atol=1e-5)
+    assert torch.equal(torch.from_numpy(seen[0].label_ids), batch["labels"])
+    assert metrics["eval_loss"] == pytest.approx(outputs.loss.item(), rel=1e-3)
+
+
+@for_kinds(*KINDS)
+def test_trainer_learns_and_resumes_bitwise(kind, tmp_path):
+    whole = trainer_of(kind, tmp_path, save_steps=3)
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    resumed = trainer_of(kind, tmp_path, save_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, whole.model.state_dict()[name]), name
+
+
+@for_kinds(*KINDS)
+def test_trainer_accumulates_to_the_large_batch(kind, tmp_path):
+    """Five rows in parts of two: the last part is smaller, and each row counts alike."""
+    weights = []
+    for size, parts in ((5, 1), (2, 3)):
+        batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts, "max_steps": 1}
+        options = batch | {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+        model = kind.make(dtype=torch.float64, **kind.objectives)
+        trainer_of(kind, tmp_path, num_rows=5, model=model, **options).train()
+        weights.append(model.state_dict())
+    start = kind.make(dtype=torch.float64, **kind.objectives).state_dict()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-6, atol=1e-8, msg=name)
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "labels"),
+    [
+        ({"num_labels": 1}, torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0])),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, torch.eye(3)[[0, 2, 1, 1, 0]]),
+    ],
+    ids=["regression", "several labels"],
+)
+def test_other_losses_of_a_classifier_accumulate_too(fields, labels):
+    """The library leaves them out."""
+    model, ids = make_classifier(dtype=torch.float64, **fields), make_ids(5, 9)
+    gradients = []
+    for size in (5, 2):
+        model.zero_grad()
+        for part in torch.arange(5).split(size):
+            inputs = {"attention_mask": torch.ones_like(ids[part]), "labels": labels[part].double()}
+            model(ids[part], **inputs, num_items_in_batch=labels.numel()).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(parts, whole)

@@ -6,7 +6,15 @@ import copy
 import pytest
 import torch
 from conftest import make_ids, make_model
-from transformers import CompileConfig, DynamicCache, GPT2Config, GPT2LMHeadModel, TextStreamer, pipeline
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    StaticCache,
+    TextStreamer,
+    pipeline,
+)
 
 from training.tokenizer import train_tokenizer
 
@@ -85,16 +93,104 @@ def test_a_second_turn_on_a_warm_memory(model):
     assert torch.equal(warm, generate(model, turn))
 
 
-def test_a_warm_memory_with_prompt_lookup_is_right_or_refused(model):
-    """From 5.18 on the library passes the whole text again there: the memory would hold its beginning twice."""
+WARM_TEXTS = {  # rows, tokens in the memory, new tokens, padding in both
+    "one new token": (1, 7, 1, False),
+    "fewer new tokens": (1, 7, 3, False),
+    "as many": (2, 7, 7, False),
+    "more": (1, 7, 20, False),
+    "padded": (3, 5, 6, True),
+    "padded, more": (2, 4, 9, True),
+    "a memory of one token": (1, 1, 4, False),
+}
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("case", WARM_TEXTS)
+def test_new_text_behind_a_memory_is_read_whole(model, case, static):
+    """Whatever the mask covers: none given, that of the new ids, or that of all."""
+    rows, num_read, num_new, is_padded = WARM_TEXTS[case]
+    past, new = make_ids(rows, num_read, seed=1), make_ids(rows, num_new, seed=2)
+    past_mask, new_mask = torch.ones_like(past), torch.ones_like(new)
+    if is_padded:
+        past_mask[0, :2], new_mask[1, :3], new[1, :3] = 0, 0, 59
+    whole, whole_mask = torch.cat([past, new], dim=1), torch.cat([past_mask, new_mask], dim=1)
+    expected = generate(model, whole, whole_mask, max_new_tokens=4)
+    for ids, masks in ((new, (None, new_mask, whole_mask)), (whole, (whole_mask,))):
+        for mask in masks:
+            memory = (
+                StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache(config=model.config)
+            )
+            with torch.no_grad():
+                model(past, attention_mask=past_mask, past_key_values=memory)
+            options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 59}
+            text = model.generate(ids, attention_mask=mask, past_key_values=memory, **options)
+            assert torch.equal(text, expected[:, -text.shape[1] :]) and text.shape[1] == ids.shape[1] + 4
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 2}, "assistant"], ids=str
+)
+def test_any_decoding_continues_a_memory_by_new_text(model, options):
+    options = {"assistant_model": make_model(seed=1, pad_token_id=59)} if options == "assistant" else options
+    past, new = make_ids(1, 8), make_ids(1, 5, seed=1)
+    memory = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(past, past_key_values=memory)
+    text = generate(model, new, past_key_values=memory, **options)
+    expected = generate(model, torch.cat([past, new], dim=1), num_beams=options.get("num_beams", 1))
+    assert torch.equal(text, expected[:, 8:])
+    assert not any(layer.record_past for layer in memory.layers), "recording would go on for ever"
+
+
+def test_what_might_not_be_new_is_refused(model):
+    ids = make_ids(2, 6)
+    memory = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=memory)
+    for given, message in (
+        ({"inputs": ids}, "no new one is among them(.|\n)*pass a mask over both"),
+        ({"inputs": make_ids(1, 3)}, "holds 2 rows, but 1 are passed(.|\n)*batch_repeat_interleave"),
+        ({"inputs": make_ids(2, 3), "mask": torch.ones(2, 4)}, "must be that of the ids"),
+        ({"inputs": make_ids(2, 0)}, "at least one new id"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, given["inputs"], given.get("mask"), past_key_values=memory)
+    with pytest.raises(ValueError, match="Embeddings behind a memory"):
+        model.generate(inputs_embeds=torch.zeros(2, 8, 24), past_key_values=memory, max_new_tokens=2)
+    again = generate(model, ids, torch.ones(2, 12), past_key_values=memory, max_new_tokens=3)
+    assert torch.equal(again, generate(model, ids.repeat(1, 2), max_new_tokens=3)[:, 6:])
+    embedded = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=embedded)
+    with pytest.raises(ValueError, match="does not know their ids(.|\n)*pass a mask over both"):
+        generate(model, make_ids(2, 3), past_key_values=embedded)
+
+
+def test_a_text_that_a_memory_holds_is_not_read_twice_by_prompt_lookup(model):
+    """The library passes the whole text again there: the memory would hold its beginning twice."""
     first = generate(model, make_ids(1, 8), return_dict_in_generate=True, eos_token_id=None)
     turn = torch.cat([first.sequences, make_ids(1, 4)], dim=1)
-    try:
-        text = generate(model, turn, past_key_values=first.past_key_values, prompt_lookup_num_tokens=3)
-    except ValueError as refusal:
-        assert "must not be passed again" in str(refusal)
-    else:
-        assert torch.equal(text, generate(model, turn))
+    with pytest.raises(ValueError, match="must not be passed again: pass the new ids alone"):
+        generate(model, turn, past_key_values=first.past_key_values, prompt_lookup_num_tokens=3)
+    num_read = first.past_key_values.get_seq_length()
+    text = generate(model, turn[:, num_read:], past_key_values=first.past_key_values, prompt_lookup_num_tokens=3)
+    assert torch.equal(text, generate(model, turn)[:, num_read:])
+
+
+@pytest.mark.parametrize("prompt", ["one token", "padded behind", "padded within"])
+def test_assisted_decoding_of_short_and_padded_prompts(prompt):
+    """The whole memory of a prompt of one token may have to be taken back, and padding does not end a text."""
+    ids, mask = {
+        "one token": ([[7]], [[1]]),
+        "padded behind": ([[7, 9, 11, 0]], [[1, 1, 1, 0]]),
+        "padded within": ([[7, 0, 0, 9, 11]], [[1, 0, 0, 1, 1]]),
+    }[prompt]
+    ids, mask = torch.tensor(ids), torch.tensor(mask)
+    for seed in range(4):
+        model, assistant = make_model(seed, pad_token_id=59), make_model(seed + 10, pad_token_id=59)
+        expected = generate(model, ids, mask, max_new_tokens=6)
+        for options in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 3}):
+            assert torch.equal(generate(model, ids, mask, max_new_tokens=6, **options), expected)
 
 
 def test_the_returned_memory_continues_the_text(model):

@@ -5,6 +5,7 @@ So are their parts of the logit of each token that follows.
 """
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -303,6 +304,23 @@ def test_inspection_leaves_no_hooks_and_no_gradients(model):
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
     assert not inspect_units(model, make_ids(1, 5)).share.requires_grad
+
+
+@pytest.mark.parametrize("read", [inspect_units, trace_tokens])
+def test_what_another_thread_reads_meanwhile_is_not_observed(model, read):
+    """A server answers several users by one model. The texts are of one length, so that nothing would not fit."""
+    ids, expected = make_ids(1, 9), read(model, make_ids(1, 9))
+    another = threading.Thread(target=model, args=(make_ids(1, 9, seed=1),))
+
+    def meanwhile(*_):
+        if threading.current_thread() is not another:
+            another.start()
+            another.join()
+
+    with model.model.layers[1].register_forward_pre_hook(meanwhile):
+        found = read(model, ids)
+    assert another.ident is not None
+    assert_same(found, vars(expected).items(), tolerance=0)
 
 
 def test_one_token_has_no_error_and_nothing_to_read(model):

@@ -7,33 +7,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_ids
-from transformers import DynamicCache, GPT2Config, LlamaConfig
+from conftest import checkpoint_activations, make_ids
+from kinds import BACKBONES, GPT2, LENGTH, LLAMA, MOSAIC, VOCAB_SIZE, make_memory_model
+from transformers import DynamicCache
 
-from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM, MemoryMosaicConfig
+from modeling_memory_mosaic import MemoryModelCache, MemoryModelConfig, MemoryMosaicConfig
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 from modeling_memory_mosaic.modeling_memory_model import round_through, to_codes
 
 
-LENGTH, VOCAB_SIZE = 5, 61
-DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
-MOSAIC = MemoryMosaicConfig(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    num_persistent_slots=11,
-    **DROPOUT,
-)
-LLAMA = LlamaConfig(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    pad_token_id=0,
-)
-GPT2 = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=64)
 READS = {
     "prefix": {"memory_read": "prefix"},
     "last": {"memory_read": "prefix", "memory_pooling": "last", "encoder_chunk_positions": False},
@@ -44,18 +26,6 @@ READS = {
     "none": {"max_memories": 0},
     "bytes": {"memory_quantization": "int8"},
 }
-BACKBONES = {"mosaic": (MOSAIC, MOSAIC), "llama": (LLAMA, LLAMA), "gpt2": (GPT2, GPT2), "mixed": (MOSAIC, LLAMA)}
-
-
-def make_memory_model(seed=0, encoder=MOSAIC, decoder=MOSAIC, dtype=torch.float64, **config):
-    """A small model in eval mode, all of whose parameters are away from their start."""
-    torch.manual_seed(seed)
-    config = MemoryModelConfig(encoder=encoder, decoder=decoder, **{"chunk_length": LENGTH} | config)
-    model = MemoryModelForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
 
 
 def all_weights(**weights):
@@ -309,30 +279,6 @@ def test_labels_are_ignored_where_they_say_so_and_at_padding():
     assert_close_loss(model(ids, labels=prompt).loss, losses)
 
 
-def test_inputs_and_labels_are_not_touched():
-    model = make_memory_model(**all_weights()).train()
-    inputs = {"input_ids": make_ids(2, 20, vocab_size=VOCAB_SIZE), "attention_mask": torch.ones(2, 20).long()}
-    inputs["labels"] = inputs["input_ids"].clone()
-    before, weights = copy.deepcopy(inputs), copy.deepcopy(model.state_dict())
-    model(**inputs).loss.backward()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in inputs.items())
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-
-
-def test_gradients_of_parts_of_a_batch_add_up_to_those_of_the_batch():
-    model = make_memory_model(**all_weights())
-    ids = make_ids(4, 20, vocab_size=VOCAB_SIZE)
-    model(ids, labels=ids).loss.backward()
-    expected = {
-        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
-    }
-    model.zero_grad()
-    for part in ids.split(1):
-        model(part, labels=part, num_items_in_batch=4 * 19).loss.backward()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
-
-
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_token_id_is_an_ordinary_one(objective):
     """Neither hidden tokens nor the sign of a task take an id of the vocabulary."""
@@ -496,3 +442,29 @@ def test_a_cache_is_not_read_on_by_other_rows_or_with_other_memories():
 def test_mistakes_in_a_configuration_are_named(settings, message):
     with pytest.raises(Exception, match=message):
         MemoryModelConfig(**{"encoder": MOSAIC, "decoder": MOSAIC} | settings)
+
+
+def test_learnt_positions_end_where_they_end():
+    """A GPT-2 of 64 positions reads 59 memories and a chunk of 5: one more has no position."""
+    model = make_memory_model(encoder=GPT2, decoder=GPT2)
+    model(make_ids(1, 59 * LENGTH + LENGTH - 1), use_cache=False)
+    with pytest.raises(ValueError, match="take 65 slots of a row, but this GPT2LMHeadModel has 64 learnt positions"):
+        model(make_ids(1, 60 * LENGTH + LENGTH - 1), use_cache=False)
+    bounded = make_memory_model(encoder=GPT2, decoder=GPT2, max_memories=3)
+    assert bounded(make_ids(1, 100 * LENGTH)).logits.isfinite().all()
+    with pytest.raises(ValueError, match="chunk_length=64 tokens in 65 slots, but has 64 learnt positions"):
+        make_memory_model(encoder=GPT2, decoder=MOSAIC, chunk_length=64)
+    make_memory_model(encoder=GPT2, decoder=MOSAIC, chunk_length=64, memory_pooling="last")
+
+
+@pytest.mark.parametrize("decoder", [MOSAIC, LLAMA, GPT2], ids=["mosaic", "llama", "gpt2"])
+def test_a_cache_under_gradient_checkpointing_is_refused(decoder):
+    """Llama and GPT-2 would write nothing into it, and read on as if they had."""
+    model = make_memory_model(decoder=decoder).train()
+    checkpoint_activations(model, use_reentrant=False)
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        model(make_ids(1, 8), past_key_values=MemoryModelCache())
+    assert model(make_ids(1, 8)).logits.isfinite().all()
+    cache = MemoryModelCache()
+    model.eval()(make_ids(1, 8), past_key_values=cache)
+    assert cache.num_row_slots() > 0

@@ -6,9 +6,10 @@ import torch
 import torch.distributed
 from accelerate import cpu_offload, init_empty_weights
 from conftest import make_ids
+from kinds import BACKBONES, GPT2, LENGTH, LLAMA, VOCAB_SIZE, make_memory_model
 from peft import LoraConfig, get_peft_model
 from test_distributed import run_on_two_processes
-from test_memory_model import BACKBONES, GPT2, LENGTH, LLAMA, READS, VOCAB_SIZE, make_memory_model
+from test_memory_model import READS
 from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -25,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, sys.argv[1])
-from test_memory_model import LLAMA, make_ids, make_memory_model
+from kinds import LLAMA, make_ids, make_memory_model
 
 torch.distributed.init_process_group("gloo")
 rank, mesh = torch.distributed.get_rank(), init_device_mesh("cpu", (2,))

@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory models generate: finished chunks turn into memories as the text grows, whatever the way of decoding."""
 
-import copy
-
 import pytest
 import torch
 from conftest import make_ids
-from peft import LoraConfig, get_peft_model
+from kinds import BACKBONES, LENGTH, VOCAB_SIZE, make_memory_model
 from safetensors.torch import load_file, save_file
-from test_memory_model import BACKBONES, LENGTH, READS, VOCAB_SIZE, make_memory_model
-from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from test_memory_model import READS
 from transformers import TextStreamer, pipeline, set_seed
 
-from modeling_memory_mosaic import MemoryMosaicConfig
+from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
 from training.tokenizer import train_tokenizer
 
 
@@ -223,31 +219,6 @@ def test_memories_of_another_model_are_refused(other, message):
         model.memories_from_state_dict({name: t for name, t in tensors.items() if name != "encoder"})
 
 
-def quantized(model):
-    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "head" not in name)
-    return model
-
-
-def adapted(model):
-    config = LoraConfig(target_modules=["k_proj"], init_lora_weights=False)
-    return get_peft_model(model, config).base_model.model
-
-
-@pytest.mark.parametrize("change", [quantized, adapted])
-def test_memories_of_quantized_and_adapted_weights_are_read_by_these_alone(change):
-    sizes = MemoryMosaicConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    plain = make_memory_model(encoder=sizes, decoder=sizes, dtype=torch.float32)
-    model = change(copy.deepcopy(plain))
-    memories, rest = model.encode(make_ids(2, 13, vocab_size=VOCAB_SIZE))
-    tensors = model.memories_state_dict(**memories)
-    read = model.memories_from_state_dict(tensors)
-    assert torch.equal(read["memories"], memories["memories"])
-    options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
-    assert torch.equal(model.generate(**rest, **read, **options), model.generate(**rest, **memories, **options))
-    with pytest.raises(ValueError, match="of another encoder"):
-        plain.memories_from_state_dict(tensors)
-
-
 def test_a_decoder_may_be_trained_on_and_its_memories_stay_valid():
     model = make_memory_model()
     tensors = model.memories_state_dict(**model.encode(make_ids(1, 18, vocab_size=VOCAB_SIZE))[0])
@@ -276,3 +247,42 @@ def test_assisted_decoding_is_refused():
         generate(
             model, {"input_ids": make_ids(1, 8, vocab_size=VOCAB_SIZE)}, assistant_model=make_memory_model(seed=1)
         )
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("num_new", [1, 4, 7, 15])
+@pytest.mark.parametrize("num_read", [1, 7])
+def test_new_text_behind_a_cache_is_read_whole(num_read, num_new, num_beams):
+    """Whatever the mask covers, and for the whole text too."""
+    model = make_memory_model()
+    past, new = (
+        make_ids(2, num_read, vocab_size=VOCAB_SIZE - 1),
+        make_ids(2, num_new, seed=1, vocab_size=VOCAB_SIZE - 1),
+    )
+    past_mask, new_mask = torch.ones_like(past), torch.ones_like(new)
+    past_mask[0, : num_read // 3], new_mask[1, : num_new // 3] = 0, 0
+    new = new.masked_fill(new_mask == 0, VOCAB_SIZE - 1)
+    whole, mask = torch.cat([past, new], dim=1), torch.cat([past_mask, new_mask], dim=1)
+    settings = GREEDY | {"max_new_tokens": 3, "pad_token_id": VOCAB_SIZE - 1, "num_beams": num_beams}
+    expected = model.generate(whole, attention_mask=mask, **settings)
+    for ids, given in ((new, None), (new, new_mask), (new, mask), (whole, mask)):
+        with torch.no_grad():
+            cache = model(past, attention_mask=past_mask, use_cache=True)[MEMORY_NAME]
+        text = model.generate(ids, attention_mask=given, past_key_values=cache, **settings)
+        assert torch.equal(text, expected[:, -text.shape[1] :]) and text.shape[1] == ids.shape[1] + 3
+
+
+def test_what_a_cache_cannot_continue_is_refused():
+    model = make_memory_model()
+    ids = make_ids(2, 9, vocab_size=VOCAB_SIZE)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True)[MEMORY_NAME]
+        memories = {"memories": cache.memories, "memory_mask": cache.memory_mask}
+        with pytest.raises(ValueError, match="Other weights wrote this memory"):
+            make_memory_model(seed=1)(ids[:, :2], past_key_values=cache)
+    with pytest.raises(ValueError, match="memories come before a text"):
+        model.generate(ids[:, :2], past_key_values=cache, **memories)
+    with pytest.raises(ValueError, match="no new one is among them"):
+        model.generate(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="holds 2 rows, but 1 are passed"):
+        model.generate(ids[:1, :3], past_key_values=cache)

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_ids
+from kinds import BACKBONES, LENGTH, LLAMA, MOSAIC, VOCAB_SIZE, make_memory_model
 from test_export import make_inputs
-from test_memory_model import BACKBONES, LENGTH, LLAMA, MOSAIC, READS, VOCAB_SIZE, all_weights, make_memory_model
-from test_memory_model_saving import arguments
+from test_memory_model import READS, all_weights
 from test_peers import logged, sft
 from torch.export import Dim, export
-from transformers import AutoModel, LlamaConfig, Trainer
+from transformers import AutoModel, LlamaConfig, Trainer, TrainingArguments
 
 from modeling_memory_mosaic import MemoryModelCache, MemoryModelConfig, MemoryModelEncoder, MemoryMosaicConfig
 from training.tokenizer import train_tokenizer
@@ -177,7 +177,7 @@ def test_metrics_are_computed_of_logits(tmp_path):
         shapes.append(prediction.predictions.shape)
         return {"mean": np.mean(prediction.predictions)}
 
-    options = arguments(tmp_path, per_device_eval_batch_size=3)
+    options = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], per_device_eval_batch_size=3)
     trainer = Trainer(model=model, args=options, eval_dataset=rows, compute_metrics=compute_metrics)
     ids = torch.stack([row["input_ids"] for row in rows])
     with torch.no_grad():

@@ -2,11 +2,13 @@
 """Memory models in stages: each trains what it says and resumes; comparisons tell what was measured."""
 
 import json
+import shutil
 
 import evaluate
 import pytest
 import torch
 import yaml
+from conftest import flip
 
 from training.evaluate import load_causal_lm
 from training.experiments import memory_models, memory_training
@@ -100,6 +102,25 @@ def test_a_new_decoder_is_not_the_one_that_the_encoder_was_trained_with(trained)
         assert torch.equal(other.decoder.lm_head.weight, other.decoder.model.embed_tokens.weight)
     assert torch.equal(first.decoder.lm_head.weight, model.decoder.lm_head.weight)
     assert all(torch.equal(tensor, encoder[name]) for name, tensor in model.encoder.state_dict().items())
+
+
+def test_a_stage_does_not_go_on_from_a_changed_checkpoint(trained, tmp_path):
+    shutil.copytree(trained[0].folder, tmp_path / "run")
+    for name in ("result.json", "2-combined/stage.json", "3-probe/stage.json"):
+        (tmp_path / "run" / name).unlink()
+    flip(tmp_path / "run" / "2-combined" / "checkpoint-4" / "optimizer.pt")
+    with pytest.raises(ValueError, match="2-combined is complete .checkpoint-4: optimizer.pt has changed"):
+        memory_training.run(read(tmp_path))  # it keeps one checkpoint only
+
+
+@pytest.mark.parametrize("name", ["1-autoencoder/stage.json", "2-combined/model/model.safetensors"])
+def test_a_changed_stage_is_refused(name, trained, tmp_path):
+    shutil.copytree(trained[0].folder, tmp_path / "run")
+    for unfinished in ("result.json", "3-probe/stage.json"):
+        (tmp_path / "run" / unfinished).unlink()
+    flip(tmp_path / "run" / name)
+    with pytest.raises(ValueError, match=f"damaged .*{name.rpartition('/')[2]} has changed since it was written"):
+        memory_training.run(read(tmp_path))
 
 
 def test_the_finished_model_loads_anywhere_and_measures_the_same(trained):

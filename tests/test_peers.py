@@ -4,6 +4,7 @@
 """
 
 import copy
+import functools
 import json
 import os
 import signal
@@ -21,42 +22,65 @@ import trl
 import yaml
 from conftest import make_ids, make_model
 from datasets import Dataset
+from kinds import KINDS, for_kinds
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel, get_peft_model
 from torchao import quantization
 from torchao.quantization import quantize_
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, Trainer, TrainingArguments, pipeline
 
+from modeling_memory_mosaic import MemoryMosaicConfig
 from training.export import export_model
 from training.story_writer import write_stories
 from training.tokenizer import train_tokenizer
 
 
 NUM_STORIES = 300
-PROJECTIONS = ("k_proj.weight", "v_proj.weight", "o_proj.weight")
+PROJECTIONS = {"mosaic": ("k_proj.weight", "v_proj.weight", "o_proj.weight")}
+PROJECTIONS["memory model"] = (*PROJECTIONS["mosaic"], "prefix_proj.weight", "0.weight", "1.weight")
 NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An exported model that has learnt something: its loss is about half of a uniform guess."""
+def exported(tmp_path_factory):
+    """Makes an exported model of a kind that has learnt something, once: its loss is well below a uniform guess."""
     stories = list(write_stories(NUM_STORIES))
     tokenizer = train_tokenizer(stories, 320)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # A width that groups of 32 weights divide, as four-bit weights come in such groups.
-    model = make_model(vocab_size=len(tokenizer), hidden_size=64, num_attention_heads=4, **ids).train()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = torch.cat([tokenizer(story + tokenizer.eos_token, return_tensors="pt").input_ids[0] for story in stories])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(150):
-        windows = text.unfold(0, 64, 1)[make_ids(16, seed=step, vocab_size=len(text) - 64)]
-        model(windows, labels=windows, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("peers") / "model"
-    export_model(model.eval(), tokenizer, folder)
-    return folder
+    # A width that groups of 32 weights divide, as four-bit weights come in such groups.
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_attention_heads": 4}
+    backbone = MemoryMosaicConfig(**sizes, **NO_DROPOUT, num_hidden_layers=1)
+
+    @functools.cache
+    def export(name):
+        if name == "mosaic":
+            model, num_steps = make_model(**sizes, **special).train(), 150
+        else:
+            settings = {"encoder": backbone, "decoder": backbone, "chunk_length": 32}
+            model, num_steps = KINDS[name].make(**settings, **special).train(), 80
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(num_steps):
+            windows = text.unfold(0, 64, 1)[make_ids(16, seed=step, vocab_size=len(text) - 64)]
+            model(windows, labels=windows, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        folder = tmp_path_factory.mktemp("peers") / "model"
+        for settings in (model.config, model.generation_config):
+            for token, number in special.items():
+                setattr(settings, token, number)
+        export_model(model.eval(), tokenizer, folder)
+        return folder
+
+    return export
+
+
+@pytest.fixture
+def folder(request, exported):
+    """Of the kind that a test names, or of a mosaic."""
+    return exported(request.getfixturevalue("kind").name if "kind" in request.fixturenames else "mosaic")
 
 
 @pytest.fixture
@@ -165,7 +189,8 @@ def log_likelihood(model, tokenizer, context, text):
     return log_probs.gather(-1, ids[:, begin:, None]).sum().item()
 
 
-def test_harness_scores_are_the_models_whatever_the_batch_size(folder, tasks, tokenizer):
+@for_kinds("mosaic", "memory model")
+def test_harness_scores_are_the_models_whatever_the_batch_size(kind, folder, tasks, tokenizer):
     one, eight = (harness(folder, tasks, batch_size) for batch_size in (1, 8))
     for task in ("mosaic_endings", "mosaic_stories"):
         assert answers(one, task) == pytest.approx(answers(eight, task), rel=1e-6, abs=1e-4)
@@ -174,7 +199,7 @@ def test_harness_scores_are_the_models_whatever_the_batch_size(folder, tasks, to
     assert one["results"]["mosaic_endings"] == pytest.approx(eight["results"]["mosaic_endings"])
     bits = [result["results"]["mosaic_stories"]["bits_per_byte,none"] for result in (one, eight)]
     assert bits[0] == pytest.approx(bits[1], abs=1e-4)
-    assert bits[0] < 3  # of 8.3 for a uniform guess among 320 tokens
+    assert bits[0] < {"mosaic": 3, "memory model": 6}[kind.name]  # of 8.3 for a uniform guess among 320 tokens
 
     model = load(folder)
     for task, name in (("mosaic_endings", "endings"), ("mosaic_stories", "texts")):
@@ -328,7 +353,7 @@ def load_quantized(folder, name, way="from_pretrained"):
         return load(folder, quantization_config=TorchAoConfig(config))
     model = load(folder)
     # All but the head, which is the embedding too.
-    quantize_(model, config, lambda module, name: isinstance(module, torch.nn.Linear) and name != "lm_head")
+    quantize_(model, config, lambda module, name: isinstance(module, torch.nn.Linear) and "lm_head" not in name)
     return model
 
 
@@ -342,20 +367,21 @@ def is_quantized(tensor):
     return type(tensor.data) is not torch.Tensor
 
 
+@for_kinds("mosaic", "memory model")
 @pytest.mark.parametrize("way", ["from_pretrained", "quantize_"])
 @pytest.mark.parametrize(("name", "bound"), [("int8", 0.01), ("int8 dynamic", 0.01), ("int4", 0.05)])
-def test_quantized_model_loses_little(folder, tokenizer, tmp_path, name, bound, way):
+def test_quantized_model_loses_little(kind, folder, tokenizer, tmp_path, name, bound, way):
     """Projections are quantized; slots, per-head scalars, norms and the embedding, which is the head, are not."""
     model, texts = load_quantized(folder, name, way), held_out(12)
-    assert {key for key, tensor in model.named_parameters() if is_quantized(tensor)} == {
-        key for key, _ in model.named_parameters() if key.endswith(PROJECTIONS)
-    }
+    expected = {key for key, _ in model.named_parameters() if key.endswith(PROJECTIONS[kind.name])}
+    assert {key for key, tensor in model.named_parameters() if is_quantized(tensor)} == expected
     assert all(tensor.dtype == torch.float32 for tensor in model.parameters())
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
     full_loss, loss = loss_of(load(folder), tokenizer, texts), loss_of(model, tokenizer, texts)
     print(f"loss {loss:.4f} of {full_loss:.4f} in float32")
-    assert full_loss < 3  # of 5.8 for a uniform guess: there is something to lose
+    # Of 5.8 for a uniform guess: there is something to lose.
+    assert full_loss < {"mosaic": 3, "memory model": 4.5}[kind.name]
     assert 0 < abs(loss - full_loss) < bound
 
     inputs = tokenizer(["Once upon a time", "One day"], return_tensors="pt", padding=True)
@@ -367,15 +393,41 @@ def test_quantized_model_loses_little(folder, tokenizer, tmp_path, name, bound, 
         assert loss_of(load(tmp_path), tokenizer, texts) == pytest.approx(loss, abs=1e-6)
 
 
+@for_kinds("continuous of real weights", "classifier")
+def test_quantized_layers_of_other_models_answer_nearly_alike(kind):
+    model = kind.make()
+    inputs = kind.inputs(model, 2, 12)
+    expected = kind.answer(model, inputs)
+    quantize_(model, quantization_of("int8"))
+    assert sum(is_quantized(parameter) for parameter in model.parameters()) >= 3
+    error = (kind.answer(model, inputs) - expected).norm() / expected.norm()
+    assert 0 < error < 0.1
+
+
+@for_kinds("classifier")
+def test_a_pipeline_classifies_a_batch_as_each_text(kind, exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported("mosaic"))
+    model = kind.make(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu", top_k=None)
+    texts = ["Once upon a time", "One day, a little cat", "The"]
+    for verdict, text in zip(classify(texts, batch_size=3), texts, strict=True):
+        logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        found = {entry["label"]: entry["score"] for entry in verdict}
+        expected = dict(zip(model.config.id2label.values(), logits.softmax(-1).tolist(), strict=True))
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
 def plain(parameter):
     parameter = parameter.detach()
     return (parameter.dequantize() if is_quantized(parameter) else parameter).clone()
 
 
+@for_kinds("mosaic", "memory model")
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_lora_on_a_quantized_base(folder, tokenizer, name):
+def test_lora_on_a_quantized_base(kind, folder, tokenizer, name):
     model = get_peft_model(load_quantized(folder, name), LoraConfig(target_modules="all-linear"))
-    assert sum(is_quantized(parameter) for parameter in model.parameters()) == 10
+    quantized = [key for key, parameter in model.named_parameters() if is_quantized(parameter)]
+    assert len(quantized) == {"mosaic": 10, "memory model": 13}[kind.name]
     before = {key: plain(parameter) for key, parameter in model.named_parameters()}
     batch = tokenizer([story[:200] for story in held_out(4)], return_tensors="pt", padding=True)
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
@@ -470,7 +522,8 @@ class Server:
 
 
 @pytest.mark.slow
-def test_serve_and_chat(folder, tokenizer, tmp_path):
+@for_kinds("mosaic", "memory model")
+def test_serve_and_chat(kind, folder, tokenizer, tmp_path):
     prompt = "Once upon a time there was a"
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = load(folder).generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1] :]

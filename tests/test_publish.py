@@ -15,16 +15,21 @@ import torch
 import yaml
 from hub_server import TOKEN, Hub, Repository
 from huggingface_hub import DatasetCard, ModelCard, RepoCard
+from safetensors.torch import load_file, save_file
 from test_memory_training import read as read_memory_recipe
+from test_saving import PAYLOAD
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from training import finetune, hub, proof, publication, publish, train, verify
+from training import finetune, hub, proof, publication, publish, secrecy, train, verify
 from training.__main__ import app
 from training.card import ABOUT, TEMPLATES, load_about, model_metadata
+from training.evaluate import load_model
 from training.experiments import memory_training
 from training.export import run_isolated
 from training.recipe import CONFIGURATION, load_recipe
-from training.result import CLONE, RESULTS, results_table
+from training.result import CLONE, RESULTS, results_table, write_result
+from training.run_folder import locked
 
 
 SHORT = {
@@ -135,8 +140,8 @@ def test_a_run_is_published_and_verified_by_a_stranger(run, about, tmp_path):
 
 def test_the_payload_is_whole(staged, run):
     names = set(hub.published_files(staged))
-    code = {f"{part}_memory_mosaic.py" for part in ("cache", "configuration", "modeling")}
-    assert names == code | {
+    assert names == {
+        *PAYLOAD,
         *("README.md", "LICENSE", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json", "result.json", "units.json", "loss.png"),
     }
@@ -160,7 +165,7 @@ def test_a_card_says_what_its_result_says(staged):
     for version in result["versions"].values():
         assert f"| {version} |" in card.text
     listed = dict(map(reversed, re.findall(r"^([0-9a-f]{64})  (.+)$", card.text, flags=re.MULTILINE)))
-    assert listed.items() <= verify.read_sums(staged).items() and len(listed) == 7
+    assert listed.items() <= verify.read_sums(staged).items() and len(listed) == len(PAYLOAD) + 4
     assert card.text.index(listed["model.safetensors"]) < card.text.index("trust_remote_code=True")
     assert "No baseline was trained by this recipe" in card.text
 
@@ -176,8 +181,6 @@ def test_the_models_index_has_the_results_metrics():
 
 
 def test_units_of_a_padded_batch_are_those_of_the_texts(staged):
-    from training.evaluate import load_model
-
     model, tokenizer = load_model(staged)
     texts = ["Once upon a time", "A dog ran to the big red house and saw a cat"]
     together = publication.measure_units(model, tokenizer, texts)
@@ -304,6 +307,29 @@ def test_a_space_runs_by_what_lies_in_it(run, about, tmp_path):
     assert metadata["sdk"] == "gradio" and metadata["models"] == ["someone/smoke"] and metadata["app_file"] == "app.py"
     assert len(metadata["short_description"]) <= 60  # the Hub's limit
     publish.verify_published(str(folder), tell=told.append)
+    good = (folder / "README.md").read_text()
+    for old, new in (
+        ("sdk: gradio", "sdk: docker"),
+        ("app_file: app.py", "app_file: model/app.py"),
+        ('python_version: "3.11"', 'python_version: "2.7"'),
+        ("app_file: app.py\n", "app_file: app.py\npreload_from_hub: [evil/repo]\n"),
+        ("app_file: app.py\n", "app_file: app.py\nhf_oauth: true\n"),
+        ("  - someone/smoke", "  - someone/smoke\n  - evil/repo"),
+        ("  - someone/smoke", "  - https://evil.org"),
+        ("sdk_version: ", "sdk_version: 0."),
+        ("sdk_version: ", "sdk_version: git+https://evil.org/"),
+    ):
+        assert old in good
+        (folder / "README.md").write_text(good.replace(old, new, 1))
+        with pytest.raises(ValueError, match="in the card is"):
+            verify.check_settings(folder)
+    (folder / "README.md").write_text(good)
+    asked = (folder / "requirements.txt").read_bytes()
+    for harm in (b"--index-url http://127.0.0.1:9/simple\n", asked + b"evil-package\n", asked.rstrip(), b""):
+        (folder / "requirements.txt").write_bytes(harm)
+        with pytest.raises(ValueError, match="requirements.txt differs from this project's"):
+            verify.check_code(folder)
+    (folder / "requirements.txt").write_bytes(asked)
     with (folder / "app.py").open("a") as file:
         file.write("print('hello')")
     verify.write_sums(folder)
@@ -316,9 +342,9 @@ def stories_run(tmp_path, license="cc-by-4.0"):
     result["metrics"]["kept"], result["recipe"]["license"] = 2, license
     folder = tmp_path / "stories"
     folder.mkdir()
-    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     rows = [json.dumps({"text": text, "index": index}) for index, text in enumerate(("One day.", "In a house."))]
     (folder / "stories.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    write_result(result, folder, ["stories.jsonl.gz"])
     return folder
 
 
@@ -335,7 +361,7 @@ def test_stories_without_a_licence_or_with_another_number_are_refused(tmp_path):
         publish.publish(run, "someone/stories", dry_run=True, tell=lambda line: None)
     result = json.loads((run / "result.json").read_text())
     result["recipe"]["license"], result["metrics"]["kept"] = "mit", 3
-    (run / "result.json").write_text(json.dumps(result))
+    write_result(result, run)
     with pytest.raises(ValueError, match="with 2 stories, but its result says 3"):
         publish.publish(run, "someone/stories", dry_run=True, tell=lambda line: None)
     assert not (run / "published" / "dataset").exists()
@@ -387,7 +413,7 @@ def test_data_that_nobody_has_described_are_refused(run, tmp_path):
     result = json.loads((run / "result.json").read_text())
     result["data"]["train"] |= {"kind": "files", "name": "embedded", "files": {"embedded": "f" * 64}}
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    write_result(result, tmp_path / "run")
     path.write_text(yaml.safe_dump(ABOUT_SMOKE), encoding="utf-8")  # a file may be called anything
     with pytest.raises(ValueError, match=f"train data are {'f' * 64}"):
         prepared(tmp_path / "run", path)
@@ -426,9 +452,24 @@ def test_a_run_without_a_result_is_refused(tmp_path, run, about):
 def test_a_run_of_another_kind_of_model_is_refused(tmp_path, run, about):
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     result["architecture"]["model_type"] = "gpt2"
-    (tmp_path / "result.json").write_text(json.dumps(result))
+    write_result(result, tmp_path)
     with pytest.raises(ValueError, match="holds a gpt2"):
         prepared(tmp_path, about)
+
+
+@pytest.mark.parametrize("name", ["result.json", "model/model.safetensors", "loss.png", "checksums.json"])
+def test_a_run_that_has_changed_is_not_published(name, run, about, tmp_path):
+    changed = shutil.copytree(run, tmp_path / "run")
+    content = bytearray((changed / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (changed / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"is damaged .*{re.escape(name)}.*run the recipe again"):
+        prepared(changed, about)
+
+
+def test_a_run_is_published_by_one_process_at_a_time(run, about):
+    with locked(run), pytest.raises(ValueError, match="a run is going on"):
+        publish.publish(run, "someone/smoke", about=about, dry_run=True)
 
 
 @pytest.mark.parametrize("field", ["title", "license", "language", "purpose", "limits", "data.license", "data.origin"])
@@ -479,6 +520,27 @@ NESTED = {"AutoModel": "evil/repo--sub/modeling_memory_mosaic.MemoryMosaicModel"
 PIPELINE = {"impl": "extra/mod.P", "pt": ["AutoModelForCausalLM"], "type": "text"}
 INDEX = {"weight_map": {"lm_head.weight": "../outside.safetensors"}}
 
+NAN = float("nan")
+LAUGHS = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{b}: &{b} [{','.join(['*' + a] * 8)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+def change_tensors(folder, change=lambda tensor: tensor, more=None, without=None):
+    path = folder / "model.safetensors"
+    tensors = {name: change(tensor) for name, tensor in load_file(path).items() if name != without}
+    save_file(tensors | (more or {}), path, {"format": "pt"})
+
+
+def one_infinite(tensor):
+    tensor.view(-1)[-1] = float("inf")
+    return tensor
+
+
+def card(folder, metadata):
+    (folder / "README.md").write_text(f"---\n{metadata}\n---\n", encoding="utf-8")
+
+
 # What somebody could do to a folder, who writes checksums anew afterwards.
 HARM = {
     "disguised-pickle": (
@@ -508,11 +570,11 @@ HARM = {
     "list-map": (lambda f: edit(f, "config.json", auto_map={"AutoTokenizer": [None, "x.Y"]}), "leads to .None, 'x.Y'"),
     "pipeline": (
         lambda f: edit(f, "config.json", custom_pipelines={"text-generation": PIPELINE}),
-        "settings that a memory_mosaic does not have: custom_pipelines",
+        "`custom_pipelines` in config.json is .*leads elsewhere",
     ),
     "kernel": (
         lambda f: edit(f, "config.json", attn_implementation="evil/kernel"),
-        "does not have: attn_implementation",
+        "`attn_implementation` in config.json is 'evil/kernel'",
     ),
     "tokenizer-code": (
         lambda f: edit(f, "tokenizer_config.json", auto_map={"AutoTokenizer": "evil/repo--tok.T"}),
@@ -520,7 +582,7 @@ HARM = {
     ),
     "nested-setting": (
         lambda f: edit(f, "generation_config.json", more=[{"custom_generate": "evil/repo"}]),
-        "`custom_generate` in generation_config.json",
+        "`more` in generation_config.json is",
     ),
     "processor": (
         lambda f: put(f, "processor_config.json", {"auto_map": FOREIGN}),
@@ -537,6 +599,108 @@ HARM = {
         "is not this project's, although its code",
     ),
     "no-licence": (lambda f: (f / "LICENSE").unlink(), "has code, but no LICENSE"),
+    "type-of-a-list": (lambda f: edit(f, "config.json", model_type=["memory_mosaic"]), "holds a model of type"),
+    "map-of-a-list": (lambda f: put(f, "model.safetensors.index.json", {"weight_map": ["a"]}), "has no `weight_map`"),
+    "layers": (lambda f: edit(f, "config.json", num_hidden_layers=10**9), "num_hidden_layers. in config.json is 10"),
+    "width": (lambda f: edit(f, "config.json", hidden_size=10**12), "hidden_size. in config.json is 10"),
+    "other-width": (lambda f: edit(f, "config.json", hidden_size=64, head_dim=32), "tensors do not fit config.json"),
+    "heads": (lambda f: edit(f, "config.json", num_attention_heads=-1), "describes no model that can be built"),
+    "not-a-number": (lambda f: edit(f, "config.json", layer_norm_eps=float("nan")), "is nan, which is no number"),
+    "repository": (
+        lambda f: edit(f, "config.json", dtype="someone/repo"),
+        "`dtype` in config.json names 'someone/repo'",
+    ),
+    "address": (lambda f: edit(f, "config.json", dtype="https://x.org"), "`dtype` in config.json names 'https:"),
+    "path": (lambda f: edit(f, "config.json", dtype="../x"), "`dtype` in config.json names '../x'"),
+    "deep": (lambda f: put(f, "config.json", "[" * 100_000), "config.json cannot be read as JSON: it is nested too"),
+    "digits": (lambda f: put(f, "config.json", '{"a": ' + "9" * 6000 + "}"), "config.json cannot be read as JSON"),
+    "endless-text": (
+        lambda f: edit(f, "generation_config.json", max_new_tokens=10**12),
+        "`max_new_tokens` in generation_config.json is 1000000000000: a published model leaves",
+    ),
+    "stop-strings": (lambda f: edit(f, "generation_config.json", stop_strings=["a"]), "`stop_strings` in generation"),
+    "template": (
+        lambda f: put(f, "chat_template.jinja", "{% for i in range(99) %}{% endfor %}"),
+        "is no file of a pub",
+    ),
+    "template-within": (
+        lambda f: edit(f, "tokenizer_config.json", chat_template="{{ messages }}"),
+        "`chat_template` in tokenizer_config.json",
+    ),
+    "templates-within": (
+        lambda f: edit(f, "tokenizer_config.json", chat_template=[{"name": "default", "template": "x"}]),
+        "`chat_template` in tokenizer_config.json",
+    ),
+    "word-that-ends": (
+        lambda f: edit(f, "tokenizer_config.json", eos_token="a"),
+        "'a' in tokenizer_config.json is no",
+    ),
+    "new-word": (
+        lambda f: edit(f, "tokenizer_config.json", extra_special_tokens=["<evil>"]),
+        "'<evil>' in tokenizer_config.json is no special token",
+    ),
+    "other-end": (lambda f: edit(f, "tokenizer_config.json", eos_token="<|pad|>"), "but the model's has the id 0"),
+    "other-words": (
+        lambda f: edit(f, "tokenizer_config.json", added_tokens_decoder={"0": {"content": "<evil>"}}),
+        "`added_tokens_decoder` in tokenizer_config.json has 0",
+    ),
+    "map-of-words": (
+        lambda f: put(f, "special_tokens_map.json", {"eos_token": "<evil>"}),
+        "'<evil>' in special_tokens_map.json is no special token",
+    ),
+    "large-vocabulary": (
+        lambda f: edit(f, "tokenizer.json", added_tokens=[{"id": 10**6, "content": "x", "special": True}]),
+        "tokenizer.json has the id 1000000, but the model has",
+    ),
+    "no-vocabulary": (lambda f: edit(f, "tokenizer.json", model=[]), "tokenizer.json has no vocabulary"),
+    "nan": (lambda f: change_tensors(f, lambda t: t * NAN), "numbers that are not finite: it predicts nothing"),
+    "nan-in-half-precision": (lambda f: change_tensors(f, lambda t: t.half() * NAN), "numbers that are not finite"),
+    "nan-in-bfloat16": (lambda f: change_tensors(f, lambda t: t.bfloat16() * NAN), "numbers that are not finite"),
+    "one-infinite": (lambda f: change_tensors(f, one_infinite), "numbers that are not finite"),
+    "integers": (lambda f: change_tensors(f, lambda t: t.long()), "is of I64: weights here are of"),
+    "second-weights": (
+        lambda f: shutil.copy(f / "model.safetensors", f / "model-00001-of-00002.safetensors"),
+        "which ones are meant cannot be known",
+    ),
+    "weights-of-another-variant": (
+        lambda f: shutil.copy(f / "model.safetensors", f / "model.fp16.safetensors"),
+        "which ones are meant cannot be known",
+    ),
+    "index-beside-the-whole": (
+        lambda f: put(f, "model.safetensors.index.json", {"weight_map": {"lm_head.weight": "model.safetensors"}}),
+        "does not hold the tensors that model.safetensors.index.json says",
+    ),
+    "no-weights": (lambda f: (f / "model.safetensors").unlink(), "the weights are .., where"),
+    "more-tensors": (
+        lambda f: change_tensors(f, more={"evil.weight": torch.zeros(2)}),
+        "do not fit config.json, such",
+    ),
+    "fewer-tensors": (
+        lambda f: change_tensors(f, without="model.norm.weight"),
+        "do not fit config.json, such as 'model.n",
+    ),
+    "markup-in-a-name": (
+        lambda f: put(f, "<img src=x onerror=alert(1)>.png", "x"),
+        "is the name of a file with signs",
+    ),
+    "control-in-a-name": (lambda f: put(f, "a\x1b[2J.png", "x"), "is the name of a file with signs"),
+    "line-in-a-name": (lambda f: put(f, "results/a\nb.json", {}), "is the name of a file with signs"),
+    "tag-in-the-card": (lambda f: card(f, "license: !!python/name:os.system ''"), "not YAML that can be read, line 1"),
+    "laughs-in-the-card": (lambda f: card(f, f"license: mit\n{LAUGHS}"), "values when its aliases are written out"),
+    "list-for-a-card": (lambda f: card(f, "- a"), "are no table of values by name"),
+    "broken-card": (lambda f: card(f, "license: [mit"), "not YAML that can be read"),
+    "numbers-in-the-card": (lambda f: card(f, "1: 2"), "are no table of values by name"),
+    "list-of-licences": (lambda f: card(f, "license: [mit]"), "states no licence"),
+    "gate-in-the-card": (
+        lambda f: card(f, "license: mit\nextra_gated_prompt: pay"),
+        "the card has 'extra_gated_prompt'",
+    ),
+    "widget-in-the-card": (lambda f: card(f, "license: mit\nwidget: [{text: x}]"), "the card has 'widget'"),
+    "library-in-the-card": (
+        lambda f: card(f, "license: mit\nlibrary_name: evil"),
+        "`library_name` in the card is 'evil'",
+    ),
+    "secret-licence": (lambda f: card(f, "license: '<script>'"), "states no licence"),
 }
 
 
@@ -601,14 +765,216 @@ def test_a_data_set_that_would_load_other_files_is_refused(tmp_path):
 def test_downloads_of_git_and_of_the_hub_are_verified_too(copy):
     put(copy, ".git/COMMIT_EDITMSG", "Publish")
     put(copy, ".cache/huggingface/download/config.json.metadata", "0")
-    assert len(verify.check_folder(copy)) == 5
+    assert len(verify.check_folder(copy)) == 6
 
 
 def test_a_folder_in_order_is_told_so(staged):
     told = []
     publish.verify_published(str(staged), tell=told.append)
-    assert [line.split(":")[0] for line in told[:-1]] == ["ok"] * 6 and "byte for byte" in told[2]
-    assert "the card itself is not checked" in told[-1]
+    assert [line.split(":")[0] for line in told[:-2]] == ["ok"] * 8 and "byte for byte" in told[2]
+    assert told[7].startswith("ok: validation_loss measured again is ") and "(within 0.005 nats)" in told[7]
+    assert "none of this proves who wrote it" in told[-2] and "the text of the card is not checked" in told[-1]
+
+
+def test_a_loss_that_is_not_the_models_is_refused(staged, run, about, tmp_path, monkeypatch):
+    result, parts = json.loads((staged / "result.json").read_text()), load_model(staged)
+    loss = result["metrics"]["validation_loss"]
+    assert "ok: validation_loss" in proof.check_loss(result, lambda: parts, own=False)
+    for stated in (loss - 0.01, loss + 0.01, NAN, str(loss), None, 1):
+        changed = result | {"metrics": {"validation_loss": stated}}
+        with pytest.raises(ValueError, match="`validation_loss` in result.json is .*, but measured again it is"):
+            proof.check_loss(changed, lambda: parts, own=False)
+    kind = publication.KINDS["language_modeling", "model"]._replace(prove=lambda *arguments: [])
+    monkeypatch.setitem(publication.KINDS, ("language_modeling", "model"), kind)
+    better = shutil.copytree(run, tmp_path / "better", ignore=shutil.ignore_patterns("published"))
+    edit(better, "result.json", metrics=result["metrics"] | {"validation_loss": 0.1})
+    with pytest.raises(ValueError, match="in result.json is 0.1, but measured again"):
+        publish.publish(better, "someone/smoke", about=about, dry_run=True, tell=lambda line: None)
+    assert not (better / "published" / "model").exists()
+
+
+HERE = {"source": "embedded", "num_stories": 4}
+
+
+@pytest.mark.parametrize(
+    ("result", "why"),
+    [
+        ({}, "it states none on a text"),
+        ({"task": ["a"]}, "it states none on a text"),
+        ({"recipe": {"data": {"validation": HERE, "context_length": "64"}}}, "it states none on a text"),
+        (
+            {"recipe": {"data": {"validation": {"source": "/etc/passwd"}, "context_length": 64}}},
+            "the data are not here",
+        ),
+        (
+            {"recipe": {"data": {"validation": HERE | {"num_stories": 10**9}, "context_length": 64}}},
+            "data are not here",
+        ),
+        ({"recipe": {"data": {"validation": HERE, "context_length": 10**9}}}, "the data are not here"),
+        ({"recipe": {"data": {"validation": {"source": "embedded"}, "context_length": 64}}}, "not at hand"),
+    ],
+)
+def test_what_a_strangers_result_asks_for_is_not_read(result, why):
+    result = {"task": "language_modeling", "metrics": {"validation_loss": 1.0}} | result
+    told = proof.check_loss(result, lambda: pytest.fail("it was loaded"), own=False)
+    assert told.startswith("not checked: the loss that result.json states") and why in told
+
+
+@pytest.mark.parametrize("secret", ["hf_" + "a1B2" * 9, "of-no-known-form", "-----BEGIN RSA PRIVATE KEY-----"])
+@pytest.mark.parametrize("place", ["result.json", "about", "loss.png", "model/tokenizer_config.json", "weights"])
+def test_nothing_that_holds_a_secret_is_staged(run, about, tmp_path, monkeypatch, place, secret):
+    monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
+    monkeypatch.setattr(proof, "check_loads", lambda *arguments: pytest.fail("it was loaded"))
+    leaking = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("published"))
+    if place == "about":
+        about = tmp_path / "about.yaml"
+        about.write_text(yaml.safe_dump(ABOUT_SMOKE | {"purpose": f"To show {secret} to all."}), encoding="utf-8")
+    elif place == "loss.png":
+        with (leaking / place).open("ab") as file:
+            file.write(secret.encode())
+    elif place == "weights":
+        path = leaking / "model" / "model.safetensors"
+        save_file(load_file(path), path, {"format": "pt", "by": secret})
+    elif place == "result.json":
+        edit(leaking, place, samples=[{"prompt": "Once", "text": f"Once\nupon {secret}"}])
+    else:
+        put(leaking, place, {"bos_token": secret})
+    name = {"about": "README.md", "weights": "model.safetensors"}.get(place, place.removeprefix("model/"))
+    name = "README.md" if place == "result.json" else name  # its card shows what it says
+    with pytest.raises(ValueError, match=rf"{name}, line \d+, holds what .* looks like") as error:
+        publish.publish(leaking, "someone/smoke", about=about, dry_run=True, tell=lambda line: None)
+    assert secret not in str(error.value)
+    assert not (leaking / "published" / "model").exists()
+
+
+def test_a_secret_in_packed_stories_and_across_chunks_is_found(tmp_path):
+    secret = b"hf_" + b"a1B2" * 9
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 3 + secret))
+    (tmp_path / "b.txt").write_bytes(b"\n" + b"a " * 2**19 + b"\n" + secret)
+    (tmp_path / "c.txt").write_bytes(b"a " * (2**19 - 10) + secret)
+    for name, line in (("a.jsonl.gz", 4), ("b.txt", 3), ("c.txt", 1)):
+        with pytest.raises(ValueError, match=f"{name}, line {line}, holds what a Hugging Face token looks like"):
+            secrecy.check_no_secrets(tmp_path, [name])
+    for text in ("a hf_token", "risk-abcdefghijklmnopqrst", "sk-" + "-" * 40, "a" * 40, "f" * 64, "http://a.b/c@d"):
+        (tmp_path / "d.txt").write_text(text)
+        assert "no token" in secrecy.check_no_secrets(tmp_path, ["d.txt"])
+
+
+def test_a_chat_template_that_came_with_a_tokenizer_is_left_out(run, about, tmp_path, monkeypatch):
+    kind = publication.KINDS["language_modeling", "model"]._replace(prove=lambda *arguments: [])
+    monkeypatch.setitem(publication.KINDS, ("language_modeling", "model"), kind)
+    own = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("published"))
+    put(own, "model/chat_template.jinja", "{{ messages }}")
+    folder = publish.publish(own, "someone/smoke", about=about, dry_run=True, tell=lambda line: None)
+    assert not (folder / "chat_template.jinja").exists()
+
+
+ADAPTER = {
+    "base_model_name_or_path": "someone/smoke",
+    "revision": COMMIT,
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "inference_mode": True,
+    "r": 8,
+    "lora_alpha": 16.0,
+    "lora_dropout": 0.0,
+    "target_modules": ["k_proj"],
+    "target_parameters": None,
+    "loftq_config": {},
+    "peft_version": "0.21.2",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "adapters here are LORA"),
+        ({"peft_type": ["LORA"]}, "adapters here are LORA"),
+        ({"auto_mapping": {"base_model_class": "x", "parent_library": "evil"}}, "`auto_mapping` in"),
+        ({"megatron_config": {"a": 1}}, "`megatron_config` in"),
+        ({"corda_config": {"cache_file": "/tmp/x.pt"}}, "`cache_file` in|`corda_config` in"),
+        ({"eva_config": {"rho": 2.0}}, "`eva_config` in .* no adapter of this project has that"),
+        ({"init_lora_weights": "pissa"}, "`init_lora_weights` in"),
+        ({"modules_to_save": ["lm_head"]}, "`modules_to_save` in"),
+        ({"layer_replication": [[0, 10**9]]}, "`layer_replication` in"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "`rank_pattern` in"),
+        ({"target_modules": "(a+)+$"}, "`target_modules` in .*, not a list of names"),
+        ({"target_modules": ["(a+)+$"]}, "`target_modules` in .*, not a list of names"),
+        ({"tokenizer_name_or_path": "evil/repo"}, "`tokenizer_name_or_path` in"),
+        ({"r": 10**12}, "`r` in"),
+        ({"r": True}, "`r` in"),
+        ({"lora_alpha": NAN}, "`lora_alpha` in"),
+    ],
+)
+def test_an_adapter_is_lora_as_recipes_have_it(tmp_path, change, message):
+    put(tmp_path, "adapter_config.json", ADAPTER)
+    verify.check_settings(tmp_path)
+    put(tmp_path, "adapter_config.json", ADAPTER | change)
+    with pytest.raises(ValueError, match=message):
+        verify.check_settings(tmp_path)
+
+
+def test_the_weights_of_an_adapter_are_finite_and_lora(tmp_path):
+    put(tmp_path, "adapter_config.json", ADAPTER)
+    name = "base_model.model.model.layers.0.contextual_memory.k_proj.lora_A.weight"
+    for tensors, message in (
+        ({name: torch.full((2, 2), NAN, dtype=torch.bfloat16)}, "not finite"),
+        ({"base_model.model.lm_head.weight": torch.zeros(2)}, "is no part of LoRA"),
+    ):
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            verify.check_weights(tmp_path)
+    save_file({name: torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    assert "every number finite" in verify.check_weights(tmp_path)
+    shutil.copy(tmp_path / "adapter_model.safetensors", tmp_path / "adapter_more.safetensors")
+    with pytest.raises(ValueError, match="which ones are meant cannot be known"):
+        verify.check_weights(tmp_path)
+
+
+def nested(**changes):
+    """A memory model's folder whose encoder has changed settings."""
+
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["encoder"] |= changes
+        put(folder, "config.json", config)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (nested(model_type="evil"), "has a part of the type 'evil'"),
+        (nested(model_type=["gpt2"]), "has a part of the type"),
+        (nested(auto_map={"AutoModel": "evil/repo--x.Y"}), "`auto_map` in config.json"),
+        (nested(more=1), "settings that a memory_mosaic does not have: 'more'"),
+        (nested(_name_or_path="evil/repo"), "`_name_or_path` in config.json is 'evil/repo'"),
+        (nested(dtype="evil/repo"), "`dtype` in config.json names 'evil/repo'"),
+        (nested(quantization_config={"quant_method": "x"}), "does not have: 'quantization_config'"),
+        (nested(num_hidden_layers=10**9), "`num_hidden_layers` in config.json is 1000000000"),
+        (lambda f: edit(f, "config.json", encoder="evil/repo"), "`encoder` in config.json names 'evil/repo'"),
+        (
+            lambda f: edit(f, "config.json", encoder=[1]),
+            "`encoder` in config.json is .1., not the settings of a model",
+        ),
+        (lambda f: edit(f, "config.json", memory_size=10**12), "`memory_size` in config.json is"),
+    ],
+)
+def test_a_model_within_a_model_is_looked_at_too(tmp_path, harm, message):
+    folder = memory_model_folder(tmp_path / "model")
+    assert "every number finite" in verify.check_weights(folder)
+    harm(folder)
+    with pytest.raises(ValueError, match=message):
+        verify.check_settings(folder)
+        verify.check_weights(folder)
+
+
+def memory_model_folder(folder):
+    architecture = json.loads((CONFIGURATION / "model" / "memory-characters.json").read_text())
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
+    model.save_pretrained(folder)
+    return folder
 
 
 def test_a_failing_snippet_is_shown():

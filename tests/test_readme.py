@@ -79,12 +79,27 @@ def test_numbers_are_those_of_the_result_files(request, name, tmp_path):
     assert copy.read_text(encoding="utf-8") == text, "run `make tables`"
 
 
-def test_promises_name_tests_that_exist(request):
+@pytest.mark.parametrize(("name", "least"), [("README.md", 60), ("REPORTS.md", 20)])
+def test_promises_name_tests_that_exist(request, name, least):
     tests = request.config.rootpath / "tests"
     sources = "\n".join(path.read_text(encoding="utf-8") for path in tests.glob("test_*.py"))
     makefile = (request.config.rootpath / "Makefile").read_text(encoding="utf-8")
-    promised = re.findall("`(test_\\w+|make [\\w-]+)`", (tests / "README.md").read_text(encoding="utf-8"))
-    assert len(promised) > 60
+    promised = re.findall("`(test_\\w+|make [\\w-]+)`", (tests / name).read_text(encoding="utf-8"))
+    assert len(promised) > least
     for name in promised:
         words = name.split()
         assert f"\n{words[1]}:" in makefile if words[0] == "make" else f"\ndef {name}(" in sources, name
+
+
+def test_every_report_is_linked_and_held_by_a_test(request):
+    """Each once, under its number and address on GitHub, with what came of it and a test in the last column."""
+    text = (request.config.rootpath / "tests" / "REPORTS.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| [")]
+    reports = []
+    for report, _, _, result, held_by in rows:
+        owner, number, address = re.fullmatch(r" ?\[(\S+)#(\d+)\]\((\S+)\) .*", report).groups()
+        assert re.fullmatch(rf"https://github.com/{owner}/(issues|pull)/{number}", address), report
+        assert result.split(":")[0] in ("held", "mended", "refused"), result
+        assert re.search("`test_\\w+`", held_by), report
+        reports.append(address)
+    assert len(reports) == len(set(reports)) >= 20

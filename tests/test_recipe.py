@@ -9,7 +9,9 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from training import recipe
 from training.recipe import CONFIGURATION, Recipe, load_recipe, task_module
+from training.secrecy import names_secret
 from training.train import plan
 
 
@@ -131,11 +133,14 @@ def test_unknown_name_is_refused_with_the_nearest(override, wrong, nearest):
         (["training.gradient_accumulation_steps=0"], "must be at least 1"),
         (["training.per_device_train_batch_size=0"], "must be at least 1"),
         (["model_args.hidden_dropout=2"], "hidden_dropout=2"),
+        (["model_args.num_hidden_layers=1000000000"], "no model of over 10,000 layers"),
+        (["model=gpt2-smoke", "model_args.num_hidden_layers=1000000000"], "no model of over 10,000 layers"),
         (["name=.."], "name"),
         (["tokenizer.pretrained=gpt2"], "either `pretrained` or `vocab_size`"),
         (["tokenizer.vocab_size=513"], "raise `model_args.vocab_size`"),
         (["data.context_length=65"], "raise `model_args.max_position_embeddings`"),
         (["data.train=null"], "data.train"),
+        (["training.auto_find_batch_size=true"], "`auto_find_batch_size` cannot be set here: the batch is part of"),
         (["task=cooking"], "task: 'cooking' is none of 'language_modeling'"),
         (["seed"], "has no '='"),
         (["seed=${nowhere}"], "cannot read recipe"),
@@ -197,3 +202,169 @@ def test_every_key_is_explained():
         if name != "training" and hasattr(field.annotation, "model_fields"):
             for inner in field.annotation.model_fields:
                 assert f"`{name}.{inner}" in text, f"{name}.{inner}"
+
+
+SECRET = "hf_" + "Zq9" * 12
+# Forms of secrets that are none: nothing issued them.
+SECRETS = {
+    "hub": SECRET,
+    "api": "sk-proj-" + "a1B2c3" * 5,
+    "github": "ghp_" + "a1" * 18,
+    "aws": "AKIA" + "A1" * 8,
+    "key": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "address": "https://someone:sesame@example.com/data",
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${oc.env:MOSAIC_SECRET}",
+        "${ oc.env : MOSAIC_SECRET }",
+        "before ${oc.env:MOSAIC_SECRET} after",
+        "${oc.decode:'${oc.env:MOSAIC_SECRET}'}",
+        "${${task}:MOSAIC_SECRET}",
+        "${oc.select:seed}",
+        r"\${oc.env:MOSAIC_SECRET}",
+        r"\\${oc.env:MOSAIC_SECRET}",
+    ],
+)
+@pytest.mark.parametrize("way", ["file", "override", "settings"])
+def test_a_recipe_reads_nothing_of_the_machine(tmp_path, monkeypatch, text, way):
+    monkeypatch.setenv("MOSAIC_SECRET", SECRET)
+    path, overrides, settings = SMOKE, [], []
+    if way == "file":
+        path = tmp_path / "own.yaml"
+        path.write_text(SMOKE.read_text() + f"\noutput_dir: {json.dumps(text)}\n", encoding="utf-8")
+    elif way == "override":
+        overrides = [f"generation.prompts={json.dumps([text])}"]
+    else:  # such as a comparison hands to the recipe that it trains
+        settings = [{"data": {"train": {"source": text}}}]
+    with pytest.raises(ValueError, match="a recipe does not read the environment") as error:
+        load_recipe(path, overrides, settings)
+    assert SECRET not in str(error.value)
+
+
+def test_a_recipe_may_refer_to_itself():
+    assert load_recipe(SMOKE, ["generation.prompts=['${name}: ${tokens}']"]).generation.prompts == ["smoke: 20480"]
+
+
+@pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS)
+@pytest.mark.parametrize(
+    "key", ["generation.prompts", "data.train.source", "seed", "training.optim_args", "x", "name"]
+)
+def test_a_secret_in_a_recipe_is_refused_and_never_shown(key, secret):
+    value = [secret] if key == "generation.prompts" else {"a": [secret]} if key == "training.optim_args" else secret
+    section = {}
+    place = section
+    *outer, last = key.split(".")
+    for name in outer:
+        place[name] = place = {}
+    place[last] = value
+    with pytest.raises(ValueError, match=f"`{key}.*` in .* looks like") as error:
+        load_recipe(SMOKE, settings=[section])
+    assert secret not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.hub_token=sesame-open",
+        "training[hub_token]=sesame-open",
+        "training.hub_token=[sesame-open",
+        "training.push_to_hub_token=sesame-open",
+        "training.accelerator_config={api_key: sesame-open}",
+        "training.optim_args={a: [{password: sesame-open}]}",
+        "generator.token=sesame-open",
+        "model_args.authToken=sesame-open",
+    ],
+)
+def test_fields_for_secrets_are_refused_and_their_values_never_shown(override):
+    with pytest.raises(ValueError, match="is for a secret") as error:
+        load_recipe(SMOKE, [override])
+    assert "sesame-open" not in str(error.value)
+
+
+def test_the_token_of_this_machine_is_refused_whatever_its_form(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
+    for override in ("name=of-no-known-form", "of-no-known-form=1", "seed=[of-no-known-form", "of-no-known-form"):
+        with pytest.raises(ValueError) as error:
+            load_recipe(SMOKE, [override])
+        assert "of-no-known-form" not in str(error.value)
+
+
+def test_tokens_of_text_are_no_secrets():
+    for key in (
+        "eos_token",
+        "pad_token_id",
+        "max_new_tokens",
+        "tokens",
+        "tokenizer.pretrained",
+        "decoder_start_token",
+    ):
+        assert not names_secret(key)
+    for key in ("HF_TOKEN", "hub_token", "apiKey", "WANDB_API_KEY", "auth", "db.password", "client_secret"):
+        assert names_secret(key)
+
+
+@pytest.mark.parametrize("model", ["../recipe/smoke", "/etc/passwd", "", ".", "mosaic-smoke\n", "a/b", "linked"])
+def test_a_model_is_a_file_of_its_folder(tmp_path, monkeypatch, model):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "outside.json").write_text("{}")
+    (folder / "linked.json").symlink_to(tmp_path / "outside.json")
+    monkeypatch.setattr(recipe, "CONFIGURATION", tmp_path)
+    for name in (model, str(tmp_path / "outside"), "../outside"):
+        with pytest.raises(ValueError, match="unknown model"):
+            load_recipe(SMOKE, settings=[{"model": name}])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/", "/etc", "/etc/cron.d", "/usr/lib/x", "/proc/self", "/var/log/run", "//", "/etc/../etc"),
+        *("~", "~/runs", " ", "", str(Path.home()), str(Path.home().parent), str(Path.home() / ".ssh")),
+        *(str(CONFIGURATION), str(CONFIGURATION.parent), str(CONFIGURATION.parent / "training" / "x")),
+        *(str(CONFIGURATION.parent.parent), str(CONFIGURATION.parent / ".git" / "hooks"), "a\0b"),
+    ],
+)
+def test_a_run_writes_where_runs_belong(path):
+    with pytest.raises(ValueError, match="output_dir: |null byte"):
+        load_recipe(SMOKE, settings=[{"output_dir": path}])
+
+
+def test_a_link_does_not_lead_a_run_elsewhere(tmp_path):
+    (tmp_path / "link").symlink_to("/etc")
+    with pytest.raises(ValueError, match="belongs to the system"):
+        load_recipe(SMOKE, settings=[{"output_dir": str(tmp_path / "link" / "x")}])
+    for path in (str(tmp_path / "runs"), "runs/x", "../runs", str(CONFIGURATION.parent / "runs" / "x")):
+        assert load_recipe(SMOKE, settings=[{"output_dir": path}]).folder == Path(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+        ("a: &a [*a]", "nested too deeply"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply|nesting depth"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1]\n"
+            + "".join(
+                f"k{n}: &{b} [{','.join(['*' + a] * 8)}]\n"
+                for n, (a, b) in enumerate(zip("abcdefgh", "bcdefghi", strict=True))
+            ),
+            "values when its aliases are written out",
+        ),
+        ("# " + "x" * 2**21, "LARGEST_YAML"),
+        ("3", "cannot read recipe"),
+        ("a: " + "9" * 6000, "cannot read recipe"),
+        ("? [1]\n: 2", "cannot read recipe"),
+        ("a: \x07", "cannot read recipe"),
+    ],
+    ids=["tag", "cycle", "deep", "laughs", "large", "scalar", "number", "key", "control"],
+)
+def test_hostile_yaml_is_refused_at_once(tmp_path, text, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path)

@@ -15,6 +15,7 @@ import optuna
 import pytest
 import searched_task
 import yaml
+from conftest import flip
 from typer.testing import CliRunner
 
 from training import parallel, train
@@ -90,6 +91,23 @@ def test_the_order_of_a_space_changes_nothing_that_is_found(read):
     hashes = [{trial["recipe_hash"] for trial in result["measured"]["trials"]} for result in (forth, back)]
     assert hashes[0] == hashes[1] and len(hashes[0]) == 6
     assert back["measured"]["best"]["metric"] == max(LOSSES.values())
+
+
+def test_a_changed_study_is_drawn_again_and_what_is_finished_is_found(read, caplog):
+    recipe = read(**SAMPLED, sampler="random")
+    result = search.run(recipe)
+    (recipe.folder / "result.json").unlink()
+    flip(recipe.folder / "study.db")
+    again = search.run(recipe)
+    assert "study.db is damaged" in caplog.text and (recipe.folder / "broken-study.db").is_file()
+    assert tried(again) == tried(result) and len(starts(recipe.folder)) == 12
+    caplog.clear()
+    (recipe.folder / "result.json").unlink()
+    assert tried(search.run(recipe)) == tried(result) and not caplog.records
+    (recipe.folder / "result.json").unlink()
+    flip(recipe.folder / again["measured"]["best"]["folder"] / "result.json")
+    with pytest.raises(ValueError, match="result.json is damaged"):
+        search.run(recipe)
 
 
 def killed(path, folder, *overrides):

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of the Space shows what the model did, in a real browser and without a network."""
 
+import contextlib
 import html
 import re
 import shutil
 
+import gradio
+import gradio_client
+import httpx2 as httpx
 import jinja2
 import pytest
 import torch
@@ -21,6 +25,7 @@ from training.tokenizer import train_tokenizer
 
 CLONE = APP.parents[2]
 STORIES = ["Once upon a time there was a cat. One day, the cat saw a <b>ball</b> & a dog.\nThe end."] * 3
+NAN = float("nan")
 BEGINNING = "Once upon a time there was a cat. One day"
 
 
@@ -58,6 +63,15 @@ def test_a_text_begins_with_what_was_given(parts, reading):
     assert "".join(reading.tokens[: reading.num_given]) == BEGINNING
 
 
+def test_a_character_of_several_tokens_is_shown_whole(parts):
+    """By its last token; the tokenizer knows single bytes of it only."""
+    _, tokenizer = parts
+    text = "a 🤗, é and 日本"
+    tokens = app.shown_tokens(tokenizer, tokenizer(text).input_ids)
+    assert "".join(tokens) == text and tokens.count("") == 3 + 1 + 2 + 2
+    assert "\ufffd" in "".join(app.shown_tokens(tokenizer, tokenizer("🤗").input_ids[:2] * 4))  # no character at all
+
+
 def test_a_seed_gives_a_text_and_leaves_other_random_numbers_alone(parts):
     def tokens(temperature, seed):
         return app.write(*parts, BEGINNING, 12, temperature, seed)[0].tokens
@@ -91,8 +105,22 @@ def test_greedy_tokens_are_the_likeliest(parts):
         ((BEGINNING, 0, 1.0, 0), "1 to 100 new tokens"),
         ((BEGINNING, 101, 1.0, 0), "1 to 100 new tokens"),
         ((BEGINNING, 5, -1.0, 0), "at a temperature from 0 on"),
+        ((BEGINNING, 5, 1.6, 0), "at a temperature from 0 on, up to 1.5"),
+        ((BEGINNING, 5.5, 1.0, 0), "1 to 100 new tokens"),
+        ((BEGINNING, 5, NAN, 0), "plain, finite numbers"),
+        ((BEGINNING, NAN, 1.0, 0), "plain, finite numbers"),
+        ((BEGINNING, 5, 1.0, NAN), "plain, finite numbers"),
+        ((BEGINNING, 5, 1.0, float("inf")), "plain, finite numbers"),
+        ((BEGINNING, 5, 1.0, "0"), "plain, finite numbers"),
+        ((BEGINNING, True, 1.0, 0), "plain, finite numbers"),
+        ((BEGINNING, [5], 1.0, 0), "plain, finite numbers"),
+        ((BEGINNING, 5, 1.0, -1), "The seed has to be a whole number"),
+        ((BEGINNING, 5, 1.0, 2**31), "The seed has to be a whole number"),
+        ((BEGINNING, 5, 1.0, 0.5), "The seed has to be a whole number"),
+        ((None, 5, 1.0, 0), "The beginning is empty"),
+        (([BEGINNING], 5, 1.0, 0), "The beginning is empty"),
+        (("a \ud800 b", 5, 1.0, 0), "half a character"),
     ],
-    ids=["empty", "no number of tokens", "no seed", "no token", "too many", "cold"],
 )
 def test_what_cannot_be_written_is_told(parts, settings, told):
     with pytest.raises(ValueError, match=told):
@@ -107,6 +135,50 @@ def test_of_a_long_beginning_the_end_is_read_and_that_is_told(parts):
     assert reading.num_given == app.MOST_GIVEN_TOKENS and "".join(reading.tokens[:128]) in text
     assert told == f"The beginning has {num_tokens} tokens; the model read the last {app.MOST_GIVEN_TOKENS} of them."
     assert app.write(model, tokenizer, BEGINNING, 2, 0, 0)[1] == ""
+
+
+def test_a_text_is_cut_before_it_is_tokenized(parts):
+    model, tokenizer = parts
+    lengths = []
+
+    def counting(text, **options):
+        lengths.append(len(text))
+        return tokenizer(text, **options)
+
+    counting.decode, counting.pad_token_id = tokenizer.decode, tokenizer.pad_token_id
+    text = "a cat. " * 500_000
+    reading, told = app.write(model, counting, text, 2, 0, 0)
+    assert lengths == [app.MOST_CHARACTERS]
+    assert told == "The beginning has 3,500,000 characters; the model read the last 128 tokens."
+    assert reading.tokens == app.write(model, tokenizer, text[-9_000:], 2, 0, 0)[0].tokens
+
+
+@pytest.mark.parametrize("number", [NAN, float("inf")])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_numbers_that_are_not_finite_are_told(number, temperature, name):
+    model, tokenizer = make_parts()
+    with torch.no_grad():
+        model.get_parameter(name)[..., 3] = number
+    with pytest.raises(ValueError, match="is not finite: its weights are damaged"):
+        app.write(model, tokenizer, BEGINNING, 3, temperature, 0)
+
+
+def test_weights_that_are_not_finite_are_not_shown(tmp_path):
+    model, tokenizer = make_parts()
+    with torch.no_grad():
+        model.model.norm.weight[0] = NAN
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the weights have numbers that are not finite"):
+        app.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("place", [-1, 5, "-1", None, [1], 1e9, "x", True])
+def test_a_place_that_is_not_on_the_page_is_an_error(place):
+    assert [app.place_among(good, 5) for good in (0, 4, "3")] == [0, 4, 3]
+    with pytest.raises(gradio.Error, match="There is nothing at this place"):
+        app.place_among(place, 5)
 
 
 def test_parts_on_the_page_sum_to_the_logit(reading):
@@ -145,8 +217,8 @@ def test_the_table_has_the_strongest_of_each_kind_with_what_they_recalled(readin
             assert f"<b>{weight:.0%}</b>" in shown
             if unit.kind == "contextual":
                 assert weight == reading.trace.weights[unit.layer, 0, unit.head, position - 1, place].item()
-                pair = [f"<u>{html.escape(token)}</u>" for token in reading.tokens[place - 1 : place + 1]]
-                assert f"{place}: <s>" in shown and shown.endswith(" → ".join(pair).replace("\n", "↵") + "</span>")
+                pair = [f"<u>{html.escape(app.visible(token))}</u>" for token in reading.tokens[place - 1 : place + 1]]
+                assert f"{place}: <s>" in shown and shown.endswith(" → ".join(pair) + "</span>")
             else:
                 assert f"slot {place} → <u>" in shown
 
@@ -254,12 +326,46 @@ def test_the_space_asks_for_the_versions_of_the_project():
 
 
 @pytest.fixture(scope="module")
-def address(folder):
-    """Of the page, for as long as tests look at it."""
-    if BROWSER is None or DRIVER is None:
-        pytest.skip("chromium and chromedriver are not installed")
+def served(folder):
+    """Address of the page, for as long as tests look at it."""
     with serve(app=folder / "app.py") as address:
         yield address
+
+
+@pytest.fixture
+def address(served):
+    """Likewise, for a browser."""
+    if BROWSER is None or DRIVER is None:
+        pytest.skip("chromium and chromedriver are not installed")
+    return served
+
+
+def test_a_program_is_told_what_a_visitor_is_told(served):
+    """The bounds of text boxes and sliders hold in a browser alone."""
+    client = gradio_client.Client(served, verbose=False, analytics_enabled=False)
+    for values, told in (
+        (("a" * 500_000, 2, 0, 0), "The beginning has 500,000 characters"),
+        ((BEGINNING, 1e9, 0, 0), "1 to 100 new tokens|greater than maximum value 100"),
+        ((BEGINNING, 2, 0, -1), "The seed has to be a whole number|less than minimum value 0"),
+    ):
+        try:
+            answer = str(client.predict(*values, api_name="/continue_text"))
+        except Exception as error:
+            answer = str(error)
+        assert re.search(told, answer), answer
+
+
+def test_requests_and_uploads_are_bounded(served):
+    small, large = b"a" * 100, b"a" * (app.LARGEST_REQUEST + 1)
+    route = f"{served}gradio_api/queue/join"
+    assert httpx.post(route, content=small).status_code == 422  # read, and no event
+    assert httpx.post(route, content=large).status_code == 413
+    with contextlib.suppress(httpx.HTTPError):  # without a length: in pieces
+        assert httpx.post(route, content=iter([large])).status_code >= 400
+    for content in (large, b"aa"):
+        answer = httpx.post(f"{served}gradio_api/upload", files={"files": ("a.txt", content)})
+        assert answer.status_code == 413, answer.text
+    assert httpx.get(served).status_code == 200
 
 
 class Visitor:

@@ -48,11 +48,12 @@ def test_every_tensor_of_a_model_is_specified_and_no_other(page):
 def test_every_tensor_of_a_saved_memory_is_specified(page):
     model = make_model(head_dim=5)
     with torch.no_grad():
-        memory = memory_state_dict(model(make_ids(2, 6), use_cache=True).past_key_values)
+        mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+        memory = memory_state_dict(model(make_ids(2, 6), attention_mask=mask, use_cache=True).past_key_values)
     sizes = {"B": 2, "T": 6, **sizes_of(model.config)}
     section = page.split("Saved by `memory_state_dict`")[1].split("##")[0].replace("\n", " ")
     specified = {}
-    for names, shape in re.findall(r"((?:`layers[^`]+`(?:, | and )?)+) `\(([^`]+)\)`", section):
+    for names, shape in re.findall(r"((?:`[a-z][\w.{}]*`(?:, | and )?)+) `\(([^`]+)\)`", section):
         specified |= {
             name: [sizes[axis] if axis in sizes else int(axis) for axis in shape.split(", ")]
             for name in re.findall("`([^`]+)`", names)

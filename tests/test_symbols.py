@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 import yaml
+from conftest import flip
 from safetensors.torch import load_file
 
 from training import parallel
-from training.experiments import induction, symbols
+from training.experiments import automata, induction, symbols
 from training.experiments.automata import AutomataSection
 from training.experiments.regbench import Series, _claim_out_of_distribution, _claims_on_number
 from training.recipe import CONFIGURATION, load_recipe, task_module
@@ -76,6 +77,28 @@ def test_an_interrupted_training_ends_as_one_that_was_not(name, monkeypatch):
         assert parts[key] == whole[key], key
     weights = [load_file(f"{folder}/best/model.safetensors") for folder in ("whole", "parts")]
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+
+
+def test_a_changed_best_model_or_checkpoint_is_not_used(monkeypatch, caplog):
+    recipe = small(output_dir="run", training={"save_total_limit": 2})
+    whole = symbols.run(recipe)
+    (recipe.folder / "result.json").unlink()
+    flip(recipe.folder / "checkpoint-6" / "rng_state.pth")
+    again = symbols.run(recipe)
+    assert "checkpoint-6 is damaged" in caplog.text
+    assert (again["metrics"], again["learning_curve"]) == (whole["metrics"], whole["learning_curve"])
+    (recipe.folder / "result.json").unlink()
+    flip(recipe.folder / "best" / "model.safetensors")
+    with pytest.raises(ValueError, match="best is damaged .model.safetensors has changed"):
+        symbols.run(recipe)
+
+
+def test_a_changed_data_set_is_drawn_again(caplog):
+    recipe = small(output_dir="run")
+    before, folder = symbols.LANGUAGES["automata"].provenance(recipe.data), automata.data_folder(recipe.data)
+    flip(folder / "train.parquet")
+    assert symbols.LANGUAGES["automata"].provenance(recipe.data) == before
+    assert "train.parquet has changed since it was written): it is removed and made again" in caplog.text
 
 
 def test_the_model_of_the_best_evaluation_is_kept(monkeypatch):

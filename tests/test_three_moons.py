@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import flip
 
 from training.experiments import moon_training, moons, three_moons
 from training.experiments.moon_training import (
@@ -23,6 +24,7 @@ from training.experiments.moon_training import (
     train_part,
 )
 from training.recipe import CONFIGURATION, load_recipe
+from training.result import read_result, write_result
 
 
 RECIPE = CONFIGURATION / "recipe" / "three_moons.yaml"
@@ -173,6 +175,33 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, monkeyp
     assert not (tmp_path / "cut" / "checkpoint").exists()
 
 
+@pytest.mark.parametrize("name", ["checkpoint/model.safetensors", "checkpoint/optimizer.bin", "model/training.json"])
+def test_a_part_whose_state_has_changed_is_trained_again(name, tiny, tmp_path, monkeypatch, caplog):
+    recipe = tiny()
+    train_part(recipe, 3, 1, tmp_path / "whole")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if name.startswith("model"):
+            patch.setattr(moon_training, "measure", interrupt)
+        else:
+            patch.setattr(moon_training, "tell_progress", lambda _, share: interrupt() if share > 0.6 else None)
+        train_part(recipe, 3, 1, tmp_path / "cut")
+    flip(tmp_path / "cut" / name)
+    train_part(recipe, 3, 1, tmp_path / "cut")
+    assert f"{name.partition('/')[2]} has changed since it was written): kept as broken-" in caplog.text
+    parts = [read_result(tmp_path / folder, "part.json") for folder in ("whole", "cut")]
+    assert parts[0].pop("seconds") >= 0 and parts[1].pop("seconds") >= 0 and parts[0] == parts[1]
+    flip(tmp_path / "cut" / "part.json")
+    with pytest.raises(ValueError, match="part.json is damaged .*remove it and start again"):
+        train_part(recipe, 3, 1, tmp_path / "cut")
+    flip(tmp_path / "cut" / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match="model is damaged .*model.safetensors has changed"):
+        moon_training.load_part(tmp_path / "cut")
+
+
 def test_a_loss_that_is_no_number_ends_the_training(tiny, tmp_path):
     with pytest.raises(ValueError, match="the loss is nan at step"):
         train_part(tiny("learning_rate=1e30", "loss_clip=null"), 3, 0, tmp_path / "part")
@@ -200,9 +229,9 @@ def test_finished_parts_are_kept_when_others_are_not(tiny):
     recipe = tiny()
     for part, folder in recipe.parts.items():
         folder.mkdir(parents=True)
-        (folder / "part.json").write_text("{}")
+        write_result({}, folder, name="part.json")
         train_part(recipe, *part, folder)
-        assert [path.name for path in folder.iterdir()] == ["part.json"]
+        assert {path.name for path in folder.iterdir()} == {"part.json", "checksums.json"}
 
 
 @pytest.mark.slow

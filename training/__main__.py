@@ -41,7 +41,10 @@ def _plain_errors(context: typer.Context):
     except (ValueError, OSError) as error:
         if context.obj:
             raise
-        typer.echo(f"{type(error).__name__}: {error}\n(python -m training --debug ... shows where)", err=True)
+        from training.secrecy import masked
+
+        told = masked(f"{type(error).__name__}: {error}")
+        typer.echo(f"{told}\n(python -m training --debug ... shows where)", err=True)
         raise typer.Exit(1) from error
 
 

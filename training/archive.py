@@ -7,11 +7,13 @@ whole or not at all, and is found there the next time, wherever the volumes lie 
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import io
 import logging
 import re
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -20,12 +22,13 @@ from typing import BinaryIO
 
 import datasets
 import py7zr
-from filelock import FileLock
 from multivolumefile import MultiVolume
 from py7zr import FileInfo
-from py7zr.exceptions import PasswordRequired, UnsupportedCompressionMethodError
+from py7zr.exceptions import DecompressionBombError, PasswordRequired, UnsupportedCompressionMethodError
 
-from training.export import staged_folder
+from training.bounded import ALWAYS_UNPACKED, MOST_TIMES, refuse_bomb
+from training.checksums import LIST
+from training.export import make_once
 
 
 # How the file of a split begins, by the names that a split may have.
@@ -94,17 +97,18 @@ def unpacked_file(volumes: list[Path], checksums: list[str], split: str, forms: 
 
     Raises:
         ValueError: there is no such split or file, or there are several; the archive is damaged, encrypted or packed
-            by an unknown method; a member would be written outside the folder.
+            by an unknown method, or unpacks to far more than it holds; a member would be written outside the folder.
         OSError: the disk is full.
     """
     key = hashlib.sha256(" ".join([*checksums, MEMBERS.get(split, split)]).encode()).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "archives" / key[:32]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if not folder.is_dir():
-            with _stream(volumes) as stream, staged_folder(folder) as staged:
-                _unpack(stream, volumes[0], split, forms, staged)
-    return next(path for path in folder.iterdir())
+
+    def unpack(staged: Path) -> None:
+        with _stream(volumes) as stream:
+            _unpack(stream, volumes[0], split, forms, staged)
+
+    make_once(folder, unpack)
+    return next(path for path in folder.iterdir() if path.name != LIST)
 
 
 def _volume(path: Path, archive: str, number: int, digits: int) -> Path:
@@ -118,10 +122,13 @@ def _numbered_volumes(path: Path, archive: str, digits: int) -> list[Path]:
     strangers = [file.name for file, number in zip(found, numbers, strict=True) if not re.fullmatch(r"\d{3,}", number)]
     if strangers:
         raise ValueError(f"{', '.join(strangers)} beside {path} is no volume: move it to another folder")
-    volumes = [_volume(path, archive, number, digits) for number in range(1, int(numbers[-1]) + 1)]
-    for volume in volumes:
-        if not volume.is_file():
-            raise ValueError(f"{volume} is missing, but {found[-1].name} is there: get all volumes of the archive")
+    volumes = []
+    for number in range(1, int(numbers[-1]) + 1):  # up to the first that is missing, be the last number what it may
+        volumes.append(_volume(path, archive, number, digits))
+        if not volumes[-1].is_file():
+            raise ValueError(
+                f"{volumes[-1]} is missing, but {found[-1].name} is there: get all volumes of the archive"
+            )
     if found != volumes:
         others = sorted({file.name for file in found} - {volume.name for volume in volumes})
         raise ValueError(f"volumes of two archives lie in one folder ({', '.join(others)} beside {path}): move one")
@@ -168,6 +175,8 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except PasswordRequired as error:
         raise ValueError(f"{path} is encrypted: unpack it, and name the text files") from error
+    except DecompressionBombError as error:
+        raise ValueError(f"{path} unpacks to more than it says of itself: do not trust this archive") from error
     except UnsupportedCompressionMethodError as error:
         raise ValueError(
             f"{path} is packed by a method that py7zr does not know ({error}): unpack it with 7-Zip, and name the "
@@ -205,10 +214,18 @@ def _member(members: list[FileInfo], path: Path, split: str, forms: tuple[str, .
 
 def _unpack(stream: BinaryIO, path: Path, split: str, forms: tuple[str, ...], folder: Path) -> None:
     """Write the file of the split into the folder, without the folders that it is in inside the archive."""
+    packed = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
     with _explained(path):
-        archive = py7zr.SevenZipFile(stream)
+        archive = py7zr.SevenZipFile(stream, max_extract_size=max(ALWAYS_UNPACKED, MOST_TIMES * packed))
         members = archive.list()
     member = _member(members, path, split, forms)
+    # What the archive says of itself; that it is true, the library sees to.
+    size = sum(part.uncompressed or 0 for part in members)
+    refuse_bomb(path, packed, size)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(errno.ENOSPC, f"{path} unpacks to {size:,} bytes, and there is room for {free:,}", str(folder))
     logger.info("unpacking %s of %s", member, path)
     parts = folder / "parts"
     with _explained(path):

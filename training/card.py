@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from pydantic import Field, ValidationError
 
+from training.bounded import parse_yaml
 from training.recipe import Section
 from training.result import CLONE
 
@@ -59,9 +59,7 @@ def load_about(name: str, path: Path | None = None) -> About:
     if not path.is_file():
         raise ValueError(f"the card lacks what no result knows ({fields}): write it in {path}, like its neighbours")
     try:
-        return About.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+        return About.model_validate(parse_yaml(path.read_text(encoding="utf-8"), path))
     except ValidationError as error:
         problems = [f"  {'.'.join(map(str, problem['loc'])) or 'all'}: {problem['msg']}" for problem in error.errors()]
         raise ValueError("\n".join([f"the card needs these fields of {path}:", *problems])) from None

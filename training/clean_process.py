@@ -14,10 +14,12 @@ from transformers import PreTrainedModel, pipeline, set_seed
 
 
 def logits_hash(model: PreTrainedModel, ids: list[list[int]]) -> str:
-    """sha256 of the float32 logits of `model` on `ids`, in evaluation mode."""
+    """sha256 of the float32 logits of `model` on `ids`, in evaluation mode; `ValueError` if one is not finite."""
     input_ids = torch.tensor(ids)
     with torch.no_grad():
         logits = model.eval()(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or too large")
     return hashlib.sha256(logits.float().contiguous().numpy().tobytes()).hexdigest()
 
 

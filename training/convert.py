@@ -6,7 +6,9 @@ Both of their implementations are read, the regular one (`memory_mosaics.py`) an
 """
 
 import re
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +59,30 @@ DEFAULT_ARGS = {
     "bias": False,
     "weight_tying": True,
 }
+# Of those, what a value has to be.
+SIZES = ("n_embd", "n_head", "n_layer", "pmem_size", "block_size", "vocab_size")
+SHARES = ("ic_dropout", "hd_dropout")
+
+
+def check_model_args(model_args: Any) -> None:
+    """`ValueError` unless the arguments that matter are plain values of the kind that the authors' code takes."""
+    if not isinstance(model_args, dict):
+        raise ValueError(
+            f"The checkpoint's arguments are a {type(model_args).__name__}, not a dict of values by name."
+        )
+    for name, value in model_args.items():
+        if name in SIZES and (type(value) is not int or value < 1):
+            raise ValueError(f"Argument {name} of this checkpoint is {_told(value)}: it has to be a whole number.")
+        if name in SHARES and (type(value) not in (int, float) or not 0 <= value < 1):
+            raise ValueError(f"Argument {name} of this checkpoint is {_told(value)}: it has to be from 0 to below 1.")
+        switches = {*SUPPORTED_OPTIONS, "bias", "weight_tying"}
+        if name in switches and type(value) not in (bool, int, str):
+            raise ValueError(f"Option {name} of this checkpoint is {_told(value)}: it has to be a plain value.")
+
+
+def _told(value: Any) -> str:
+    shown = repr(value) if type(value) in (bool, int, float, str, type(None)) else f"a {type(value).__name__}"
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
 
 
 def convert_model_args(model_args: dict) -> MemoryMosaicConfig:
@@ -66,6 +92,7 @@ def convert_model_args(model_args: dict) -> MemoryMosaicConfig:
         ValueError: for an option that changes the function in a way this package does not carry, and for a missing
             `vocab_size`.
     """
+    check_model_args(model_args)
     for option, supported in SUPPORTED_OPTIONS.items():
         value = model_args.get(option, supported)
         if value != supported:
@@ -73,6 +100,8 @@ def convert_model_args(model_args: dict) -> MemoryMosaicConfig:
     if "vocab_size" not in model_args:
         raise ValueError("The checkpoint's arguments do not say its vocab_size: pass it in `model_args`.")
     args = DEFAULT_ARGS | model_args
+    if args["n_embd"] % args["n_head"]:
+        raise ValueError(f"n_embd is {args['n_embd']}, no multiple of n_head={args['n_head']}.")
     return MemoryMosaicConfig(
         vocab_size=args["vocab_size"],
         hidden_size=args["n_embd"],
@@ -87,6 +116,41 @@ def convert_model_args(model_args: dict) -> MemoryMosaicConfig:
     )
 
 
+def check_state_dict(state_dict: Any) -> None:
+    """`ValueError` unless it is a dict of ordinary, finite tensors by name, each with all its numbers stored."""
+    if not isinstance(state_dict, dict) or not state_dict:
+        raise ValueError(f"The checkpoint's model is a {type(state_dict).__name__}, not a dict of tensors by name.")
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str):
+            raise ValueError(f"A parameter of this checkpoint is named {_told(name)}: names are texts.")
+        fault = _fault(tensor)
+        if fault:
+            raise ValueError(f"Parameter {_told(name)} of this checkpoint {fault}: it is damaged, or something else.")
+
+
+def _fault(tensor: Any) -> str | None:
+    if not isinstance(tensor, torch.Tensor):
+        return f"is {_told(tensor)}, no tensor"
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+        return f"is of {tensor.dtype}, {tensor.layout} on {tensor.device}, where floating-point numbers are needed"
+    # A few stored numbers can be shown as any number of them.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"has shape {tuple(tensor.shape)}, for which too few numbers are stored"
+    if not tensor.isfinite().all():
+        return "has numbers that are not finite"
+    return None
+
+
+def refuse_sizes_without_parameters(state_dict: dict[str, torch.Tensor], model_args: dict) -> None:
+    """`ValueError` for sizes that no such parameters can have, before a model of these sizes is begun."""
+    numbers = sum(tensor.numel() for tensor in state_dict.values())
+    for name in SIZES:
+        value = model_args.get(name, DEFAULT_ARGS.get(name, 1))
+        most = 2**31 if name == "block_size" else len(state_dict) if name == "n_layer" else numbers
+        if value > most:
+            raise ValueError(f"{name} is {_told(value)}, but the {len(state_dict)} parameters hold {numbers} numbers.")
+
+
 def convert_name(name: str) -> str | None:
     """Our name of one of the authors' parameters; `None` for the second name of a shared one."""
     name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
@@ -94,9 +158,9 @@ def convert_name(name: str) -> str | None:
         return TOP_NAMES[name]
     if match := re.fullmatch(r"ln_out\.(weight|bias)", name):
         return f"model.norm.{match[1]}"
-    match = re.fullmatch(r"blocks\.(\d+)\.(ln1|ln2|attn|pmem)\.(.+)", name)
+    match = re.fullmatch(r"blocks\.(\d{1,6})\.(ln1|ln2|attn|pmem)\.(.+)", name)
     if match is None:
-        raise ValueError(f"Unknown parameter {name!r}: not a Memory Mosaic of the authors' Library.")
+        raise ValueError(f"Unknown parameter {_told(name)}: not a Memory Mosaic of the authors' Library.")
     index, part, rest = match.groups()
     # The fast version registers one leak under two names.
     if rest == "leaky_average.leaky_beta_u_under":
@@ -106,7 +170,7 @@ def convert_name(name: str) -> str | None:
         return f"{layer}.{NAMES[rest]}"
     stem, _, kind = rest.rpartition(".")
     if kind not in ("weight", "bias") or (stem and stem not in NAMES):
-        raise ValueError(f"Unknown parameter {name!r}: its option is not carried.")
+        raise ValueError(f"Unknown parameter {_told(name)}: its option is not carried.")
     return f"{layer}.{NAMES[stem]}.{kind}" if stem else f"{layer}.{kind}"
 
 
@@ -124,13 +188,18 @@ def convert_authors_state_dict(
         ValueError: for an option or a parameter this package does not carry, and for shapes that contradict the
             arguments.
     """
+    check_state_dict(state_dict)
+    check_model_args(model_args)
+    refuse_sizes_without_parameters(state_dict, model_args)
     config = convert_model_args(model_args)
     converted = {}
     for name, tensor in state_dict.items():
         ours = convert_name(name)
         if ours is None:
             continue
-        if ours.endswith("k_proj.weight"):
+        if ours in converted:
+            raise ValueError(f"Two parameters of this checkpoint, {_told(name)} among them, would become {ours}.")
+        if ours.endswith("k_proj.weight") and tensor.shape[2:].numel() == 1:
             tensor = tensor.reshape(tensor.shape[:2])  # their Conv1d of kernel size 1
         elif ours.endswith(("slot_keys", "slot_values")):
             tensor = tensor.squeeze(0)
@@ -152,6 +221,7 @@ def store_tied_matrix_once(converted: dict[str, torch.Tensor]) -> None:
 
 
 def check_parameters(config: MemoryMosaicConfig, converted: dict[str, torch.Tensor]) -> None:
+    """`ValueError` unless the parameters are those of the configuration, in names and shapes."""
     with torch.device("meta"):
         expected = {name: p.shape for name, p in MemoryMosaicForCausalLM(config).named_parameters()}
     found = {name: tensor.shape for name, tensor in converted.items()}
@@ -165,6 +235,34 @@ def _shape(shape) -> str:
     return "absent" if shape is None else str(tuple(shape))
 
 
+def read_checkpoint(path: Path) -> Any:
+    """What `torch.save` has written to a file, if that is tensors and plain values.
+
+    Raises:
+        ValueError: it is damaged, compressed or of torch before 1.6, or would run code when it is loaded. Torch's own
+            advice, to load it all the same, is not passed on.
+        FileNotFoundError: there is no such file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+            size = sum(info.file_size for info in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        raise ValueError(
+            f"{path} is not a whole file of `torch.save`: get it again, or save it by a torch of today."
+        ) from None
+    if packed or size > path.stat().st_size:
+        raise ValueError(f"{path} holds more than it has bytes, which `torch.save` never writes: do not trust it.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        holds = f"it holds {found[1]}" if found else "it is damaged, or holds something else"
+        raise ValueError(f"{path} is not a checkpoint of tensors and plain values alone: {holds}.") from None
+
+
 def convert_checkpoint(checkpoint: Path, output: Path) -> MemoryMosaicForCausalLM:
     """Read the authors' training file (`ckpt.pt`) and write a folder for `from_pretrained(trust_remote_code=True)`.
 
@@ -174,14 +272,9 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> MemoryMosaicForCausalL
         ValueError: if the file is damaged, holds anything else or a Memory Mosaic this package does not carry, or if
             there is something in the output folder already.
     """
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not empty: name a folder that does not exist yet.")
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{checkpoint} is not a readable checkpoint of tensors and plain values: {error}") from error
+    content = read_checkpoint(checkpoint)
     missing = [key for key in ("model", "model_args") if not isinstance(content, dict) or key not in content]
     if missing:
         raise ValueError(

@@ -3,13 +3,15 @@
 
 `load_stories` gives a data set with one column `text`, `pack_windows` one with the column `input_ids`. Both are
 written to the cache of `datasets` and memory-mapped from there, so a corpus may be larger than the memory. The names
-in that cache are made of the contents (of files, tokenizer and this code), so what has changed is computed again.
+in that cache are made of the contents (of files, tokenizer and this code), so what has changed is computed again; so
+is what has changed in the cache itself, by its checksums.
 """
 
 import codecs
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import zlib
@@ -21,22 +23,28 @@ import datasets
 import numpy as np
 import pyarrow.compute
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
+from datasets.utils import tqdm
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from training import story_writer
 from training.archive import archive_volumes, archives_in, names_archive, unpacked_file
+from training.bounded import open_packed, parse_json
+from training.checksums import checksum, checksum_of_text, sealed, unsealed
+from training.export import make_once, write_text
 
 
 EMBEDDED = "embedded"
 FILE_FORMS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 STORY_FEATURES = Features({"text": Value("string")})
-# A text file without any separator is one story up to this size in bytes; beyond it, the separator must be wrong.
-LARGEST_UNSEPARATED_FILE = 16 * 2**20
+# In bytes, of a line of JSON and of a story between separators: what is longer is no story. The separator is wrong, or
+# the file is made to fill the memory.
+LARGEST_STORY = 16 * 2**20
 _CHUNK = 2**20
+_TO_RAISE = "cut it into stories, or raise LARGEST_STORY in training/data.py"
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +84,9 @@ def load_stories(
         streaming (`bool`): read while iterating, without a cache; mistakes in the data are then found while iterating.
 
     Raises:
-        ValueError: the source does not exist, cannot be read as described (with file and line), or holds no story.
+        ValueError: the source does not exist, cannot be read as described (with file and line, or row and field), has
+            a line or a story of more than `LARGEST_STORY` bytes, unpacks to a hundred times its size, or holds no
+            story.
     """
     if num_stories is not None and num_stories < 1:
         raise ValueError(f"num_stories is {num_stories}: ask for at least one story, or leave it out for all")
@@ -87,6 +97,8 @@ def load_stories(
         stories = _stories_of_files(source, split, text_field, separator, streaming)
     else:
         stories = _stories_of_hub(source, split, text_field, streaming)
+        if not streaming:
+            _refuse_changed_files(stories)
     if num_stories is None:
         return stories
     if not streaming and len(stories) < num_stories:
@@ -212,27 +224,44 @@ def _texts_in(folder: Path) -> list[Path]:
 
 def _cached(generator: Callable, arguments: dict, features: Features, fingerprint: str) -> Dataset:
     """Write what the generator yields to the cache, unless it is there already, and map it from there."""
-    try:
-        return Dataset.from_generator(generator, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
-    except DatasetGenerationError as error:
-        # The user's mistake is what matters, not that it came to light while writing a cache.
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None
-        raise
+
+    def write(staged: Path) -> None:
+        with ArrowWriter(path=str(staged / "rows.arrow"), features=features) as writer:
+            for row in tqdm(generator(**arguments), desc="Writing to the cache", unit=" rows"):
+                writer.write(row)
+            writer.finalize()
+
+    return _cached_files(write, fingerprint)
+
+
+def _cached_files(write: Callable[[Path], None], fingerprint: str) -> Dataset:
+    """The Arrow files that `write` makes in a folder, in order: by their checksums, as they were written."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "stories_and_windows" / fingerprint
+    make_once(folder, write)
+    found = concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(folder.glob("*.arrow"))])
+    found._fingerprint = fingerprint  # else it would be made of the place and time of the files
+    return found
+
+
+def _refuse_changed_files(stories: Dataset) -> None:
+    """`ValueError` if a file in the library's cache, of a data set on the Hub, has changed since it was first read."""
+    for path in (Path(file["filename"]) for file in stories.cache_files):
+        known = Path(datasets.config.HF_DATASETS_CACHE) / "checksums" / f"{checksum_of_text(str(path.resolve()))}.txt"
+        now = f"{checksum(path)}  {path}\n"
+        before = unsealed(known)
+        if before is None:
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_text(known, sealed(now))
+        elif before != now:
+            raise ValueError(
+                f"{path} has changed since it was first read: remove its folder and {known}, and the data set is "
+                "downloaded again"
+            )
 
 
 def _fingerprint(*parts: Any) -> str:
     # This file counts as well: what an earlier version of it has written must not be taken for its own.
     return Hasher.hash([checksum(Path(__file__)), *parts])
-
-
-def checksum(path: Path) -> str:
-    """sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for chunk in iter(functools.partial(file.read, _CHUNK), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _written_stories(split: str, num_stories: int | None, seed: int, streaming: bool) -> Dataset | IterableDataset:
@@ -269,7 +298,27 @@ def _stories_of_hub(name: str, split: str, text_field: str, streaming: bool) -> 
     if stories.features and getattr(stories.features[text_field], "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"field {text_field!r} of {name!r} is no text, but {stories.features[text_field]}")
     stories = stories.select_columns([text_field])
-    return stories if text_field == "text" else stories.rename_column(text_field, "text")
+    stories = stories if text_field == "text" else stories.rename_column(text_field, "text")
+    return _without_gaps(stories, f"{name!r}, split {split!r}", text_field)
+
+
+def _without_gaps(stories: Dataset | IterableDataset, where: str, text_field: str) -> Dataset | IterableDataset:
+    """The stories, each of which has a text; of a stream, that is found out while it is read."""
+
+    def check(row: dict[str, Any], index: int) -> dict[str, Any]:
+        if not isinstance(row["text"], str):
+            raise ValueError(
+                f"{where}, row {index}: field {text_field!r} is {type(row['text']).__name__}, not a text: leave such "
+                "rows out of the data set, or name another field as text_field"
+            )
+        return row
+
+    if isinstance(stories, IterableDataset):
+        return stories.map(check, with_indices=True, features=stories.features)
+    column = stories.data.column("text")
+    if column.null_count:
+        check({"text": None}, pyarrow.compute.index(column.is_null(), True).as_py())
+    return stories
 
 
 def _hub_name(name: str) -> dict[str, str | None]:
@@ -328,7 +377,7 @@ def _read_file(path: str, text_field: str, separator: str) -> Iterator[str]:
     """The stories of one file, held in memory one at a time."""
     name = path.lower()
     try:
-        with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as file:
+        with open_packed(path) if name.endswith(".gz") else open(path, "rb") as file:
             if name.removesuffix(".gz").endswith(".jsonl"):
                 yield from _read_json_lines(file, path, text_field)
             elif _begins_with_json_string(file):
@@ -348,17 +397,28 @@ def _begins_with_json_string(file: BinaryIO) -> bool:
     first = next(filter(None, lines), b"")
     # A file that is one endless line must not be read whole only to find that out.
     if first.startswith(b'"') and not first.endswith(b"\n"):
-        first += file.readline(LARGEST_UNSEPARATED_FILE)
+        first += file.readline(LARGEST_STORY)
     file.seek(0)
     try:
         return first.startswith(b'"') and isinstance(json.loads(first), str)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
+
+
+def _numbered_lines(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, counted from 1, none of them larger than `LARGEST_STORY`."""
+    for number in itertools.count(1):
+        line = file.readline(LARGEST_STORY + 1)
+        if not line:
+            return
+        if len(line) > LARGEST_STORY:
+            raise ValueError(f"{path}:{number}: the line has over {LARGEST_STORY:,} bytes: {_TO_RAISE}")
+        yield number, line
 
 
 def _read_json_lines(file: BinaryIO, path: str, text_field: str | None) -> Iterator[str]:
     """One story a line: in the field of an object, or, without `text_field`, as a string."""
-    for number, line in enumerate(file, start=1):
+    for number, line in _numbered_lines(file, path):
         where = f"{path}:{number}"
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -381,6 +441,8 @@ def _json_value(line: bytes, where: str) -> Any:
             f"{where}: broken JSON (column {error.colno}: {error.msg}) in {text[:60].rstrip()!r}: in this file, "
             "each line has to be a JSON value of its own"
         ) from error
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists within lists
+        return parse_json(text, where)
 
 
 def _text_of(value: Any, text_field: str | None, where: str) -> str:
@@ -420,11 +482,13 @@ def _read_documents(file: BinaryIO, path: str, separator: str) -> Iterator[str]:
             searched, separated = 0, True
         # The next chunk may complete a separator that begins in this one.
         searched = max(0, len(buffer) - len(delimiter) + 1)
-        if not separated and len(buffer) > LARGEST_UNSEPARATED_FILE:
+        if not separated and len(buffer) > LARGEST_STORY:
             raise ValueError(
-                f"{path}: {separator!r} does not occur in the first {LARGEST_UNSEPARATED_FILE >> 20} MiB, so all of "
-                "it would be one story: set separator to what stands between the stories"
+                f"{path}: {separator!r} does not occur in the first {LARGEST_STORY >> 20} MiB, so all of it would be "
+                "one story: set separator to what stands between the stories"
             )
+        if len(buffer) > LARGEST_STORY:
+            raise ValueError(f"{path}:{line}: the story has over {LARGEST_STORY:,} bytes: {_TO_RAISE}")
     if text := _decoded(bytes(buffer), path, line):
         yield text
 
@@ -488,9 +552,14 @@ def _tokenized(
         "fn_kwargs": {"backend": backend, "eos_token_id": eos_token_id},
     }
     stories = stories.select_columns(["text"])
-    if isinstance(stories, IterableDataset):
+    if isinstance(stories, IterableDataset) or len(stories) == 0:  # of nothing, no file would be written
         return stories.map(_tokenize, **options)
-    return stories.map(_tokenize, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="Tokenizing")
+
+    def write(staged: Path) -> None:
+        place = {"cache_file_name": str(staged / "tokens.arrow"), "new_fingerprint": fingerprint}
+        stories.map(_tokenize, **options, **place, num_proc=num_proc, desc="Tokenizing")
+
+    return _cached_files(write, fingerprint)
 
 
 def _tokenize(batch: dict[str, list[str]], backend: Tokenizer, eos_token_id: int) -> dict[str, list[list[int]]]:

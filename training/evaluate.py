@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoModelForCausalLM)
+from training.checksums import refuse_damage
 from training.data import collate_windows, load_stories, pack_windows, source_provenance
 from training.recipe import SourceSection
 from training.result import bits_per_byte, perplexity
@@ -29,11 +30,13 @@ def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
         options: further arguments of `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        ValueError: the folder is no model, its weights are cut off, or they do not fill the model.
+        ValueError: the folder is no model, a file of it has changed since a run has written it, its weights are cut
+            off, or they do not fill the model.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} has no config.json: name an exported folder or a checkpoint")
+    refuse_damage(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except SafetensorError as error:

@@ -7,6 +7,7 @@ under another name on the same file system, forced to the disk, and only then re
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -17,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from training import clean_process
+from training.checksums import faults, write_list
 
 
 STAGED_PREFIX = ".incomplete-"
 REPLACED_PREFIX = ".replaced-"
+
+logger = logging.getLogger(__name__)
 
 # What a clean process inherits: where programs and libraries are, and what may change the last bit of a sum.
 _CLEAN_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_", "TMP", "TEMP", "SYSTEMROOT", "OMP_", "MKL_", "ATEN_")
@@ -54,6 +59,28 @@ def move_into_place(staged: Path, final: Path) -> None:
     staged.rename(final)
     _force_to_disk(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def make_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """See to it that a folder is there as `make` fills it; what an earlier call has made is used as it is.
+
+    One process makes it, others wait. What is damaged by its checksums is made again, with a warning. The lock lies
+    beside the folder, where it is made, so that it is one lock under every name of the place.
+
+    Args:
+        folder: appears whole or not at all.
+        make: fills the empty folder that it is given, always with the same.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        found = faults(folder) if folder.is_dir() else []
+        if found:
+            logger.warning("%s is damaged (%s): it is removed and made again", folder, ", ".join(found))
+            shutil.rmtree(folder)
+        if not folder.is_dir():
+            with staged_folder(folder) as staged:
+                make(staged)
+                write_list(staged)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,6 +123,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     state_dict: dict[str, torch.Tensor] | None = None,
+    listed: bool = False,
 ) -> None:
     """Write weights, configuration, generation settings, tokenizer and, where it has its own, code.
 
@@ -104,12 +132,15 @@ def export_model(
         tokenizer: saved beside it, if there is one; its special tokens are taken to be the model's already.
         folder: written atomically; what was there is replaced.
         state_dict: the weights, where the model holds only a shard of them.
+        listed: with the list of its checksums in it: for what a run goes on with, not for readers.
     """
     model.config.use_cache = True  # Trainer switches it off, and generating from the folder would be slow for ever
     with staged_folder(Path(folder)) as staged:
         model.save_pretrained(staged, state_dict=state_dict)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
+        if listed:
+            write_list(staged)
 
 
 def verify_export(

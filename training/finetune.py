@@ -6,7 +6,6 @@ has the loss of the base on the same windows, too.
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,15 +15,16 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, PositiveInt, model_validator
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from training import hub, train
-from training.data import checksum
+from training.bounded import read_object
+from training.checksums import checksum
 from training.evaluate import load_causal_lm, mean_loss
 from training.export import export_model, staged_folder
 from training.recipe import CONFIGURATION, Section, TextRecipe, load_recipe
 from training.result import perplexity
-from training.tokenizer import load_tokenizer
+from training.tokenizer import added_tokens, load_tokenizer
 
 
 plan, summary = train.plan, train.summary
@@ -103,7 +103,7 @@ class Recipe(TextRecipe):
         """Content of the base's `config.json`, or of the file that its recipe names."""
         if self.base is not None:
             return self.base_recipe.architecture
-        return json.loads((self.base_folder / "config.json").read_text(encoding="utf-8"))
+        return read_object(self.base_folder / "config.json")
 
     def build_config(self) -> PreTrainedConfig:
         if self.base is not None:
@@ -149,17 +149,9 @@ def export(recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase,
     """Write `adapter/` and, with the tokenizer, `merged/`; the merged model is what is evaluated."""
     with staged_folder(recipe.folder / "adapter") as staged:
         model.save_pretrained(staged, save_embedding_layers=False)
-    merged = merge(model)
+    merged = model.merge_and_unload()
     export_model(merged, tokenizer, recipe.folder / "merged")
     return recipe.folder / "merged", merged
-
-
-def merge(model: PeftModel) -> PreTrainedModel:
-    """The base with its adapters merged and out of the way."""
-    # Of wrappers within wrappers, as those of projections in a memory whose slots are adapted, PEFT 0.21 takes off the
-    # outer ones only.
-    model.merge_and_unload()
-    return model.merge_and_unload()
 
 
 def describe(recipe: Recipe, windows: Dataset, batch_size: int) -> dict[str, Any]:
@@ -178,7 +170,16 @@ def describe(recipe: Recipe, windows: Dataset, batch_size: int) -> dict[str, Any
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    return load_tokenizer(str(recipe.base_folder))
+    """The base's own; refused if it adds tokens, which readers of the adapter would have and its training not."""
+    folder = str(recipe.base_folder)
+    if added := added_tokens(load_tokenizer(folder, keep_added=True)):
+        raise ValueError(
+            f"the tokenizer of the base {recipe.model!r} adds {' and '.join(added)} of each text by itself, but the "
+            "windows of training have none: an adapter made of them would be used on other text than it was trained "
+            "on. If the base was trained without, save its tokenizer so: "
+            "load_tokenizer(FOLDER).save_pretrained(FOLDER), of training.tokenizer"
+        )
+    return load_tokenizer(folder)
 
 
-LORA = train.Kind(_tokenizer, build_model, export, describe)
+LORA = train.Kind(_tokenizer, build_model, export, describe, ("adapter", "merged"))

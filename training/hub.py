@@ -8,7 +8,6 @@ and the same again goes on from there. Endpoint and token are those of `huggingf
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     RepoCard,
-    get_token,
     hf_hub_download,
     snapshot_download,
 )
@@ -33,9 +31,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile, SpaceInfo
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from training.bounded import read_object
 from training.data import checksum
 from training.export import write_text
+from training.secrecy import masked
 
 
 CARD, RESULT, SUMS = "README.md", "result.json", "SHA256SUMS"
@@ -128,7 +129,8 @@ def _refuse_another(folder: Path, target: Target, found: ModelInfo | DatasetInfo
     if files <= {CARD}:
         if not files or target.repo_type == "space":  # the Hub gives a new Space a card of its own
             return
-        if not RepoCard.load(hf_hub_download(target.repo_id, CARD, **where)).text.strip():
+        card = Path(hf_hub_download(target.repo_id, CARD, **where)).read_text(encoding="utf-8", errors="replace")
+        if not REGEX_YAML_BLOCK.sub("", card, count=1).strip():  # metadata alone, as the Hub writes them
             return
     if RESULT not in files:
         shown = ", ".join(sorted(files)[:5])
@@ -146,7 +148,7 @@ def _refuse_another(folder: Path, target: Target, found: ModelInfo | DatasetInfo
 def _identity(result: str | Path) -> dict[str, Any]:
     """What two versions of one publication have in common: the recipe but for what it shows, and the data."""
     try:
-        content = json.loads(Path(result).read_text(encoding="utf-8"))
+        content = read_object(Path(result))
         return {
             "recipe": without_presentation(content["recipe"]),
             "data": content.get("data"),
@@ -260,14 +262,14 @@ def _told_plainly(target: Target, upload: bool = True) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise OSError(f"{_refusal(error, target)}{whole}") from None
     except (httpx2.HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError) as error:
-        raise OSError(f"the connection to the Hub broke ({_without_token(error)}).{whole}") from None
+        raise OSError(f"the connection to the Hub broke ({_plain(error)}).{whole}") from None
     except RuntimeError as error:  # around what stopped the upload of a large file
-        raise OSError(f"the upload broke off ({_without_token(error.__cause__ or error)}).{whole}") from None
+        raise OSError(f"the upload broke off ({_plain(error.__cause__ or error)}).{whole}") from None
 
 
 def _refusal(error: HfHubHTTPError, target: Target) -> str:
     status = error.response.status_code
-    said = _without_token(error.server_message or error)
+    said = _plain(error.server_message or error)
     if status == 401:
         return f"the Hub does not accept the token (401: {said}): log in anew with `hf auth login`, or set HF_TOKEN."
     if status == 403 and HfApi().endpoint not in str(error):  # it names the address
@@ -284,6 +286,5 @@ def _refusal(error: HfHubHTTPError, target: Target) -> str:
     return f"the Hub answered {status}: {said}."
 
 
-def _without_token(error: object) -> str:
-    text, token = str(error).strip().rstrip("."), get_token()
-    return text.replace(token, "[token]") if token else text
+def _plain(error: object) -> str:
+    return masked(str(error).strip().rstrip("."))

@@ -3,10 +3,8 @@
 
 import contextlib
 import functools
-import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
+from training.checksums import LIST, faults, set_aside, write_list
 from training.export import STAGED_PREFIX, move_into_place
 from training.parallel import tell_progress
 from training.result import perplexity
@@ -23,7 +22,7 @@ from training.result import perplexity
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "checkpoint_files.json"
+MANIFEST = LIST  # of a checkpoint's files, with their checksums
 
 
 class LanguageModelTrainer(Trainer):
@@ -211,54 +210,33 @@ class _TellProgress(TrainerCallback):
         self._tell(state.global_step / state.max_steps)
 
 
-def latest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None if the run never saved one.
+def set_aside_broken_checkpoints(run_folder: Path) -> None:
+    """Rename checkpoints that are newer than the latest complete one: a run goes on from that.
 
     Raises:
         ValueError: there are checkpoints, but none is complete.
     """
-    checkpoints = [Path(path) for path in sort_checkpoints(str(run_folder))]
-    for checkpoint in reversed(checkpoints):
-        if not checkpoint_faults(checkpoint):
-            return checkpoint
-    if not checkpoints:
-        return None
-    faults = "; ".join(f"{checkpoint.name}: {', '.join(checkpoint_faults(checkpoint))}" for checkpoint in checkpoints)
-    raise ValueError(f"no checkpoint in {run_folder} is complete ({faults}): --restart trains from the beginning")
-
-
-def set_aside_broken_checkpoints(run_folder: Path) -> None:
-    """Rename checkpoints newer than the latest complete one, so that removal by age does not count them."""
-    latest = latest_checkpoint(run_folder)
+    broken: dict[Path, str] = {}
     for path in map(Path, reversed(sort_checkpoints(str(run_folder)))):
-        if path == latest:
+        found = checkpoint_faults(path)
+        if not found:
+            break
+        broken[path] = ", ".join(found)
+    else:
+        if not broken:
             return
-        aside = path.with_name(f"broken-{path.name}")
-        logger.warning(
-            "%s is damaged (%s): continuing from %s, and keeping the damaged one as %s",
-            *(path.name, ", ".join(checkpoint_faults(path)), latest.name, aside.name),
-        )
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        told = "; ".join(f"{path.name}: {found}" for path, found in broken.items())
+        raise ValueError(f"no checkpoint in {run_folder} is complete ({told}): --restart trains from the beginning")
+    for damaged, found in broken.items():
+        aside = set_aside(damaged)
+        told = (damaged.name, found, path.name, aside.name)
+        logger.warning("%s is damaged (%s): continuing from %s, and keeping the damaged one as %s", *told)
 
 
 def checkpoint_faults(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint's files, in words; empty if it is complete."""
-    try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return [f"{MANIFEST} is missing or unreadable"]
-    faults = []
-    for name, size in sizes.items():
-        path = checkpoint / name
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            faults.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
-    return faults
+    """What is wrong with a checkpoint's files, in words; empty if it is complete and as it was written."""
+    return faults(checkpoint)
 
 
 def _write_manifest(checkpoint: Path) -> None:
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    sizes = {path.relative_to(checkpoint).as_posix(): os.path.getsize(path) for path in files}
-    (checkpoint / MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    write_list(checkpoint)

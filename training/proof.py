@@ -9,13 +9,27 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from training.evaluate import load_causal_lm
+from training.data import EMBEDDED, load_stories, pack_windows, source_provenance
+from training.evaluate import load_causal_lm, mean_loss
 from training.export import run_isolated, verify_export
+from training.recipe import SourceSection
+from training.secrecy import masked
+
+
+# By task, the measure that is computed again, and how far it may be from what was stated, in nats: other hardware sums
+# in another order.
+LOSSES = {"language_modeling": "validation_loss", "fine_tuning": "validation_loss", "memory_model": "causal_loss"}
+LOSS_TOLERANCE = 0.005
+# Of another's result.
+MOST_STORIES, MOST_CONTEXT = 10_000, 8192
 
 
 def check_lint(folder: Path) -> str:
@@ -43,6 +57,48 @@ def check_loads(
     adapter = None if base is None else folder
     verify_export(base or folder, prompts, max_new_tokens=16, model=model, adapter=adapter)
     return "loads in a clean offline process, with equal logits"
+
+
+def check_loss(result: dict[str, Any], load: Callable[[], tuple[Any, Any]], own: bool = True) -> str:
+    """Measure the loss that a result states again, if the data are at hand; returns a line that says what was done.
+
+    Args:
+        result: content of `result.json`.
+        load: gives the model and its tokenizer.
+        own: whether it is a run of this machine, whose files can be read where it read them. Of another's, stories of
+            the embedded writer alone are at hand, and no more of them than take some minutes.
+
+    Raises:
+        ValueError: the loss is another by more than `LOSS_TOLERANCE`, or none.
+    """
+    not_checked = "not checked: the loss that result.json states"
+    try:
+        data = result["recipe"]["data"]
+        source, context_length = SourceSection.model_validate(data["validation"]), data["context_length"]
+        name = LOSSES[result["task"]]
+        stated = result["metrics"][name]
+        is_small = (source.num_stories or 0) <= MOST_STORIES and 2 <= context_length <= MOST_CONTEXT
+    except (KeyError, TypeError, ValidationError):
+        return f"{not_checked}, as it states none on a text"
+    if not own and not (source.source == EMBEDDED and is_small):
+        return f"{not_checked}, as the data are not here"
+    try:
+        if own and source_provenance(**source.model_dump()) != result["data"]["validation"]:
+            return f"{not_checked}, as the data have changed since"
+        stories = load_stories(**source.model_dump())
+    except (ValueError, OSError) as error:
+        return f"{not_checked}, as the data are not at hand ({masked(error)})"
+    model, tokenizer = load()
+    windows = pack_windows(stories, tokenizer, context_length)
+    if name == "causal_loss":
+        from training.experiments.memory_training import measure  # only here, for it takes libraries of its own
+
+        found = measure(model, windows, 16)[name]
+    else:
+        found = mean_loss(model, windows, 16)
+    if not isinstance(stated, float) or not abs(found - stated) <= LOSS_TOLERANCE:
+        raise ValueError(f"`{name}` in result.json is {stated!r}, but measured again it is {found:.4f}")
+    return f"ok: {name} measured again is {found:.4f}, stated {stated:.4f} (within {LOSS_TOLERANCE} nats)"
 
 
 def check_snippets(card: str, repositories: dict[tuple[str, str], Path]) -> str:
@@ -76,12 +132,14 @@ def _put_into_cache(home: Path, repositories: dict[tuple[str, str], Path]) -> No
 def check_stories(folder: Path, num_stories: int) -> str:
     """A clean, offline process loads a data set by its card, with all its stories."""
     load = f"load_dataset({str(folder.resolve())!r}, split='train')"
+    # Within bounds, before a library unpacks all of it.
+    stories = sum(1 for _ in load_stories(str(folder / "stories.jsonl.gz"), streaming=True))
     code = f"from datasets import load_dataset\nprint(len({load}['text']))"
     process = run_isolated(["-c", code])
     if process.returncode != 0:
         raise ValueError(f"{folder} does not load as a data set:\n{process.stderr.strip()}")
     found = int(process.stdout.split()[-1])
-    if found != num_stories:
+    if found != num_stories or stories != found:
         raise ValueError(f"{folder} loads with {found} stories, but its result says {num_stories}")
     return f"loads in a clean offline process, with {found:,} stories"
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modeling_memory_mosaic import inspect_units, summarize_units
 from modeling_memory_mosaic.modeling_memory_mosaic import PARAMETER_SCALE
 from training import card, hub, proof, verify
+from training.bounded import read_object
 from training.evaluate import load_model
 from training.experiments import babistories
 from training.export import write_text
@@ -26,6 +27,9 @@ from training.finetune import weights_checksums
 from training.result import CLONE, RESULTS, TABLES
 
 
+# Of what a run has written: cards of libraries, and a chat template that came with a tokenizer, for no model here is
+# trained on chats and a template is a program.
+_LEFT_OUT = (hub.CARD, "chat_template.jinja")
 # Fields of a result that may be paths on the machine of the run.
 PATHS = ("source", "output_dir", "model", "pretrained", "lists", "name")
 
@@ -76,10 +80,10 @@ def _model_folder(publication: Publication) -> Path:
 def _stage_model(publication: Publication, staged: Path) -> None:
     folder = _model_folder(publication)
     verify.check_forms(folder)  # before a pickle could be copied
-    shutil.copytree(folder, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(hub.CARD))
+    shutil.copytree(folder, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_LEFT_OUT))
     _add_results(publication, staged)
     if publication.result["architecture"]["model_type"] == "memory_mosaic":
-        model, tokenizer = _load(publication)
+        model, tokenizer = load_own(publication)
         texts = [sample["text"] for sample in publication.result["samples"]] or ["Once upon a time"]
         _write_json(staged / "units.json", measure_units(model, tokenizer, texts))
 
@@ -88,7 +92,7 @@ def _stage_adapter(publication: Publication, staged: Path) -> None:
     _stage_model(publication, staged)
     # PEFT writes where the base was on this machine; whoever downloads the adapter needs where it is published.
     path = staged / "adapter_config.json"
-    settings = verify.read_object(path)
+    settings = read_object(path)
     settings |= {"base_model_name_or_path": publication.base.repo_id, "revision": publication.base.revision}
     write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -110,7 +114,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def read_result(path: Path) -> dict[str, Any]:
     """Content of a `result.json` without this machine's folders: of a path that leads elsewhere, its last part."""
-    return _without_paths(verify.read_object(path))
+    return _without_paths(read_object(path))
 
 
 def _without_paths(value: Any, is_path: bool = False) -> Any:
@@ -144,7 +148,7 @@ def _compared(result: dict[str, Any]) -> dict[str, Any]:
     return {"recipe": {k: v for k, v in recipe.items() if k not in differing}, "data": result["data"]}
 
 
-def _load(publication: Publication) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_own(publication: Publication) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The run's own model, an adapter on its base, and its tokenizer."""
     folder = _model_folder(publication)
     if publication.what != "adapter":
@@ -162,7 +166,7 @@ def weights_of_base(publication: Publication, staged: Path) -> dict[str, str]:
 
 def _base_folder(publication: Publication) -> Path:
     """The base of a fine-tuned model on this machine, as it was when the run was made."""
-    name = verify.read_object(publication.run / "result.json")["recipe"]["model"]
+    name = read_object(publication.run / "result.json")["recipe"]["model"]
     folder = Path(name) if Path(name).is_dir() else hub.download(publication.base.repo_id, publication.base.revision)
     if weights_checksums(folder) != publication.result["base"]["weights"]:
         raise ValueError(f"the weights in {folder} are not those that {publication.run} has adapted: restore them")
@@ -199,7 +203,7 @@ def _mean(values: list[float | None]) -> float | None:
 def _card(template: str) -> Callable[[Publication, Path, str], str]:
     def text(publication: Publication, folder: Path, revision: str) -> str:
         result, base = publication.result, publication.base
-        compared = [result, *map(verify.read_object, sorted((folder / "results").glob("*.json")))]
+        compared = [result, *map(read_object, sorted((folder / "results").glob("*.json")))]
         values = {
             "metadata": card.model_metadata(
                 result, publication.about, base and base.repo_id, publication.what == "adapter"
@@ -207,7 +211,7 @@ def _card(template: str) -> Callable[[Publication, Path, str], str]:
             "table": TABLES[result["task"]](compared) if result["task"] in TABLES else None,
             "other_models": len({other["model"] for other in compared}) > 1,
             "files": verify.read_sums(folder),
-            "units": verify.read_object(folder / "units.json") if (folder / "units.json").is_file() else None,
+            "units": read_object(folder / "units.json") if (folder / "units.json").is_file() else None,
             "ranges": _ranges(),
         }
         rendered = card.render(
@@ -239,7 +243,7 @@ def _prove_model(publication: Publication, staged: Path) -> list[str]:
     text = (staged / hub.CARD).read_text(encoding="utf-8")
     return [
         *([proof.check_lint(staged)] if base is None else []),  # an adapter has no code
-        proof.check_loads(staged, prompts, base, _load(publication)[0]),
+        proof.check_loads(staged, prompts, base, load_own(publication)[0]),
         proof.check_snippets(text, repositories),
     ]
 
@@ -263,7 +267,7 @@ def _prove_stories(publication: Publication, staged: Path) -> list[str]:
 def _stage_space(publication: Publication, staged: Path) -> None:
     folder = _model_folder(publication)
     verify.check_forms(folder)  # before a pickle could be copied
-    shutil.copytree(folder, staged / "model", ignore=shutil.ignore_patterns(hub.CARD))
+    shutil.copytree(folder, staged / "model", ignore=shutil.ignore_patterns(*_LEFT_OUT))
     for name in ("app.py", "requirements.txt"):
         shutil.copyfile(verify.SPACE / name, staged / name)
     (staged / verify.PACKAGE.name).mkdir()

@@ -13,10 +13,15 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
 
-from training import card, hub, proof, verify
+from training import card, hub, proof, secrecy, verify, verify_values
+from training.bounded import read_object
+from training.evaluate import load_model
 from training.export import staged_folder, write_text
-from training.publication import KINDS, Publication, Published, read_result, weights_of_base
+from training.publication import KINDS, Publication, Published, load_own, read_result, weights_of_base
+from training.result import refuse_change
+from training.run_folder import locked
 
 
 def publish(
@@ -55,12 +60,15 @@ def publish(
     publication = prepare(run, repo_id, what, about, base)
     kind = KINDS[publication.result["task"], publication.what]
     final = run / "published" / publication.what
-    with staged_folder(final) as staged:
+    with locked(run), staged_folder(final) as staged:
         kind.stage(publication, staged)
         verify.write_sums(staged)
         write_text(staged / hub.CARD, kind.card(publication, staged, hub.NO_COMMIT))
+        tell(f"ok: {secrecy.check_no_secrets(staged, hub.published_files(staged))}")
         for line in (*verify.check_folder(staged), *kind.prove(publication, staged)):
             tell(f"ok: {line}")
+        if publication.what != "dataset":
+            tell(proof.check_loss(read_object(run / hub.RESULT), lambda: load_own(publication)))
         verify.check_sums(staged)  # trying it has changed nothing
     tell(_list_files(final))
     if dry_run:
@@ -89,6 +97,7 @@ def prepare(
         raise ValueError(f"--repo-id is {repo_id!r}: give it as user/name")
     if not (run / "result.json").is_file():
         raise ValueError(f"{run} has no result.json: name the folder of a run, and run its recipe to the end first")
+    refuse_change(run)
     result = read_result(run / "result.json")
     kinds = [part for task, part in KINDS if task == result["task"]]
     if not kinds:
@@ -149,23 +158,35 @@ def verify_published(
         for line in verify.check_folder(folder):
             tell(f"ok: {line}")
         for line in _tried(folder, Path(downloads), tell):
-            tell(f"ok: {line}")
-    tell("the card itself is not checked: read a snippet before you run it")
+            tell(line)
+    tell(
+        "none of this proves who wrote it, for anybody can publish such files and their checksums: compare name and "
+        "commit with those that you were given"
+    )
+    tell("the text of the card is not checked: read a snippet before you run it")
 
 
 def _tried(folder: Path, downloads: Path, tell: Callable[[str], None]) -> list[str]:
-    """What is found in order when a published folder, whose files are, is loaded."""
+    """What is found when a published folder, whose files are in order, is loaded, in words."""
     kind = verify.kind_of(folder)
+    result = read_object(folder / hub.RESULT)
     if kind == "dataset":
-        return [proof.check_stories(folder, verify.read_object(folder / hub.RESULT)["metrics"]["kept"])]
-    if kind == "space":
-        return [proof.check_space(folder)]
-    if kind == "model":
-        return [proof.check_loads(folder, [])]
-    name, commit = verify.base_of_adapter(folder)
+        metrics = result.get("metrics")
+        return [f"ok: {proof.check_stories(folder, metrics.get('kept') if isinstance(metrics, dict) else None)}"]
+    if kind != "adapter":
+        place = verify.model_in(folder)
+        tried = proof.check_space(folder) if kind == "space" else proof.check_loads(folder, [])
+        return [f"ok: {tried}", proof.check_loss(result, lambda: load_model(place), own=False)]
+    name, commit = verify_values.base_of_adapter(folder)
     base = hub.download(name, commit, into=downloads)
     tell(f"its base is {name} at commit {commit}")
-    return [*verify.check_folder(base), proof.check_loads(folder, [], base)]
+    tried = [*verify.check_folder(base), proof.check_loads(folder, [], base)]
+
+    def load():
+        model, tokenizer = load_model(base)
+        return PeftModel.from_pretrained(model, folder), tokenizer
+
+    return [*(f"ok: {line}" for line in tried), proof.check_loss(result, load, own=False)]
 
 
 def _list_files(folder: Path) -> str:

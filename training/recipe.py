@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import math
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     create_model,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -38,9 +40,14 @@ from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
 import training.experiments.lstm  # noqa: F401  (likewise)
+from training.bounded import check_yaml, yaml_fault
+from training.places import refuse_system_folder
+from training.secrecy import masked, names_secret, refuse_secrets
 
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "configuration"
+
+MOST_LAYERS = 10_000
 
 # The module of each task has a class `Recipe` and functions `plan`, `run` and `summary` that take one.
 TASKS = {
@@ -187,6 +194,13 @@ class BaseRecipe(Section):
     task: str
     output_dir: str | None = None
 
+    @field_validator("output_dir")
+    @classmethod
+    def _is_for_runs(cls, path):
+        if path is not None:
+            refuse_system_folder(path)
+        return path
+
     @functools.cached_property
     def folder(self) -> Path:
         """Where the run writes: `output_dir`, or `runs/NAME`."""
@@ -217,15 +231,13 @@ class TrainingRecipe(BaseRecipe):
     @functools.cached_property
     def architecture(self) -> dict[str, Any]:
         """Content of the model's JSON file, with `model_args` put in."""
-        path = CONFIGURATION / "model" / f"{self.model}.json"
-        if not path.is_file():
-            known = sorted(file.stem for file in path.parent.glob("*.json"))
-            raise ValueError(f"unknown model {self.model!r}{nearest(self.model, known)}")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_model_file(self.model).read_text(encoding="utf-8"))
         # `hidden_size` is the standard name of what GPT-2's own file calls `n_embd`: either may be given.
         own_names = AutoConfig.for_model(content["model_type"]).attribute_map
         given = {own_names.get(name, name): value for name, value in self.model_args.items()}
-        return OmegaConf.to_container(OmegaConf.merge(content, given))  # a backbone within a model takes part
+        made = OmegaConf.to_container(OmegaConf.merge(content, given))  # a backbone within a model takes part
+        _refuse_endless_layers(made)
+        return made
 
     def build_config(self) -> PreTrainedConfig:
         """The model's configuration object; `ValueError` if `model_args` has a key that it does not know."""
@@ -244,6 +256,26 @@ class TrainingRecipe(BaseRecipe):
     def content(self) -> dict[str, Any]:
         """All that determines the run: the recipe, and the architecture it names."""
         return super().content() | {"architecture": self.architecture}
+
+
+def _model_file(name: str) -> Path:
+    """`configuration/model/NAME.json`; `ValueError` for another name than that of a file there."""
+    folder = CONFIGURATION / "model"
+    path = folder / f"{name}.json"
+    # A name is no path, and a link could lead anywhere.
+    if not re.fullmatch(r"\w[\w.-]*", name) or not path.is_file() or path.resolve().parent != folder.resolve():
+        known = sorted(file.stem for file in folder.glob("*.json"))
+        raise ValueError(f"unknown model {name!r}{nearest(name, known)}")
+    return path
+
+
+def _refuse_endless_layers(architecture: dict[str, Any]) -> None:
+    """`ValueError` for more layers than can be built: configurations list the type of each."""
+    for name, value in architecture.items():
+        if isinstance(value, dict):
+            _refuse_endless_layers(value)
+        elif name in ("num_hidden_layers", "n_layer") and type(value) is int and value > MOST_LAYERS:
+            raise ValueError(f"`{name}` is {value}: no model of over {MOST_LAYERS:,} layers is built here")
 
 
 def _refuse_unknown(where: str, settings: dict[str, Any], config: PreTrainedConfig) -> None:
@@ -330,14 +362,8 @@ def load_recipe(
     path, overrides = Path(path), list(overrides or [])
     if not path.is_file():
         raise ValueError(f"there is no recipe {str(path)!r}; the ready ones are in configuration/recipe")
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"override {override!r} has no '=': write it as key=value, such as seed=1")
-    try:
-        merged = OmegaConf.merge(OmegaConf.load(path), *(settings or []), OmegaConf.from_dotlist(overrides))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, TypeError, yaml.YAMLError) as error:  # TypeError: nothing merges into a list
-        raise ValueError(f"cannot read recipe {str(path)!r} with overrides {overrides}: {error}") from error
+    _refuse_overrides(overrides)
+    values = _merged(path, settings or [], overrides)
     invalid = f"recipe {str(path)!r} is not valid:\n"
     if not isinstance(values, dict) or "task" not in values:
         raise ValueError(f"{invalid}  missing key 'task'")
@@ -349,6 +375,61 @@ def load_recipe(
     except ValidationError as error:
         problems = [f"  {_explain(problem, schema)}" for problem in error.errors()]
         raise ValueError(invalid + "\n".join(problems)) from None
+
+
+def _merged(path: Path, settings: list[dict[str, Any]], overrides: list[str]) -> Any:
+    """What a file, settings and overrides say together, with every reference to another setting followed."""
+    try:
+        check_yaml(path.read_text(encoding="utf-8"), "it")
+        parts = [OmegaConf.load(path), *map(OmegaConf.create, settings), OmegaConf.from_dotlist(overrides)]
+        said = [OmegaConf.to_container(part) for part in parts]
+    except RecursionError:
+        raise ValueError(f"cannot read recipe {str(path)!r}: it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot read recipe {str(path)!r} with its overrides{yaml_fault(error)}") from None
+    except (OmegaConfBaseException, TypeError, OSError, ValueError) as error:
+        raise _unreadable(path, overrides, error) from None
+    for values in said:  # before they meet, for merging follows interpolations
+        _refuse_what_a_recipe_must_not_hold(values, f"recipe {str(path)!r}")
+    try:
+        return OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
+    except (OmegaConfBaseException, TypeError, RecursionError) as error:  # TypeError: nothing merges into a list
+        raise _unreadable(path, overrides, error) from None
+
+
+def _unreadable(path: Path, overrides: list[str], error: Exception) -> ValueError:
+    return ValueError(f"cannot read recipe {str(path)!r} " + masked(f"with overrides {overrides}: {error}"))
+
+
+def _refuse_overrides(overrides: list[str]) -> None:
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override {masked(override)!r} has no '=': write it as key=value, such as seed=1")
+        # By its name alone, before anything could quote its value.
+        key = override.partition("=")[0]
+        if names_secret(key):
+            refuse_secrets({key: None}, "an override")
+
+
+def _refuse_what_a_recipe_must_not_hold(values: Any, where: str) -> None:
+    """`ValueError` for secrets, and for `${...}` with a colon, by which OmegaConf reads the environment and more.
+
+    A run must depend on nothing but its recipe, and its result, which may be published, must not tell of the machine.
+    """
+    refuse_secrets(values, where)
+    for place, text in _texts(values, ""):
+        if "${" in re.sub(r"\$\{[\w.\[\]]+\}", "", text):
+            raise ValueError(
+                f"`{place}` in {where} has ${{...}} with more than the key of another setting: a recipe does not read "
+                "the environment or anything else of the machine; write the value itself"
+            )
+
+
+def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield place, value
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _texts(part, f"{place}.{key}" if place else str(key))
 
 
 def _explain(problem: dict[str, Any], schema: type[BaseModel]) -> str:

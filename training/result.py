@@ -19,6 +19,7 @@ import shutil
 import statistics
 import subprocess
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import psutil
 import torch
 import typer
 
+from training.checksums import LIST, checksum_of_text, faults, list_of, sums_of
 from training.export import staged_file, write_text
 from training.recipe import BaseRecipe
 
@@ -120,10 +122,48 @@ def tokens_per_second(log_history: list[dict[str, Any]]) -> float | None:
     return round(tokens / seconds, 3) if seconds else None
 
 
-def write_result(result: dict[str, Any], folder: Path) -> None:
-    """Write `result.json` and, from its learning curve, `loss.png`; the JSON last: it marks the run as done."""
-    draw_learning_curve(result, folder / "loss.png")
-    write_text(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+# What stands beside a result and is taken from there: pictures and tables.
+SHOWN = (".png", ".md")
+
+
+def write_result(result: dict[str, Any], folder: Path, kept: Sequence[str] = (), name: str = "result.json") -> None:
+    """Write what marks a run as done, and before it the checksums of it and of what others read of the folder.
+
+    Args:
+        result: the content.
+        folder: of the run, or of a part of it that is done by itself.
+        kept: files and folders besides that later runs use, such as `model`.
+        name: of the file.
+    """
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    shown = [path.name for path in folder.iterdir() if path.suffix in SHOWN]
+    sums = sums_of(folder, [*kept, *shown]) | {name: checksum_of_text(text)}
+    write_text(folder / LIST, list_of(sums))
+    write_text(folder / name, text)
+
+
+def read_result(folder: Path, name: str = "result.json") -> dict[str, Any] | None:
+    """What `write_result` has written; None if it has not.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    if not (folder / name).is_file():
+        return None
+    if found := faults(folder, name):
+        raise ValueError(
+            f"{folder / name} is damaged ({'; '.join(found)}): restore it, or remove it and start again, which makes "
+            "it from what else is there"
+        )
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def refuse_change(folder: Path) -> None:
+    """`ValueError` if the folder of a finished run lacks what `write_result` has listed, or has it changed."""
+    if found := faults(folder, unlisted=False):
+        raise ValueError(
+            f"{folder} is damaged ({'; '.join(found)}): restore it, or remove its result.json and run the recipe again"
+        )
 
 
 def draw_learning_curve(result: dict[str, Any], path: Path) -> None:
@@ -281,9 +321,9 @@ def collect(*names: str) -> None:
     """
     for name in names:
         folder = Path("runs") / name
-        if not (folder / "result.json").is_file():
+        if read_result(folder) is None:
             raise ValueError(f"{folder} holds no result.json: run the recipe {name!r} to its end first")
-        files = {path: path.name for path in sorted(folder.iterdir()) if path.suffix in (".png", ".md")}
+        files = {path: path.name for path in sorted(folder.iterdir()) if path.suffix in SHOWN}
         files |= {path: f"{name}.md" for path in files if path.name == "README.md"}
         foreign = [own for own in files.values() if not own.startswith(name)]
         if foreign:

@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,21 +12,39 @@ from typing import Any
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
+from training.checksums import LIST
 from training.export import remove_leftovers, write_text
-from training.loop import latest_checkpoint, set_aside_broken_checkpoints
+from training.loop import set_aside_broken_checkpoints
 from training.recipe import BaseRecipe
+
+
+# They lie in the folder itself, which is the same whatever it is called: by a link, a bind mount, or `..` in its path.
+RUN_LOCK, TRIAL_LOCK = ".run.lock", ".trial.lock"
 
 
 @contextlib.contextmanager
 def only_run_in(folder: Path, state: PartialState) -> Iterator[None]:
-    """Hold a lock beside the folder: a command started twice must not tidy away what the first is just saving."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-    if state.is_main_process:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(f"a run is going on in {folder}: wait for it, or choose another output_dir") from None
+    """Hold a lock in the folder: a command started twice must not tidy away what the first is just saving.
+
+    Raises:
+        ValueError: another process holds it, or the folder has something in it that no run has written.
+    """
+    _refuse_other_content(folder)  # which then gets no lock either
+    with locked(folder) if state.is_main_process else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder, made if it is not there, for this process alone; `ValueError` if another has it."""
+    folder.resolve().mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.resolve() / RUN_LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"a run is going on in {folder}, or it is being published: wait for it, or choose another output_dir"
+        ) from None
     try:
         yield
     finally:
@@ -44,25 +63,44 @@ def claim_folder(recipe: BaseRecipe, identity: dict[str, Any], state: PartialSta
 
     Raises:
         ValueError: the folder holds another recipe's run, a run of another number of processes, only damaged
-            checkpoints, or, with `restart`, something that no run has written.
+            checkpoints, a `run.json` that cannot be read, or, with `restart`, something that no run has written.
     """
-    if recipe.folder.is_dir() and any(recipe.folder.iterdir()) and not (recipe.folder / "run.json").is_file():
-        raise ValueError(f"{recipe.folder} is not the folder of a run and stays as it is: choose another output_dir")
+    _refuse_other_content(recipe.folder)
     if not restart:
         _refuse_another_run(recipe.folder, identity)
     state.wait_for_everyone()  # nobody may change the folder while others still look at it
     if state.is_main_process:
-        if restart and recipe.folder.exists():
-            aside = recipe.folder.with_name(f"{recipe.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            recipe.folder.rename(aside)
-            state.print(f"the earlier run is now in {aside}")
-        recipe.folder.mkdir(parents=True, exist_ok=True)
+        if restart and _content(recipe.folder):
+            state.print(f"the earlier run is now in {_move_aside(recipe.folder.resolve())}")
+        recipe.folder.resolve().mkdir(parents=True, exist_ok=True)
         remove_leftovers(recipe.folder)
-        if latest_checkpoint(recipe.folder) is not None:
+        if not (recipe.folder / "result.json").is_file():
+            (recipe.folder / LIST).unlink(missing_ok=True)  # of what a run had finished whose result is gone
             set_aside_broken_checkpoints(recipe.folder)
         write_text(recipe.folder / "run.json", json.dumps(identity, indent=1))
         write_text(recipe.folder / "recipe.yaml", recipe.to_yaml())
     state.wait_for_everyone()
+
+
+def _content(folder: Path) -> list[Path]:
+    """What is in a folder, locks left out; nothing if there is no such folder."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if path.name not in (RUN_LOCK, TRIAL_LOCK)]
+
+
+def _refuse_other_content(folder: Path) -> None:
+    if _content(folder) and not (folder / "run.json").is_file():
+        raise ValueError(f"{folder} is not the folder of a run and stays as it is: choose another output_dir")
+
+
+def _move_aside(folder: Path) -> Path:
+    """Move what a folder holds into one beside it. The folder itself stays: it is locked, and may be a mount point."""
+    aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    aside.mkdir()
+    # `run.json` last: until then, after a kill, this is still the folder of a run.
+    for path in sorted(_content(folder), key=lambda path: path.name == "run.json"):
+        shutil.move(path, aside / path.name)
+    return aside
 
 
 def _refuse_another_run(folder: Path, identity: dict[str, Any]) -> None:
@@ -70,17 +108,28 @@ def _refuse_another_run(folder: Path, identity: dict[str, Any]) -> None:
     written = folder / "run.json"
     if not written.is_file():
         return
-    earlier = json.loads(written.read_text(encoding="utf-8"))
+    earlier = _read_identity(written, remedy)
     if (earlier["hash"], earlier["data"]) != (identity["hash"], identity["data"]):
         before, now = _flat(earlier), _flat(identity)
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         changes = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed if key != "hash"]
-        raise ValueError(f"{folder} holds a run of another recipe or other data ({'; '.join(changes)}): {remedy}")
+        told = "; ".join(changes) or "by its hash alone: its run.json may be damaged"
+        raise ValueError(f"{folder} holds a run of another recipe or other data ({told}): {remedy}")
     if earlier.get("num_processes") != identity.get("num_processes"):
         raise ValueError(
-            f"{folder} holds a run of {earlier['num_processes']} processes, not {identity['num_processes']}: start it "
-            f"with as many, so that it continues exactly, or {remedy}"
+            f"{folder} holds a run of {earlier.get('num_processes')} processes, not {identity.get('num_processes')}: "
+            f"start it with as many, so that it continues exactly, or {remedy}"
         )
+
+
+def _read_identity(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it cannot be read as JSON ({error}): {remedy}") from None
+    if not isinstance(content, dict) or not {"hash", "data"} <= content.keys():
+        raise ValueError(f"{path} is damaged, it does not say whose run this is: {remedy}")
+    return content
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

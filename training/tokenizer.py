@@ -1,8 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers: a byte-level BPE trained on the stories themselves, or any pretrained fast one."""
+"""Tokenizers: a byte-level BPE trained on the stories themselves, or any pretrained fast one.
 
+One rule holds wherever text is encoded: **a text is its own tokens, and nothing is added to it.** Training puts the
+end of text behind each story, and that token alone stands between two stories; prompts, scored texts and measured
+texts get none. Many pretrained tokenizers add a begin token before each text or an end token behind it.
+`load_tokenizer` takes that away, and the tokenizer that is exported with a model has lost it for good, so that
+pipelines, the evaluation harness and the Space, which call that tokenizer as it is, read a prompt as the model read
+its training text.
+"""
+
+import json
 import logging
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -62,8 +73,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer and see to it that bos, eos and pad are set and that it pads on the left.
+def load_tokenizer(name_or_path: str, keep_added: bool = False) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer that adds nothing to a text, has bos, eos and pad, and pads on the left.
+
+    What it adds by itself is taken away, which is logged: see the rule above.
 
     The vocabulary is never enlarged, because a pretrained model has no embedding for a new entry. A missing bos
     becomes the eos and the reverse: both only mark where a text begins or ends. A missing pad becomes a special token
@@ -72,6 +85,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 
     Args:
         name_or_path (`str`): a folder written by `save_pretrained`, or a name on the Hub.
+        keep_added (`bool`): leave what it adds by itself: for a model of others, which is only used.
 
     Raises:
         ValueError: there is no such tokenizer, it is not a fast one, or it has neither bos nor eos.
@@ -95,8 +109,40 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         tokenizer.pad_token = _pad_within(tokenizer)
         if tokenizer.pad_token_id == tokenizer.eos_token_id:
             logger.warning("%s has no token for padding: its eos %s pads", name_or_path, tokenizer.eos_token)
+    if not keep_added and (added := added_tokens(tokenizer)):
+        added = " and ".join(added)
+        logger.warning("%s adds %s of each text: taken away, as training text has none", name_or_path, added)
+        tokenizer = _adding_nothing(tokenizer)
     tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # else `save_pretrained` would not keep it
     return tokenizer
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """What a tokenizer adds to a text by itself, in words such as `'<s>' in front`; empty if nothing."""
+    encoding = tokenizer("a", return_special_tokens_mask=True)
+    tokens, mask = tokenizer.convert_ids_to_tokens(encoding["input_ids"]), encoding["special_tokens_mask"]
+    begin = mask.index(0) if 0 in mask else len(mask)
+    front, rest = tokens[:begin], tokens[begin:]
+    behind = [token for token, is_added in zip(rest, mask[begin:], strict=True) if is_added]
+    places = {"in front": front, "behind": behind}
+    return [f"{''.join(added)!r} {place}" for place, added in places.items() if added]
+
+
+def _adding_nothing(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer without the step that adds tokens.
+
+    Some classes of transformers bring that step back whenever they are loaded. The plain class takes all from the
+    file, so that what is saved is what others load.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        file = Path(folder) / "tokenizer.json"
+        backend = json.loads(file.read_text(encoding="utf-8")) | {"post_processor": None}
+        file.write_text(json.dumps(backend, ensure_ascii=False), encoding="utf-8")
+        plain = PreTrainedTokenizerFast.from_pretrained(folder)
+    plain.name_or_path = tokenizer.name_or_path
+    return plain
 
 
 def _pad_within(tokenizer: PreTrainedTokenizerFast) -> str:

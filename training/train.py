@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from training.checksums import faults, write_list
 from training.cost import (
     DEFAULT_UTILISATION,
     STATE_BYTES_PER_PARAMETER,
@@ -28,7 +29,16 @@ from training.evaluate import load_model, mean_loss, tokens_and_bytes
 from training.export import export_model, staged_folder, verify_export
 from training.loop import LanguageModelTrainer
 from training.recipe import Recipe
-from training.result import bits_per_byte, header, learning_curve, perplexity, tokens_per_second, write_result
+from training.result import (
+    bits_per_byte,
+    draw_learning_curve,
+    header,
+    learning_curve,
+    perplexity,
+    read_result,
+    tokens_per_second,
+    write_result,
+)
 from training.run_folder import claim_folder, only_run_in
 from training.tokenizer import load_tokenizer, train_tokenizer
 
@@ -42,12 +52,14 @@ class Kind(NamedTuple):
         export: writes what was trained, given the recipe, the model, the tokenizer and the state dict if the model
             holds only a shard of it; returns the folder of the whole model, and that model.
         describe: what the result says besides, of a recipe and its validation windows.
+        exports: the folders that `export` writes.
     """
 
     tokenizer: Callable[..., PreTrainedTokenizerBase]
     build: Callable[..., PreTrainedModel]
     export: Callable[..., tuple[Path, PreTrainedModel]]
     describe: Callable[..., dict[str, Any]]
+    exports: tuple[str, ...]
 
 
 def run(recipe: Recipe, restart: bool = False, kind: Kind | None = None) -> dict[str, Any]:
@@ -76,10 +88,10 @@ def _run(
     recipe: Recipe, arguments: TrainingArguments, state: PartialState, restart: bool, kind: Kind
 ) -> dict[str, Any]:
     claim_folder(recipe, _identity(recipe, state), state, restart)
-    finished = recipe.folder / "result.json"
-    if finished.is_file():
+    finished = read_result(recipe.folder)
+    if finished is not None:
         state.print(f"{recipe.folder} is finished already; --restart trains again")
-        return json.loads(finished.read_text(encoding="utf-8"))
+        return finished
     tokenizer = prepare_tokenizer(recipe, state, kind.tokenizer)
     windows = prepare_windows(recipe, tokenizer, state)
     model = kind.build(recipe, tokenizer)
@@ -234,6 +246,12 @@ def prepare_tokenizer(
         if state.is_main_process and not saved.is_dir():
             with staged_folder(saved) as staged:
                 (make or _make_tokenizer)(recipe).save_pretrained(staged)
+                write_list(staged)
+        if found := faults(saved):
+            raise ValueError(
+                f"{saved} is damaged ({'; '.join(found)}): restore it, for what was trained so far reads by it, or "
+                "train again with --restart"
+            )
     tokenizer = load_tokenizer(str(saved))
     config = recipe.build_config()
     if len(tokenizer) > config.vocab_size:
@@ -247,7 +265,10 @@ def prepare_tokenizer(
 def _make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     section = recipe.tokenizer
     if section.pretrained is not None:
-        return load_tokenizer(section.pretrained)
+        tokenizer = load_tokenizer(section.pretrained)
+        # What stands before a story in training, not a begin token of its own that no window holds.
+        tokenizer.bos_token = tokenizer.eos_token
+        return tokenizer
     source = recipe.data.train.model_dump()
     if section.max_training_stories is not None:
         limits = [limit for limit in (section.max_training_stories, source["num_stories"]) if limit is not None]
@@ -303,7 +324,7 @@ def _export(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     return folder, model
 
 
-FROM_SCRATCH = Kind(_make_tokenizer, build_model, _export, lambda recipe, windows, batch_size: {})
+FROM_SCRATCH = Kind(_make_tokenizer, build_model, _export, lambda recipe, windows, batch_size: {}, ("model",))
 
 
 def _finish(
@@ -332,7 +353,8 @@ def _finish(
         texts = verify_export(folder, prompts, seed=recipe.seed, model=model, **sampling)
         result = _result(recipe, trainer, tokenizer, loss, list(zip(prompts, texts, strict=True)), cost)
         result |= kind.describe(recipe, trainer.eval_dataset, trainer.args.eval_batch_size)
-        write_result(result, recipe.folder)
+        draw_learning_curve(result, recipe.folder / "loss.png")
+        write_result(result, recipe.folder, kind.exports)
     state.wait_for_everyone()
     return result
 

@@ -2,51 +2,47 @@
 """What is checked of a published folder before anything of it is loaded or run. All of it only reads.
 
 A folder is of one kind, holding what is published of that kind and nothing else: files that are what their names say,
-no pickle or link among them; checksums that hold; code that is this project's, byte for byte; settings that lead to no
-other code, weights or repository; a licence.
+no pickle or link among them; checksums that hold; code that is this project's, byte for byte; settings and a card such
+as this project writes, which lead to no other code, weights or repository; finite weights; a licence. Who has written
+the folder, none of this tells.
 """
 
+import codecs
 import fnmatch
-import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from huggingface_hub import RepoCard
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers.dynamic_module_utils import get_relative_import_files
 
-from training import hub
-from training.card import STORIES
+from training import hub, verify_values
+from training.bounded import read_object
 from training.data import checksum
 from training.hub import CARD, NOBODYS, RESULT, SUMS, published_files
 from training.result import CLONE
+from training.verify_values import MODEL_TYPES
 
 
 PACKAGE, SPACE = CLONE / "modeling_memory_mosaic", CLONE / "hub_cards" / "space"
 LICENSE = "LICENSE"
 # By kind, the file that only it has.
 MARKERS = {"model": "config.json", "adapter": "adapter_config.json", "dataset": "stories.jsonl.gz", "space": "app.py"}
-# By model type, whose files `save_pretrained` writes beside the weights.
-CODE_OF = {"memory_mosaic": ("memory_mosaic",), "memory_model": ("memory_mosaic", "memory_model")}
 _OF_ALL = (CARD, LICENSE, SUMS, RESULT, "results/*.json", "units.json", "*.png", *NOBODYS)
 _OF_MODELS = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
 )
 FILES = {
     "model": _OF_MODELS,
     "adapter": ("adapter_config.json", "adapter_model.safetensors"),
     "dataset": ("stories.jsonl.gz", "rejected.jsonl"),
-    "space": ("requirements.txt", *(f"model/{name}" for name in _OF_MODELS)),
+    "space": tuple(f"model/{name}" for name in _OF_MODELS),
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
-# Settings by which a library fetches or runs what is not in the folder, wherever they stand.
-LEADING_ELSEWHERE = {
-    *("auto_map", "custom_pipelines", "custom_generate", "transformers_weights", "trust_remote_code"),
-    *("attn_implementation", "_attn_implementation", "auto_mapping", "megatron_config"),
-}
+# What is shown in cards, pages and terminals, and is a path.
+NAME = re.compile(r"(?:[\w.][\w.+=@-]*/)*[\w.][\w.+=@-]*", re.ASCII)
 
 
 def check_folder(folder: Path) -> list[str]:
@@ -55,7 +51,8 @@ def check_folder(folder: Path) -> list[str]:
     Raises:
         ValueError: what is not.
     """
-    return [check(folder) for check in (check_files, check_sums, check_code, check_settings, check_license)]
+    checks = (check_files, check_sums, check_code, check_settings, check_weights, check_license)
+    return [check(folder) for check in checks]
 
 
 def kind_of(folder: Path) -> str:
@@ -69,6 +66,9 @@ def kind_of(folder: Path) -> str:
 
 def check_files(folder: Path) -> str:
     """Every file is one of its kind's, and what its name says; `check_forms` alone is for what a run has written."""
+    for name in published_files(folder):
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!a} is the name of a file with signs that no published one has: remove it")
     check_forms(folder)
     kind, files = kind_of(folder), published_files(folder)
     allowed = (*_OF_ALL, *FILES[kind], *_own_code(folder))
@@ -104,10 +104,17 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _is_text(path: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        return "\0" not in path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                if b"\0" in chunk:
+                    return False
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         return False
+    return True
 
 
 def _begins_with(start: bytes) -> Callable[[Path], bool]:
@@ -157,7 +164,7 @@ def _summed(folder: Path) -> list[str]:
 
 
 def check_code(folder: Path) -> str:
-    """The Python files are those that this project publishes with such a folder, byte for byte."""
+    """The code, and what it asks to be installed, is what this project publishes with such a folder, byte for byte."""
     own = _own_code(folder)
     missing = sorted(own.keys() - set(published_files(folder)))
     if missing:
@@ -165,7 +172,7 @@ def check_code(folder: Path) -> str:
     for name, path in own.items():
         if (folder / name).read_bytes() != path.read_bytes():
             raise ValueError(f"{name} differs from this project's {path.name}: read it before you trust it")
-    return f"{len(own)} Python files equal this project's, byte for byte" if own else "numbers and settings, no code"
+    return f"{len(own)} files of code equal this project's, byte for byte" if own else "numbers and settings, no code"
 
 
 def _own_code(folder: Path) -> dict[str, Path]:
@@ -175,79 +182,75 @@ def _own_code(folder: Path) -> dict[str, Path]:
         return _code_of_model(folder)
     if kind != "space":
         return {}
+    # What it installs is run as well.
+    space = {name: SPACE / name for name in ("app.py", "requirements.txt")}
     package = {f"{PACKAGE.name}/{path.name}": path for path in sorted(PACKAGE.glob("*.py"))}
     model = {f"model/{name}": path for name, path in _code_of_model(folder / "model").items()}
-    return {"app.py": SPACE / "app.py"} | package | model
+    return space | package | model
 
 
 def _code_of_model(folder: Path) -> dict[str, Path]:
     model_type = read_object(folder / "config.json").get("model_type")
-    if model_type not in CODE_OF:
-        raise ValueError(f"{folder} holds a model of type {model_type!r}, not one of {', '.join(CODE_OF)}")
-    parts = [f"{part}_{name}.py" for name in CODE_OF[model_type] for part in ("cache", "configuration", "modeling")]
-    return {name: PACKAGE / name for name in parts}
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        raise ValueError(f"{folder} holds a model of type {model_type!r}, not one of {', '.join(MODEL_TYPES)}")
+    modeling = PACKAGE / f"modeling_{model_type}.py"
+    # As the library collects them when it saves and loads a model.
+    files = [modeling, *map(Path, get_relative_import_files(modeling))]
+    return {path.name: path for path in sorted(files)}
 
 
 def check_settings(folder: Path) -> str:
-    """No setting leads to code, weights or a repository besides those that are checked."""
-    files = published_files(folder)
-    settings = [name for name in files if name.endswith(("config.json", ".index.json"))]
+    """Settings are such as this project writes, and lead to no code, weights or repository besides those checked."""
+    kind, files = kind_of(folder), published_files(folder)
+    settings = [name for name in files if name.endswith(("config.json", ".index.json", "special_tokens_map.json"))]
     for name in settings:
-        content, beside = read_object(folder / name), PurePosixPath(name).parent
-        if PurePosixPath(name).name == "config.json":
-            _check_config(folder / name, content)
-            content.pop("auto_map", None)
-        for key, value in _entries(content):
-            if key in LEADING_ELSEWHERE and value is not None:
-                raise ValueError(f"`{key}` in {name} is {value!r}, which leads elsewhere: nothing published has it")
-        for part in content.get("weight_map", {}).values():
-            if (beside / str(part)).as_posix() not in files:
-                raise ValueError(f"`weight_map` in {name} leads to {part!r}, which is not in the folder")
-    if kind_of(folder) == "adapter":
-        base_of_adapter(folder)
-    if kind_of(folder) == "dataset" and (folder / CARD).is_file():
-        configs = RepoCard.load(folder / CARD).data.to_dict().get("configs")
-        if configs != STORIES:
-            raise ValueError(f"`configs` in the card is {configs!r}, not {STORIES!r}: it would load something else")
-    return f"{len(settings)} files of settings lead nowhere else"
+        content, own = read_object(folder / name), PurePosixPath(name).name
+        if own == "config.json":
+            content.pop("auto_map", None)  # compared by itself
+        if own == "adapter_config.json":
+            content.pop("base_model_name_or_path", None)
+        if own == "generation_config.json":
+            verify_values.check_generation(name, content)
+        if own != "model.safetensors.index.json":
+            verify_values.check_values(name, content)
+    if kind in ("model", "space"):
+        verify_values.check_tokenizer(model_in(folder))
+    if kind == "adapter":
+        verify_values.check_adapter(folder)
+    card = verify_values.check_card(folder, kind)
+    return f"{len(settings)} files of settings lead nowhere else; {card}"
 
 
-def _check_config(path: Path, content: dict[str, Any]) -> None:
-    model_type = content["model_type"]
-    known = AutoConfig.for_model(model_type).to_dict().keys() | {"auto_map", "transformers_version"}
-    unknown = sorted(content.keys() - known)
-    if unknown:
-        raise ValueError(f"{path.name} has settings that a {model_type} does not have: {', '.join(unknown)}")
-    mapped = content.get("auto_map")
-    for target in mapped.values() if isinstance(mapped, dict) else [mapped]:
-        module = re.fullmatch(r"(\w+)\.\w+", target) if isinstance(target, str) else None
-        if module is None or not (path.parent / f"{module[1]}.py").is_file():
-            raise ValueError(f"`auto_map` in {path.name} leads to {target!r}, which is not in the folder")
+def model_in(folder: Path) -> Path:
+    """Where the model lies that a folder holds: of a Space, a folder in it."""
+    return folder / "model" if kind_of(folder) == "space" else folder
 
 
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of a JSON value with what it has, however deep."""
-    if isinstance(value, dict):
-        yield from value.items()
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _entries(part)
-
-
-def base_of_adapter(folder: Path) -> tuple[str, str]:
-    """Id and commit of the model that a published adapter goes on top of."""
-    settings = read_object(folder / "adapter_config.json")
-    base, commit = settings.get("base_model_name_or_path"), settings.get("revision")
-    if not hub.REPO_ID.fullmatch(str(base)) or not hub.COMMIT.fullmatch(str(commit)):
-        raise ValueError(f"adapter_config.json names {base!r} at {commit!r}, not a base on the Hub at a commit")
-    return base, commit
+def check_weights(folder: Path) -> str:
+    """The weights are those that are loaded, finite, and those of the model that the settings describe."""
+    kind = kind_of(folder)
+    if kind == "dataset":
+        return "no weights"
+    place = model_in(folder)
+    files = verify_values.weight_files(place, published_files(place), adapter=kind == "adapter")
+    found = verify_values.shapes(files)
+    if kind == "adapter":
+        others = sorted(name for name in found if ".lora_" not in name)
+        if others:
+            raise ValueError(f"{others[0]!r} in adapter_model.safetensors is no part of LoRA")
+    else:
+        numbers = sum(map(math.prod, found.values()))
+        verify_values.check_config(place / "config.json", numbers, len(found))
+        verify_values.check_filled(place, found)
+    return verify_values.check_finite(files)
 
 
 def check_license(folder: Path) -> str:
     """The card, if there is one, states a licence; with code comes this project's, and every code file names it."""
     stated = "of the code alone: there is no card at this commit"
     if (folder / CARD).is_file():
-        stated = RepoCard.load(folder / CARD).data.to_dict().get("license")
-        if not stated or stated == "unknown":
+        stated = verify_values.card_data(folder / CARD).get("license")
+        if not isinstance(stated, str) or stated == "unknown" or not re.fullmatch(r"[\w.+-]+", stated):
             raise ValueError(f"the card of {folder} states no licence: give one in its `license`")
     code = [name for name in published_files(folder) if name.endswith(".py")]
     for name in code:
@@ -258,14 +261,3 @@ def check_license(folder: Path) -> str:
     if code and (folder / LICENSE).read_bytes() != (CLONE / LICENSE).read_bytes():
         raise ValueError(f"the {LICENSE} of {folder} is not this project's, although its code is")
     return f"licence {stated}"
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Content of a file that holds a JSON object; `ValueError` if it does not."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object: it is damaged, or something else")
-    return content

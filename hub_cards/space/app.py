@@ -10,6 +10,7 @@ A text has T tokens, a model L layers of H contextual and H persistent memories.
 import argparse
 import dataclasses
 import html
+import math
 import os
 from pathlib import Path
 
@@ -19,6 +20,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # noqa: E402
 
 from modeling_memory_mosaic import MemoryMosaicForCausalLM, MemoryMosaicTrace, trace_tokens  # noqa: E402
@@ -28,10 +30,18 @@ KINDS = ("contextual", "persistent")
 # Weights are tokens x tokens for each of L x H memories, and a visitor waits for them.
 MOST_GIVEN_TOKENS = 128
 MOST_NEW_TOKENS = 100
+HOTTEST = 1.5
+# Of a beginning, what is read at all: tokenizing takes time and memory in proportion, and the end is all that counts.
+MOST_CHARACTERS = 10_000
+# In bytes, of a whole request. Those of this page have a few kilobytes; nothing is uploaded.
+LARGEST_REQUEST = 2**20
+MOST_WAITING = 32
 UNITS_OF_A_KIND = 4
 PAIRS_OF_A_UNIT = 3
 WORDS_OF_A_SLOT = 3
 KEPT_SECONDS = 3600
+
+NOT_FINITE = "What the model computes is not finite: its weights are damaged, or too large for this text."
 
 EXAMPLES = [
     "The dog's name was Max. The cat's name was Bella. The dog's name was",
@@ -105,6 +115,8 @@ def load(source: str):
         raise ValueError(
             f"{source}: the model has no tokenizer beside it. Save its own there: `tokenizer.save_pretrained`."
         ) from error
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(f"{source}: the weights have numbers that are not finite. {remedy}")
     return model.eval(), tokenizer
 
 
@@ -121,33 +133,70 @@ def write(model, tokenizer, beginning: str, num_tokens: int, temperature: float,
         the reading, and what the reader ought to be told; "" if nothing.
 
     Raises:
-        ValueError: if the beginning is empty, or a number is missing or out of range.
+        ValueError: if the beginning is empty or no text, a number is missing, out of range or none, or what the model
+            computes is not finite.
     """
-    if not beginning.strip():
-        raise ValueError("The beginning is empty: write a few words for the model to continue.")
-    if None in (num_tokens, temperature, seed):
-        raise ValueError("A number is missing: give the number of new tokens, the temperature and the seed.")
-    if not 1 <= num_tokens <= MOST_NEW_TOKENS or temperature < 0:
-        raise ValueError(f"1 to {MOST_NEW_TOKENS} new tokens can be written, at a temperature from 0 on.")
-    ids = tokenizer(beginning, return_tensors="pt").input_ids
+    check_settings(beginning, num_tokens, temperature, seed)
+    read = beginning[-MOST_CHARACTERS:]
+    ids = tokenizer(read, return_tensors="pt").input_ids
     told = ""
     if ids.shape[1] > MOST_GIVEN_TOKENS:
-        told = f"The beginning has {ids.shape[1]} tokens; the model read the last {MOST_GIVEN_TOKENS} of them."
+        length = f"{len(beginning):,} characters" if len(read) < len(beginning) else f"{ids.shape[1]} tokens"
+        of_them = "tokens" if len(read) < len(beginning) else "of them"
+        told = f"The beginning has {length}; the model read the last {MOST_GIVEN_TOKENS} {of_them}."
         ids = ids[:, -MOST_GIVEN_TOKENS:]
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     settings = GenerationConfig(max_new_tokens=int(num_tokens), **how, **ends)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed))
-        text = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        try:
+            text = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        except RuntimeError as error:  # of torch, where nothing can be drawn from what the model says
+            raise ValueError(f"{NOT_FINITE} ({str(error).splitlines()[0]})") from error
     trace = trace_tokens(model, text)
+    if not (trace.logit[:, :-1].isfinite().all() and trace.contribution[..., :-1].isfinite().all()):
+        raise ValueError(NOT_FINITE)
     weights, slots = trace.slot_weights[:, 0].topk(min(PAIRS_OF_A_UNIT, trace.slot_weights.shape[-1]))
     trace = dataclasses.replace(trace, slot_weights=torch.empty(0))
-    reading = Reading([tokenizer.decode([token]) for token in text[0]], ids.shape[1], trace, (slots, weights), {})
+    reading = Reading(shown_tokens(tokenizer, text[0].tolist()), ids.shape[1], trace, (slots, weights), {})
     units = [unit for position in range(len(text[0])) for unit in strongest_units(reading, position)]
     persistent = [unit for unit in units if unit.kind == "persistent"]
     places = {(unit.layer, unit.head, slot) for unit in persistent for slot, _ in unit.recalled}
     return dataclasses.replace(reading, words=words_of_slots(model, tokenizer, places)), told
+
+
+def check_settings(beginning: str, num_tokens: float, temperature: float, seed: float) -> None:
+    """`ValueError` for what a visitor cannot ask for. The page's own bounds hold for its own visitors alone."""
+    if not isinstance(beginning, str) or not beginning[-MOST_CHARACTERS:].strip():
+        raise ValueError("The beginning is empty: write a few words for the model to continue.")
+    if None in (num_tokens, temperature, seed):
+        raise ValueError("A number is missing: give the number of new tokens, the temperature and the seed.")
+    for number in (num_tokens, temperature, seed):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ValueError("What is to be a number is none: give plain, finite numbers.")
+    if not (1 <= num_tokens <= MOST_NEW_TOKENS and num_tokens == int(num_tokens) and 0 <= temperature <= HOTTEST):
+        raise ValueError(
+            f"1 to {MOST_NEW_TOKENS} new tokens can be written, at a temperature from 0 on, up to {HOTTEST}."
+        )
+    if not (0 <= seed < 2**31 and seed == int(seed)):
+        raise ValueError("The seed has to be a whole number from 0 on, below 2,147,483,648.")
+    try:
+        beginning[-MOST_CHARACTERS:].encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("The beginning has half a character, which no text can have.") from error
+
+
+def shown_tokens(tokenizer, ids: list[int]) -> list[str]:
+    """The text of each token. Of a character that several tokens make, the last one has it and the others nothing."""
+    tokens, begins = [], 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[begins:end])
+        # No character is longer than four bytes: what ends in more is no character, and shown as it is.
+        is_open = text.endswith("\ufffd") and end < len(ids) and end - begins < 4
+        tokens.append("" if is_open else text)
+        begins = begins if is_open else end
+    return tokens
 
 
 @torch.no_grad()
@@ -347,9 +396,10 @@ def make_page(model, tokenizer) -> gr.Blocks:
         gr.HTML(HEADING, elem_id="heading")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
-                beginning = gr.Textbox(EXAMPLES[0], label="Beginning", lines=4, max_lines=4, elem_id="beginning")
+                length = {"lines": 4, "max_lines": 4, "max_length": MOST_CHARACTERS}
+                beginning = gr.Textbox(EXAMPLES[0], label="Beginning", **length, elem_id="beginning")
                 num_tokens = gr.Slider(1, MOST_NEW_TOKENS, 40, step=1, label="New tokens")
-                temperature = gr.Slider(0, 1.5, 0.7, step=0.1, label="Temperature")
+                temperature = gr.Slider(0, HOTTEST, 0.7, step=0.1, label="Temperature")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
                 button = gr.Button("Continue the text", variant="primary", elem_id="continue")
                 note = gr.HTML(elem_id="note")
@@ -391,12 +441,15 @@ def make_page(model, tokenizer) -> gr.Blocks:
 
         def choose_token(found, event: gr.SelectData):
             refuse_forgotten(found)
-            return event.index, *show_token(found, event.index)
+            place = place_among(event.index, len(found.tokens))
+            return place, *show_token(found, place)
 
         def choose_unit(found, chosen, event: gr.SelectData):
             refuse_forgotten(found)
             _, layer, kind, head, *_ = event.row_value  # not its number: visitors may sort the table
-            return show_unit(found, chosen, int(layer), kind, int(head))
+            layers, _, heads, *_ = found.trace.weights.shape
+            unit = place_among(layer, layers), KINDS[kind == KINDS[1]], place_among(head, heads)
+            return show_unit(found, place_among(chosen, len(found.tokens)), *unit)
 
         settings = [beginning, num_tokens, temperature, seed]
         # The first visit shows an example at once. One text at a time: the model and its random numbers are shared.
@@ -410,6 +463,42 @@ def make_page(model, tokenizer) -> gr.Blocks:
 def refuse_forgotten(reading: Reading | None) -> None:
     if reading is None:
         raise gr.Error(f"This text was forgotten after {KEPT_SECONDS // 60} minutes: continue it again.")
+
+
+def place_among(place, size: int) -> int:
+    """A place as a whole number below `size`; an error for what no page sends."""
+    if not str(place).isdecimal() or int(place) >= size:
+        raise gr.Error("There is nothing at this place: choose a token or a memory of the page.")
+    return int(place)
+
+
+class BoundedRequests:
+    """An ASGI application that refuses requests of more than `LARGEST_REQUEST` bytes, before they are held."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        received = 0
+        stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if not stated.isdigit() or len(stated) > 9 or int(stated) > LARGEST_REQUEST:
+            return await self.refuse(send)
+
+        async def counted():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            # Without a stated length, what is too long ends as if the visitor had gone.
+            return message if received <= LARGEST_REQUEST else {"type": "http.disconnect"}
+
+        return await self.app(scope, counted, send)
+
+    async def refuse(self, send):
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": f"over {LARGEST_REQUEST:,} bytes".encode()})
 
 
 HEADING = """
@@ -469,7 +558,9 @@ def main():
     letters = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "sans-serif"]
     theme = gr.themes.Default(primary_hue="blue", font=letters)
     look = {"theme": theme, "css": CSS, "js": LIGHT, "footer_links": []}
-    page.launch(**look, run_history=False, ssr_mode=False, state_session_capacity=100)
+    page.queue(max_size=MOST_WAITING)
+    bounds = {"max_file_size": 1, "app_kwargs": {"middleware": [Middleware(BoundedRequests)]}}
+    page.launch(**look, **bounds, run_history=False, ssr_mode=False, state_session_capacity=100)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
-from filelock import FileLock
 from huggingface_hub import DatasetCardData
 from pydantic import PositiveInt, model_validator
 from transformers import PreTrainedModel
 
 from training.card import render
-from training.data import checksum
-from training.export import staged_folder, write_text
+from training.checksums import checksum
+from training.export import make_once
 from training.recipe import Section
 
 
@@ -245,11 +244,12 @@ def draw_splits(section: AutomataSection) -> DatasetDict:
 
 def _drawn(section: AutomataSection) -> Path:
     folder = data_folder(section)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.is_dir():
-            splits = DatasetDict({name: draw_split(section, number) for name, number in SPLITS.items()})
-            save_splits(section, splits, folder)
+
+    def draw(staged: Path) -> None:
+        splits = DatasetDict({name: draw_split(section, number) for name, number in SPLITS.items()})
+        save_splits(section, splits, staged)
+
+    make_once(folder, draw)
     return folder
 
 
@@ -266,11 +266,10 @@ def provenance(section: AutomataSection) -> dict[str, Any]:
 
 
 def save_splits(section: AutomataSection, splits: DatasetDict, folder: Path) -> None:
-    """Write a data set of the Hub's form: a Parquet file for each split, and its card."""
-    with staged_folder(folder) as staged:
-        for name, split in splits.items():
-            split.to_parquet(staged / f"{name}.parquet")
-        write_text(staged / "README.md", _card(section, splits))
+    """Fill a folder with a data set of the Hub's form: a Parquet file for each split, and its card."""
+    for name, split in splits.items():
+        split.to_parquet(folder / f"{name}.parquet")
+    (folder / "README.md").write_text(_card(section, splits), encoding="utf-8")
 
 
 def _card(section: AutomataSection, splits: DatasetDict) -> str:

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import statistics
 import time
@@ -40,16 +41,18 @@ from transformers import (
 )
 
 from training.card import STORIES, render
-from training.data import checksum
+from training.checksums import checksum, sealed, set_aside, unsealed
 from training.experiments import story_filters, story_prompts
 from training.experiments.comparison import Claim
 from training.experiments.story_prompts import FEATURES, FIRST_NUMBER, LISTS, REQUESTS, TEMPLATE
 from training.export import remove_leftovers, staged_file, write_text
 from training.recipe import BaseRecipe, Section
-from training.result import header
+from training.result import header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
-from training.tokenizer import load_tokenizer
+from training.tokenizer import added_tokens, load_tokenizer
 
+
+logger = logging.getLogger(__name__)
 
 NUM_SAMPLES = 3
 # Of a generator in a local folder, what its stories depend on: configuration, tokenizer, chat template and weights.
@@ -173,17 +176,17 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
             "generator.quantization=none"
         )
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
-    with only_run_in(recipe.folder, state):
-        return _run(recipe, state, restart)
-
-
-def _run(recipe: Recipe, state: PartialState, restart: bool) -> dict[str, Any]:
     given = _given_lists(recipe)
+    with only_run_in(recipe.folder, state):
+        return _run(recipe, given, state, restart)
+
+
+def _run(recipe: Recipe, given: dict[str, list[str]], state: PartialState, restart: bool) -> dict[str, Any]:
     claim_folder(recipe, _identity(recipe, state), state, restart)
-    finished = recipe.folder / "result.json"
-    if finished.is_file():
+    finished = read_result(recipe.folder)
+    if finished is not None:
         state.print(f"{recipe.folder} is finished already; --restart makes the stories again")
-        return json.loads(finished.read_text(encoding="utf-8"))
+        return finished
     if state.is_main_process:
         for name in ("asked", "parts") if recipe.requests else ("parts",):
             (recipe.folder / name).mkdir(exist_ok=True)
@@ -232,7 +235,9 @@ class Generator:
     def __init__(self, section: GeneratorSection, state: PartialState):
         self.section = section
         self.device = state.device
-        self.tokenizer = load_tokenizer(section.model)
+        # As its makers trained it: a model of others may need the begin token that its tokenizer adds.
+        self.tokenizer = load_tokenizer(section.model, keep_added=True)
+        self._refuse_what_ends_a_prompt()
         if section.quantization == "4bit":
             _refuse_stacked_experts(section.model)
 
@@ -304,6 +309,15 @@ class Generator:
             for beginning, prompt, text in zip(beginnings, asked, whole, strict=True)
         ]
 
+    def _refuse_what_ends_a_prompt(self) -> None:
+        behind = [added for added in added_tokens(self.tokenizer) if added.endswith("behind")]
+        if behind and self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"the tokenizer of the generator {self.section.model!r} adds {behind[0]} each prompt, and no answer "
+                "comes after the end: set add_eos_token=false in its tokenizer_config.json (or take that token out of "
+                "the post_processor in its tokenizer.json), or take a generator with a chat template"
+            )
+
     def _text(self, prompt: str, beginning: str) -> str:
         if self.tokenizer.chat_template is not None:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": beginning}]
@@ -340,8 +354,10 @@ class Desk:
     def __init__(self, folder: Path, state: PartialState):
         self.folder, self.state = folder, state
         self._clock = folder / "seconds.json"
-        earlier = json.loads(self._clock.read_text(encoding="utf-8")) if self._clock.is_file() else 0.0
-        self._started = time.perf_counter() - earlier
+        earlier = unsealed(self._clock)
+        if earlier is None and self._clock.is_file():
+            logger.warning("%s is damaged: the seconds are counted from this start on", self._clock)
+        self._started = time.perf_counter() - json.loads(earlier or "0.0")
 
     def do(self, kind: str, count: int, work: Callable[[int], Iterable[dict]], label: str) -> list[Path]:
         """Do what is missing of batches 0 to `count - 1`, each on process number modulo processes.
@@ -358,14 +374,22 @@ class Desk:
         folder = self.folder / ("parts" if kind == "part" else "asked")
         paths = [folder / f"{kind}-{number:08d}.jsonl" for number in range(count)]
         mine = range(self.state.process_index, count, self.state.num_processes)
-        missing = [number for number in mine if not paths[number].is_file()]
+        missing = [number for number in mine if not self._is_done(paths[number])]
         is_main = self.state.is_main_process
         for number in tqdm(missing, desc=label, unit="batch", disable=not is_main or not missing):
-            write_text(paths[number], "".join(_json_line(row) for row in work(number)))
+            write_text(paths[number], sealed("".join(_json_line(row) for row in work(number))))
             if is_main:
-                write_text(self._clock, json.dumps(self.seconds))
+                write_text(self._clock, sealed(f"{json.dumps(self.seconds)}\n"))
         self.state.wait_for_everyone()
         return paths
+
+    def _is_done(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        if unsealed(path) is not None:
+            return True
+        logger.warning("%s is damaged: kept as %s, and done again", path, set_aside(path).name)
+        return False
 
     @property
     def seconds(self) -> float:
@@ -379,8 +403,10 @@ def _json_line(row: dict[str, Any]) -> str:
 
 def _rows(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
     for path in paths:
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
+        text = unsealed(path)
+        if text is None:
+            raise ValueError(f"{path} is damaged: start the run again, which does this batch again")
+        yield from map(json.loads, filter(None, text.split("\n")))  # a story may hold other ends of lines
 
 
 def _batch_seed(recipe: Recipe, kind: str, number: int) -> int:
@@ -514,7 +540,7 @@ def _finish(
     }
     result["claims"] = [claim._asdict() for claim in _claims(result)]
     write_text(recipe.folder / "README.md", card(result))
-    write_text(recipe.folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_result(result, recipe.folder, ["stories.jsonl.gz", "rejected.jsonl"])
     return result
 
 

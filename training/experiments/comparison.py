@@ -7,7 +7,6 @@ is not finished is trained, or resumed, before anything is measured.
 """
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,10 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training import train
 from training.evaluate import load_model
-from training.export import write_text
 from training.parallel import recipe_job, run_all
 from training.recipe import CONFIGURATION, BaseRecipe, TrainingRecipe, leaves, load_recipe, task_module
-from training.result import header
+from training.result import header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
 
 
@@ -58,7 +56,7 @@ class Trained(NamedTuple):
 
     def result(self) -> dict[str, Any]:
         """Content of the training's own `result.json`."""
-        return json.loads((self.recipe.folder / "result.json").read_text(encoding="utf-8"))
+        return read_result(self.recipe.folder)
 
 
 class ComparisonRecipe(BaseRecipe):
@@ -172,16 +170,15 @@ def run_comparison(
     state = PartialState()
     with only_run_in(recipe.folder, state):
         claim_folder(recipe, {"hash": recipe.hash, "data": data, "recipe": recipe.content()}, state, restart)
-        written = recipe.folder / "result.json"
-        if not written.is_file():
+        if read_result(recipe.folder) is None:
             run_all([recipe_job(training.recipe) for training in recipe.trainings], recipe.workers)
             if state.is_main_process:
                 trainings = [_training_summary(training) for training in recipe.trainings]
                 result = header(recipe) | {"data": data, "trainings": trainings} | measure(recipe)
                 result["claims"] = [claim._asdict() for claim in result["claims"]]
-                write_text(written, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+                write_result(result, recipe.folder)
             state.wait_for_everyone()
-        return json.loads(written.read_text(encoding="utf-8"))
+        return read_result(recipe.folder)
 
 
 def _training_summary(training: Trained) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Each stage has objectives with their weights, and may freeze the encoder or begi
 model of the stage before, in a folder of its own, so a run resumes within the stage where it was interrupted.
 """
 
-import json
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +23,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 from training import train
+from training.checksums import LIST
 from training.data import collate_windows, load_stories, source_provenance
 from training.evaluate import load_causal_lm, tokens_and_bytes
-from training.export import export_model, write_text
-from training.loop import LanguageModelTrainer
+from training.export import export_model
+from training.loop import LanguageModelTrainer, set_aside_broken_checkpoints
 from training.parallel import tell_progress
 from training.recipe import (
     CONFIGURATION,
@@ -40,11 +40,12 @@ from training.recipe import (
     load_recipe,
     task_module,
 )
-from training.result import header
+from training.result import header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
 
 
 METRICS = CONFIGURATION.parent / "training" / "metrics"
+STAGE = "stage.json"  # marks a stage as done
 # Added to the seed of a new decoder, which had better not begin as the one did that the encoder was trained with.
 NEW_DECODER = 10_000
 
@@ -252,14 +253,14 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
             "data": data,
         }
         claim_folder(recipe, identity, state, restart)
-        written = recipe.folder / "result.json"
-        if not written.is_file():
-            result = _train(recipe, state) | {"data": data}
-            if state.is_main_process:
-                draw_stages(result, recipe.folder / "stages.png")
-                write_text(written, json.dumps(result, indent=1) + "\n")
-            state.wait_for_everyone()
-        return json.loads(written.read_text(encoding="utf-8"))
+        if (finished := read_result(recipe.folder)) is not None:
+            return finished
+        result = _train(recipe, state) | {"data": data}
+        if state.is_main_process:
+            draw_stages(result, recipe.folder / "stages.png")
+            write_result(result, recipe.folder, ["model"])
+        state.wait_for_everyone()
+        return read_result(recipe.folder)
 
 
 def training_arguments(recipe: Recipe, stage: StageSection | None = None) -> TrainingArguments:
@@ -290,13 +291,12 @@ def _train(recipe: Recipe, state: PartialState) -> dict[str, Any]:
     stages, before = [], None
     for stage in recipe.stages:
         folder = _stage_folder(recipe, stage)
-        written = folder / "stage.json"
-        if not written.is_file():
+        if read_result(folder, STAGE) is None:
             result = _train_stage(recipe, stage, before, tokenizer, windows, state)
             if state.is_main_process:
-                write_text(written, json.dumps(result, indent=1) + "\n")
+                write_result(result, folder, ["model"], STAGE)
             state.wait_for_everyone()
-        stages.append(json.loads(written.read_text(encoding="utf-8")))
+        stages.append(read_result(folder, STAGE))
         before = folder / "model"
     model = load_causal_lm(before)
     if state.is_main_process:
@@ -334,6 +334,10 @@ def _train_stage(
     recipe: Recipe, stage: StageSection, before: Path | None, tokenizer, windows, state
 ) -> dict[str, Any]:
     arguments = training_arguments(recipe, stage)
+    if state.is_main_process:
+        (Path(arguments.output_dir) / LIST).unlink(missing_ok=True)  # of a stage whose `stage.json` is gone
+        set_aside_broken_checkpoints(Path(arguments.output_dir))
+    state.wait_for_everyone()
     model = build_model(recipe, tokenizer) if before is None else load_causal_lm(before)
     begin_stage(model, stage, recipe.seed)
     trainer = MemoryModelTrainer(

@@ -7,6 +7,7 @@ bits.
 """
 
 import json
+import logging
 import shutil
 import statistics
 import time
@@ -22,9 +23,11 @@ from tqdm import tqdm
 from transformers import get_polynomial_decay_schedule_with_warmup
 
 from modeling_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
+from training.checksums import faults, refuse_damage, set_aside, write_list
 from training.experiments import moons
 from training.export import staged_folder, write_text
 from training.parallel import tell_progress
+from training.result import read_result, write_result
 
 
 # Of the training systems, the one that the paper's figures show.
@@ -36,6 +39,9 @@ SECTIONS = ("before p1", "p1 to p2", "p2 to p3", "p3 to lcm", "after lcm")
 LOGGED_STEPS = 10
 WINDOWS_AT_ONCE = 4
 WINDOWS_OF_UNITS = 16
+PART = "part.json"  # marks a part as done
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -77,8 +83,12 @@ def train_part(recipe, heads: int, seed: int, folder: Path) -> None:
     Raises:
         ValueError: the loss is not a finite number.
     """
-    if (folder / "part.json").is_file():
+    if read_result(folder, PART) is not None:
         return
+    for made in (folder / "model", folder / "checkpoint"):
+        if made.is_dir() and (found := faults(made)):
+            aside = set_aside(made).name
+            logger.warning("%s is damaged (%s): kept as %s, and trained again", made, ", ".join(found), aside)
     if not (folder / "model").is_dir():
         started = time.monotonic()
         model, losses = _train(recipe, heads, seed, folder)
@@ -86,6 +96,7 @@ def train_part(recipe, heads: int, seed: int, folder: Path) -> None:
             model.save_pretrained(staged)
             about = {"losses": losses, "seconds": round(time.monotonic() - started, 1)}
             write_text(staged / "training.json", json.dumps(about))
+            write_list(staged)
     model, about = load_part(folder)
     last = about["losses"][-5 * LOGGED_STEPS :]
     part = {
@@ -96,12 +107,13 @@ def train_part(recipe, heads: int, seed: int, folder: Path) -> None:
         "losses": [_rounded(loss) for loss in about["losses"][::LOGGED_STEPS]],
         **measure(model, recipe),
     }
-    write_text(folder / "part.json", json.dumps(part, indent=1))
+    write_result(part, folder, ["model"], PART)
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
 def load_part(folder: Path) -> tuple[ContinuousMemoryMosaicModel, dict[str, Any]]:
     """The trained model of a part, in evaluation mode, and its losses and seconds."""
+    refuse_damage(folder / "model")
     model = ContinuousMemoryMosaicModel.from_pretrained(folder / "model")
     return model.eval(), json.loads((folder / "model" / "training.json").read_text(encoding="utf-8"))
 
@@ -137,6 +149,7 @@ def _train(recipe, heads, seed, folder):
         if (step + 1) % recipe.save_steps == 0:
             with staged_folder(checkpoint) as staged:
                 accelerator.save_state(str(staged))
+                write_list(staged)
         tell_progress(folder, (step + 1) / recipe.steps)
     model = accelerator.unwrap_model(model)
     accelerator.free_memory()

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator
@@ -29,14 +30,17 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, mo
 from sqlalchemy.pool import NullPool
 from tqdm import tqdm
 
+from training.checksums import checksum, sealed, set_aside, unsealed
 from training.experiments.comparison import new_figure, save_figure
 from training.experiments.search_trials import Outcome, run_trial
 from training.export import write_text
 from training.parallel import start_workers
 from training.recipe import CONFIGURATION, BaseRecipe, Section, load_recipe
-from training.result import header
+from training.result import header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
 
+
+logger = logging.getLogger(__name__)
 
 LONGEST_TABLE = 20
 DECIDED_BY_THE_SEARCH = ("name", "task", "output_dir")
@@ -201,7 +205,7 @@ def _folder_name(settings: Settings, digest: str) -> str:
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What the search would do, and how far it is: a line for each trial that is known. Reads no data."""
     known = []
-    if _study_path(recipe).is_file():
+    if _is_as_written(recipe):
         with contextlib.suppress(KeyError):  # the folder is another search's, which `run` will refuse
             known = _whole(recipe, optuna.load_study(study_name=recipe.hash, storage=_storage(recipe)))
     lines: dict[str, Any] = {f"trial {number}": _told(point) for number, point in enumerate(recipe.points)}
@@ -236,20 +240,24 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         )
     with only_run_in(recipe.folder, state):
         claim_folder(recipe, {"hash": recipe.hash, "data": {}, "recipe": recipe.content()}, state, restart)
-        written = recipe.folder / "result.json"
-        if written.is_file():
+        finished = read_result(recipe.folder)
+        if finished is not None:
             state.print(f"{recipe.folder} is finished already; --restart searches again")
-            return json.loads(written.read_text(encoding="utf-8"))
-        result = _search(recipe)
-        write_text(written, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        return result
+            return finished
+        write_result(_search(recipe), recipe.folder)
+        return read_result(recipe.folder)
 
 
 def _search(recipe: Recipe) -> dict[str, Any]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = _study_path(recipe)
+    if path.is_file() and not _is_as_written(recipe):
+        aside = set_aside(path).name
+        logger.warning("%s is damaged: kept as %s; trials are drawn again, and what is finished is found", path, aside)
     study = optuna.create_study(
         storage=_storage(recipe), study_name=recipe.hash, direction=recipe.direction, load_if_exists=True
     )
+    _remember_content(recipe)
     _run_trials(recipe, study)
     trials = [_row(recipe, study, number, trial) for number, trial in enumerate(_whole(recipe, study))]
     ranking = _ranking(recipe, trials)
@@ -269,6 +277,17 @@ def _search(recipe: Recipe) -> dict[str, Any]:
 
 def _study_path(recipe: Recipe) -> Path:
     return recipe.folder / "study.db"
+
+
+def _is_as_written(recipe: Recipe) -> bool:
+    path = _study_path(recipe)
+    return path.is_file() and unsealed(path.with_suffix(".sha256")) == f"{checksum(path)}\n"
+
+
+def _remember_content(recipe: Recipe) -> None:
+    """State the checksum of the study beside it: after each of our own changes."""
+    path = _study_path(recipe)
+    write_text(path.with_suffix(".sha256"), sealed(f"{checksum(path)}\n"))
 
 
 def _storage(recipe: Recipe) -> optuna.storages.RDBStorage:
@@ -293,6 +312,7 @@ def _run_trials(recipe: Recipe, study: optuna.Study) -> None:
         running: dict[Future, tuple[Trial | FrozenTrial, Executor]] = {}
         while True:
             while idle and (trial := next(drawn, None)) is not None:
+                _remember_content(recipe)
                 worker = idle.pop()
                 running[worker.submit(*_job(recipe, study, trial))] = (trial, worker)
             if not running:
@@ -301,6 +321,7 @@ def _run_trials(recipe: Recipe, study: optuna.Study) -> None:
                 trial, worker = running.pop(future)
                 idle.append(worker)
                 _tell(recipe, study, trial, future.result(), bar)
+                _remember_content(recipe)
 
 
 def _drawn(recipe: Recipe, study: optuna.Study) -> Iterator[Trial | FrozenTrial]:
@@ -382,7 +403,7 @@ def _data(recipe: Recipe, ranking: list[dict[str, Any]]) -> dict[str, Any]:
     """Provenance of what the trials read, by the first trial that read it: one entry, if all read the same."""
     data: dict[str, Any] = {}
     for trial in sorted(ranking, key=lambda trial: trial["number"]):
-        result = json.loads((recipe.folder / trial["folder"] / "result.json").read_text(encoding="utf-8"))
+        result = read_result(recipe.folder / trial["folder"])
         if "data" in result and result["data"] not in data.values():
             data[trial["folder"]] = result["data"]
     return data

@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from training.parallel import recipe_job, run_logged
 from training.recipe import BaseRecipe, nearest
+from training.run_folder import TRIAL_LOCK
 
 
 class Outcome(NamedTuple):
@@ -31,9 +32,10 @@ def run_trial(recipe: BaseRecipe, metric: str) -> Outcome:
     Raises:
         ValueError: there is no such number. A run that fails, or whose number is not finite, is an outcome.
     """
-    folder, start = recipe.folder, time.monotonic()
+    folder, start = recipe.folder.resolve(), time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
     # Another worker may have drawn the same settings: it waits here, and then finds the result.
-    with FileLock(folder.with_name(f".{folder.name}.trial.lock")):
+    with FileLock(folder / TRIAL_LOCK):
         try:
             result = run_logged(recipe_job(recipe))
         except (ValueError, torch.OutOfMemoryError) as error:

@@ -6,7 +6,6 @@ the accuracy that `score` tells; of all evaluations on validation data, the mode
 epochs is chosen in RegBench.
 """
 
-import json
 import math
 from typing import Annotated, Any, Literal
 
@@ -21,10 +20,10 @@ from training.evaluate import load_causal_lm
 from training.experiments import automata, induction_data
 from training.experiments.automata import AutomataSection
 from training.experiments.induction_data import InductionSection
-from training.export import export_model, write_text
+from training.export import export_model
 from training.loop import LanguageModelTrainer
 from training.recipe import TrainingRecipe, TrainingSection
-from training.result import header
+from training.result import header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
 
 
@@ -66,7 +65,7 @@ class SymbolTrainer(LanguageModelTrainer):
             scores = score(self._recipe, self.model, self.eval_dataset)
             history = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
             if scores["accuracy"] > max(history, default=-math.inf):
-                export_model(self.model, None, self._recipe.folder / "best")
+                export_model(self.model, None, self._recipe.folder / "best", listed=True)
         metrics = {f"eval_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -103,11 +102,9 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         data = LANGUAGES[recipe.data.language].provenance(recipe.data)
         identity = {"hash": recipe.hash, "num_processes": 1, "recipe": recipe.content(), "data": data}
         claim_folder(recipe, identity, state, restart)
-        written = recipe.folder / "result.json"
-        if not written.is_file():
-            result = _train(recipe, arguments) | {"data": data}
-            write_text(written, json.dumps(result, indent=1) + "\n")
-        return json.loads(written.read_text(encoding="utf-8"))
+        if read_result(recipe.folder) is None:
+            write_result(_train(recipe, arguments) | {"data": data}, recipe.folder, ["best"])
+        return read_result(recipe.folder)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

@@ -5,7 +5,6 @@ One memory alone can only wait until all moons stand as before. Three memories t
 its own period on. Models with one and with three heads are trained with several seeds, and each seed is told.
 """
 
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from training.experiments import moons
 from training.experiments.comparison import Claim, new_figure, save_figure, summary
 from training.experiments.moon_training import (
     EVALUATION_SEED,
+    PART,
     SECTIONS,
     SYSTEMS,
     build_model,
@@ -30,10 +30,9 @@ from training.experiments.moon_training import (
     measure,
     train_part,
 )
-from training.export import write_text
 from training.parallel import Job, run_all
 from training.recipe import BaseRecipe
-from training.result import header
+from training.result import header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
 
 
@@ -101,7 +100,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """What the experiment would do: each training, and whether it is finished."""
     lines = {}
     for (heads, seed), folder in recipe.parts.items():
-        finished = "finished" if (folder / "part.json").is_file() else "to be trained"
+        finished = "finished" if (folder / PART).is_file() else "to be trained"
         parameters = build_model(recipe, heads).num_parameters()
         lines[f"{heads_in_words(heads)}, seed {seed}"] = f"{parameters} parameters, {finished}, {folder}"
     lines |= {"trainings": len(recipe.parts), "steps": recipe.steps, "predictions": len(context_lengths(recipe))}
@@ -123,17 +122,15 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     data = {name: list(periods) for name, periods in SYSTEMS.items()}
     with only_run_in(recipe.folder, state):
         claim_folder(recipe, {"hash": recipe.hash, "data": data, "recipe": recipe.content()}, state, restart)
-        written = recipe.folder / "result.json"
-        if not written.is_file():
+        if read_result(recipe.folder) is None:
             jobs = [Job(folder, train_part, (recipe, *part, folder)) for part, folder in recipe.parts.items()]
             run_all(jobs, recipe.workers)
-            result = header(recipe) | {"data": data} | _results(recipe)
-            write_text(written, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        return json.loads(written.read_text(encoding="utf-8"))
+            write_result(header(recipe) | {"data": data} | _results(recipe), recipe.folder)
+        return read_result(recipe.folder)
 
 
 def _results(recipe: Recipe) -> dict[str, Any]:
-    parts = [json.loads((folder / "part.json").read_text(encoding="utf-8")) for folder in recipe.parts.values()]
+    parts = [read_result(folder, PART) for folder in recipe.parts.values()]
     combinations = [(heads, beta) for beta in IDENTITY_BETAS for heads in recipe.heads]
     identities = [
         {"heads": heads, "beta": beta} | measure(identity_model(recipe, heads, beta), recipe)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The Memory Mosaic authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""By which weights something was written: their fingerprint, and the mark that a memory bears of them."""
+
+import hashlib
+import weakref
+
+import torch
+from torch import nn
+
+from .adapters_memory_mosaic import adapter_parts
+
+
+# Of each module the fingerprint that was taken last, with what its weights looked like then.
+_FINGERPRINTS = weakref.WeakKeyDictionary()
+
+
+def weights_fingerprint(module: nn.Module) -> bytes:
+    """sha256 of all weights of a module as it computes now: two modules of one fingerprint are one function.
+
+    Adapters count if they act at this moment, so that a model with all adapters disabled has the fingerprint of its
+    base. Quantized, sharded (`DTensor`) and offloaded weights are read where they are.
+
+    Returns:
+        `bytes`: 32 of them.
+
+    Raises:
+        ValueError: if the weights have no values here (meta device, shards of DeepSpeed ZeRO-3).
+    """
+    state = weights_state(module)
+    known = _FINGERPRINTS.get(module)
+    if known is None or known[0] != state:
+        digest = hashlib.sha256(repr(adapters_at_work(module)).encode())
+        for name, value in sorted(acting_weights(module), key=lambda item: item[0]):
+            for part, tensor in plain_tensors(name, value):
+                digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        known = _FINGERPRINTS[module] = (state, digest.digest())
+    return known[1]
+
+
+def weights_state(module: nn.Module) -> tuple:
+    """What changes whenever weights are written or adapters are switched. Cheap: no value is read."""
+    tensors = [*module.parameters(), *module.buffers()]
+    versions = [(id(tensor), tensor.dtype, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    return (*versions, *adapters_at_work(module))
+
+
+def adapters_at_work(module: nn.Module) -> list[tuple]:
+    """Of each layer that PEFT wraps: its name, and the adapters in it that act, with their scaling."""
+    found = []
+    for name, layer in adapted_layers(module):
+        scaling = getattr(layer, "scaling", {})
+        at_work = [(adapter, scaling.get(adapter)) for adapter in acting_adapters(layer)]
+        found += [(name, *at_work)] if at_work else []
+    return found
+
+
+def adapted_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the layers that PEFT wraps, or keeps a trained copy of."""
+    return [(name, layer) for name, layer in adapter_parts(module).items() if hasattr(layer, "active_adapters")]
+
+
+def acting_adapters(layer: nn.Module) -> list[str]:
+    """Names of the adapters of a wrapped layer that it applies; those merged into its weights are not applied."""
+    if getattr(layer, "disable_adapters", False):
+        return []
+    return [name for name in layer.active_adapters if name not in getattr(layer, "merged_adapters", ())]
+
+
+def acting_weights(module: nn.Module):
+    """Names and tensors of a module's state; what PEFT has wrapped under the name that it has unwrapped."""
+    wrapped = [(f"{name}.", acting_adapters(layer)) for name, layer in adapted_layers(module)]
+    for full_name, value in module.state_dict().items():
+        for owner, acting in wrapped:
+            if full_name.startswith(owner):
+                first, *rest = full_name.removeprefix(owner).split(".")
+                is_replaced = first == "original_module" and acting
+                if is_replaced or first not in ("base_layer", "original_module") and not set(rest) & set(acting):
+                    break  # a weight that is not used at this moment
+        else:
+            name = full_name.replace(".base_layer", "").replace(".original_module", "")
+            yield name, offloaded_value(module, full_name) if is_meta(value) else value
+
+
+def is_meta(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def offloaded_value(module: nn.Module, name: str) -> torch.Tensor:
+    """The value of a weight that `accelerate` keeps elsewhere, on the CPU or on disk."""
+    owner_name, _, own_name = name.rpartition(".")
+    attached = getattr(module.get_submodule(owner_name), "_hf_hook", None)
+    for hook in getattr(attached, "hooks", [attached]):
+        if getattr(hook, "weights_map", None) is not None:
+            return hook.weights_map[own_name]
+    raise ValueError(f"{name} has no value (it lies on the meta device): load the weights before reading.")
+
+
+def plain_tensors(name: str, value):
+    """A value of a state dict as plain dense tensors with names: sharded and quantized ones taken apart."""
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        raise ValueError(f"{name} has no value (it lies on the meta device): load the weights before reading.")
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()
+    if hasattr(value, "__tensor_flatten__"):
+        names, context = value.__tensor_flatten__()
+        yield f"{name} {context}", torch.empty(0)
+        for inner in names:
+            yield from plain_tensors(f"{name}.{inner}", getattr(value, inner))
+    elif isinstance(value, torch.Tensor) and value.is_quantized:
+        yield f"{name} {value.q_scale()} {value.q_zero_point()}", value.int_repr()
+    elif isinstance(value, torch.Tensor):
+        yield name, value.detach()
+    elif isinstance(value, (tuple, list)):
+        for index, inner in enumerate(value):
+            yield from plain_tensors(f"{name}.{index}", inner)
+    else:
+        yield f"{name} {value!r}", torch.empty(0)
+
+
+class MemoryWriter:
+    """The weights that wrote a memory: a module while it lives, or only their fingerprint once it was saved."""
+
+    def __init__(self, module: nn.Module | None = None, fingerprint: bytes | None = None):
+        self.module = None if module is None else weakref.ref(module)
+        self.state = None if module is None else weights_state(module)
+        self.known_fingerprint = fingerprint
+
+    def is_module(self, module: nn.Module) -> bool:
+        return self.module is not None and self.module() is module
+
+    def fingerprint(self) -> bytes:
+        """Of the weights that wrote the memory.
+
+        Raises:
+            ValueError: if they have changed since, or are gone.
+        """
+        if self.known_fingerprint is None:
+            module = self.module()
+            if module is None:
+                raise ValueError(
+                    "The model that read this memory does not exist any more, so its weights cannot be compared: read "
+                    "the text again."
+                )
+            if weights_state(module) != self.state:
+                raise ValueError(
+                    "The model's weights, or the adapters in use, have changed since it read this memory: read the "
+                    "text again."
+                )
+            return weights_fingerprint(module)
+        return self.known_fingerprint
+
+    def check_reader(self, module: nn.Module) -> None:
+        """Refuses a module that has other weights than those that wrote the memory."""
+        if self.fingerprint() != weights_fingerprint(module):
+            raise ValueError(
+                "Other weights wrote this memory than those that are to read on: another model, another adapter, or "
+                "the same weights in another precision. Read the text again with this model. If you know that they "
+                "compute the same, load the memory by `memory_from_state_dict(..., check_weights=False)`."
+            )
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return type(self), (None, self.fingerprint())
+
+
+def note_writer(layer, module: nn.Module) -> None:
+    """Sign the memory, of which `layer` is the first, by the module that is about to read on; refuse another's.
+
+    Compiled code leaves out the comparison and the signature: it cannot take fingerprints.
+    """
+    if torch.compiler.is_compiling() or (layer.writer is not None and layer.writer.is_module(module)):
+        return
+    if layer.writer is not None and layer.is_initialized:
+        layer.writer.check_reader(module)
+    layer.writer = MemoryWriter(module)
+
+
+__all__ = ["MemoryWriter", "note_writer", "weights_fingerprint"]

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run may write: nowhere that belongs to the system, to the user's settings or to the source code."""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+
+CLONE = Path(__file__).resolve().parents[1]
+# Within the clone, what git keeps or an environment is made of.
+_SOURCES = (
+    *("benchmarks", "configuration", "hub_cards", "modeling_memory_mosaic", "tests", "training"),
+    *(".git", ".github", ".venv"),
+)
+_SYSTEM = (
+    *(
+        "/bin",
+        "/boot",
+        "/dev",
+        "/etc",
+        "/lib",
+        "/lib32",
+        "/lib64",
+        "/libx32",
+        "/proc",
+        "/run",
+        "/sbin",
+        "/sys",
+        "/usr",
+    ),
+    *("/var/cache", "/var/lib", "/var/log", "/var/spool", "/var/www"),
+    *("/Applications", "/Library", "/System", "/private/etc"),
+)
+# Below system folders, but made for everybody to write to.
+_FREE = ("/dev/shm",)
+
+
+@functools.cache
+def _system_folders() -> list[Path]:
+    windows = [os.environ[name] for name in ("SYSTEMROOT", "PROGRAMFILES", "PROGRAMDATA") if name in os.environ]
+    return [Path(place).resolve() for place in (*_SYSTEM, *windows)]
+
+
+def refuse_system_folder(path: str) -> None:
+    """`ValueError` unless a run may write into a folder of this name, which need not exist.
+
+    Refused are the root of the file system, folders of the system and those that hold the home folder, the clone or
+    the folder for temporary files; within the home folder what is hidden, as settings and keys are; and the clone's
+    sources.
+    """
+    if not path.strip():
+        raise ValueError("it is empty: give the name of a folder")
+    if path.startswith("~"):
+        raise ValueError(f"{path!r} begins with ~, which only a shell understands: write the path out")
+    folder, home, temporary = Path(path).resolve(), Path.home().resolve(), Path(tempfile.gettempdir()).resolve()
+    if folder == Path(folder.anchor) or any(folder in (place, *place.parents) for place in (home, CLONE, temporary)):
+        raise ValueError(f"{path!r} is {folder}, which holds more than runs: name a new folder")
+    if folder.is_relative_to(temporary) or any(folder.is_relative_to(place) for place in _FREE):
+        return
+    system = [place for place in _system_folders() if place in (folder, *folder.parents)]
+    if system:
+        raise ValueError(f"{path!r} is in {system[0]}, which belongs to the system: name another folder")
+    if any(folder.is_relative_to(CLONE / name) for name in _SOURCES):
+        raise ValueError(f"{path!r} is among the sources of this clone: name another folder, such as runs/NAME")
+    if folder.is_relative_to(home) and folder.relative_to(home).parts[0].startswith("."):
+        raise ValueError(f"{path!r} is in a hidden folder of the home folder: name another folder")
