@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from training import finetune, hub, proof, publication, publish, secrecy, train, verify
 from training.__main__ import app
 from training.card import ABOUT, TEMPLATES, load_about, model_metadata
+from training.checksums import LIST, list_of, read_list, sums_of
 from training.evaluate import load_model
 from training.experiments import memory_training
 from training.export import run_isolated
@@ -788,9 +789,15 @@ def test_a_loss_that_is_not_the_models_is_refused(staged, run, about, tmp_path, 
     monkeypatch.setitem(publication.KINDS, ("language_modeling", "model"), kind)
     better = shutil.copytree(run, tmp_path / "better", ignore=shutil.ignore_patterns("published"))
     edit(better, "result.json", metrics=result["metrics"] | {"validation_loss": 0.1})
+    listed_again(better)
     with pytest.raises(ValueError, match="in result.json is 0.1, but measured again"):
         publish.publish(better, "someone/smoke", about=about, dry_run=True, tell=lambda line: None)
     assert not (better / "published" / "model").exists()
+
+
+def listed_again(run):
+    """The checksums of a run, of which somebody has changed files, written as if nothing were amiss."""
+    (run / LIST).write_text(list_of(sums_of(run, [*read_list(run), "model"])), encoding="utf-8")
 
 
 HERE = {"source": "embedded", "num_stories": 4}
@@ -839,6 +846,7 @@ def test_nothing_that_holds_a_secret_is_staged(run, about, tmp_path, monkeypatch
         edit(leaking, place, samples=[{"prompt": "Once", "text": f"Once\nupon {secret}"}])
     else:
         put(leaking, place, {"bos_token": secret})
+    listed_again(leaking)
     name = {"about": "README.md", "weights": "model.safetensors"}.get(place, place.removeprefix("model/"))
     name = "README.md" if place == "result.json" else name  # its card shows what it says
     with pytest.raises(ValueError, match=rf"{name}, line \d+, holds what .* looks like") as error:
@@ -865,6 +873,7 @@ def test_a_chat_template_that_came_with_a_tokenizer_is_left_out(run, about, tmp_
     monkeypatch.setitem(publication.KINDS, ("language_modeling", "model"), kind)
     own = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("published"))
     put(own, "model/chat_template.jinja", "{{ messages }}")
+    listed_again(own)
     folder = publish.publish(own, "someone/smoke", about=about, dry_run=True, tell=lambda line: None)
     assert not (folder / "chat_template.jinja").exists()
 
