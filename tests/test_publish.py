@@ -689,6 +689,16 @@ HARM = {
     "tag-in-the-card": (lambda f: card(f, "license: !!python/name:os.system ''"), "not YAML that can be read, line 1"),
     "laughs-in-the-card": (lambda f: card(f, f"license: mit\n{LAUGHS}"), "values when its aliases are written out"),
     "list-for-a-card": (lambda f: card(f, "- a"), "are no table of values by name"),
+    "key-twice-in-the-card": (
+        lambda f: card(f, "license: mit\nbase_model: evil/x\nlicense: apache-2.0"),
+        "has the key 'license' twice, and readers differ",
+    ),
+    "key-twice-within-the-card": (lambda f: card(f, "tags: [{a: 1, a: 2}]"), "has the key 'a' twice"),
+    "date-in-the-card": (lambda f: card(f, "license: 2020-99-99"), "not YAML that can be read"),
+    "deep-settings": (
+        lambda f: put(f, "config.json", '{"model_type": "memory_mosaic", "dtype":' + "[" * 900 + "]" * 900 + "}"),
+        "config.json",
+    ),
     "broken-card": (lambda f: card(f, "license: [mit"), "not YAML that can be read"),
     "numbers-in-the-card": (lambda f: card(f, "1: 2"), "are no table of values by name"),
     "list-of-licences": (lambda f: card(f, "license: [mit]"), "states no licence"),
