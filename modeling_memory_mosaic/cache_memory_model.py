@@ -44,6 +44,10 @@ class MemoryModelCache(ReadText, Cache):
         return True  # though it has no layers of its own, which is what its length counts
 
     @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
     def is_initialized(self) -> bool:
         return self.num_tokens > 0
 

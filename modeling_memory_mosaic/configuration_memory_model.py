@@ -106,7 +106,11 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
     """
 
     model_type = "memory_model"
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "memories", "memory_mask"]
+    # Trainer takes what is left for predictions: the logits.
+    keys_to_ignore_at_inference = [
+        *("past_key_values", "cache", "memories", "memory_mask"),
+        *(f"{objective}_loss" for objective in OBJECTIVES),
+    ]
     sub_configs = {"encoder": AutoConfig, "decoder": AutoConfig}
     derived_fields = ("memory_size", "unroll_width", "initializer_range")
 
@@ -170,6 +174,10 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
     @property
     def vocab_size(self) -> int:
         return self.decoder.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.encoder.vocab_size = self.decoder.vocab_size = value
 
     @property
     def tie_word_embeddings(self) -> bool:

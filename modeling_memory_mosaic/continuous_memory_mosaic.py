@@ -428,7 +428,7 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
         memory = DynamicCache(config=self.config) if past_key_values is None else past_key_values
         latest, predictions = observations, []
         for _ in range(num_steps):
-            latest = self(latest, past_key_values=memory, use_cache=True).predictions[:, -1:]
+            latest = self(latest, use_cache=True, **{MEMORY_NAME: memory}).predictions[:, -1:]
             predictions.append(latest)
         return torch.cat(predictions, dim=1)
 
@@ -551,11 +551,6 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
         for name in ("position_ids", *PACKING_NAMES, *FOREIGN_PACKING_NAMES):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not supported: each row is one series, so give each series its own row.")
-        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} computes no weights. Load the model with "
-                '`attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
-            )
 
 
 def check_num_steps(num_steps: int) -> None:

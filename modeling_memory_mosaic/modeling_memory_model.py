@@ -37,6 +37,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
@@ -79,10 +80,15 @@ class MemoryModelEncoderOutput(ModelOutput):
     Args:
         memories (`torch.Tensor` of shape `(B, M, K, D)`): of each row's full chunks, the first one first.
         memory_mask (`torch.Tensor` of shape `(B, M)`): False where a row has fewer of them.
+        hidden_states (`tuple` of `torch.Tensor` of shape `(B, M, L, C)`): if asked for, the backbone's within each
+            chunk, which has `num_memory_embeddings` summary slots behind its tokens if there are such slots.
+        attentions (`tuple` of `torch.Tensor` of shape `(B, M, heads, L, L)`): likewise.
     """
 
     memories: torch.Tensor | None = None
     memory_mask: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 # trf-ignore: TRF057
@@ -97,6 +103,12 @@ class MemoryModelOutput(ModelOutput):
         past_key_values, cache ([`MemoryModelCache`]): what was read, under the name that this transformers uses.
         memories (`torch.Tensor` of shape `(B, M, K, D)`) and memory_mask (`(B, M)`): of all chunks that were read to
             their end, those that were given included; the latest one last, and rows that have fewer begin with none.
+        hidden_states (`tuple` of `torch.Tensor` of shape `(B, T, C)`): if asked for, the decoder's, at each token
+            where the next one is predicted: at the last token of a chunk it is the slot that the next row begins with.
+        attentions (`tuple` of `torch.Tensor` of shape `(B, R, heads, slots, slots)`): if asked for, the decoder's
+            within each of its rows, one for each chunk that is begun. First come the slots of memories, the latest
+            last, then the slot that says what to do, then the tokens but the chunk's last one. Of a text that is read
+            on within its chunk, `(B, 1, heads, T, slots)`.
     """
 
     loss: torch.Tensor | None = None
@@ -109,6 +121,35 @@ class MemoryModelOutput(ModelOutput):
     cache: Cache | None = None
     memories: torch.Tensor | None = None
     memory_mask: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def asked_for(config: MemoryModelConfig, kwargs: dict) -> dict:
+    """Which insights the caller or, unless the caller says otherwise, the configuration asks for."""
+    asked = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
+    asked = {name: getattr(config, name, None) if value is None else value for name, value in asked.items()}
+    return {name: value for name, value in asked.items() if value is not None and value is not False}
+
+
+def each_of(states: tuple[torch.Tensor | None, ...] | None, change) -> tuple[torch.Tensor | None, ...] | None:
+    """All of a decoder's states, changed alike; layers that were not asked for stay `None`."""
+    return None if states is None else tuple(None if state is None else change(state) for state in states)
+
+
+def states_of(outputs: ModelOutput, asked: dict, of_hidden_states, shape) -> dict:
+    """What is asked for of a decoder's outputs: hidden states, changed, and maps of rows `shape` `(B, R)`."""
+    states = {}
+    if "output_hidden_states" in asked:
+        states["hidden_states"] = each_of(outputs.hidden_states, of_hidden_states)
+    if "output_attentions" in asked:
+        states["attentions"] = each_of(outputs.attentions, lambda state: state.unflatten(0, shape))
+    return states
+
+
+def at_places(states: dict, places: torch.Tensor) -> dict:
+    """The hidden states at so many places `(B, T)` of those that were read."""
+    return states | {"hidden_states": each_of(states.get("hidden_states"), lambda state: take(state, places))}
 
 
 def left_aligned(is_token: torch.Tensor) -> torch.Tensor:
@@ -141,15 +182,19 @@ def tokens_from(ids: torch.Tensor, starts: torch.Tensor, numbers: torch.Tensor) 
     return take(ids, (starts + index).clamp(max=ids.shape[1] - 1)), index < numbers
 
 
-def longest_of(ids: torch.Tensor, lengths: torch.Tensor) -> int:
-    """Tokens of the longest of texts `(B, T)`; within a graph that is compiled, which cannot ask, of their columns."""
-    return ids.shape[1] if is_torchdynamo_compiling() else int(lengths.max())
+def cut_into_chunks(ids: torch.Tensor, lengths: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of texts `(B, T)` without padding before or within, `lengths` `(B,)`: chunks `(B * N, L)`, and which are full.
 
-
-def cut_into_chunks(ids, lengths, num_chunks: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of texts `(B, T)` without padding before or within, `lengths` `(B,)`: chunks `(B * N, L)`, which are full."""
+    In a graph that is compiled, which cannot ask how many are, N is what would fit; for texts of any length one more,
+    as a graph takes a single one for a number that never changes.
+    """
+    num_columns = ids.shape[1]
+    if not is_torchdynamo_compiling():
+        num_chunks = int(lengths.max()) // length
+    else:
+        num_chunks = num_columns // length + (not isinstance(num_columns, int))
     is_full = torch.arange(num_chunks, device=ids.device) < (lengths // length)[:, None]
-    return ids[:, : num_chunks * length].reshape(-1, length), is_full
+    return F.pad(ids, (0, num_chunks * length - num_columns)).reshape(-1, length), is_full
 
 
 def nothing_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -193,6 +238,14 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = True
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.config.vocab_size = value
 
     # Backbones initialise themselves. trf-ignore: TRF018
     @torch.no_grad()
@@ -258,6 +311,12 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
     def set_input_embeddings(self, value):
         self.backbone.set_input_embeddings(value)
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        embeddings = self.backbone.resize_token_embeddings(*args, **kwargs)
+        self.config.encoder = self.backbone.config
+        self.config.vocab_size = self.backbone.config.vocab_size
+        return embeddings
+
     # trf-ignore: TRF057
     @can_return_tuple
     def forward(
@@ -279,15 +338,22 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         """
         ids, is_token, _ = take_text(input_ids, attention_mask)
         lengths = is_token.sum(-1)
-        longest = ids.shape[1] if attention_mask is None else longest_of(ids, lengths)
+        is_whole = attention_mask is None or is_torchdynamo_compiling()
+        longest = ids.shape[1] if is_whole else int(lengths.max())
         if longest < self.config.chunk_length:
             raise ValueError(
                 f"The longest text has {longest} tokens, which do not fill a chunk of chunk_length="
                 f"{self.config.chunk_length}: there is nothing to encode."
             )
-        chunks, mask = cut_into_chunks(ids, lengths, longest // self.config.chunk_length, self.config.chunk_length)
-        memories = self.encode_chunks(chunks).unflatten(0, mask.shape)
-        return MemoryModelEncoderOutput(memories=memories, memory_mask=mask)
+        chunks, mask = cut_into_chunks(ids, lengths, self.config.chunk_length)
+        asked, states = asked_for(self.config, kwargs), {}
+        if asked:
+            memories, outputs = self.read_chunks(chunks, **asked)
+            for name in ("hidden_states", "attentions"):
+                states[name] = each_of(getattr(outputs, name, None), lambda state: state.unflatten(0, mask.shape))
+        else:
+            memories = self.encode_chunks(chunks)
+        return MemoryModelEncoderOutput(memories=memories.unflatten(0, mask.shape), memory_mask=mask, **states)
 
     def encode_chunks(self, chunks: torch.LongTensor) -> torch.Tensor:
         """Memories `(N, K, D)` of chunks `(N, L)`.
@@ -295,16 +361,20 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         A part of `forward`: from outside call the encoder itself, so that the hooks run that fetch weights which are
         kept elsewhere, on a disk or in other processes.
         """
+        return self.read_chunks(chunks)[0]
+
+    def read_chunks(self, chunks: torch.LongTensor, **asked) -> tuple[torch.Tensor, ModelOutput]:
+        """As `encode_chunks`, with what the backbone returns."""
         embeds = embed(self.backbone, chunks)
         if self.chunk_positions is not None:
             embeds = embeds + self.chunk_positions
         if self.summary_embeddings is not None:
             embeds = torch.cat([embeds, self.summary_embeddings.expand(embeds.shape[0], -1, -1)], dim=1)
-        states = self.backbone(inputs_embeds=embeds, use_cache=False, return_dict=True).last_hidden_state
-        memories = states[:, -self.config.num_memory_embeddings :]
+        outputs = self.backbone(inputs_embeds=embeds, use_cache=False, return_dict=True, **asked)
+        memories = outputs.last_hidden_state[:, -self.config.num_memory_embeddings :]
         if self.memory_proj is not None:
             memories = self.memory_proj(memories)
-        return round_through(memories, self.config.memory_quantization)
+        return round_through(memories, self.config.memory_quantization), outputs
 
     def fingerprint(self) -> bytes:
         """sha256 of all weights and of the choices that shape a memory: two encoders of one fingerprint agree."""
@@ -379,15 +449,17 @@ class MemoryModelReader(nn.Module):
         """
         if self.chunk_positions is not None:
             inputs = inputs + self.chunk_positions[places]
-        for back, proj in enumerate(self.unroll_projs[: seen.shape[2]], start=1):
+        unread = [self.prefix_proj] if seen.shape[2] == 0 else []
+        for back, proj in enumerate(self.unroll_projs, start=1):
+            if back > seen.shape[2]:
+                unread.append(proj)
+                continue
             windows = self.windows(seen[:, :, -back], places, self.config.chunk_length)
             inputs = inputs + proj(windows) * is_memory[:, :, -back, None, None]
-        if torch.is_grad_enabled():
-            # Data parallelism asks for a gradient of every weight in every batch: absent memories are zeros, and so
-            # is what is made of them.
-            unread = [self.prefix_proj] * (seen.shape[2] == 0) + list(self.unroll_projs[seen.shape[2] :])
-            for proj in unread:
-                inputs = inputs + proj(seen.new_zeros(1, proj.in_features) + nothing_of(seen))
+        for proj in unread if torch.is_grad_enabled() else []:
+            # Data parallelism asks for a gradient of every weight in every batch. Absent memories are zeros, and so is
+            # what is made of them.
+            inputs = inputs + proj(seen.new_zeros(1, proj.in_features) + nothing_of(seen))
         return inputs
 
     def windows(self, memories: torch.Tensor, places: torch.Tensor, num_places: int) -> torch.Tensor:
@@ -471,13 +543,35 @@ def take_text(input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, 
             f"attention_mask has shape {tuple(attention_mask.shape)}: it must be that of the ids, "
             f"{tuple(input_ids.shape)}."
         )
-    if ((attention_mask != 0) & (attention_mask != 1)).any():
-        raise ValueError("attention_mask must hold 1 at tokens and 0 at padding.")
+    refuse((attention_mask != 0) & (attention_mask != 1), "attention_mask must hold 1 at tokens and 0 at padding.")
     is_token = attention_mask.to(input_ids.device, torch.bool)
-    if is_first and not is_token.any(-1).all():
-        raise ValueError(f"Row {(~is_token.any(-1)).nonzero()[0].item()} is empty: attention_mask leaves it no token.")
+    if is_first:
+        is_empty = ~is_token.any(-1)
+        row = "A row" if is_torchdynamo_compiling() else f"Row {is_empty.long().argmax().item()}"
+        refuse(is_empty, f"{row} is empty: attention_mask leaves it no token.")
     order = left_aligned(is_token)
     return take(input_ids, order), take(is_token, order), order
+
+
+class MemoryModelStates:
+    """A memory model's encoder, which when called reads as the whole model does up to the head.
+
+    TRL's trainers call the base model and apply the head themselves, to parts of the text at a time.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model.encoder, name)
+
+    def __call__(self, *args, **kwargs) -> BaseModelOutput:
+        """The decoder's last hidden states `(B, T, C)`; arguments as for the whole model, without labels.
+
+        Raises:
+            ValueError: if the model has other objectives than the next token, or none of its own base.
+        """
+        return self.model.read_without_head(*args, **kwargs)
 
 
 # trf-ignore: TRF057
@@ -514,11 +608,16 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.decoder.set_output_embeddings(value)
 
+    @property
+    def base_model(self):
+        """The encoder, which folders of the encoder alone are loaded into; called, it gives states to the head."""
+        return MemoryModelStates(self)
+
     def resize_token_embeddings(self, *args, **kwargs):
         """Of encoder and decoder both."""
-        self.encoder.backbone.resize_token_embeddings(*args, **kwargs)
         embeddings = self.decoder.resize_token_embeddings(*args, **kwargs)
-        self.config.encoder, self.config.decoder = self.encoder.backbone.config, self.decoder.config
+        self.config.decoder = self.decoder.config
+        self.encoder.resize_token_embeddings(*args, **kwargs)
         return embeddings
 
     def freeze_encoder(self, is_frozen: bool = True) -> None:
@@ -594,27 +693,49 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}: it must be that of the ids, {tuple(ids.shape)}."
             )
+        if torch.compiler.is_exporting() and (use_cache or cache is not None):
+            raise ValueError("An exported program reads whole texts: pass `use_cache=False`, and no cache.")
         if use_cache is None:  # asked for, it is kept in training too
-            use_cache = self.config.use_cache and labels is None and not self.training
+            is_read_alone = labels is None and not self.training and not torch.compiler.is_exporting()
+            use_cache = self.config.use_cache and is_read_alone
+        asked = asked_for(self.config, kwargs)
         if use_cache and cache is None:
             cache = MemoryModelCache()
             self.check_cache(cache, memories, labels)
         if cache is not None:
-            return self.read_on(cache, ids, is_token, order, memories, memory_mask, logits_to_keep)
+            return self.read_on(cache, ids, is_token, order, memories, memory_mask, logits_to_keep, asked)
 
         remembered = self.remember(ids, is_token, memories, memory_mask)
-        logits, parts = None, {}
-        if labels is None or not self.training or self.config.causal_weight > 0:
-            logits = self.causal_logits(ids, is_token, *remembered)
+        logits, states, parts = None, {}, {}
+        if labels is None or not self.training or self.config.causal_weight > 0 or asked:
+            logits, states = self.read_rows(ids, is_token, *remembered, **asked)
         if labels is not None:
             parts = self.losses(logits, ids, is_token, take(labels, order), *remembered, **kwargs)
         if logits is not None:
-            logits = take(logits, as_they_stood(is_token, order)[:, -logits_to_keep:])
+            stood = as_they_stood(is_token, order)
+            logits, states = take(logits, stood[:, -logits_to_keep:]), at_places(states, stood)
         loss = sum(getattr(self.config, f"{name}_weight") * part for name, part in parts.items()) if parts else None
         named = {f"{name}_loss": part for name, part in parts.items()}
         latest_last = right_aligned(remembered[1])
         kept = {"memories": take(remembered[0], latest_last), "memory_mask": take(remembered[1], latest_last)}
-        return MemoryModelOutput(loss=loss, logits=logits, **kept, **named)
+        return MemoryModelOutput(loss=loss, logits=logits, **kept, **named, **states)
+
+    def read_without_head(self, input_ids=None, attention_mask=None, memories=None, memory_mask=None, **kwargs):
+        """What [`MemoryModelStates`] returns."""
+        weights = {f"{name}_weight": getattr(self.config, f"{name}_weight") for name in OBJECTIVES}
+        if weights != {f"{name}_weight": float(name == "causal") for name in OBJECTIVES}:
+            raise ValueError(
+                f"The loss of the next token is computed outside of this model, which leaves its own out: {weights}. "
+                "Set causal_weight=1 and the others to 0, or train with `transformers.Trainer`."
+            )
+        if self.decoder.base_model is self.decoder:
+            raise ValueError(f"A {type(self.decoder).__name__} names no base, so that its head cannot be left out.")
+        self.check_request(kwargs.pop("inputs_embeds", None), None, memories, None, 0, kwargs)
+        ids, is_token, order = take_text(input_ids, attention_mask)
+        self.check_memories(memories, memory_mask, ids.shape[0])
+        remembered = self.remember(ids, is_token, memories, memory_mask)
+        states, _ = self.read_rows(ids, is_token, *remembered, has_head=False)
+        return BaseModelOutput(last_hidden_state=take(states, order.argsort(dim=1)))
 
     def check_request(self, inputs_embeds, cache, memories, labels, logits_to_keep, kwargs) -> None:
         """Refuses what would fail later or, worse, be answered as if it had been something else."""
@@ -623,12 +744,6 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
                 "inputs_embeds are not supported, nor soft prompts of PEFT, which come as such: encoder and decoder "
                 "embed tokens by tables of their own. Pass input_ids; to adapt the model, use LoRA."
             )
-        for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name):
-                raise ValueError(
-                    f"{name}=True is not supported, as encoder and decoder read a text in parts: ask "
-                    "`model.encoder`'s backbone and `model.decoder` for theirs."
-                )
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must be a number that is not negative.")
         for name in DOCUMENT_MARKS:
@@ -740,12 +855,13 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         parts, which all of them collect at once or wait for without end.
         """
         length = self.config.chunk_length
-        chunks, mask = cut_into_chunks(ids, lengths, longest_of(ids, lengths) // length, length)
+        chunks, mask = cut_into_chunks(ids, lengths, length)
+        plainly = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
             if chunks.shape[0] > 0:
-                return self.encoder(chunks, return_dict=True).memories.unflatten(0, mask.shape).squeeze(2), mask
+                return self.encoder(chunks, **plainly).memories[:, 0].unflatten(0, mask.shape), mask
             if self.encoder_must_run():
-                memories = self.encoder(ids.new_zeros(1, length), return_dict=True).memories
+                memories = self.encoder(ids.new_zeros(1, length), **plainly).memories
                 return memories[:, :0].expand(ids.shape[0], -1, -1, -1), mask
         shape = (*mask.shape, self.config.num_memory_embeddings, self.config.memory_size)
         return torch.empty(shape, dtype=self.dtype, device=ids.device), mask
@@ -767,23 +883,37 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
 
     def causal_logits(self, ids, is_token, memories, memory_mask, num_given):
         """Logits `(B, T, V)` of the token after each one of texts `(B, T)`: all chunks are decoded in one pass."""
+        return self.read_rows(ids, is_token, memories, memory_mask, num_given)[0]
+
+    def read_rows(self, ids, is_token, memories, memory_mask, num_given, has_head=True, **asked):
+        """As `causal_logits`, with what is asked for: hidden states `(B, T, C)`, maps `(B, R, heads, slots, slots)`.
+
+        Without the head, the last hidden states stand in the place of logits.
+        """
         length, num_tokens = self.config.chunk_length, ids.shape[1]
-        num_rows, behind = -(-num_tokens // length), -num_tokens % length
         # A full last chunk opens another row, as what follows it is predicted there: decoded by itself, or as a whole
         # row among the rest where every process has to call the decoder as often as the others.
-        opens_row = not behind
-        if opens_row and (is_torchdynamo_compiling() or self.is_sharded_in_parts()):
-            num_rows, behind, opens_row = num_rows + 1, length, False
+        in_one_call = asked or is_torchdynamo_compiling() or self.is_sharded_in_parts()
+        num_rows = num_tokens // length + 1 if in_one_call else -(-num_tokens // length)
+        behind = num_rows * length - num_tokens
+        opens_row = not in_one_call and behind == 0
         tokens = embed(self.decoder, F.pad(ids, (0, behind))).unflatten(1, (num_rows, length))[..., :-1, :]
         is_token = F.pad(is_token, (0, behind)).unflatten(1, (num_rows, length))[..., :-1]
         ends, most = num_given + torch.arange(num_rows, device=ids.device), num_given + num_rows - 1
-        logits = self.decode(tokens, is_token, memories, memory_mask, ends, most, BEGIN).flatten(1, 2)
-        if not opens_row:
-            return logits[:, 1 : num_tokens + 1].contiguous()
-        last = self.decode(
-            tokens[:, :1, :0], is_token[:, :1, :0], memories, memory_mask, ends[-1:] + 1, most + 1, BEGIN
+        rows, states = self.decode(
+            tokens, is_token, memories, memory_mask, ends, most, BEGIN, has_head=has_head, **asked
         )
-        return torch.cat([logits[:, 1:], last[:, 0]], dim=1)
+
+        def at_tokens(rows):
+            return rows.flatten(1, 2)[:, 1 : num_tokens + 1].contiguous()
+
+        if not opens_row:
+            if "hidden_states" in states:
+                states["hidden_states"] = each_of(states["hidden_states"], at_tokens)
+            return at_tokens(rows), states
+        first = (tokens[:, :1, :0], is_token[:, :1, :0])
+        last, _ = self.decode(*first, memories, memory_mask, ends[-1:] + 1, most + 1, BEGIN, has_head=has_head)
+        return torch.cat([rows.flatten(1, 2)[:, 1:], last[:, 0]], dim=1), states
 
     def recall(self, objective: str, ids, is_token, memories, memory_mask, num_given=0):
         """What the decoder writes of chunks that it sees as memories: for losses and measures alike.
@@ -844,7 +974,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         """As `decode`, of whole chunks `(B, R, L)`, behind the slot that asks for a copy."""
         tokens = embed(self.decoder, chunks[..., :-1])
         is_token = torch.ones_like(chunks[..., :-1], dtype=torch.bool)
-        return self.decode(tokens, is_token, memories, memory_mask, ends, most, COPY, is_hidden)
+        return self.decode(tokens, is_token, memories, memory_mask, ends, most, COPY, is_hidden)[0]
 
     def losses(
         self, logits, ids, is_token, labels, memories, memory_mask, num_given, **kwargs
@@ -868,8 +998,10 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
                 )
         return parts
 
-    def decode(self, tokens, is_token, memories, memory_mask, ends, most, slot, is_hidden=False) -> torch.Tensor:
-        """Logits `(B, R, 1 + W, V)` of all rows at once.
+    def decode(
+        self, tokens, is_token, memories, memory_mask, ends, most, slot, is_hidden=False, has_head=True, **asked
+    ) -> tuple[torch.Tensor, dict]:
+        """Logits `(B, R, 1 + W, V)` of all rows at once; hidden states and maps of these rows, if asked for.
 
         Args:
             tokens (`torch.Tensor` of shape `(B, R, W, C)`): embeddings.
@@ -879,18 +1011,20 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             most (`int`): the largest of them.
             slot (`int`): [`BEGIN`] or [`COPY`].
             is_hidden (`bool`): whether the tokens are hidden.
+            has_head (`bool`): whether to compute logits; else the last hidden states stand in their place.
         """
-        shape = is_token.shape
-        seen, is_memory = self.seen(memories, memory_mask, ends.expand(shape[:2]), most)
+        shape, width = is_token.shape[:2], 1 + tokens.shape[2]
+        seen, is_memory = self.seen(memories, memory_mask, ends.expand(shape), most)
         inputs, mask = self.reader(tokens, is_token, seen, is_memory, slot=slot, is_hidden=is_hidden)
-        outputs = self.decoder(
-            inputs_embeds=inputs.flatten(0, 1),
-            logits_to_keep=1 + shape[2],
-            use_cache=False,
-            return_dict=True,
-            **self.masks(mask.flatten(0, 1), inputs.shape[2]),
-        )
-        return outputs.logits.unflatten(0, shape[:2])
+        settings = self.masks(mask.flatten(0, 1), inputs.shape[2]) | asked
+        settings |= {"inputs_embeds": inputs.flatten(0, 1), "use_cache": False, "return_dict": True}
+        if has_head:
+            outputs = self.decoder(logits_to_keep=width, **settings)
+            rows = outputs.logits.unflatten(0, shape)
+        else:
+            outputs = self.decoder.base_model(**settings)
+            rows = outputs.last_hidden_state[:, -width:].unflatten(0, shape)
+        return rows, states_of(outputs, asked, lambda state: state[:, -width:].unflatten(0, shape), shape)
 
     def seen(self, memories, memory_mask, ends, most: int):
         """Of memories `(B, N, K, D)` those before `ends` `(B, R)`, the largest of which is `most`.
@@ -898,9 +1032,14 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         Returns:
             `(B, R, S, K, D)`, the latest last, and their mask `(B, R, S)`.
         """
-        num_seen = min(memories.shape[1], most)
-        if self.config.max_memories is not None:
-            num_seen = min(num_seen, self.config.max_memories)
+        if is_torchdynamo_compiling():
+            # A graph cannot ask which is less; of more there are some that are absent.
+            num_seen = self.config.max_memories
+            num_seen = most + self.config.unroll_window if num_seen is None else num_seen
+        else:
+            num_seen = min(memories.shape[1], most)
+            if self.config.max_memories is not None:
+                num_seen = min(num_seen, self.config.max_memories)
         index = ends[..., None] + torch.arange(-num_seen, 0, device=ends.device)
         within = index.clamp(0, max(memories.shape[1] - 1, 0))
         return take(memories, within), take(memory_mask, within) & (index == within)
@@ -919,7 +1058,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             masks["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
         return masks
 
-    def read_on(self, cache, ids, is_token, order, memories, memory_mask, logits_to_keep) -> MemoryModelOutput:
+    def read_on(self, cache, ids, is_token, order, memories, memory_mask, logits_to_keep, asked) -> MemoryModelOutput:
         """Read the next tokens `(B, T)` of what `cache` has read: in the open row, or beginning new ones."""
         if cache.ids is None:
             cache.ids, cache.is_token = ids[:, :0], is_token[:, :0]
@@ -936,30 +1075,34 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         packed = left_aligned(is_whole)
         whole, is_whole = take(whole, packed), take(is_whole, packed)
         if cache.row is not None and is_whole.sum(-1).max() < self.config.chunk_length:
-            logits = self.continue_rows(cache, ids, is_token, num_before + is_token.cumsum(-1))
+            logits, states = self.continue_rows(cache, ids, is_token, num_before + is_token.cumsum(-1), **asked)
             cache.ids, cache.is_token = whole, is_whole
         else:
             remembered = self.remember(whole, is_whole, cache.memories, cache.memory_mask)
             self.keep(cache, whole, is_whole, *remembered[:2])
             # Where the processes have to call the decoder equally often, the open chunk is read again each time.
-            logits = None if self.is_sharded_in_parts() else self.begin_rows(cache)
-            if logits is None or logits_to_keep != 1:
+            logits, states = None if self.is_sharded_in_parts() else self.begin_rows(cache), {}
+            if logits is None or logits_to_keep != 1 or asked:
                 at = num_before + torch.arange(ids.shape[1], device=ids.device)
-                logits = take(self.causal_logits(whole, is_whole, *remembered), at.clamp(max=whole.shape[1] - 1))
+                at = at.clamp(max=whole.shape[1] - 1)
+                logits, states = self.read_rows(whole, is_whole, *remembered, **asked)
+                logits, states = take(logits, at), at_places(states, at)
         cache.num_tokens += ids.shape[1]
         if logits.shape[1] == ids.shape[1]:
-            logits = take(logits, as_they_stood(is_token, order)[:, -logits_to_keep:])
+            stood = as_they_stood(is_token, order)
+            logits, states = take(logits, stood[:, -logits_to_keep:]), at_places(states, stood)
         kept = {"memories": cache.memories, "memory_mask": cache.memory_mask}
-        return MemoryModelOutput(logits=logits, **kept, **{MEMORY_NAME: cache})
+        return MemoryModelOutput(logits=logits, **kept, **{MEMORY_NAME: cache}, **states)
 
-    def continue_rows(self, cache, ids, is_token, places) -> torch.Tensor:
-        """Logits `(B, T, V)` of tokens within the open row, at places `(B, T)` of their chunk."""
+    def continue_rows(self, cache, ids, is_token, places, **asked) -> tuple[torch.Tensor, dict]:
+        """Logits `(B, T, V)` of tokens within the open row, at places `(B, T)` of their chunk; what is asked for."""
         num_seen = cache.memories.shape[1]
         ends = torch.full_like(ids[:, :1], num_seen)
         seen, is_memory = self.seen(cache.memories, cache.memory_mask, ends, num_seen)
         places = places.clamp(max=self.config.chunk_length - 1)[:, None]
         inputs, _ = self.reader(embed(self.decoder, ids)[:, None], is_token[:, None], seen, is_memory, places)
-        return self.feed(cache, inputs[:, 0], is_token)
+        outputs = self.feed(cache, inputs[:, 0], is_token, **asked)
+        return outputs.logits, states_of(outputs, asked, lambda state: state, (ids.shape[0], 1))
 
     def keep(self, cache, ids, is_token, memories, memory_mask) -> None:
         """Of texts that are read: what stands behind the last full chunk, and the memories of what stands before."""
@@ -978,25 +1121,25 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         inputs, mask = self.reader(tokens, cache.is_token[:, None], seen, is_memory, slot=BEGIN)
         order = right_aligned(mask[:, 0])
         cache.row, cache.row_mask = DynamicCache(config=self.config.decoder), mask[:, 0, :0]
-        return self.feed(cache, take(inputs[:, 0], order), take(mask[:, 0], order), logits_to_keep=1)
+        return self.feed(cache, take(inputs[:, 0], order), take(mask[:, 0], order), logits_to_keep=1).logits
 
-    def feed(self, cache, inputs, mask, logits_to_keep=0) -> torch.Tensor:
+    def feed(self, cache, inputs, mask, logits_to_keep=0, **asked) -> ModelOutput:
         """Let the decoder read inputs `(B, W, C)` behind what its row holds."""
         cache.row_mask = torch.cat([cache.row_mask, mask], dim=1)
-        outputs = self.decoder(
+        return self.decoder(
             inputs_embeds=inputs,
             use_cache=True,
             return_dict=True,
             logits_to_keep=logits_to_keep,
             **{MEMORY_NAME: cache.row},
             **self.masks(cache.row_mask, inputs.shape[1]),
+            **asked,
         )
-        return outputs.logits
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """As the library's; behind a cache, ids may be the new text alone or all of it, see `continue_from`."""
-        cache = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"))
+        cache = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), is_asked_for=False)
         if isinstance(cache, MemoryModelCache) and cache.is_initialized:
             self.check_cache(cache, kwargs.get("memories"), None)
             kwargs = continue_from(inputs, generation_config or self.generation_config, kwargs)

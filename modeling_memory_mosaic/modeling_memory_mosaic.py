@@ -21,6 +21,7 @@ Docstrings are written by hand (TRF057): the library's generator of them knows t
 """
 
 import functools
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +66,10 @@ FOREIGN_PACKING_NAMES = ("document_ids", "segment_ids", "sequence_ids", "cu_seql
 MEMORY_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-def one_memory(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+def one_memory(past_key_values: Cache | None, cache: Cache | None, is_asked_for: bool = True) -> Cache | None:
     """The memory, under whichever name it was given: transformers calls it `cache` from 5.24 on.
+
+    Its old name is warned of, as transformers does then, where a caller has used it (`is_asked_for`).
 
     Raises:
         ValueError: if two different memories are given.
@@ -75,6 +78,12 @@ def one_memory(past_key_values: Cache | None, cache: Cache | None) -> Cache | No
         raise ValueError(
             "`past_key_values` and `cache` are two names of one memory, but two memories are given: pass one. (Before "
             "transformers 5.24, `generate` makes its own beside `cache`: pass it `past_key_values`.)"
+        )
+    if past_key_values is not None and is_asked_for and MEMORY_NAME == "cache" and not is_torchdynamo_compiling():
+        warnings.warn(
+            "`past_key_values` is deprecated, as in transformers itself from 5.24 on: use `cache` instead.",
+            FutureWarning,
+            stacklevel=2,
         )
     return past_key_values if cache is None else cache
 
@@ -532,7 +541,7 @@ def create_memory_masks(config, inputs_embeds, attention_mask, past_key_values=N
         ValueError: if the mask is not 2-D or not as long as past and new tokens together, or if several documents are
             packed in one row and there is a memory, which holds one.
     """
-    past_key_values = one_memory(past_key_values, cache)
+    past_key_values = one_memory(past_key_values, cache, is_asked_for=False)
     num_tokens = inputs_embeds.shape[1]
     num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     check_mask(attention_mask, inputs_embeds, num_seen)
@@ -656,6 +665,15 @@ def refuse(is_wrong: torch.Tensor, message: str, found: torch.Tensor | None = No
         torch._assert_async(~is_wrong.any(), message)
     elif is_wrong.any():
         raise ValueError(message if found is None else f"{message} Found: {found[is_wrong][0].item()}.")
+
+
+def check_maps(config, kwargs: dict) -> None:
+    """Refuses attention maps of flex attention, whose second result is another thing. sdpa warns that it has none."""
+    if kwargs.get("output_attentions") and config._attn_implementation == "flex_attention":
+        raise ValueError(
+            "attn_implementation='flex_attention' computes no attention maps. Load the model with "
+            '`attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
+        )
 
 
 def check_shape(name: str, tensor: torch.Tensor, batch_size: int, num_tokens: int) -> None:
@@ -794,12 +812,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
                 raise ValueError(f"{name} is not known: tell where documents begin by position_ids that start again.")
         if kwargs.get("cu_seq_lens_k") is not None and kwargs.get("cu_seq_lens_q") is None:
             raise ValueError("cu_seq_lens_k is given without cu_seq_lens_q, which tells where documents begin.")
-        implementation = self.config._attn_implementation
-        if kwargs.get("output_attentions") and implementation in ("sdpa", "flex_attention"):
-            raise ValueError(
-                f"attn_implementation={implementation!r} computes no attention maps. Load the model with "
-                '`attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
-            )
+        check_maps(self.config, kwargs)
         if kwargs.get("is_causal") is False:
             raise ValueError("is_causal=False is not supported: a memory holds only what came before.")
         if past_key_values is None:
@@ -858,7 +871,7 @@ def continue_from(inputs: torch.Tensor | None, settings: GenerationConfig, kwarg
         ValueError: if ids and memory are of different numbers of rows, if there are no new ids, if the mask is none
             of ids or of all, or if ids might be new or the whole text.
     """
-    memory = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"))
+    memory = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), is_asked_for=False)
     read = memory if hasattr(memory, "past_ids") else next(iter(getattr(memory, "layers", ())), None)
     num_read = int(read.get_seq_length()) if hasattr(read, "past_ids") else 0
     if num_read == 0:
@@ -1050,12 +1063,12 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=one_memory(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{MEMORY_NAME: one_memory(past_key_values, cache)},
             **kwargs,
         )
-        if isinstance(logits_to_keep, int):
+        if not isinstance(logits_to_keep, torch.Tensor):
             if logits_to_keep < 0:
                 raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative.")
             kept = slice(-logits_to_keep, None)
@@ -1125,9 +1138,9 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{MEMORY_NAME: past_key_values},
             **kwargs,
         )
         marks = {"position_ids": position_ids, **kwargs}

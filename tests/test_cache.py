@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from modeling_memory_mosaic import (
     memory_state_dict,
 )
 from modeling_memory_mosaic.cache_memory_mosaic import MemoryMosaicStates
+from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
 
 
 STATES = MemoryMosaicStates.state_names
@@ -290,6 +292,22 @@ def test_a_memory_has_two_names(model, head):
     with pytest.raises(ValueError, match="two memories"):
         model(ids, mask, None, other, cache=memory)
     assert (memory.get_seq_length(), other.get_seq_length()) == (9, 0)
+
+
+@pytest.mark.skipif(MEMORY_NAME != "cache", reason="it is no old name yet")
+def test_the_old_name_of_a_memory_is_warned_of_where_a_caller_uses_it(model):
+    """Once for each use, and not where models hand it on to each other."""
+    ids = make_ids(2, 5)
+    classifier = MemoryMosaicForSequenceClassification(model.config)
+    for each in (model, model.model, classifier):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            given = {"attention_mask": torch.ones_like(ids)}
+            each(ids, past_key_values=DynamicCache(config=model.config), **given)
+            assert [str(warning.message)[:38] for warning in found] == ["`past_key_values` is deprecated, as in"]
+            each(ids, cache=DynamicCache(config=model.config), **given)
+            each(ids, past_key_values=None, **given)
+            assert len(found) == 1
 
 
 def test_masks_know_both_names_of_a_memory(model):

@@ -382,7 +382,6 @@ def test_what_is_trained_is_what_is_stored():
         ({"attention_mask": torch.full((1, 12), -1.0)}, "must hold 1 at tokens"),
         ({"input_ids": torch.full((1, 12), VOCAB_SIZE)}, f"range from {VOCAB_SIZE} to {VOCAB_SIZE}"),
         ({"inputs_embeds": torch.zeros(1, 12, 24)}, "inputs_embeds are not supported"),
-        ({"output_attentions": True}, "ask `model.encoder`"),
         ({"logits_to_keep": -1}, "logits_to_keep=-1"),
         ({"memories": torch.zeros(1, 2, 1, 23)}, r"this model's are \(batch, memories, 1, 24\)"),
         ({"memories": torch.zeros(1, 2, 24)}, "this model's are"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kinds import BACKBONE_KINDS, KINDS, LENGTH, for_kinds
 from safetensors import safe_open
 from transformers import AttentionInterface, DynamicCache
+from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, leaky_average
@@ -194,13 +195,21 @@ def test_attention_maps_of_eager_are_strictly_lower_triangular(model):
         assert torch.equal(weights[1, :, :, :4], torch.zeros_like(weights[1, :, :, :4]))
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
-def test_attention_maps_that_are_not_computed_are_refused_before_anything_is_read(model, implementation):
+def test_attention_maps_that_flex_attention_does_not_compute_are_refused_before_anything_is_read(model):
+    """Its second result is the logarithm of a sum, and would be returned as a map."""
     cache = model(make_ids(1, 5), use_cache=True).past_key_values
-    model.set_attn_implementation(implementation)
-    with pytest.raises(ValueError, match=f"{implementation}.*eager"):
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="flex_attention.*eager"):
         model(make_ids(1, 4), output_attentions=True, past_key_values=cache)
     assert [layer.get_seq_length() for layer in cache.layers] == [5, 5]
+
+
+def test_attention_maps_that_sdpa_does_not_compute_are_none_at_all_with_a_warning(model, monkeypatch):
+    messages = []
+    monkeypatch.setattr(sdpa_attention.logger, "warning_once", messages.append)
+    outputs = model(make_ids(1, 4), output_attentions=True)
+    assert outputs.attentions == () and "set your attention to `eager`" in messages[0]
+    assert torch.equal(outputs.logits, model(make_ids(1, 4)).logits)
 
 
 def test_a_gradient_flows_through_the_maps(model):
