@@ -31,7 +31,7 @@ from .identity_memory_mosaic import MemoryWriter, note_writer
 
 
 class ReadText:
-    """What a memory has read, so that it can be told whether ids are new:
+    """What a memory has read. By it `generate` knows whether ids are new:
 
     - `read_ids` `(B, tokens)`, `None` if any of it came as embeddings,
     - `read_mask` `(B, tokens or fewer)`, False at padding; what it does not cover are tokens,

@@ -869,7 +869,7 @@ def continue_from(inputs: torch.Tensor | None, settings: GenerationConfig, kwarg
 
     Raises:
         ValueError: if ids and memory are of different numbers of rows, if there are no new ids, if the mask is none
-            of ids or of all, or if it cannot be told whether ids are new.
+            of ids or of all, or if ids might be new or the whole text.
     """
     memory = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), is_asked_for=False)
     read = memory if hasattr(memory, "past_ids") else next(iter(getattr(memory, "layers", ())), None)
@@ -924,13 +924,13 @@ def begins_with(ids: torch.Tensor, past_ids: torch.Tensor | None, past_mask: tor
     """Whether ids `(B, T)` are a whole text, which begins with the ids of a memory and goes on.
 
     Raises:
-        ValueError: if that cannot be told, or if the text ends where the memory does.
+        ValueError: if the memory's ids are not known, or if the text ends where the memory does.
     """
     num_read, num_ids = past_mask.shape[1], ids.shape[1]
     if past_ids is None:
         raise ValueError(
-            f"The memory of {num_read} tokens does not know their ids, so it cannot be told whether these {num_ids} "
-            f"ids are new. {SAY_THAT_IDS_ARE_NEW}"
+            f"The memory of {num_read} tokens does not know their ids: these {num_ids} may be new, or the whole text. "
+            f"{SAY_THAT_IDS_ARE_NEW}"
         )
     if num_ids < num_read or bool(((ids[:, :num_read] != past_ids.to(ids.device)) & past_mask.to(ids.device)).any()):
         return False
@@ -949,7 +949,7 @@ def check_assisted(read, input_ids: torch.Tensor, attention_mask: torch.Tensor |
         return
     if attention_mask is not None:
         raise ValueError(
-            "Assisted and prompt-lookup decoding behind a memory cannot be told of padding: leave the assistant out."
+            "Assisted and prompt-lookup decoding behind a memory takes no padding: leave the assistant out."
         )
     if past_ids is not None and torch.equal(input_ids[:, :num_read].to(past_ids.device), past_ids):
         raise ValueError(

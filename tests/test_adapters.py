@@ -462,7 +462,7 @@ def test_no_outdated_name_of_a_memory_is_warned_of_and_none_too_many_given(kind)
         warnings.simplefilter("always")
         write(adapted)
     assert not [str(warning.message) for warning in told if "past_key_values" in str(warning.message)]
-    # Whoever generates without a soft prompt gets the memory under the name of this transformers alone.
+    # Without a soft prompt, `generate` gets the memory under the name of this transformers alone.
     model = adapted.get_base_model()
     inputs = model.prepare_inputs_for_generation(ids, **{MEMORY_NAME: DynamicCache(config=model.config)})
     assert {"past_key_values", "cache"} & inputs.keys() == {MEMORY_NAME}

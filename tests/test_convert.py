@@ -172,6 +172,7 @@ ODD = {
     "infinite": lambda a, s: {"model": first(s, lambda t: t.half() * 1e9), "model_args": a},
     "stretched": lambda a, s: {"model": first(s, lambda t: t[:1].expand(10**12)), "model_args": a},
     "layers": lambda a, s: {"model": s, "model_args": a | {"n_layer": 10**9}},
+    "digits": lambda a, s: {"model": s, "model_args": a | {"n_layer": 10**5000}},
     "width": lambda a, s: {"model": s, "model_args": a | {"n_embd": 10**15}},
     "no-layer": lambda a, s: {"model": s, "model_args": a | {"n_layer": 0}},
     "fraction-of-a-layer": lambda a, s: {"model": s, "model_args": a | {"n_layer": 2.0}},

@@ -99,7 +99,7 @@ def spread_over_two_processes(request, tmp_path_factory):
     return run_on_two_processes(folder / "script.py", request.config.rootpath / "tests", folder, *SPREAD)
 
 
-@for_kinds(*SPREAD)
+@for_kinds()
 def test_heads_spread_over_two_processes(kind, spread_over_two_processes):
     """A continuous model, of a handful of weights, is refused."""
     process = spread_over_two_processes

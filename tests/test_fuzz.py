@@ -8,7 +8,10 @@ import torch
 from conftest import make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import BACKBONE_KINDS, KINDS
 from transformers import DynamicCache, StaticCache
+
+from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
 
 
 # How far rounding alone takes the logits, which are of order one, from those of float64 with the same weights.
@@ -66,6 +69,51 @@ def test_every_row_is_read_as_if_alone(implementation, dtype, mask_dtype, memory
         if row_mask.any():
             alone = exact_model(dtype)(row_ids[row_mask][None]).logits[0]
             assert (row[row_mask] - alone).abs().max() < TOLERANCES[dtype]
+
+
+@functools.cache
+def cached_kind(name, implementation, dtype):
+    model = KINDS[name].make(dtype=dtype)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+@functools.cache
+def exact_kind(name, dtype):
+    return KINDS[name].make(dtype=dtype).double()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    name=st.sampled_from([*BACKBONE_KINDS, "classifier"]),
+    implementation=st.sampled_from(["sdpa", "eager"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    mask_dtype=st.sampled_from(MASK_DTYPES),
+    kept=st.lists(st.lists(st.booleans(), min_size=1, max_size=24), min_size=1, max_size=3),
+    cuts=st.none() | st.sets(st.integers(1, 23)),
+)
+@torch.no_grad()
+def test_every_text_is_read_as_if_alone(name, implementation, dtype, mask_dtype, kept, cuts):
+    """As above of memory models on any backbones, which read on at `cuts`, and of classifiers."""
+    kind, length = KINDS[name], max(map(len, kept))
+    mask = torch.tensor([row + [not any(row)] + [False] * (length - len(row)) for row in kept])  # no row is empty
+    ids, width = make_ids(*mask.shape), mask.shape[1]
+    model = cached_kind(name, implementation, dtype)
+    all_begun = 1 + int(mask.long().argmax(-1).max())
+    ends = [width]
+    if cuts is not None and kind.model == "memory model":
+        ends = sorted({cut for cut in cuts if all_begun <= cut < width} | {width})
+    cache, pieces = None, []
+    for start, end in zip([0, *ends], ends, strict=False):
+        inputs = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end].to(mask_dtype)}
+        outputs = model(**inputs, past_key_values=cache, use_cache=len(ends) > 1)
+        cache = getattr(outputs, MEMORY_NAME) if len(ends) > 1 else None
+        pieces.append(outputs.logits)
+    answers = torch.cat(pieces, dim=1).to(torch.float64)
+    for answer, row_mask, row_ids in zip(answers, mask, ids, strict=True):
+        alone = exact_kind(name, dtype)(row_ids[row_mask][None], use_cache=False).logits[0]
+        answer = answer if kind.model == "classifier" else answer[row_mask]
+        assert (answer - alone).abs().max() < TOLERANCES[dtype]
 
 
 LENGTHS = st.integers(0, 4)

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from conftest import make_ids, make_model
+from kinds import KINDS, for_kinds
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -20,9 +21,18 @@ from training.tokenizer import train_tokenizer
 
 
 @pytest.fixture
-def model():
+def kind():
+    """Tests of both kinds that write name them by `@writers`."""
+    return KINDS["mosaic"]
+
+
+writers = for_kinds("mosaic", "memory model")
+
+
+@pytest.fixture
+def model(kind):
     """Ids 59 and 60 stand for padding and the end; without an end the texts have full length."""
-    return make_model(pad_token_id=59, bos_token_id=60, eos_token_id=60)
+    return kind.make(pad_token_id=59, bos_token_id=60, eos_token_id=60)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +55,7 @@ def generate(model, ids, mask=None, **kwargs):
     return model.generate(ids, attention_mask=mask, **{"max_new_tokens": 12, "do_sample": False, **kwargs})
 
 
+@writers
 @pytest.mark.parametrize(
     "mode",
     [
@@ -71,6 +82,7 @@ def test_cached_equals_uncached(model, mode):
     assert cached.shape[1] > 6
 
 
+@writers
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=str)
 def test_left_padded_batch_equals_each_prompt_alone(model, mode):
     prompts = [make_ids(n, seed=n, vocab_size=59) for n in (1, 4, 9)]
@@ -83,6 +95,7 @@ def test_left_padded_batch_equals_each_prompt_alone(model, mode):
         assert torch.equal(texts[row, 9 : 9 + len(alone)], alone)
 
 
+@writers
 def test_a_second_turn_on_a_warm_memory(model):
     """A conversation: the next turn passes the whole text and the memory of its beginning."""
     first = generate(model, make_ids(2, 5), return_dict_in_generate=True, eos_token_id=None)
@@ -193,6 +206,7 @@ def test_assisted_decoding_of_short_and_padded_prompts(prompt):
             assert torch.equal(generate(model, ids, mask, max_new_tokens=6, **options), expected)
 
 
+@writers
 def test_the_returned_memory_continues_the_text(model):
     ids = make_ids(1, 5)
     first = generate(model, ids, return_dict_in_generate=True, max_new_tokens=6, eos_token_id=None)
@@ -211,9 +225,14 @@ def test_static_memory_equals_dynamic(model):
     assert torch.equal(static, expected)
 
 
-def test_prefill_in_chunks_equals_whole(model):
+@writers
+def test_prefill_in_chunks_equals_whole_or_is_refused(kind, model):
     ids = make_ids(1, 20)
-    assert torch.equal(generate(model, ids, prefill_chunk_size=7), generate(model, ids))
+    if kind.model == "memory model":  # makes its memory itself, and reads in chunks of its own
+        with pytest.raises(ValueError, match="Cannot use prefill chunking without a cache"):
+            generate(model, ids, prefill_chunk_size=7)
+    else:
+        assert torch.equal(generate(model, ids, prefill_chunk_size=7), generate(model, ids))
 
 
 @pytest.mark.parametrize("assistant", ["prompt_lookup", "itself", "another", "smaller", "gpt2", "early exit"])
@@ -241,6 +260,7 @@ def test_a_mosaic_assists_a_gpt2():
     assert torch.equal(generate(gpt2, ids, assistant_model=assistant), generate(gpt2, ids))
 
 
+@writers
 def test_scores_are_those_of_one_pass(model):
     ids = make_ids(2, 6)
     outputs = generate(model, ids, return_dict_in_generate=True, output_logits=True, eos_token_id=None)
@@ -248,6 +268,7 @@ def test_scores_are_those_of_one_pass(model):
     torch.testing.assert_close(torch.stack(outputs.logits, dim=1), logits, rtol=0, atol=1e-5)
 
 
+@writers
 def test_a_stop_string_ends_the_text(model, tokenizer):
     inputs = tokenizer("Once upon a time", return_tensors="pt")
     text = tokenizer.decode(generate(model, **renamed(inputs), max_new_tokens=30)[0])
@@ -257,6 +278,7 @@ def test_a_stop_string_ends_the_text(model, tokenizer):
     assert stop in stopped and text.startswith(stopped) and len(stopped) < len(text)
 
 
+@writers
 def test_a_streamer_gives_the_text_as_it_grows(model, tokenizer):
     inputs = tokenizer("Once upon a time", return_tensors="pt")
     pieces = []
@@ -266,6 +288,7 @@ def test_a_streamer_gives_the_text_as_it_grows(model, tokenizer):
     assert "".join(pieces) == tokenizer.decode(ids[0, inputs.input_ids.shape[1] :])
 
 
+@writers
 def test_a_pipeline_chats_by_the_tokenizers_template(model, tokenizer):
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
     chat = [{"role": "user", "content": "Once upon a time"}]
@@ -282,6 +305,7 @@ def renamed(inputs):
     return {"ids": inputs["input_ids"], "mask": inputs["attention_mask"]}
 
 
+@writers
 def test_a_batched_pipeline_equals_one_prompt_at_a_time(model, tokenizer):
     storyteller = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     prompts = ["Once", "Once upon a time there was a cat", "One day"]

@@ -9,7 +9,10 @@ import torch
 from conftest import make_ids, make_model
 from kinds import VOCAB_SIZE, make_memory_model
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from modeling_memory_mosaic import (
@@ -166,3 +169,15 @@ def test_memories_of_quantized_and_adapted_weights_are_read_by_these_alone(chang
     assert torch.equal(model.generate(**rest, **read, **options), model.generate(**rest, **memories, **options))
     with pytest.raises(ValueError, match="of another encoder"):
         plain.memories_from_state_dict(tensors)
+
+
+def test_a_fingerprint_of_sharded_weights_is_that_of_the_whole(model):
+    """As FSDP2 and tensor parallelism keep them, here on one process."""
+    fingerprint = weights_fingerprint(model.model)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model.model, mesh=init_device_mesh("cpu", (1,)))
+        assert all(isinstance(parameter, DTensor) for parameter in model.model.parameters())
+        assert weights_fingerprint(model.model) == fingerprint
+    finally:
+        distributed.destroy_process_group()

@@ -7,10 +7,9 @@ from conftest import make_ids
 from kinds import BACKBONES, LENGTH, VOCAB_SIZE, make_memory_model
 from safetensors.torch import load_file, save_file
 from test_memory_model import READS
-from transformers import TextStreamer, pipeline, set_seed
+from transformers import set_seed
 
 from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
-from training.tokenizer import train_tokenizer
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 13, "pad_token_id": 0}
@@ -39,19 +38,6 @@ def test_a_cache_changes_nothing(kind, way):
     texts = generate(model, inputs, **WAYS[way])
     assert texts.shape[1] == 8 + 13
     assert torch.equal(texts, generate(model, inputs, use_cache=False, **WAYS[way]))
-
-
-@pytest.mark.parametrize("way", ["greedy", "beams"])
-def test_a_row_of_a_padded_batch_is_the_prompt_alone(way):
-    model = make_memory_model()
-    prompts = [make_ids(1, length, seed=length, vocab_size=VOCAB_SIZE) for length in (13, 10, 4, 1)]
-    padded = {
-        "input_ids": torch.cat([torch.nn.functional.pad(p, (13 - p.shape[1], 0)) for p in prompts]),
-        "attention_mask": torch.cat([torch.arange(13)[None] >= 13 - p.shape[1] for p in prompts]).long(),
-    }
-    texts = generate(model, padded, **WAYS[way])
-    for text, prompt in zip(texts, prompts, strict=True):
-        assert torch.equal(text[13:], generate(model, {"input_ids": prompt}, **WAYS[way])[0, prompt.shape[1] :])
 
 
 @pytest.mark.parametrize("kind", [name for name in READS if name != "none"])
@@ -225,20 +211,6 @@ def test_a_decoder_may_be_trained_on_and_its_memories_stay_valid():
     with torch.no_grad():
         model.decoder.lm_head.weight.add_(1.0)
     model.memories_from_state_dict(tensors)
-
-
-def test_the_pipeline_and_a_streamer_write_on(capsys):
-    tokenizer = train_tokenizer(["Once upon a time there was a cat. The cat had a hat."] * 2, 262)
-    vocabulary = {"vocab_size": len(tokenizer), "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1}
-    model = make_memory_model(encoder=vocabulary, decoder=vocabulary, dtype=torch.float32)
-    writer = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    prompts = ["Once upon a time", "The cat"]
-    answers = [a[0]["generated_text"] for a in writer(prompts, max_new_tokens=9, do_sample=False, batch_size=2)]
-    alone = [writer(p, max_new_tokens=9, do_sample=False)[0]["generated_text"] for p in prompts]
-    assert answers == alone and all(a.startswith(p) for a, p in zip(answers, prompts, strict=True))
-    inputs = tokenizer(prompts[0], return_tensors="pt")
-    model.generate(**inputs, streamer=TextStreamer(tokenizer), max_new_tokens=9, do_sample=False)
-    assert capsys.readouterr().out.strip() == answers[0].strip()
 
 
 def test_assisted_decoding_is_refused():

@@ -90,15 +90,6 @@ def test_encoded_texts_of_different_length_are_continued_together(way):
         assert torch.equal(together[row, rest["input_ids"].shape[1] :], alone)
 
 
-def test_a_second_turn_on_a_warm_cache():
-    model = make_memory_model()
-    first = generate(model, make_ids(2, 6), return_dict_in_generate=True)
-    cache = first.past_key_values
-    assert isinstance(cache, MemoryModelCache) and cache.get_seq_length() == first.sequences.shape[1] - 1
-    turn = torch.cat([first.sequences, make_ids(2, 8, seed=8)], dim=1)
-    assert torch.equal(generate(model, turn, past_key_values=cache), generate(model, turn))
-
-
 def test_rows_of_a_cache_are_repeated_and_chosen():
     model, cache = make_memory_model(), MemoryModelCache()
     ids, more = make_ids(2, 8), make_ids(4, 9, seed=1)
@@ -118,13 +109,6 @@ def test_a_cache_that_is_reset_reads_anew():
     cache.reset()
     assert not cache.is_initialized and cache.num_row_slots() == 0
     assert torch.equal(model(make_ids(2, 8), past_key_values=cache).logits, first)
-
-
-def test_logits_of_generation_are_those_of_one_pass():
-    model = make_memory_model()
-    outputs = generate(model, make_ids(2, 6), return_dict_in_generate=True, output_logits=True)
-    logits = model(outputs.sequences, use_cache=False).logits[:, 5:-1]
-    torch.testing.assert_close(torch.stack(outputs.logits, dim=1).double(), logits, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

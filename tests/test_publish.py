@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from training import finetune, hub, proof, publication, publish, secrecy, train, verify
 from training.__main__ import app
 from training.card import ABOUT, TEMPLATES, load_about, model_metadata
+from training.checksums import LIST, list_of, read_list, sums_of
 from training.evaluate import load_model
 from training.experiments import memory_training
 from training.export import run_isolated
@@ -688,6 +689,16 @@ HARM = {
     "tag-in-the-card": (lambda f: card(f, "license: !!python/name:os.system ''"), "not YAML that can be read, line 1"),
     "laughs-in-the-card": (lambda f: card(f, f"license: mit\n{LAUGHS}"), "values when its aliases are written out"),
     "list-for-a-card": (lambda f: card(f, "- a"), "are no table of values by name"),
+    "key-twice-in-the-card": (
+        lambda f: card(f, "license: mit\nbase_model: evil/x\nlicense: apache-2.0"),
+        "has the key 'license' twice, and readers differ",
+    ),
+    "key-twice-within-the-card": (lambda f: card(f, "tags: [{a: 1, a: 2}]"), "has the key 'a' twice"),
+    "date-in-the-card": (lambda f: card(f, "license: 2020-99-99"), "not YAML that can be read"),
+    "deep-settings": (
+        lambda f: put(f, "config.json", '{"model_type": "memory_mosaic", "dtype":' + "[" * 900 + "]" * 900 + "}"),
+        "config.json",
+    ),
     "broken-card": (lambda f: card(f, "license: [mit"), "not YAML that can be read"),
     "numbers-in-the-card": (lambda f: card(f, "1: 2"), "are no table of values by name"),
     "list-of-licences": (lambda f: card(f, "license: [mit]"), "states no licence"),
@@ -788,9 +799,15 @@ def test_a_loss_that_is_not_the_models_is_refused(staged, run, about, tmp_path, 
     monkeypatch.setitem(publication.KINDS, ("language_modeling", "model"), kind)
     better = shutil.copytree(run, tmp_path / "better", ignore=shutil.ignore_patterns("published"))
     edit(better, "result.json", metrics=result["metrics"] | {"validation_loss": 0.1})
+    listed_again(better)
     with pytest.raises(ValueError, match="in result.json is 0.1, but measured again"):
         publish.publish(better, "someone/smoke", about=about, dry_run=True, tell=lambda line: None)
     assert not (better / "published" / "model").exists()
+
+
+def listed_again(run):
+    """The checksums of a run, of which somebody has changed files, written as if nothing were amiss."""
+    (run / LIST).write_text(list_of(sums_of(run, [*read_list(run), "model"])), encoding="utf-8")
 
 
 HERE = {"source": "embedded", "num_stories": 4}
@@ -839,6 +856,7 @@ def test_nothing_that_holds_a_secret_is_staged(run, about, tmp_path, monkeypatch
         edit(leaking, place, samples=[{"prompt": "Once", "text": f"Once\nupon {secret}"}])
     else:
         put(leaking, place, {"bos_token": secret})
+    listed_again(leaking)
     name = {"about": "README.md", "weights": "model.safetensors"}.get(place, place.removeprefix("model/"))
     name = "README.md" if place == "result.json" else name  # its card shows what it says
     with pytest.raises(ValueError, match=rf"{name}, line \d+, holds what .* looks like") as error:
@@ -865,6 +883,7 @@ def test_a_chat_template_that_came_with_a_tokenizer_is_left_out(run, about, tmp_
     monkeypatch.setitem(publication.KINDS, ("language_modeling", "model"), kind)
     own = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("published"))
     put(own, "model/chat_template.jinja", "{{ messages }}")
+    listed_again(own)
     folder = publish.publish(own, "someone/smoke", about=about, dry_run=True, tell=lambda line: None)
     assert not (folder / "chat_template.jinja").exists()
 

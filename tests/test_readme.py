@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README does what it says: its Python blocks run, its commands exist, its numbers are those of the results."""
 
+import ast
+import collections
 import os
 import re
 import shlex
 import subprocess
 import sys
 
+import kinds
 import pytest
 from conftest import make_model
 
@@ -89,6 +92,55 @@ def test_promises_name_tests_that_exist(request, name, least):
     for name in promised:
         words = name.split()
         assert f"\n{words[1]}:" in makefile if words[0] == "make" else f"\ndef {name}(" in sources, name
+
+
+# A test that is not run for kinds is of the model that its file is named after, else of the mosaic.
+FILES = {"memory_model": {"memory model"}, "continuous": {"continuous"}, "classification": {"classifier"}}
+FILES |= dict.fromkeys(("configuration", "adapters"), set(kinds.MODELS))  # these go through all classes by themselves
+FILES["identity"] = {"mosaic", "continuous"}
+
+
+def models_of_tests(folder):
+    """Of each test, the models that it runs for: all that are known, and those that its decorator names."""
+    known, named = collections.defaultdict(set), collections.defaultdict(set)
+    for path in folder.glob("test_*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        of_file = [models for start, models in FILES.items() if path.stem.startswith(f"test_{start}")] or [{"mosaic"}]
+        short = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+        for test in tree.body:
+            if not isinstance(test, ast.FunctionDef) or not test.name.startswith("test_"):
+                continue
+            decorators = [short.get(ast.unparse(node), node) for node in test.decorator_list]
+            calls = [node for node in decorators if ast.unparse(node).startswith("for_kinds(")]
+            for call in calls:
+                mark = eval(ast.unparse(call), dict(vars(kinds)))
+                named[test.name] |= {kind.model for kind in mark.args[1]}
+            known[test.name] |= named[test.name] if calls else of_file[0]
+    return known, named
+
+
+def test_promises_say_for_which_models_they_hold(request):
+    """Each promise of a model is one of all models: it holds, is refused, or does not apply, with the reason."""
+    folder = request.config.rootpath / "tests"
+    known, named = models_of_tests(folder)
+    header = f"| promise | tests | {' | '.join(kinds.MODELS)} |\n| --- | --- | --- | --- | --- | --- |\n"
+    table = (folder / "README.md").read_text(encoding="utf-8").split(header)[1].split("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert len(rows) > 40 and all(len(row) == 6 for row in rows)
+    for promise, tests, *cells in rows:
+        tests = re.findall("`(test_\\w+)`", tests)
+        assert len(tests) == len(set(tests)) > 0, promise
+        for model, cell in zip(kinds.MODELS, cells, strict=True):
+            holds = [test for test in tests if model in known[test]]
+            if cell == "yes":
+                assert holds, f"{promise}: none of its tests is run for a {model}"
+            elif cell.startswith("refused: "):
+                refusals = re.findall("`(test_\\w+)`", cell)
+                assert refusals and all(model in known[test] for test in refusals), f"{promise}, {model}: {cell}"
+            else:
+                assert re.match("(does not apply|not yet): (\\w+ ){3}", cell), f"{promise}, {model}: {cell}"
+                stale = [test for test in tests if model in named[test]]
+                assert not stale, f"{promise}: {cell}, but {stale} are run for a {model}"
 
 
 def test_every_report_is_linked_and_held_by_a_test(request):

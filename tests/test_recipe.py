@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes and configurations: everything that ships is valid, and every mistake is named with its remedy."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -291,6 +292,15 @@ def test_the_token_of_this_machine_is_refused_whatever_its_form(monkeypatch):
         with pytest.raises(ValueError) as error:
             load_recipe(SMOKE, [override])
         assert "of-no-known-form" not in str(error.value)
+
+
+def test_secrets_that_are_packed_or_deep_are_found(tmp_path):
+    packed = base64.b64encode(SECRET.encode()).decode()
+    for value in (f"!!binary {packed}", "[" * 90 + SECRET + "]" * 90, f"{{? {SECRET} : 1}}"):
+        (tmp_path / "own.yaml").write_text(f"task: language_modeling\ngeneration: {value}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match="looks like|nesting depth|nested too deeply") as error:
+            load_recipe(tmp_path / "own.yaml")
+        assert SECRET not in str(error.value)
 
 
 def test_tokens_of_text_are_no_secrets():

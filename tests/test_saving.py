@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kinds import BACKBONE_KINDS, KINDS, VOCAB_SIZE, for_kinds
+from kinds import BACKBONE_KINDS, KINDS, MODELS, VOCAB_SIZE, for_kinds
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
@@ -178,7 +178,7 @@ for folder in folders:
         os._exit(0)
     assert os.wait()[1] == 0, folder
 """
-CLEAN_KINDS = ("mosaic", "memory model", "memory model of both", "continuous", "classifier")
+CLEAN_KINDS = (*MODELS, "memory model of both")
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def read_in_a_clean_process(request, tmp_path_factory):
     return dict(zip(CLEAN_KINDS, folders, strict=True))
 
 
-@for_kinds(*CLEAN_KINDS)
+@for_kinds(*MODELS, "memory model of both")
 def test_remote_code_loads_everything_in_a_clean_process(kind, read_in_a_clean_process):
     failure = read_in_a_clean_process[kind.name] / "failure.txt"
     assert (failure.parent / "again").is_dir(), "it was not read"

@@ -9,6 +9,7 @@ repeats an alias of an alias. What is read here takes memory in proportion to th
 import gzip
 import io
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,6 +101,21 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def walk(value: Any) -> Iterator[tuple[str, str, Any]]:
+    """Everything within a value of JSON, however deep: its place, such as `a.b[2]`, its key and what it is."""
+    waiting = [("", "", value)]
+    while waiting:
+        place, key, found = waiting.pop()
+        if place:
+            yield place, key, found
+        parts: list[tuple[str, str, Any]] = []
+        if isinstance(found, dict):
+            parts = [(f"{place}.{name}" if place else str(name), str(name), part) for name, part in found.items()]
+        elif isinstance(found, (list, tuple)):
+            parts = [(f"{place}[{index}]", key, part) for index, part in enumerate(found)]
+        waiting += reversed(parts)
+
+
 def parse_yaml(text: str, where: str | Path) -> Any:
     """A YAML value of plain lists, tables and scalars.
 
@@ -109,11 +125,29 @@ def parse_yaml(text: str, where: str | Path) -> Any:
     """
     check_yaml(text, where)
     try:
+        twice = _key_that_comes_twice(yaml.compose(text, yaml.SafeLoader))
+        if twice is not None:
+            raise ValueError(f"{where} has the key {twice!a} twice, and readers differ in which one they take")
         return yaml.safe_load(text)
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply to be read") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # ValueError: a date or a number that is none
+    except (yaml.YAMLError, TypeError) as error:
         raise ValueError(f"{where} is not YAML that can be read{yaml_fault(error)}") from None
+    except ValueError as error:  # a key that comes twice, a date or a number that is none
+        told = str(error) if str(where) in str(error) else f"{where} is not YAML that can be read ({error})"
+        raise ValueError(told) from None
+
+
+def _key_that_comes_twice(node: yaml.Node | None) -> str | None:
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+        return twice if twice is not None else _first(_key_that_comes_twice(part) for _, part in node.value)
+    return _first(map(_key_that_comes_twice, node.value)) if isinstance(node, yaml.SequenceNode) else None
+
+
+def _first(found: Iterable[str | None]) -> str | None:
+    return next((key for key in found if key is not None), None)
 
 
 def check_yaml(text: str, where: str | Path) -> None:

@@ -81,6 +81,8 @@ def check_model_args(model_args: Any) -> None:
 
 
 def _told(value: Any) -> str:
+    if type(value) is int and value.bit_length() > 64:
+        return "a number of over 64 bits"  # one of thousands of digits cannot be written out
     shown = repr(value) if type(value) in (bool, int, float, str, type(None)) else f"a {type(value).__name__}"
     return shown if len(shown) <= 60 else f"{shown[:60]}..."
 

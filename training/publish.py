@@ -142,9 +142,8 @@ def verify_published(
         tell: is told what is in order, in words.
 
     Raises:
-        ValueError: what is not in order.
+        ValueError: what is not in order, or does not load in a clean process.
         OSError: the repository is not there, or could not be reached.
-        RuntimeError: it does not load in a clean process.
     """
     folder, repo_type = Path(where), what if what in ("dataset", "space") else "model"
     if folder.is_dir() and (revision or what):
@@ -157,7 +156,11 @@ def verify_published(
             tell(f"{where} at commit {folder.name}")
         for line in verify.check_folder(folder):
             tell(f"ok: {line}")
-        for line in _tried(folder, Path(downloads), tell):
+        try:
+            tried = _tried(folder, Path(downloads), tell)
+        except RuntimeError as error:  # of torch and of the clean process: what a stranger has published is at fault
+            raise ValueError(f"{where} does not work: {error}") from error
+        for line in tried:
             tell(line)
     tell(
         "none of this proves who wrote it, for anybody can publish such files and their checksums: compare name and "

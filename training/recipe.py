@@ -40,7 +40,7 @@ from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
 import training.experiments.lstm  # noqa: F401  (likewise)
-from training.bounded import check_yaml, yaml_fault
+from training.bounded import check_yaml, walk, yaml_fault
 from training.places import refuse_system_folder
 from training.secrecy import masked, names_secret, refuse_secrets
 
@@ -417,19 +417,12 @@ def _refuse_what_a_recipe_must_not_hold(values: Any, where: str) -> None:
     A run must depend on nothing but its recipe, and its result, which may be published, must not tell of the machine.
     """
     refuse_secrets(values, where)
-    for place, text in _texts(values, ""):
-        if "${" in re.sub(r"\$\{[\w.\[\]]+\}", "", text):
+    for place, _, text in walk(values):
+        if isinstance(text, str) and "${" in re.sub(r"\$\{[\w.\[\]]+\}", "", text):
             raise ValueError(
                 f"`{place}` in {where} has ${{...}} with more than the key of another setting: a recipe does not read "
                 "the environment or anything else of the machine; write the value itself"
             )
-
-
-def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield place, value
-    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from _texts(part, f"{place}.{key}" if place else str(key))
 
 
 def _explain(problem: dict[str, Any], schema: type[BaseModel]) -> str:

@@ -8,14 +8,13 @@ the tokens of this machine, wherever they stand, and strings that have the form 
 import functools
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from huggingface_hub import get_token
 from huggingface_hub.utils import get_stored_tokens
 
-from training.bounded import open_packed
+from training.bounded import open_packed, walk
 
 
 # By its kind, the form of a secret. ASCII, so that bytes of any encoding of text can be searched.
@@ -91,7 +90,7 @@ def refuse_secrets(settings: Any, where: str) -> None:
         where: what holds them, for the message.
     """
     tokens = own_tokens()
-    for place, key, value in _walk(settings, ""):
+    for place, key, value in walk(settings):
         kind = _secret_in(key, tokens)
         if kind is not None:
             raise ValueError(f"the name of a setting in {where} is what {kind} looks like: take it out")
@@ -100,23 +99,13 @@ def refuse_secrets(settings: Any, where: str) -> None:
                 f"{where} sets `{place}`, which is for a secret, and all of it is written into results that may be "
                 "published: leave it out, and log in with `hf auth login` or set HF_TOKEN"
             )
-        kind = _secret_in(value, tokens) if isinstance(value, str) else None
+        text = value.decode("latin-1") if isinstance(value, bytes) else value
+        kind = _secret_in(text, tokens) if isinstance(text, str) else None
         if kind is not None:
             raise ValueError(
                 f"`{place}` in {where} is what {kind} looks like, and all of it is written into results that may be "
                 "published: take it out"
             )
-
-
-def _walk(value: Any, place: str, key: str = "") -> Iterator[tuple[str, str, Any]]:
-    if place:
-        yield place, key, value
-    if isinstance(value, dict):
-        for name, part in value.items():
-            yield from _walk(part, f"{place}.{name}" if place else str(name), str(name))
-    elif isinstance(value, (list, tuple)):
-        for index, part in enumerate(value):
-            yield from _walk(part, f"{place}[{index}]")
 
 
 def check_no_secrets(folder: Path, names: list[str]) -> str:

@@ -9,7 +9,6 @@ import functools
 import importlib.metadata
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from training.bounded import parse_yaml, read_object
+from training.bounded import parse_yaml, read_object, walk
 from training.card import STORIES, render
 from training.hub import CARD, COMMIT, REPO_ID
 
@@ -58,6 +57,8 @@ CARD_KEYS = {
     "dataset": {"license", "language", "task_categories", "size_categories", "tags", "pretty_name", "configs"},
 }
 CARD_KEYS["adapter"] = CARD_KEYS["model"]
+# A setting that no layer is built for may be larger than the model is deep.
+MOST_LAYERS = 1000
 DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
@@ -76,8 +77,8 @@ def check_config(path: Path, numbers: int, tensors: int) -> None:
         if module is None or not (path.parent / f"{module[1]}.py").is_file():
             raise ValueError(f"`auto_map` in {path.name} leads to {target!r}, which is not in the folder")
     _check_part(path.name, content, MODEL_TYPES)
-    for key, value in entries(content):
-        if key in ("num_hidden_layers", "n_layer") and type(value) is int and value > tensors:
+    for _, key, value in walk(content):
+        if "layer" in key and type(value) is int and value > max(tensors, MOST_LAYERS):
             raise ValueError(f"`{key}` in {path.name} is {value}, but the weights have {tensors} tensors")
         is_size = key.startswith(("num_", "n_")) or key.endswith("_size")
         if is_size and type(value) is int and not -1 <= value <= max(numbers, 10**6):
@@ -102,22 +103,13 @@ def _check_part(name: str, content: dict[str, Any], types: tuple[str, ...]) -> N
 
 def check_values(name: str, content: dict[str, Any]) -> None:
     """No setting of a file, at any depth, leads to a repository, an address or a path, or is no number."""
-    for key, value in entries(content):
+    for _, key, value in walk(content):
         if key in LEADING_ELSEWHERE and value not in (None, ""):
             raise ValueError(f"`{key}` in {name} is {value!r}, which leads elsewhere: nothing published has it")
-        for part in value if isinstance(value, list) else [value]:
-            if isinstance(part, str) and _LEADS.fullmatch(part):
-                raise ValueError(f"`{key}` in {name} names {part!r}: nothing published leads elsewhere")
-            if isinstance(part, float) and not math.isfinite(part):
-                raise ValueError(f"`{key}` in {name} is {part}, which is no number to compute with")
-
-
-def entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of a JSON value with what it has, however deep."""
-    if isinstance(value, dict):
-        yield from value.items()
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from entries(part)
+        if isinstance(value, str) and _LEADS.fullmatch(value):
+            raise ValueError(f"`{key}` in {name} names {value!r}: nothing published leads elsewhere")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{key}` in {name} is {value}, which is no number to compute with")
 
 
 def check_generation(name: str, content: dict[str, Any]) -> None:

@@ -76,12 +76,12 @@ def read_prompts(path: str, prompt_set: str | None = None) -> list[Prompt]:
         raise ValueError(
             f"{path}: no field {prompt_set!r}: set `prompt_set` to the field that holds {form}"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error}): it has to hold {form}") from error
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the whole"
         raise ValueError(f"{path}: {where}: {problem['msg']}: it has to hold {form}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits and lists within lists, too
+        raise ValueError(f"{path}: not JSON ({error}): it has to hold {form}") from error
     if not prompts or not all(prompt["prompt"].strip() for prompt in prompts):
         raise ValueError(f"{path}: there is no prompt, or an empty one: it has to hold {form}")
     return prompts
