@@ -1032,7 +1032,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         Returns:
             `(B, R, S, K, D)`, the latest last, and their mask `(B, R, S)`.
         """
-        if is_torchdynamo_compiling():
+        if is_torchdynamo_compiling() and memories.shape[1] > 0:
             # A graph cannot ask which is less; of more there are some that are absent.
             num_seen = self.config.max_memories
             num_seen = most + self.config.unroll_window if num_seen is None else num_seen

@@ -669,9 +669,10 @@ def refuse(is_wrong: torch.Tensor, message: str, found: torch.Tensor | None = No
 
 def check_maps(config, kwargs: dict) -> None:
     """Refuses attention maps of flex attention, whose second result is another thing. sdpa warns that it has none."""
-    if kwargs.get("output_attentions") and config._attn_implementation == "flex_attention":
+    implementation = config._attn_implementation
+    if kwargs.get("output_attentions") and implementation == "flex_attention":
         raise ValueError(
-            "attn_implementation='flex_attention' computes no attention maps. Load the model with "
+            f"attn_implementation={implementation!r} computes no attention maps. Load the model with "
             '`attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
         )
 
