@@ -79,7 +79,7 @@ def trainer_of(kind, folder, num_rows=8, length=15, model=None, **settings):
     return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:3])
 
 
-@for_kinds("mosaic", "continuous", "classifier")
+@for_kinds()
 def test_trainer_evaluates_with_metrics(kind, tmp_path):
     """Answers alone are gathered, in one array: no memory, no part of the loss."""
     seen = []
