@@ -602,6 +602,31 @@ HARM = {
         "is not this project's, although its code",
     ),
     "no-licence": (lambda f: (f / "LICENSE").unlink(), "has code, but no LICENSE"),
+    "no-class": (
+        lambda f: edit(f, "config.json", auto_map={"AutoModelForCausalLM": "modeling_memory_mosaic.torch"}),
+        "has 'modeling_memory_mosaic.torch' for 'AutoModelForCausalLM', which is no class for that",
+    ),
+    "other-class": (
+        lambda f: edit(f, "config.json", auto_map={"AutoConfig": "modeling_memory_mosaic.MemoryMosaicForCausalLM"}),
+        "for 'AutoConfig', which is no class for that",
+    ),
+    "other-architecture": (
+        lambda f: edit(f, "config.json", architectures=["GPT2LMHeadModel"]),
+        "`architectures` in config.json names 'GPT2LMHeadModel'",
+    ),
+    "markup-in-a-label": (lambda f: edit(f, "config.json", id2label={"0": "<script>"}), "config.json has '<script>'"),
+    "markup-in-a-key": (lambda f: edit(f, "config.json", id2label={"<b>": "a"}), "config.json has '<b>'"),
+    "other-end-of-texts": (
+        lambda f: edit(f, "generation_config.json", eos_token_id=[0, 10**9]),
+        "`eos_token_id` in generation_config.json is .0, 1000000000., but 0 in config.json",
+    ),
+    "text-beside-weights": (
+        lambda f: save_file(load_file(f / "model.safetensors"), f / "model.safetensors", {"format": "pt", "by": "x"}),
+        "says .'by', 'format'. beside its tensors",
+    ),
+    "attributes": (lambda f: put(f, ".gitattributes", "* filter=evil"), ".gitattributes does more than to keep"),
+    "deep-units": (lambda f: put(f, "units.json", "[" * 100_000), "units.json cannot be read as JSON"),
+    "list-of-results": (lambda f: put(f, "result.json", "[]"), "result.json holds no JSON object"),
     "type-of-a-list": (lambda f: edit(f, "config.json", model_type=["memory_mosaic"]), "holds a model of type"),
     "map-of-a-list": (lambda f: put(f, "model.safetensors.index.json", {"weight_map": ["a"]}), "has no `weight_map`"),
     "layers": (lambda f: edit(f, "config.json", num_hidden_layers=10**9), "num_hidden_layers. in config.json is 10"),
@@ -777,6 +802,7 @@ def test_a_data_set_that_would_load_other_files_is_refused(tmp_path):
 
 def test_downloads_of_git_and_of_the_hub_are_verified_too(copy):
     put(copy, ".git/COMMIT_EDITMSG", "Publish")
+    put(copy, ".gitattributes", "*.7z filter=lfs diff=lfs merge=lfs -text\n" * 3)
     put(copy, ".cache/huggingface/download/config.json.metadata", "0")
     assert len(verify.check_folder(copy)) == 6
 

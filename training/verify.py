@@ -44,6 +44,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy",
 # What is shown in cards, pages and terminals, and is a path.
 NAME = re.compile(r"(?:[\w.][\w.+=@-]*/)*[\w.][\w.+=@-]*", re.ASCII)
 
+# Lines of `.gitattributes`, as the Hub writes them.
+_ATTRIBUTES = re.compile(r"(?:(?:\S+ filter=lfs diff=lfs merge=lfs -text|#[^\n]*)?\n)*")
+
 
 def check_folder(folder: Path) -> list[str]:
     """Check a published folder without loading it; returns what was found to be in order, in words.
@@ -75,6 +78,10 @@ def check_files(folder: Path) -> str:
     for name in files:
         if not any(_fits(name, pattern) for pattern in allowed):
             raise ValueError(f"{name} is no file of a published {kind}: read it before you trust it, or remove it")
+        if name.endswith(".json"):
+            read_object(folder / name)  # which says if it cannot be
+        if name in NOBODYS and not _ATTRIBUTES.fullmatch((folder / name).read_text(encoding="utf-8")):
+            raise ValueError(f"{name} does more than to keep files in the Hub's storage: remove it")
     return f"a {kind} of {len(files)} files, each what its name says, none a pickle"
 
 
@@ -210,9 +217,12 @@ def check_settings(folder: Path) -> str:
         if own == "adapter_config.json":
             content.pop("base_model_name_or_path", None)
         if own == "generation_config.json":
-            verify_values.check_generation(name, content)
+            config = read_object((folder / name).with_name("config.json"))
+            verify_values.check_generation(name, content, config)
         if own != "model.safetensors.index.json":
             verify_values.check_values(name, content)
+        if own in ("config.json", "generation_config.json"):
+            verify_values.check_words(name, content)
     if kind in ("model", "space"):
         verify_values.check_tokenizer(model_in(folder))
     if kind == "adapter":
@@ -233,6 +243,8 @@ def check_weights(folder: Path) -> str:
         return "no weights"
     place = model_in(folder)
     files = verify_values.weight_files(place, published_files(place), adapter=kind == "adapter")
+    for path in files:
+        verify_values.check_metadata(path)
     found = verify_values.shapes(files)
     if kind == "adapter":
         others = sorted(name for name in found if ".lora_" not in name)

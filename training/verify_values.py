@@ -6,6 +6,7 @@ that end every text. A value is allowed if this project could have written it.
 """
 
 import functools
+import importlib
 import importlib.metadata
 import math
 import re
@@ -18,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 from peft import LoraConfig
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from training.bounded import parse_yaml, read_object, walk
@@ -71,11 +72,10 @@ def check_config(path: Path, numbers: int, tensors: int) -> None:
         tensors: how many hold them.
     """
     content = read_object(path)
-    mapped = content.pop("auto_map", None)
-    for target in mapped.values() if isinstance(mapped, dict) else [mapped]:
-        module = re.fullmatch(r"(\w+)\.\w+", target) if isinstance(target, str) else None
-        if module is None or not (path.parent / f"{module[1]}.py").is_file():
-            raise ValueError(f"`auto_map` in {path.name} leads to {target!r}, which is not in the folder")
+    classes = _mapped_classes(path, content.pop("auto_map", None))
+    others = [name for name in content.get("architectures") or [] if name not in classes]
+    if others:
+        raise ValueError(f"`architectures` in {path.name} names {others[0]!r}, which is no class of `auto_map`")
     _check_part(path.name, content, MODEL_TYPES)
     for _, key, value in walk(content):
         if "layer" in key and type(value) is int and value > max(tensors, MOST_LAYERS):
@@ -83,6 +83,21 @@ def check_config(path: Path, numbers: int, tensors: int) -> None:
         is_size = key.startswith(("num_", "n_")) or key.endswith("_size")
         if is_size and type(value) is int and not -1 <= value <= max(numbers, 10**6):
             raise ValueError(f"`{key}` in {path.name} is {value}, but the weights have {numbers:,} numbers")
+
+
+def _mapped_classes(path: Path, mapped: Any) -> set[str]:
+    """Names of the classes that the library is to load, each of them one of this project's for that purpose."""
+    found = set()
+    for purpose, target in mapped.items() if isinstance(mapped, dict) else [(None, mapped)]:
+        module = re.fullmatch(r"(\w+)\.(\w+)", target) if isinstance(target, str) else None
+        if module is None or not (path.parent / f"{module[1]}.py").is_file():
+            raise ValueError(f"`auto_map` in {path.name} leads to {target!r}, which is not in the folder")
+        own = getattr(importlib.import_module(f"modeling_memory_mosaic.{module[1]}"), module[2], None)
+        kind = PreTrainedConfig if purpose == "AutoConfig" else PreTrainedModel
+        if not str(purpose).startswith("Auto") or not isinstance(own, type) or not issubclass(own, kind):
+            raise ValueError(f"`auto_map` in {path.name} has {target!r} for {purpose!r}, which is no class for that")
+        found.add(module[2])
+    return found
 
 
 def _check_part(name: str, content: dict[str, Any], types: tuple[str, ...]) -> None:
@@ -112,9 +127,20 @@ def check_values(name: str, content: dict[str, Any]) -> None:
             raise ValueError(f"`{key}` in {name} is {value}, which is no number to compute with")
 
 
-def check_generation(name: str, content: dict[str, Any]) -> None:
-    """Generation settings say which tokens begin and end a text, and leave all else as the library has it."""
+def check_words(name: str, content: dict[str, Any]) -> None:
+    """Keys and texts among settings of a model are names: of classes, kinds and versions."""
+    for _, key, value in walk(content):
+        for text in (key, value):
+            if isinstance(text, str) and not re.fullmatch(r"[\w.+-]{0,100}", text, re.ASCII):
+                raise ValueError(f"{name} has {text!a}, where names of kinds and classes stand")
+
+
+def check_generation(name: str, content: dict[str, Any], config: dict[str, Any]) -> None:
+    """Generation settings say, as the model's, which tokens begin and end a text, and leave the rest to the library."""
     defaults = GenerationConfig().to_dict()
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if content.get(key) != config.get(key):
+            raise ValueError(f"`{key}` in {name} is {content.get(key)!r}, but {config.get(key)!r} in config.json")
     for key, value in content.items():
         is_switch_off = key in ("output_attentions", "output_hidden_states") and value is False
         if key in GENERATION_SETTINGS or is_switch_off or (key in defaults and value == defaults[key]):
@@ -320,6 +346,14 @@ def weight_files(folder: Path, names: list[str], adapter: bool = False) -> list[
 def _tensors(path: Path) -> dict[str, tuple[int, ...]]:
     with safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def check_metadata(path: Path) -> None:
+    """Beside its tensors, a file of weights says that they are torch's, and nothing else."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata not in ({}, {"format": "pt"}):
+        raise ValueError(f"{path.name} says {sorted(metadata)} beside its tensors: weights of this project do not")
 
 
 def shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
