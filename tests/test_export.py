@@ -130,8 +130,8 @@ def test_exported_program_serves_other_batches_and_lengths(implementation, maske
         assert_same_at_tokens(program.module()(**inputs, use_cache=False).logits, model, inputs)
 
 
-@for_kinds("continuous", "continuous of real weights", "classifier")
-def test_other_models_compile_to_one_graph_and_are_exported(kind):
+@for_kinds("memory model", "continuous", "continuous of real weights", "classifier")
+def test_other_models_compile_to_one_graph(kind):
     model = kind.make()
     inputs = kind.with_labels(kind.inputs(model, 2, 12))
     model(**inputs, use_cache=False).loss.backward()
@@ -141,7 +141,16 @@ def test_other_models_compile_to_one_graph_and_are_exported(kind):
     compiled(**inputs, use_cache=False).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+    with torch.no_grad():
+        for num_tokens in (9, 23):
+            inputs = kind.inputs(model, 2, num_tokens)
+            answers = [each(**inputs, use_cache=False)[kind.answers] for each in (compiled, model)]
+            torch.testing.assert_close(*answers, rtol=0, atol=2e-5)
 
+
+@for_kinds("continuous", "continuous of real weights", "classifier")
+def test_other_models_are_exported(kind):
+    model = kind.make()
     inputs = kind.inputs(model, 2, 12)
     dynamic = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
     shapes = {**dynamic, "use_cache": None}

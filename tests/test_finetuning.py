@@ -4,7 +4,7 @@
 import pytest
 import torch
 from conftest import make_ids, make_model
-from kinds import KINDS, for_kinds, make_classifier
+from kinds import KINDS, MODELS, for_kinds, make_classifier
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -79,7 +79,7 @@ def trainer_of(kind, folder, num_rows=8, length=15, model=None, **settings):
     return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:3])
 
 
-@for_kinds("mosaic", "continuous", "classifier")
+@for_kinds()
 def test_trainer_evaluates_with_metrics(kind, tmp_path):
     """Answers alone are gathered, in one array: no memory, no part of the loss."""
     seen = []
@@ -100,7 +100,7 @@ def test_trainer_evaluates_with_metrics(kind, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(outputs.loss.item(), rel=1e-3)
 
 
-@for_kinds(*KINDS)
+@for_kinds(*MODELS, "memory model of both")
 def test_trainer_learns_and_resumes_bitwise(kind, tmp_path):
     whole = trainer_of(kind, tmp_path, save_steps=3)
     whole.train()
@@ -113,7 +113,7 @@ def test_trainer_learns_and_resumes_bitwise(kind, tmp_path):
         assert torch.equal(tensor, whole.model.state_dict()[name]), name
 
 
-@for_kinds(*KINDS)
+@for_kinds(*MODELS, "memory model of both")
 def test_trainer_accumulates_to_the_large_batch(kind, tmp_path):
     """Five rows in parts of two: the last part is smaller, and each row counts alike."""
     weights = []

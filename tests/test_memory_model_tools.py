@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tools ask of a memory model: hidden states and maps, exported programs, metrics, TRL's trainer, new sizes."""
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_ids
-from kinds import BACKBONES, LENGTH, LLAMA, MOSAIC, VOCAB_SIZE, make_memory_model
+from kinds import BACKBONES, LENGTH, LLAMA, MOSAIC, make_memory_model
 from test_export import Compiles, make_inputs
-from test_memory_model import READS, all_weights
+from test_memory_model import READS
 from test_peers import logged, sft
 from torch.export import Dim, export
-from transformers import AutoModel, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoModel, LlamaConfig
 
 from modeling_memory_mosaic import MemoryModelCache, MemoryModelConfig, MemoryModelEncoder, MemoryMosaicConfig
 from training.tokenizer import train_tokenizer
@@ -185,24 +184,6 @@ def test_compiled_training_is_one_graph_that_serves_texts_of_any_length(kind):
 
 
 # Trainers
-
-
-def test_metrics_are_computed_of_logits(tmp_path):
-    """Neither the parts of the loss nor memories are predictions."""
-    rows = [{"input_ids": row, "labels": row} for row in make_ids(4, 15, vocab_size=VOCAB_SIZE)]
-    model = make_memory_model(dtype=torch.float32, **all_weights())
-    shapes = []
-
-    def compute_metrics(prediction):
-        shapes.append(prediction.predictions.shape)
-        return {"mean": np.mean(prediction.predictions)}
-
-    options = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], per_device_eval_batch_size=3)
-    trainer = Trainer(model=model, args=options, eval_dataset=rows, compute_metrics=compute_metrics)
-    ids = torch.stack([row["input_ids"] for row in rows])
-    with torch.no_grad():
-        assert trainer.evaluate()["eval_mean"] == pytest.approx(model(ids).logits.mean().item(), rel=1e-3)
-    assert shapes == [(4, 15, VOCAB_SIZE)]
 
 
 TEXTS = [("Once upon a time there was a cat. " * 3)[: 15 + 17 * index] for index in range(5)]

@@ -2,10 +2,12 @@
 """Evaluation: how well an exported folder or a checkpoint predicts stories."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,17 +32,26 @@ def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
         options: further arguments of `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        ValueError: the folder is no model, a file of it has changed since a run has written it, its weights are cut
-            off, or they do not fill the model.
+        ValueError: the folder is no model or one of its own code, a file of it has changed since a run has written it,
+            its weights are cut off or a pickle of more than tensors, or they do not fill the model.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} has no config.json: name an exported folder or a checkpoint")
     refuse_damage(folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        # Without asking whether code in the folder may run: it may not.
+        own = {"output_loading_info": True, "trust_remote_code": False}
+        model, report = AutoModelForCausalLM.from_pretrained(folder, **own, **options)
     except SafetensorError as error:
         raise ValueError(f"the weights in {str(folder)!r} are damaged ({error}): copy or export them again") from error
+    except UnpicklingError:  # whose advice is to run what is in it
+        raise ValueError(
+            f"the weights in {str(folder)!r} are a pickle that holds more than tensors, or is damaged: get them as "
+            "safetensors"
+        ) from None
+    except (StrictDataclassError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"the config.json in {str(folder)!r} describes no model ({_first_line(error)})") from None
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ValueError(
             f"the weights in {str(folder)!r} do not fill the model: missing {sorted(report['missing_keys'])}, of "
@@ -48,6 +59,10 @@ def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
         )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def evaluate_folder(

@@ -173,7 +173,9 @@ def verify_export(
         RuntimeError: the process failed (with what it printed), or its logits differ.
     """
     folder = Path(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder) if model is None else model.to("cpu")
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    model = model.to("cpu")
     job = {
         "folder": str(folder.resolve()),
         "adapter": None if adapter is None else str(adapter.resolve()),

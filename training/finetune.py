@@ -108,7 +108,7 @@ class Recipe(TextRecipe):
     def build_config(self) -> PreTrainedConfig:
         if self.base is not None:
             return self.base_recipe.build_config()
-        return AutoConfig.from_pretrained(self.base_folder)
+        return AutoConfig.from_pretrained(self.base_folder, trust_remote_code=False)
 
     @functools.cached_property
     def folder(self) -> Path:

@@ -92,7 +92,7 @@ def load_tokenizer(name_or_path: str, keep_added: bool = False) -> PreTrainedTok
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a file that is odd, each library has errors of its own
         raise ValueError(
             f"cannot load the tokenizer {name_or_path!r}: it has to be a folder with a tokenizer.json (or the files "
             f"that one is made from), or the name of a repository on the Hub that can be reached ({error})"

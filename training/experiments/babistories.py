@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -243,7 +244,7 @@ class Generator:
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
-        section, options = self.section, {}
+        section, options = self.section, {"trust_remote_code": False}
         dtype = getattr(torch, section.dtype)
         if section.quantization == "4bit":
             options["quantization_config"] = BitsAndBytesConfig(
@@ -256,6 +257,10 @@ class Generator:
             model = AutoModelForCausalLM.from_pretrained(
                 section.model, dtype=dtype, device_map={"": self.device}, **options
             )
+        except UnpicklingError:  # whose advice is to run what is in it
+            raise ValueError(
+                f"cannot load the generator {section.model!r}: its weights are a pickle of more than tensors"
+            ) from None
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(
                 f"cannot load the generator {section.model!r}: it has to be a folder with a causal language model, or "
@@ -332,7 +337,7 @@ def _refuse_stacked_experts(name: str) -> None:
     Unsaid, such a model would take several times the memory that 4 bit promises (issue 1849 of bitsandbytes).
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
     stacked = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 2)
     total = model.num_parameters()
     if stacked > total / 10:
@@ -600,7 +605,7 @@ def _judge(row: dict[str, Any], duplicates: story_filters.Duplicates) -> story_f
 
 
 def _revision(model: str) -> str | None:
-    return getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
+    return getattr(AutoConfig.from_pretrained(model, trust_remote_code=False), "_commit_hash", None)
 
 
 def card(result: dict[str, Any], published: dict[str, Any] | None = None) -> str:
