@@ -76,8 +76,7 @@ def one_memory(past_key_values: Cache | None, cache: Cache | None, is_asked_for:
     """
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError(
-            "`past_key_values` and `cache` are two names of one memory, but two memories are given: pass one. (Before "
-            "transformers 5.24, `generate` makes its own beside `cache`: pass it `past_key_values`.)"
+            "`past_key_values` and `cache` are two names of one memory, but two memories are given: pass one."
         )
     if past_key_values is not None and is_asked_for and MEMORY_NAME == "cache" and not is_torchdynamo_compiling():
         warnings.warn(
@@ -873,6 +872,8 @@ def continue_from(inputs: torch.Tensor | None, settings: GenerationConfig, kwarg
             of ids or of all, or if ids might be new or the whole text.
     """
     memory = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), is_asked_for=False)
+    if MEMORY_NAME == "past_key_values" and kwargs.pop("cache", None) is not None:
+        kwargs["past_key_values"] = memory  # `generate` before transformers 5.24 does not know the other name
     read = memory if hasattr(memory, "past_ids") else next(iter(getattr(memory, "layers", ())), None)
     num_read = int(read.get_seq_length()) if hasattr(read, "past_ids") else 0
     if num_read == 0:
