@@ -78,7 +78,9 @@ def one_memory(past_key_values: Cache | None, cache: Cache | None, is_asked_for:
         raise ValueError(
             "`past_key_values` and `cache` are two names of one memory, but two memories are given: pass one."
         )
-    if past_key_values is not None and is_asked_for and MEMORY_NAME == "cache" and not is_torchdynamo_compiling():
+    # PEFT passes both names: nothing that a caller could change.
+    is_asked_for = is_asked_for and past_key_values is not None and cache is None
+    if is_asked_for and MEMORY_NAME == "cache" and not is_torchdynamo_compiling():
         warnings.warn(
             "`past_key_values` is deprecated, as in transformers itself from 5.24 on: use `cache` instead.",
             FutureWarning,
