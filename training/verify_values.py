@@ -136,7 +136,7 @@ def check_words(name: str, content: dict[str, Any]) -> None:
 
 
 def check_generation(name: str, content: dict[str, Any], config: dict[str, Any]) -> None:
-    """Generation settings name the tokens that begin and end a text as the model does, and set nothing besides."""
+    """Generation settings say which tokens begin and end a text, as the model does, and leave all else alone."""
     defaults = GenerationConfig().to_dict()
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if content.get(key) != config.get(key):
