@@ -14,7 +14,7 @@
 # limitations under the License.
 """What the models need to be adapted by PEFT: adapters come off whole, and soft prompts are read once.
 
-PEFT is not imported: a model that nobody adapts loads without it. Its parts are known by the module that defines them.
+PEFT is not imported: a model without adapters loads without it. Its parts are known by the module that defines them.
 """
 
 from typing import Any
