@@ -1032,7 +1032,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
         Returns:
             `(B, R, S, K, D)`, the latest last, and their mask `(B, R, S)`.
         """
-        if is_torchdynamo_compiling():
+        if is_torchdynamo_compiling() and memories.shape[1] > 0:
             # A graph cannot ask which is less; of more there are some that are absent.
             num_seen = self.config.max_memories
             num_seen = most + self.config.unroll_window if num_seen is None else num_seen
@@ -1140,9 +1140,9 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """As the library's; behind a cache, ids may be the new text alone or all of it, see `continue_from`."""
         cache = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), is_asked_for=False)
+        kwargs = continue_from(inputs, generation_config or self.generation_config, kwargs)
         if isinstance(cache, MemoryModelCache) and cache.is_initialized:
             self.check_cache(cache, kwargs.get("memories"), None)
-            kwargs = continue_from(inputs, generation_config or self.generation_config, kwargs)
             ids = kwargs["input_ids"] if inputs is None else inputs
             cache.num_ahead = kwargs["attention_mask"].shape[1] - ids.shape[1]
         return super().generate(inputs, generation_config, *args, **kwargs)

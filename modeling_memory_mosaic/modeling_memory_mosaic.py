@@ -76,10 +76,11 @@ def one_memory(past_key_values: Cache | None, cache: Cache | None, is_asked_for:
     """
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError(
-            "`past_key_values` and `cache` are two names of one memory, but two memories are given: pass one. (Before "
-            "transformers 5.24, `generate` makes its own beside `cache`: pass it `past_key_values`.)"
+            "`past_key_values` and `cache` are two names of one memory, but two memories are given: pass one."
         )
-    if past_key_values is not None and is_asked_for and MEMORY_NAME == "cache" and not is_torchdynamo_compiling():
+    # PEFT passes both names: nothing that a caller could change.
+    is_asked_for = is_asked_for and past_key_values is not None and cache is None
+    if is_asked_for and MEMORY_NAME == "cache" and not is_torchdynamo_compiling():
         warnings.warn(
             "`past_key_values` is deprecated, as in transformers itself from 5.24 on: use `cache` instead.",
             FutureWarning,
@@ -669,9 +670,10 @@ def refuse(is_wrong: torch.Tensor, message: str, found: torch.Tensor | None = No
 
 def check_maps(config, kwargs: dict) -> None:
     """Refuses attention maps of flex attention, whose second result is another thing. sdpa warns that it has none."""
-    if kwargs.get("output_attentions") and config._attn_implementation == "flex_attention":
+    implementation = config._attn_implementation
+    if kwargs.get("output_attentions") and implementation == "flex_attention":
         raise ValueError(
-            "attn_implementation='flex_attention' computes no attention maps. Load the model with "
+            f"attn_implementation={implementation!r} computes no attention maps. Load the model with "
             '`attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
         )
 
@@ -872,6 +874,8 @@ def continue_from(inputs: torch.Tensor | None, settings: GenerationConfig, kwarg
             of ids or of all, or if ids might be new or the whole text.
     """
     memory = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), is_asked_for=False)
+    if MEMORY_NAME == "past_key_values" and kwargs.pop("cache", None) is not None:
+        kwargs["past_key_values"] = memory  # `generate` before transformers 5.24 does not know the other name
     read = memory if hasattr(memory, "past_ids") else next(iter(getattr(memory, "layers", ())), None)
     num_read = int(read.get_seq_length()) if hasattr(read, "past_ids") else 0
     if num_read == 0:

@@ -258,7 +258,7 @@ def test_speed_of_resumed_and_of_older_runs():
 # Ways to save memory and time
 
 
-@pytest.mark.parametrize("model", ["mosaic-smoke", "gpt2-smoke"])
+@pytest.mark.parametrize("model", ["mosaic-smoke", pytest.param("gpt2-smoke", marks=pytest.mark.slow)])
 def test_less_memory_learns_the_same_or_nearly(model, tmp_path, without_clean_process):
     plain = run(tmp_path / "plain", f"model={model}")
     checkpointed = run(tmp_path / "checkpointed", f"model={model}", "training.activation_checkpointing=true")

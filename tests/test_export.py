@@ -130,7 +130,7 @@ def test_exported_program_serves_other_batches_and_lengths(implementation, maske
         assert_same_at_tokens(program.module()(**inputs, use_cache=False).logits, model, inputs)
 
 
-@for_kinds("memory model", "continuous", "continuous of real weights", "classifier")
+@for_kinds("continuous", "continuous of real weights", "classifier")
 def test_other_models_compile_to_one_graph(kind):
     model = kind.make()
     inputs = kind.with_labels(kind.inputs(model, 2, 12))

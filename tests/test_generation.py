@@ -136,7 +136,7 @@ def test_new_text_behind_a_memory_is_read_whole(model, case, static):
             with torch.no_grad():
                 model(past, attention_mask=past_mask, past_key_values=memory)
             options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 59}
-            text = model.generate(ids, attention_mask=mask, past_key_values=memory, **options)
+            text = model.generate(ids, attention_mask=mask, cache=memory, **options)
             assert torch.equal(text, expected[:, -text.shape[1] :]) and text.shape[1] == ids.shape[1] + 4
 
 

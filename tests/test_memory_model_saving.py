@@ -30,7 +30,7 @@ def test_a_backbone_may_be_described_by_a_dictionary():
     assert config.memory_size == 24 and config.encoder is not config.decoder
 
 
-@pytest.mark.parametrize("backbone", ["mosaic", "llama"])
+@pytest.mark.parametrize("backbone", ["mosaic", pytest.param("llama", marks=pytest.mark.slow)])
 def test_an_export_is_proven_in_a_clean_process(backbone, tmp_path):
     tokenizer = train_tokenizer(["once upon a time"] * 9, 260)
     encoder, decoder = BACKBONES[backbone]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_ids
 from kinds import BACKBONES, LENGTH, LLAMA, MOSAIC, make_memory_model
-from test_export import make_inputs
+from test_export import Compiles, make_inputs
 from test_memory_model import READS
 from test_peers import logged, sft
 from torch.export import Dim, export
@@ -122,8 +122,9 @@ def test_outputs_as_a_tuple_are_those_of_the_dictionary():
                 assert torch.equal(found, expected)
 
 
-# Exported programs
+# Exported and compiled
 
+SHALLOW = MemoryMosaicConfig(**MOSAIC.to_dict() | {"num_hidden_layers": 1})
 
 SLOW = [(kind, True) for kind in ("unrolled", "two vectors", "latest two", "none", "llama")] + [("additive", False)]
 
@@ -132,7 +133,7 @@ SLOW = [(kind, True) for kind in ("unrolled", "two vectors", "latest two", "none
     "kind, masked", [("additive", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_an_exported_program_serves_other_batches_and_lengths(kind, masked):
-    encoder, decoder = BACKBONES.get(kind, BACKBONES["mosaic"])
+    encoder, decoder = BACKBONES.get(kind, (SHALLOW, SHALLOW))
     model = make_memory_model(encoder=encoder, decoder=decoder, **READS.get(kind, {}))
     inputs = make_inputs(2, 13, masked)
     shapes = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
@@ -161,6 +162,25 @@ def test_an_exported_encoder_serves_other_batches_and_lengths():
 def test_a_program_that_keeps_a_cache_is_refused():
     with pytest.raises(ValueError, match="pass `use_cache=False`"):
         export(make_memory_model(), (), {"input_ids": make_ids(2, 13), "use_cache": True}, strict=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["additive", "two vectors"])
+def test_compiled_training_is_one_graph_that_serves_texts_of_any_length(kind):
+    model = make_memory_model(encoder=SHALLOW, decoder=SHALLOW, dtype=torch.float32, **READS[kind]).train()
+    backend = Compiles()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for num_tokens in (13, 10, 40, 4):
+        inputs = make_inputs(2, num_tokens, masked=True)
+        inputs["labels"] = inputs["input_ids"]
+        compiled(**inputs).loss.backward()
+        found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+        model.zero_grad()
+    assert backend.count <= 4
 
 
 # Trainers

@@ -249,7 +249,14 @@ def small_comparison(name, tmp_path):
     return load_recipe(path, settings=[{"common": small, "seeds": [0], "workers": 1}])
 
 
-@pytest.mark.parametrize("name", ["memory_fidelity", "memory_capacity", "memory_objectives", "memory_positions"])
+# One of them is enough for every change.
+COMPARISONS = [
+    "memory_fidelity",
+    *(pytest.param(f"memory_{name}", marks=pytest.mark.slow) for name in ("capacity", "objectives", "positions")),
+]
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
 def test_a_comparison_tells_what_was_measured(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.train.verify_export", lambda folder, prompts, **options: prompts)

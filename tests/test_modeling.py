@@ -3,6 +3,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -397,7 +398,7 @@ def test_training_in_bfloat16_loses_little(kind):
             optimizer.step()
             history.append(loss.item())
         losses[autocast] = sum(history[-20:]) / 20
-    assert losses[False] < 0.9 * history[0]
+    assert losses[False] < (0.8 * math.log(61) if kind.name == "mosaic" else 0.9 * history[0])
     assert abs(losses[True] / losses[False] - 1) < 0.02
 
 

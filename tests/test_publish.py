@@ -210,7 +210,7 @@ def test_baselines_are_those_of_the_same_recipe_and_data(tmp_path):
     assert publication.comparable_results(about._replace(result=other)) == [other]
 
 
-@pytest.mark.parametrize("what", ["adapter", "merged"])
+@pytest.mark.parametrize("what", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
 def test_a_fine_tuned_model_names_its_base(adapted, run, about, what):
     folder = publish.publish(
         adapted, "someone/lora", what, about, f"someone/smoke@{COMMIT}", dry_run=True, tell=lambda line: None
@@ -232,6 +232,7 @@ def test_a_fine_tuned_model_names_its_base(adapted, run, about, what):
         assert not list(folder.glob("*.py")) and not (folder / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_verified_with_its_base(adapted, staged, about, tmp_path):
     """Both from the Hub, the base at the commit that its publication names, where there is no card yet."""
     with Hub() as server:
@@ -280,6 +281,7 @@ def test_another_base_than_the_one_adapted_is_refused(adapted, run, about):
         path.write_bytes(weights)
 
 
+@pytest.mark.slow
 def test_a_memory_model_is_published(tmp_path, about):
     recipe = read_memory_recipe(tmp_path)
     memory_training.run(recipe)

@@ -149,7 +149,7 @@ def test_workers_end_with_a_killed_search(write):
     assert len(starts(recipe.folder)) <= 6 + 2
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
+@pytest.mark.parametrize("sampler", ["tpe", pytest.param("random", marks=pytest.mark.slow)])
 def test_samplers_draw_by_the_seed_whatever_interrupts_them(read, sampler, monkeypatch):
     whole = search.run(read("whole", sampler=sampler, **SAMPLED))
     other = search.run(read("other", sampler=sampler, seed=1, **SAMPLED))

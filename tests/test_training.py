@@ -511,6 +511,7 @@ def test_tensorboard_on_request(tmp_path, without_clean_process):
     assert list(recipe.folder.rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_mixed_precision_exports_the_plain_model(tmp_path):
     """The clean process computes in float32: so must the model whose logits and loss it is held against."""
     recipe = short_recipe(tmp_path / "run", "training.bf16=true")
