@@ -51,9 +51,11 @@ class ReadText:
         if not self.knows_ids:
             self.read_ids = None
         else:
-            self.read_ids = input_ids.clone() if num_read == 0 else torch.cat([self.read_ids, input_ids], dim=1)
+            # Cut first: a call that failed may have noted more than the memory then held.
+            before = input_ids[:, :0] if num_read == 0 else self.read_ids[:, :num_read]
+            self.read_ids = torch.cat([before, input_ids], dim=1).long()
         if is_token is not None:
-            before = is_token[:, :0] if self.read_mask is None else self.read_mask
+            before = is_token[:, :0] if self.read_mask is None else self.read_mask[:, :num_read]
             self.read_mask = torch.cat([F.pad(before, (0, num_read - before.shape[1]), value=True), is_token], dim=1)
 
     def past_mask(self) -> torch.Tensor | None:
@@ -110,6 +112,13 @@ class MemoryMosaicStates(ReadText):
             trajectory = torch.cat([self.states[name], trajectory], dim=2)
         self.states[name] = trajectory
 
+    def refuse_precision(self, dtype: torch.dtype) -> None:
+        raise ValueError(
+            f"The memory holds pairs in {self.keys.dtype}, but the model reads on in {dtype}: read the text again in "
+            "this precision, or save the memory before the model is converted and load it by "
+            f"`memory_from_state_dict(config, tensors, dtype={dtype}, check_weights=False)`."
+        )
+
     def num_rows(self) -> int:
         """Rows of what was read; 0 before anything was."""
         return self.keys.shape[0] if self.is_initialized else 0
@@ -157,11 +166,7 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
             ValueError: if they are of another precision than those that are stored.
         """
         if self.is_initialized and key_states.dtype != self.keys.dtype:
-            raise ValueError(
-                f"The memory holds pairs in {self.keys.dtype}, but the model reads on in {key_states.dtype}: read the "
-                "text again in this precision, or save the memory and load it by "
-                f"`memory_from_state_dict(config, tensors, dtype={key_states.dtype}, check_weights=False)`."
-            )
+            self.refuse_precision(key_states.dtype)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -231,7 +236,7 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
 
     def note_text(self, input_ids: torch.Tensor | None, is_token: torch.Tensor | None) -> None:
         self.knows_ids = self.knows_ids and input_ids is not None
-        for name, new in (("read_ids", input_ids if self.knows_ids else None), ("read_mask", is_token)):
+        for name, new in (("read_ids", input_ids.long() if self.knows_ids else None), ("read_mask", is_token)):
             if new is not None and getattr(self, name) is None:
                 setattr(self, name, new.new_ones(new.shape[0], self.max_cache_len))
             if new is not None:
@@ -296,7 +301,9 @@ def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str,
         first = cache.layers[0]
         if model is not None:
             model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of adapters
-            note_writer(first, model.base_model)
+            while isinstance(getattr(model, "module", None), nn.Module):  # of data parallelism
+                model = model.module
+            note_writer(first, model.base_model, num_tokens=1)
         if first.writer is None:
             raise ValueError(
                 "This memory does not tell which weights wrote it, as compiled code does not sign it: pass the model "
@@ -333,13 +340,14 @@ def memory_from_state_dict(
         return cache
     about = {name: tensors[name] for name in TEXT_NAMES if name in tensors}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in TEXT_NAMES}
+    if dtype is not None:
+        check_pairs(config, tensors)
+        tensors = {name: part if name.endswith("_sum") else part.to(dtype) for name, part in tensors.items()}
     check_names(cache, tensors)
     check_pairs(config, tensors)
     check_text(about, tensors["layers.0.keys"], check_weights)
     for index, layer in enumerate(cache.layers):
         parts = {name: tensors[f"layers.{index}.{name}"] for name in ("keys", "values", *layer.state_names)}
-        if dtype is not None:
-            parts = {name: part.to(dtype) if not name.endswith("_sum") else part for name, part in parts.items()}
         layer.update(parts["keys"], parts["values"])
         for name in layer.state_names:
             layer.set_state(name, parts[name])
@@ -374,7 +382,10 @@ def check_pairs(config, tensors: dict[str, torch.Tensor]) -> None:
         if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {tensor.dtype}: a memory holds floating point numbers of 16 bits or more.")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} holds numbers that are not finite: the file is damaged, read the text again.")
+            raise ValueError(
+                f"{name} holds numbers that are not finite: the file is damaged, or they do not "
+                "fit `dtype`. Read the text again."
+            )
     sizes = {name: (tensor.shape[0], tensor.shape[2]) for name, tensor in tensors.items()}
     kinds = {name: tensor.dtype for name, tensor in tensors.items() if name.endswith((".keys", ".values"))}
     pairs = {size for name, size in sizes.items() if name in kinds}

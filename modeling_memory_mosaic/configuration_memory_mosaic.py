@@ -40,6 +40,7 @@ class DerivedSizes:
     A field that has the value that it would be given by default counts as derived, also in files, where all are
     written down. So `from_pretrained(folder, hidden_size=256)` and `config.hidden_size = 256` change what depends on
     it; what was chosen otherwise stays. `None` assigned to such a field means that it is derived.
+    What is assigned within a part, as in `config.encoder.hidden_size = 64`, is not noticed: assign the part.
     """
 
     # In an order in which each depends on earlier ones at most.

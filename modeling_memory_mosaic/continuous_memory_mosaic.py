@@ -382,7 +382,7 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         slot_mask = create_memory_masks(self.config, observations, None, past_key_values)["slot_mask"]
         if past_key_values is not None:
-            note_writer(past_key_values.layers[0], self)
+            note_writer(past_key_values.layers[0], self, observations.shape[1])
             past_key_values.layers[0].note_text(None, None)
         retrieved, _, predictions = self.memory(observations, slot_mask, past_key_values, **kwargs)
         return ContinuousMemoryMosaicOutput(

@@ -14,24 +14,40 @@
 # limitations under the License.
 """By which weights something was written: their fingerprint, and the mark that a memory bears of them."""
 
+import dataclasses
 import hashlib
 import weakref
 
 import torch
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 
-from .adapters_memory_mosaic import adapter_parts
-
-
-# Of each module the fingerprint that was taken last, with what its weights looked like then.
-_FINGERPRINTS = weakref.WeakKeyDictionary()
+from .adapters_memory_mosaic import COMPILED_PREFIX, adapter_parts
 
 
-def weights_fingerprint(module: nn.Module) -> bytes:
-    """sha256 of all weights of a module as it computes now: two modules of one fingerprint are one function.
+# Fields of a configuration, or their ends, that change nothing of what weights compute without dropout.
+_NOT_COMPUTED = (
+    *(
+        "use_cache",
+        "token_id",
+        "dropout",
+        "pdrop",
+        "max_position_embeddings",
+        "initializer_range",
+        "tie_word_embeddings",
+    ),
+    *("freeze_encoder", "causal_weight", "autoencoding_weight", "copy_weight", "loss_clip", "vocab_size"),
+)
+
+
+def weights_fingerprint(module: nn.Module, config: PreTrainedConfig | None = None) -> bytes:
+    """sha256 of all weights of a module as it computes now, and of the settings that they are used with.
 
     Adapters count if they act at this moment, so that a model with all adapters disabled has the fingerprint of its
-    base. Quantized, sharded (`DTensor`) and offloaded weights are read where they are.
+    base. Quantized, sharded (`DTensor`) and offloaded weights are read where they are, each time anew.
+
+    Args:
+        config (`PreTrainedConfig`, *optional*): the settings; the module's own when absent.
 
     Returns:
         `bytes`: 32 of them.
@@ -39,32 +55,47 @@ def weights_fingerprint(module: nn.Module) -> bytes:
     Raises:
         ValueError: if the weights have no values here (meta device, shards of DeepSpeed ZeRO-3).
     """
-    state = weights_state(module)
-    known = _FINGERPRINTS.get(module)
-    if known is None or known[0] != state:
-        digest = hashlib.sha256(repr(adapters_at_work(module)).encode())
-        for name, value in sorted(acting_weights(module), key=lambda item: item[0]):
-            for part, tensor in plain_tensors(name, value):
-                digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        known = _FINGERPRINTS[module] = (state, digest.digest())
-    return known[1]
+    if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in module.parameters()):
+        raise ValueError("DeepSpeed ZeRO-3 keeps the weights in parts: load the model on one process for this.")
+    digest = hashlib.sha256(repr((settings(config or module.config), adapters_at_work(module))).encode())
+    for name, full_name, value in sorted(acting_weights(module), key=lambda item: item[0]):
+        value = offloaded_value(module, full_name) if is_meta(value) else value
+        for part, tensor in plain_tensors(name, value):
+            digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def settings(config: PreTrainedConfig) -> list[tuple]:
+    """Names and values of the fields of a configuration that say how weights are used."""
+    common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    names = {field.name for field in dataclasses.fields(config)} - common
+    values = [(name, getattr(config, name)) for name in sorted(names) if not name.endswith(_NOT_COMPUTED)]
+    return [(name, settings(value) if isinstance(value, PreTrainedConfig) else value) for name, value in values]
 
 
 def weights_state(module: nn.Module) -> tuple:
-    """What changes whenever weights are written or adapters are switched. Cheap: no value is read."""
+    """What shows cheaply that weights were written or adapters switched since; no value is read.
+
+    It does not show what is written past torch's counters (`parameter.data`). Weights that come and go with each
+    forward, as sharded and offloaded ones do, have no counters that last: of them only adapters are compared.
+    """
     tensors = [*module.parameters(), *module.buffers()]
+    is_moved = any(tensor.is_meta or hasattr(tensor, "full_tensor") for tensor in tensors)
+    if is_moved or hasattr(module, "unshard") or any(hasattr(part, "_hf_hook") for part in module.modules()):
+        return tuple(adapters_at_work(module))
     versions = [(id(tensor), tensor.dtype, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
     return (*versions, *adapters_at_work(module))
 
 
 def adapters_at_work(module: nn.Module) -> list[tuple]:
-    """Of each layer that PEFT wraps: its name, and the adapters in it that act, with their scaling."""
+    """Of each layer that PEFT wraps: its name, and the adapters in it that act, with their scaling; or are merged."""
     found = []
     for name, layer in adapted_layers(module):
         scaling = getattr(layer, "scaling", {})
         at_work = [(adapter, scaling.get(adapter)) for adapter in acting_adapters(layer)]
-        found += [(name, *at_work)] if at_work else []
+        merged = tuple(getattr(layer, "merged_adapters", ()))
+        found += [(name, merged, *at_work)] if at_work or merged else []
     return found
 
 
@@ -81,7 +112,7 @@ def acting_adapters(layer: nn.Module) -> list[str]:
 
 
 def acting_weights(module: nn.Module):
-    """Names and tensors of a module's state; what PEFT has wrapped under the name that it has unwrapped."""
+    """Names, own names and tensors of a module's state; what is wrapped, under the name that it has unwrapped."""
     wrapped = [(f"{name}.", acting_adapters(layer)) for name, layer in adapted_layers(module)]
     for full_name, value in module.state_dict().items():
         for owner, acting in wrapped:
@@ -92,7 +123,7 @@ def acting_weights(module: nn.Module):
                     break  # a weight that is not used at this moment
         else:
             name = full_name.replace(".base_layer", "").replace(".original_module", "")
-            yield name, offloaded_value(module, full_name) if is_meta(value) else value
+            yield name.replace(COMPILED_PREFIX, ""), full_name, value
 
 
 def is_meta(value) -> bool:
@@ -137,6 +168,7 @@ class MemoryWriter:
     def __init__(self, module: nn.Module | None = None, fingerprint: bytes | None = None):
         self.module = None if module is None else weakref.ref(module)
         self.state = None if module is None else weights_state(module)
+        self.adapters = None if module is None else adapters_at_work(module)
         self.known_fingerprint = fingerprint
 
     def is_module(self, module: nn.Module) -> bool:
@@ -167,8 +199,8 @@ class MemoryWriter:
         """Refuses a module that has other weights than those that wrote the memory."""
         if self.fingerprint() != weights_fingerprint(module):
             raise ValueError(
-                "Other weights wrote this memory than those that are to read on: another model, another adapter, or "
-                "the same weights in another precision. Read the text again with this model. If you know that they "
+                "Other weights wrote this memory than this model's: those of another model, with another adapter, of "
+                "other settings or in another precision. Read the text again with this model. If you know that they "
                 "compute the same, load the memory by `memory_from_state_dict(..., check_weights=False)`."
             )
 
@@ -179,12 +211,22 @@ class MemoryWriter:
         return type(self), (None, self.fingerprint())
 
 
-def note_writer(layer, module: nn.Module) -> None:
+def note_writer(layer, module: nn.Module, num_tokens: int) -> None:
     """Sign the memory, of which `layer` is the first, by the module that is about to read on; refuse another's.
 
-    Compiled code leaves out the comparison and the signature: it cannot take fingerprints.
+    Adapters of the same module are compared where several tokens are read at once, as a new turn is. Compiled code
+    leaves out comparison and signature: it cannot take fingerprints.
+
+    Raises:
+        ValueError: if other weights wrote the memory, or other adapters were in use then.
     """
-    if torch.compiler.is_compiling() or (layer.writer is not None and layer.writer.is_module(module)):
+    if torch.compiler.is_compiling():
+        return
+    if layer.writer is not None and layer.writer.is_module(module):
+        if num_tokens > 1 and layer.is_initialized and adapters_at_work(module) != layer.writer.adapters:
+            raise ValueError(
+                "Other adapters are in use than when this memory was read: switch them back, or read the text again."
+            )
         return
     if layer.writer is not None and layer.is_initialized:
         layer.writer.check_reader(module)

@@ -56,8 +56,10 @@ from .modeling_memory_mosaic import (
     MemoryMosaicModel,
     at_least_float32,
     continue_from,
+    generation_settings,
     one_memory,
     refuse,
+    repeated_rows,
 )
 
 
@@ -380,7 +382,7 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         """sha256 of all weights and of the choices that shape a memory: two encoders of one fingerprint agree."""
         kept = ("chunk_length", "num_memory_embeddings", "memory_size", "memory_pooling", "memory_quantization")
         digest = hashlib.sha256(repr([(name, getattr(self.config, name)) for name in kept]).encode())
-        digest.update(weights_fingerprint(self))
+        digest.update(weights_fingerprint(self, self.config.encoder))
         return digest.digest()
 
 
@@ -563,6 +565,8 @@ class MemoryModelStates:
         self.model = model
 
     def __getattr__(self, name):
+        if name == "model" or name.startswith("__"):  # a copy asks before it has a model
+            raise AttributeError(name)
         return getattr(self.model.encoder, name)
 
     def __call__(self, *args, **kwargs) -> BaseModelOutput:
@@ -727,6 +731,12 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"The loss of the next token is computed outside of this model, which leaves its own out: {weights}. "
                 "Set causal_weight=1 and the others to 0, or train with `transformers.Trainer`."
+            )
+        cache = one_memory(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None or kwargs.get("labels") is not None or kwargs.get("output_hidden_states"):
+            raise ValueError(
+                "The base of a memory model reads whole texts up to the head: call the model itself with a cache, "
+                "with labels, or for hidden states."
             )
         if self.decoder.base_model is self.decoder:
             raise ValueError(f"A {type(self.decoder).__name__} names no base, so that its head cannot be left out.")
@@ -1067,7 +1077,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"The cache has read {cache.ids.shape[0]} rows, but {ids.shape[0]} are passed: they must be as many."
             )
-        note_writer(cache, self)
+        note_writer(cache, self, ids.shape[1])
         as_given = order.argsort(dim=1)
         cache.note_text(take(ids, as_given), take(is_token, as_given))
         num_before = cache.is_token.sum(-1, keepdim=True)
@@ -1140,12 +1150,14 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """As the library's; behind a cache, ids may be the new text alone or all of it, see `continue_from`."""
         cache = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), is_asked_for=False)
-        kwargs = continue_from(inputs, generation_config or self.generation_config, kwargs)
+        settings = generation_settings(self, generation_config, kwargs)
+        kwargs = continue_from(inputs, settings, kwargs)
         if isinstance(cache, MemoryModelCache) and cache.is_initialized:
             self.check_cache(cache, kwargs.get("memories"), None)
             ids = kwargs["input_ids"] if inputs is None else inputs
             cache.num_ahead = kwargs["attention_mask"].shape[1] - ids.shape[1]
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        with repeated_rows(cache, settings):
+            return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)

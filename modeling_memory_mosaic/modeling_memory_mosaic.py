@@ -20,6 +20,7 @@ Per-head scalars are stored divided by 10, as in the authors' `Library`: Adam th
 Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
 """
 
+import contextlib
 import functools
 import warnings
 
@@ -774,7 +775,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
                 "memory: pass `use_cache=False`, a memory of your own, or no position_ids."
             )
         if past_key_values is not None:
-            note_writer(past_key_values.layers[0], self)
+            note_writer(past_key_values.layers[0], self, inputs_embeds.shape[1])
             past_key_values.layers[0].note_text(input_ids, masks["is_token"])
         hidden_states = inputs_embeds
         if masks["is_token"] is not None:
@@ -842,6 +843,10 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
                 f"The memory holds {layers[0].keys.shape[0]} rows, but {inputs_embeds.shape[0]} are passed: they must "
                 "be as many. See `batch_repeat_interleave` and `batch_select_indices` of the cache."
             )
+        is_autocast = torch.is_autocast_enabled(inputs_embeds.device.type)
+        dtype = torch.float32 if is_autocast else inputs_embeds.dtype
+        if layers[0].is_initialized and layers[0].keys.dtype != dtype:
+            layers[0].refuse_precision(dtype)
         num_seen, most = layers[0].get_seq_length(), getattr(layers[0], "max_cache_len", None)
         # Compiled, a static memory's length is not known before it runs.
         if most is not None and not is_torchdynamo_compiling() and int(num_seen) + inputs_embeds.shape[1] > most:
@@ -858,13 +863,42 @@ SAY_THAT_IDS_ARE_NEW = """To read all of them behind the memory, pass a mask ove
     model.generate(ids, attention_mask=mask, past_key_values=memory)"""
 
 
-def continue_from(inputs: torch.Tensor | None, settings: GenerationConfig, kwargs: dict) -> dict:
+def generation_settings(model: GenerationMixin, config: GenerationConfig | None, kwargs: dict) -> dict:
+    """What `generate` will take of some settings: its arguments first, then its configuration, then the model's."""
+    names = ("num_beams", "num_return_sequences", "pad_token_id", "eos_token_id")
+    places = [kwargs] + [vars(given) for given in (config, model.generation_config) if given is not None]
+    return {name: next((place[name] for place in places if place.get(name) is not None), None) for name in names}
+
+
+@contextlib.contextmanager
+def repeated_rows(memory: Cache | None, settings: dict):
+    """A memory with as many rows for each text as `generate` makes of it: beams, or sequences to return.
+
+    The rows stay, one for each returned sequence or beam; if nothing was read, because a call failed, they go again.
+    """
+    times = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
+    num_read = int(memory.get_seq_length()) if hasattr(memory, "get_seq_length") else 0
+    if times == 1 or num_read == 0:
+        yield
+        return
+    read = memory if hasattr(memory, "past_ids") else memory.layers[0]
+    num_rows = read.num_rows()
+    memory.batch_repeat_interleave(times)
+    try:
+        yield
+    except Exception:
+        if int(memory.get_seq_length()) == num_read:
+            memory.batch_select_indices(torch.arange(0, num_rows * times, times))
+        raise
+
+
+def continue_from(inputs: torch.Tensor | None, settings: dict, kwargs: dict) -> dict:
     """Arguments of `generate` by which it reads all new ids, and only those, behind a memory that holds some.
 
     The library takes ids behind a memory for the whole text, the memory's own included, unless the mask covers more
     than the ids. New ids alone would lose as many as the memory holds. Here ids are the whole text if they begin with
-    those that the memory has read, and new otherwise; the mask is made to say so. The memory gets as many rows for
-    each text as `generate` makes of it (beams, sequences to return).
+    those that the memory has read, and new otherwise; the mask is made to say so. A memory that `generate` returned
+    has not read the last token of its text: new ids begin with it.
 
     Returns:
         `dict`: `kwargs`, with an `attention_mask` `(B, past + new)` if there is such a memory.
@@ -884,14 +918,17 @@ def continue_from(inputs: torch.Tensor | None, settings: GenerationConfig, kwarg
     check_new_ids(ids, kwargs.get("inputs_embeds"), read.num_rows())
     mask = kwargs.get("attention_mask")
     if mask is None or mask.shape[-1] != num_read + ids.shape[1]:
-        kwargs = kwargs | {"attention_mask": whole_mask(read, ids, mask, settings, kwargs)}
-    numbers = [kwargs.get(name, getattr(settings, name)) for name in ("num_beams", "num_return_sequences")]
-    if (times := max(number or 1 for number in numbers)) > 1:
-        memory.batch_repeat_interleave(times)
+        kwargs = kwargs | {"attention_mask": whole_mask(read, ids, mask, settings)}
+    is_new = kwargs["attention_mask"][:, num_read:].any(-1)
+    if not is_new.all():
+        raise ValueError(
+            f"Row {(~is_new).nonzero()[0].item()} has no new id behind the memory, so nothing is to be continued: "
+            "add one, or choose the other rows by `memory.batch_select_indices(rows)`."
+        )
     return kwargs
 
 
-def whole_mask(read, ids: torch.Tensor, mask: torch.Tensor | None, settings: GenerationConfig, kwargs) -> torch.Tensor:
+def whole_mask(read, ids: torch.Tensor, mask: torch.Tensor | None, settings: dict) -> torch.Tensor:
     """The mask `(B, past + new)` of ids behind a memory, of which `read` tells what it has read."""
     num_read = int(read.get_seq_length())
     if mask is not None and mask.shape != ids.shape:
@@ -902,8 +939,8 @@ def whole_mask(read, ids: torch.Tensor, mask: torch.Tensor | None, settings: Gen
     past_mask = read.past_mask()
     if past_mask is None:
         past_mask = torch.ones(ids.shape[0], num_read, dtype=torch.bool, device=ids.device)
-    new_mask = mask_by_ids(ids, settings, kwargs) if mask is None else mask
-    if begins_with(ids, read.past_ids(), past_mask):
+    new_mask = mask_by_ids(ids, settings) if mask is None else mask
+    if begins_with(ids, new_mask, read.past_ids(), past_mask.to(ids.device)):
         new_mask = new_mask[:, num_read:]
     return torch.cat([past_mask.to(ids.device, torch.long), new_mask.to(ids.device, torch.long)], dim=1)
 
@@ -924,11 +961,12 @@ def check_new_ids(ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, 
         )
 
 
-def begins_with(ids: torch.Tensor, past_ids: torch.Tensor | None, past_mask: torch.Tensor) -> bool:
-    """Whether ids `(B, T)` are a whole text, which begins with the ids of a memory and goes on.
+def begins_with(ids, mask, past_ids: torch.Tensor | None, past_mask: torch.Tensor) -> bool:
+    """Whether ids with their mask `(B, T)` are whole texts, which begin with what a memory has read and go on.
 
     Raises:
-        ValueError: if the memory's ids are not known, or if the text ends where the memory does.
+        ValueError: if the memory's ids are not known, if texts end where the memory does, or if some rows begin with
+            the memory's text and others do not, or with other padding.
     """
     num_read, num_ids = past_mask.shape[1], ids.shape[1]
     if past_ids is None:
@@ -936,8 +974,18 @@ def begins_with(ids: torch.Tensor, past_ids: torch.Tensor | None, past_mask: tor
             f"The memory of {num_read} tokens does not know their ids: these {num_ids} may be new, or the whole text. "
             f"{SAY_THAT_IDS_ARE_NEW}"
         )
-    if num_ids < num_read or bool(((ids[:, :num_read] != past_ids.to(ids.device)) & past_mask.to(ids.device)).any()):
+    past_ids = past_ids.to(ids.device)
+    texts = [row[is_token.bool()] for row, is_token in zip(ids, mask.to(ids.device), strict=True)]
+    pasts = [row[is_token] for row, is_token in zip(past_ids, past_mask, strict=True)]
+    begins = [len(past) > 0 and torch.equal(text[: len(past)], past) for text, past in zip(texts, pasts, strict=True)]
+    if not any(begins):
         return False
+    is_aligned = num_ids >= num_read and torch.equal(mask[:, :num_read].to(ids.device).bool(), past_mask)
+    if not is_aligned or bool(((ids[:, :num_read] != past_ids) & past_mask).any()):
+        raise ValueError(
+            "Some rows begin with the text that the memory has read, but not all, or not with the memory's padding: "
+            f"pass the new ids alone, or all texts padded as they were. {SAY_THAT_IDS_ARE_NEW}"
+        )
     if num_ids == num_read:
         raise ValueError(
             f"These {num_read} ids are those that the memory has read, and no new one is among them: add the next "
@@ -962,9 +1010,9 @@ def check_assisted(read, input_ids: torch.Tensor, attention_mask: torch.Tensor |
         )
 
 
-def mask_by_ids(ids: torch.Tensor, settings: GenerationConfig, kwargs: dict) -> torch.Tensor:
+def mask_by_ids(ids: torch.Tensor, settings: dict) -> torch.Tensor:
     """The mask `(B, T)` that the library gives ids that come without: 0 at `pad_token_id`, if that ends no text."""
-    pad, ends = (kwargs.get(name, getattr(settings, name)) for name in ("pad_token_id", "eos_token_id"))
+    pad, ends = settings["pad_token_id"], settings["eos_token_id"]
     ends = ends if isinstance(ends, (list, tuple)) else [ends]
     return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
 
@@ -988,8 +1036,11 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """As the library's; behind a memory, ids may be the new text alone or all of it, see [`continue_from`]."""
-        kwargs = continue_from(inputs, generation_config or self.generation_config, kwargs)
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        settings = generation_settings(self, generation_config, kwargs)
+        kwargs = continue_from(inputs, settings, kwargs)
+        memory = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), is_asked_for=False)
+        with repeated_rows(memory, settings):
+            return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """None: to a memory, positions tell documents apart, and the library's do not rise behind padding."""

@@ -10,6 +10,7 @@ from kinds import KINDS, for_kinds
 from transformers import (
     CompileConfig,
     DynamicCache,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     StaticCache,
@@ -170,6 +171,16 @@ def test_what_might_not_be_new_is_refused(model):
             generate(model, given["inputs"], given.get("mask"), past_key_values=memory)
     with pytest.raises(ValueError, match="Embeddings behind a memory"):
         model.generate(inputs_embeds=torch.zeros(2, 8, 24), past_key_values=memory, max_new_tokens=2)
+    for texts, mask, message in (
+        (torch.nn.functional.pad(torch.cat([ids, ids], dim=1), (2, 0)), [[0, 0] + [1] * 12] * 2, "memory's padding"),
+        (torch.cat([ids[:1], make_ids(1, 6, seed=3)]).repeat(1, 2), [[1] * 12] * 2, "Some rows begin"),
+        (make_ids(2, 3, seed=4), [[1, 1, 1], [0, 0, 0]], "Row 1 has no new id behind the memory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, texts, torch.tensor(mask), past_key_values=memory)
+    with pytest.raises(ValueError):
+        generate(model, make_ids(2, 3), past_key_values=memory, num_beams=2, max_new_tokens=0)
+    assert memory.layers[0].num_rows() == 2, "a call that failed leaves the memory as it was"
     again = generate(model, ids, torch.ones(2, 12), past_key_values=memory, max_new_tokens=3)
     assert torch.equal(again, generate(model, ids.repeat(1, 2), max_new_tokens=3)[:, 6:])
     embedded = DynamicCache(config=model.config)
@@ -177,6 +188,17 @@ def test_what_might_not_be_new_is_refused(model):
         model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=embedded)
     with pytest.raises(ValueError, match="does not know their ids(.|\n)*pass a mask over both"):
         generate(model, make_ids(2, 3), past_key_values=embedded)
+
+
+def test_a_configuration_leaves_the_model_its_defaults_behind_a_memory(model):
+    """As without one: padding is known by the model's `pad_token_id`, also if another configuration is given."""
+    past, new = make_ids(1, 4), torch.tensor([[59, 59, 7, 8]])
+    memory = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(past, past_key_values=memory)
+    text = model.generate(new, generation_config=GenerationConfig(max_new_tokens=4), past_key_values=memory)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1]])
+    assert torch.equal(text, generate(model, torch.cat([past, new], dim=1), mask, max_new_tokens=4)[:, 4:])
 
 
 def test_a_text_that_a_memory_holds_is_not_read_twice_by_prompt_lookup(model):

@@ -57,7 +57,8 @@ def test_a_memory_is_read_on_by_its_own_weights_alone(model):
     moved = make_model()
     with torch.no_grad():
         moved.model.layers[1].persistent_memory.slot_values[0, 0, 0] += 1e-6
-    for other in (make_model(seed=1), moved, model.double(), lora(make_model())):
+    other_settings = make_model(layer_norm_eps=0.1)
+    for other in (make_model(seed=1), moved, other_settings, lora(make_model())):
         with pytest.raises(ValueError, match="Other weights wrote this memory"):
             read_on(other)
     assert_near(read_on(moved, check_weights=False), expected)
@@ -109,6 +110,43 @@ def test_a_memory_in_use_is_its_readers(model):
         memory_state_dict(cache)
 
 
+def test_what_is_written_past_the_counters_of_torch_has_another_fingerprint(model):
+    before = weights_fingerprint(model.model)
+    model.model.layers[0].contextual_memory.key_scale.data.mul_(1.5)
+    assert weights_fingerprint(model.model) != before
+    adapted = lora(make_model())
+    with adapted.disable_adapter():
+        base = weights_fingerprint(adapted.get_base_model().model)
+    adapted.merge_adapter()
+    assert weights_fingerprint(adapted.get_base_model().model) != base
+
+
+def test_adapters_are_not_switched_between_two_turns(model):
+    adapted, ids = lora(model), make_ids(1, 9)
+    _, memory = read(adapted, ids[:, :5])
+    with adapted.disable_adapter(), pytest.raises(ValueError, match="Other adapters are in use"):
+        read(adapted, ids[:, 5:], memory)
+    assert_near(read(adapted, ids[:, 5:], memory)[0], read(adapted, ids)[0][:, 5:])
+
+
+def test_a_refused_precision_leaves_the_memory_as_it_was(model):
+    ids = make_ids(1, 9)
+    _, memory = read(model, ids[:, :5])
+    before = copy.deepcopy(memory.layers[0].states)
+    with pytest.raises(ValueError, match="pairs in torch.float32, but the model reads on in torch.bfloat16"):
+        read(model.to(torch.bfloat16), ids[:, 5:], memory)
+    assert torch.equal(memory.layers[0].past_ids(), ids[:, :5])
+    assert all(torch.equal(state, before[name]) for name, state in memory.layers[0].states.items())
+
+
+def test_numbers_that_do_not_fit_a_precision_are_refused(model):
+    tensors = memory_state_dict(read(model, make_ids(1, 5).int())[1])
+    assert tensors["input_ids"].dtype == torch.long
+    tensors["layers.0.pending_value"].fill_(1e6)
+    with pytest.raises(ValueError, match="layers.0.pending_value holds numbers that are not finite"):
+        memory_from_state_dict(model.config, tensors, dtype=torch.float16, check_weights=False)
+
+
 def test_fingerprints_of_stored_weights(model, tmp_path):
     """Sharded into files, kept on disk or quantized: equal weights have one fingerprint, others another."""
     fingerprint = weights_fingerprint(model.model)
@@ -121,6 +159,10 @@ def test_fingerprints_of_stored_weights(model, tmp_path):
         tmp_path, device_map=places, offload_folder=tmp_path / "offloaded"
     )
     assert weights_fingerprint(offloaded.model) == fingerprint
+    ids = make_ids(1, 9)
+    tensors = memory_state_dict(read(offloaded, ids[:, :5])[1])
+    logits = read(model, ids[:, 5:], memory_from_state_dict(model.config, tensors))[0]
+    assert_near(logits, read(model, ids)[0][:, 5:])
     quantized = [make_model(), make_model(), make_model(seed=1)]
     for each in quantized:
         quantize_(each, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name.endswith(("k_proj", "o_proj")))

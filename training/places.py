@@ -32,7 +32,7 @@ _SYSTEM = (
     *("/var/cache", "/var/lib", "/var/log", "/var/spool", "/var/www"),
     *("/Applications", "/Library", "/System", "/private/etc"),
 )
-# Below system folders, but made for everybody to write to.
+# Below system folders, but made for all users to write to.
 _FREE = ("/dev/shm",)
 
 
@@ -56,12 +56,12 @@ def refuse_system_folder(path: str) -> None:
     folder, home, temporary = Path(path).resolve(), Path.home().resolve(), Path(tempfile.gettempdir()).resolve()
     if folder == Path(folder.anchor) or any(folder in (place, *place.parents) for place in (home, CLONE, temporary)):
         raise ValueError(f"{path!r} is {folder}, which holds more than runs: name a new folder")
+    if any(folder.is_relative_to(CLONE / name) for name in _SOURCES):
+        raise ValueError(f"{path!r} is among the sources of this clone: name another folder, such as runs/NAME")
     if folder.is_relative_to(temporary) or any(folder.is_relative_to(place) for place in _FREE):
         return
     system = [place for place in _system_folders() if place in (folder, *folder.parents)]
     if system:
         raise ValueError(f"{path!r} is in {system[0]}, which belongs to the system: name another folder")
-    if any(folder.is_relative_to(CLONE / name) for name in _SOURCES):
-        raise ValueError(f"{path!r} is among the sources of this clone: name another folder, such as runs/NAME")
     if folder.is_relative_to(home) and folder.relative_to(home).parts[0].startswith("."):
         raise ValueError(f"{path!r} is in a hidden folder of the home folder: name another folder")
