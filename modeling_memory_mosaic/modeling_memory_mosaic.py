@@ -866,8 +866,11 @@ SAY_THAT_IDS_ARE_NEW = """To read all of them behind the memory, pass a mask ove
 def generation_settings(model: GenerationMixin, config: GenerationConfig | None, kwargs: dict) -> dict:
     """What `generate` will take of some settings: its arguments first, then its configuration, then the model's."""
     names = ("num_beams", "num_return_sequences", "pad_token_id", "eos_token_id")
-    places = [kwargs] + [vars(given) for given in (config, model.generation_config) if given is not None]
-    return {name: next((place[name] for place in places if place.get(name) is not None), None) for name in names}
+    found = {}
+    for name in names:
+        values = (kwargs.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
+        found[name] = next((value for value in values if value is not None), None)
+    return found
 
 
 @contextlib.contextmanager
