@@ -340,11 +340,11 @@ def memory_from_state_dict(
         return cache
     about = {name: tensors[name] for name in TEXT_NAMES if name in tensors}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in TEXT_NAMES}
-    if dtype is not None:
-        check_pairs(config, tensors)
-        tensors = {name: part if name.endswith("_sum") else part.to(dtype) for name, part in tensors.items()}
     check_names(cache, tensors)
     check_pairs(config, tensors)
+    if dtype is not None:
+        tensors = {name: part if name.endswith("_sum") else part.to(dtype) for name, part in tensors.items()}
+        check_pairs(config, tensors)  # numbers may not fit the other precision
     check_text(about, tensors["layers.0.keys"], check_weights)
     for index, layer in enumerate(cache.layers):
         parts = {name: tensors[f"layers.{index}.{name}"] for name in ("keys", "values", *layer.state_names)}

@@ -44,7 +44,7 @@ def weights_fingerprint(module: nn.Module, config: PreTrainedConfig | None = Non
     """sha256 of all weights of a module as it computes now, and of the settings that they are used with.
 
     Adapters count if they act at this moment, so that a model with all adapters disabled has the fingerprint of its
-    base. Quantized, sharded (`DTensor`) and offloaded weights are read where they are, each time anew.
+    base. Quantized, sharded (`DTensor`) and offloaded weights are read where they are, at every call.
 
     Args:
         config (`PreTrainedConfig`, *optional*): the settings; the module's own when absent.
