@@ -62,6 +62,6 @@ def measure(recipe: Recipe) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from training.experiments import search
+    from training.tasks import search
 
     search.run(load_recipe(sys.argv[1], sys.argv[2:]))

@@ -10,12 +10,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from test_training import Interrupted, interrupt_after
 
-from training import finetune, train
 from training.evaluate import evaluate_folder, load_causal_lm
 from training.export import export_model
-from training.recipe import CONFIGURATION, SourceSection, load_recipe
+from training.paths import CONFIGURATION
+from training.recipe import SourceSection, load_recipe
 from training.result import fine_tuning_table
-from training.tokenizer import train_tokenizer
+from training.tasks import fine_tuning, language_modeling
+from training.text.tokenizer import train_tokenizer
 
 
 VALIDATION = {"source": "embedded", "split": "validation", "num_stories": 4}
@@ -36,7 +37,7 @@ SHORT = {
 @pytest.fixture(autouse=True)
 def without_clean_process(monkeypatch):
     """`test_publish.py` has it."""
-    monkeypatch.setattr(train, "verify_export", lambda folder, prompts, **options: prompts)
+    monkeypatch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def read(base, folder, **settings):
 
 def test_the_adapter_on_its_base_is_the_merged_model(base, tmp_path):
     before = load_file(base / "model.safetensors")
-    result = finetune.run(read(base, tmp_path / "run"))
+    result = fine_tuning.run(read(base, tmp_path / "run"))
     adapted = PeftModel.from_pretrained(load_causal_lm(base), tmp_path / "run" / "adapter").eval()
     merged, ids = load_causal_lm(tmp_path / "run" / "merged"), make_ids(2, 12)
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-5)
@@ -66,7 +67,7 @@ def test_the_adapter_on_its_base_is_the_merged_model(base, tmp_path):
 
 
 def test_losses_are_those_of_the_folders(base, tmp_path):
-    result = finetune.run(read(base, tmp_path / "run"))
+    result = fine_tuning.run(read(base, tmp_path / "run"))
     source = SourceSection(**VALIDATION)
     for folder, told in ((base, result["base"]), (tmp_path / "run" / "merged", result)):
         measured = evaluate_folder(folder, source, context_length=32)["loss"]
@@ -77,11 +78,11 @@ def test_losses_are_those_of_the_folders(base, tmp_path):
 def test_a_stopped_adaptation_resumes_with_the_same_bits(base, tmp_path, monkeypatch):
     dropped = {"lora_dropout": 0.1, "target_parameters": []}
     recipes = [read(base, tmp_path / name, lora=dropped) for name in ("straight", "stopped")]
-    finetune.run(recipes[0])
+    fine_tuning.run(recipes[0])
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt_after(patch, 5)
-        finetune.run(recipes[1])
-    finetune.run(recipes[1])
+        fine_tuning.run(recipes[1])
+    fine_tuning.run(recipes[1])
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
         straight, resumed = (load_file(recipe.folder / name) for recipe in recipes)
         assert straight.keys() == resumed.keys()
@@ -90,13 +91,13 @@ def test_a_stopped_adaptation_resumes_with_the_same_bits(base, tmp_path, monkeyp
 
 def test_another_base_is_another_run(base, tmp_path):
     recipe = read(base, tmp_path / "run")
-    finetune.run(recipe)
+    fine_tuning.run(recipe)
     hash_before = recipe.hash
     make_model(seed=1, vocab_size=300, max_position_embeddings=64).save_pretrained(base)
     again = read(base, tmp_path / "run")
     assert again.hash != hash_before
     with pytest.raises(ValueError, match="holds a run of another recipe"):
-        finetune.run(again)
+        fine_tuning.run(again)
 
 
 @pytest.mark.parametrize(

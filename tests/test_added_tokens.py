@@ -27,15 +27,16 @@ from transformers import (
 
 from hub_cards.space import app
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
-from training import finetune, publication, train
-from training.data import load_stories, pack_windows
 from training.evaluate import load_model, tokens_and_bytes
-from training.experiments import babistories, position_loss, samples
+from training.experiments import position_loss, samples
 from training.export import export_model
 from training.generate import generate_texts
-from training.recipe import CONFIGURATION, load_recipe
-from training.result import CLONE
-from training.tokenizer import added_tokens, load_tokenizer, train_tokenizer
+from training.paths import CLONE, CONFIGURATION
+from training.publishing import artifacts
+from training.recipe import load_recipe
+from training.tasks import babistories, fine_tuning, language_modeling
+from training.text.sources import load_stories, pack_windows
+from training.text.tokenizer import added_tokens, load_tokenizer, train_tokenizer
 
 
 TEXT = "Tom saw a big dog."
@@ -66,8 +67,8 @@ def run(request, tmp_path_factory):
     own = ["tokenizer.vocab_size=null", "tokenizer.max_training_stories=null", "tokens=1_280"]
     recipe = short_recipe(folder / "run", *own, tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "verify_export", lambda folder, prompts, **options: prompts)
-        train.run(recipe)
+        patch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
+        language_modeling.run(recipe)
     return recipe
 
 
@@ -135,7 +136,7 @@ def test_measured_texts_are_read_as_they_stand(run, read):
     assert read.pop() == [PLAIN + PLAIN]
     ids, _ = position_loss.cut_windows(Dataset.from_dict({"text": [TEXT]}), tokenizer, len(PLAIN), "documents", 1)
     assert ids.tolist() == [PLAIN]
-    assert publication.measure_units(model, tokenizer, [TEXT, TEXT[:5]])["tokens"] == len(PLAIN) + 5
+    assert artifacts.measure_units(model, tokenizer, [TEXT, TEXT[:5]])["tokens"] == len(PLAIN) + 5
 
 
 def test_the_harness_reads_a_text_behind_the_end_of_the_one_before(run):
@@ -162,8 +163,8 @@ def lora_on(base):
 
 def test_a_fine_tuning_reads_as_its_base(run, tmp_path):
     recipe = lora_on(run.folder / "model")
-    tokenizer = finetune._tokenizer(recipe)
-    export_model(finetune.build_model(recipe, tokenizer).merge_and_unload(), tokenizer, tmp_path / "merged")
+    tokenizer = fine_tuning._tokenizer(recipe)
+    export_model(fine_tuning.build_model(recipe, tokenizer).merge_and_unload(), tokenizer, tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")(TEXT).input_ids == PLAIN
 
 
@@ -172,13 +173,13 @@ def test_a_base_of_others_whose_tokenizer_adds_tokens_is_refused(kind, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(kind, tmp_path / "tokenizer"))
     export_model(make_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "base")
     with pytest.raises(ValueError, match=f"adds {' and '.join(ADDED[kind])} of each text by itself.*load_tokenizer"):
-        finetune._tokenizer(lora_on(tmp_path / "base"))
+        fine_tuning._tokenizer(lora_on(tmp_path / "base"))
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_generator_of_others_keeps_its_begin_and_must_not_end_a_prompt(kind, tmp_path):
     section = babistories.GeneratorSection(model=str(save_tokenizer(kind, tmp_path)), batch_size=1)
-    state = train.PartialState(cpu=True)
+    state = language_modeling.PartialState(cpu=True)
     if "</s>" in TEMPLATES[kind]:
         with pytest.raises(ValueError, match="adds '</s>' behind each prompt.*add_eos_token=false"):
             babistories.Generator(section, state)
@@ -215,8 +216,13 @@ def test_a_tokenizer_that_adds_nothing_is_left_as_it_is(tmp_path, caplog):
 
 # A new place that calls a tokenizer belongs into a test above, and then here.
 WALKED = {
-    *("training/data.py", "training/evaluate.py", "training/publication.py", "training/tokenizer.py"),
-    *("training/experiments/babistories.py", "training/experiments/position_loss.py"),
+    *(
+        "training/text/sources.py",
+        "training/evaluate.py",
+        "training/publishing/artifacts.py",
+        "training/text/tokenizer.py",
+    ),
+    *("training/tasks/babistories.py", "training/experiments/position_loss.py"),
     *("training/experiments/samples.py", "hub_cards/space/app.py"),
 }
 

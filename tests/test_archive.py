@@ -14,11 +14,12 @@ import py7zr
 import pytest
 from conftest import flip
 
-from training import archive, bounded, data
-from training.data import load_stories, pack_windows, source_provenance
-from training.export import STAGED_PREFIX
-from training.story_writer import write_stories
-from training.tokenizer import train_tokenizer
+from training import bounded
+from training.files import STAGED_PREFIX
+from training.text import archive, sources
+from training.text.sources import load_stories, pack_windows, source_provenance
+from training.text.story_writer import write_stories
+from training.text.tokenizer import train_tokenizer
 
 
 TRAIN = list(write_stories(40, seed=1))
@@ -305,7 +306,7 @@ def test_permissions_of_the_packer_do_not_matter(tmp_path):
     with py7zr.SevenZipFile(tmp_path / "a.7z", "w") as file:
         file.write(tmp_path / "train.txt", "train.txt")
     assert texts(tmp_path / "a.7z") == ["One."]
-    unpacked = data._story_files(str(tmp_path / "a.7z"), "train")[0]
+    unpacked = sources._story_files(str(tmp_path / "a.7z"), "train")[0]
     assert unpacked.stat().st_mode & 0o777 == 0o644
 
 

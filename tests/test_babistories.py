@@ -22,11 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from typer.testing import CliRunner
 
 from training.__main__ import app
-from training.data import load_stories
-from training.experiments import babistories, story_prompts
-from training.experiments.story_filters import Duplicates, clean, contains
 from training.export import export_model
-from training.recipe import CONFIGURATION, load_recipe
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe
+from training.tasks import babistories
+from training.text import story_prompts
+from training.text.sources import load_stories
+from training.text.story_filters import Duplicates, clean, contains
 
 
 RECIPE = str(CONFIGURATION / "recipe" / "babistories.yaml")

@@ -7,12 +7,12 @@ import pytest
 from conftest import flip
 from test_training import assert_same_run, short_recipe, without_clean_process  # noqa: F401
 
-from training import train
-from training.checksums import LIST, faults, list_of, sealed, sums_of, unsealed, write_list
 from training.evaluate import load_causal_lm, load_model
+from training.files import LIST, faults, list_of, sealed, sums_of, unsealed, write_list
 from training.generate import generate_texts
 from training.loop import checkpoint_faults
 from training.result import read_result, write_result
+from training.tasks import language_modeling
 
 
 @pytest.fixture
@@ -95,9 +95,9 @@ def test_a_result_is_what_was_written_or_refused(tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "verify_export", lambda folder, prompts, **options: prompts)
+        patch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
         recipe = short_recipe(tmp_path_factory.mktemp("runs") / "run")
-        train.run(recipe)
+        language_modeling.run(recipe)
     return recipe
 
 
@@ -128,7 +128,7 @@ def test_every_file_of_a_checkpoint_counts(copied):
 @pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", LIST])
 def test_a_changed_checkpoint_is_set_aside_and_the_one_before_used(name, finished, copied, caplog):
     flip(unfinished(copied).folder / "checkpoint-20" / name)
-    train.run(copied)
+    language_modeling.run(copied)
     assert_same_run(finished.folder, copied.folder)
     assert (copied.folder / "broken-checkpoint-20" / name).is_file()
     told = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
@@ -139,15 +139,15 @@ def test_a_changed_checkpoint_is_set_aside_and_the_one_before_used(name, finishe
 def test_a_changed_tokenizer_of_a_run_is_refused(name, copied):
     flip(unfinished(copied).folder / "tokenizer" / name)
     with pytest.raises(ValueError, match=f"tokenizer is damaged .*{name}.*restore it.*--restart"):
-        train.run(copied)
+        language_modeling.run(copied)
 
 
 @pytest.mark.parametrize("name", ["result.json", LIST])
 def test_a_changed_result_is_refused_and_can_be_made_again(name, finished, copied):
     flip(copied.folder / name)
     with pytest.raises(ValueError, match=f"result.json is damaged .*{name}.*remove it and start again"):
-        train.run(copied)
-    train.run(unfinished(copied))
+        language_modeling.run(copied)
+    language_modeling.run(unfinished(copied))
     assert_same_run(finished.folder, copied.folder)
     assert not faults(copied.folder, "model")
 
@@ -157,14 +157,14 @@ def test_a_run_json_that_cannot_be_read_is_refused_by_name(content, copied):
     path = copied.folder / "run.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match="run.json is damaged.*--restart"):
-        train.run(copied)
+        language_modeling.run(copied)
 
 
 def test_a_changed_hash_in_run_json_is_another_recipe(copied):
     path = copied.folder / "run.json"
     path.write_text(path.read_text().replace(copied.hash, f"{'0' * 64}"))
     with pytest.raises(ValueError, match="another recipe.*by its hash alone: its run.json may be damaged.*--restart"):
-        train.run(copied)
+        language_modeling.run(copied)
 
 
 @pytest.mark.parametrize("use", [load_causal_lm, load_model, lambda folder: generate_texts(folder, ["Once"])])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from training.__main__ import app
-from training.recipe import CONFIGURATION
+from training.paths import CONFIGURATION
 
 
 CLONE = CONFIGURATION.parent
@@ -153,7 +153,7 @@ def run_on_one_and_on_several(configuration, tmp_path, processes):
 
 
 def test_two_processes_share_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.train.verify_export", lambda folder, prompts, **options: prompts)
+    monkeypatch.setattr("training.tasks.language_modeling.verify_export", lambda folder, prompts, **options: prompts)
     run_on_one_and_on_several("ddp", tmp_path, processes=2)
 
 

@@ -11,12 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from training import train
 from training.__main__ import app
 from training.cost import activation_bytes, flops_per_token, hours, measured_teraflops, peak_memory_bytes, saved_bytes
 from training.loop import LanguageModelTrainer
-from training.recipe import CONFIGURATION, load_recipe
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe
 from training.result import tokens_per_second
+from training.tasks import language_modeling
 
 
 SMOKE = CONFIGURATION / "recipe" / "smoke.yaml"
@@ -39,7 +40,7 @@ WITHOUT_DROPOUT = ["mosaic-tiny", "gpt2-tiny", "rope-micro", "alibi-micro"]
 
 @pytest.fixture
 def without_clean_process(monkeypatch):
-    monkeypatch.setattr(train, "verify_export", lambda folder, prompts, **options: prompts)
+    monkeypatch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
 
 
 def configuration(model, **changes):
@@ -54,7 +55,7 @@ def training_model(config):
 
 
 def run(folder, *overrides):
-    return train.run(load_recipe(SMOKE, [*SHORT, *overrides, f"output_dir={folder}"]))
+    return language_modeling.run(load_recipe(SMOKE, [*SHORT, *overrides, f"output_dir={folder}"]))
 
 
 # Operations
@@ -154,7 +155,7 @@ def test_hours_are_arithmetic():
 def test_plan_of_the_paper_for_a_machine_of_eight():
     """44 passes in 80,000 steps of 512 windows; the mosaic's sizes are those that the authors' code counts."""
     recipe = load_recipe(PAPER, ["training.bf16=true"])
-    result = train.plan(recipe, teraflops=312, devices=8)
+    result = language_modeling.plan(recipe, teraflops=312, devices=8)
     assert (result["tokens_per_step"], result["steps"], result["warmup_steps"]) == (512 * 512, 80_000, 2_000)
     assert result["parameters"] == 123_588_336
     assert result["memory_parameters_gb"] == round(16 * 123_588_336 / 1e9, 3)
@@ -175,7 +176,7 @@ def test_dry_run_prints_the_cost_of_a_machine():
 
 def test_dry_run_of_epochs_knows_no_hours():
     epochs = ["tokens=null", "training.num_train_epochs=2", "training.optim=adafactor"]
-    result = train.plan(load_recipe(SMOKE, epochs), teraflops=1)
+    result = language_modeling.plan(load_recipe(SMOKE, epochs), teraflops=1)
     assert result["hours"] == "unknown, as the number of tokens is"
     assert "times the tokens" in result["training_flops"] and "AdamW only" in result["memory_parameters_gb"]
 
@@ -194,7 +195,7 @@ def test_machines_that_cannot_be_are_named(options, message):
 
 
 def test_a_task_without_an_estimate_says_so(monkeypatch):
-    monkeypatch.setattr(train, "plan", lambda recipe: {"games": 3})
+    monkeypatch.setattr(language_modeling, "plan", lambda recipe: {"games": 3})
     assert "games: 3" in CliRunner().invoke(app, ["dry-run", str(SMOKE)]).stdout
     result = CliRunner().invoke(app, ["dry-run", str(SMOKE), "--teraflops", "1"])
     assert result.exit_code == 1 and "leave out --teraflops" in result.stderr

@@ -18,11 +18,12 @@ from conftest import flip
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
-from training import bounded, data
-from training.checksums import LIST
-from training.data import collate_windows, load_stories, pack_windows, source_provenance
-from training.story_writer import write_stories
-from training.tokenizer import load_tokenizer, train_tokenizer
+from training import bounded
+from training.files import LIST
+from training.text import sources
+from training.text.sources import collate_windows, load_stories, pack_windows, source_provenance
+from training.text.story_writer import write_stories
+from training.text.tokenizer import load_tokenizer, train_tokenizer
 
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
@@ -125,8 +126,8 @@ def test_separator_and_field_can_be_chosen(tmp_path):
 def test_separators_across_chunks_are_seen(tmp_path, monkeypatch, chunk):
     path = tmp_path / "inline.txt"
     path.write_text(END.join(STORIES))
-    monkeypatch.setattr(data, "_CHUNK", chunk)
-    assert list(data._read_file(str(path), "text", END)) == STORIES
+    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    assert list(sources._read_file(str(path), "text", END)) == STORIES
 
 
 def test_a_folder_is_read_whole_and_in_order(tmp_path):
@@ -149,7 +150,7 @@ def test_num_stories_limits(tmp_path, streaming, caplog):
     few = load_stories(str(path), num_stories=2, streaming=streaming)
     assert [row["text"] for row in few] == STORIES[:2]
     assert not caplog.records
-    with caplog.at_level(logging.WARNING, logger="training.data"):
+    with caplog.at_level(logging.WARNING, logger="training.text.sources"):
         assert len(list(load_stories(str(path), num_stories=99, streaming=streaming))) == 4
     assert streaming or "has only 4 stories, not the 99" in caplog.text
 
@@ -161,7 +162,7 @@ def test_an_unchanged_file_is_not_read_again_and_an_edited_one_is(tmp_path, monk
     (tmp_path / "copy").mkdir()
     shutil.copy(path, tmp_path / "copy" / "a.jsonl")
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_read_file", _begin_and_fail)
+        patch.setattr(sources, "_read_file", _begin_and_fail)
         assert list(load_stories(str(path))["text"]) == ["before"]
         assert list(load_stories(str(tmp_path / "copy"))["text"]) == ["before"]
     path.write_text(_lines({"text": "afters"}))
@@ -252,8 +253,8 @@ def test_mistakes_in_arguments_are_explained(tmp_path, arguments, message):
 
 
 def test_a_large_text_needs_its_separator(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CHUNK", 100)
-    monkeypatch.setattr(data, "LARGEST_STORY", 1000)
+    monkeypatch.setattr(sources, "_CHUNK", 100)
+    monkeypatch.setattr(sources, "LARGEST_STORY", 1000)
     path = tmp_path / "a.txt"
     path.write_text("x" * 1000)
     assert len(load_stories(str(path))[0]["text"]) == 1000
@@ -287,7 +288,7 @@ def bomb(path, beginning, line, times):
     ids=["story", "no-separator", "line", "empty-lines", "empty-text", "string"],
 )
 def test_what_unpacks_without_end_fills_no_memory(tmp_path, monkeypatch, name, beginning, line, message):
-    monkeypatch.setattr(data, "LARGEST_STORY", 2**20)
+    monkeypatch.setattr(sources, "LARGEST_STORY", 2**20)
     monkeypatch.setattr(bounded, "ALWAYS_UNPACKED", 2**22)
     bomb(tmp_path / name, beginning, line * (2**24 // len(line)), 2)
     tracemalloc.start()
@@ -307,7 +308,7 @@ def test_stories_that_repeat_without_end_fill_no_disk(tmp_path, monkeypatch):
 
 
 def test_a_line_without_end_fills_no_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LARGEST_STORY", 1000)
+    monkeypatch.setattr(sources, "LARGEST_STORY", 1000)
     for name, content in (("a.jsonl", GOOD + b"a" * 1001), ("a.txt", b'"good"\n"' + b"a" * 1001)):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(
@@ -325,7 +326,7 @@ def test_a_file_is_never_held_in_memory(tmp_path, name):
     assert path.stat().st_size > 18e6
     tracemalloc.start()
     try:
-        count = sum(1 for _ in data._read_files([str(path)], "text", END))
+        count = sum(1 for _ in sources._read_files([str(path)], "text", END))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -476,9 +477,9 @@ def test_a_second_call_does_no_work(stories, tokenizer, monkeypatch, tmp_path):
     tokenizer("calls leave traces in a tokenizer", padding="max_length", max_length=20, truncation=True)
     tokenizer.save_pretrained(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_tokenize", _must_not_be_called)
+        patch.setattr(sources, "_tokenize", _must_not_be_called)
         assert len(pack_windows(stories, tokenizer, 97)) > 0
-        patch.setattr(data, "_tokenized", _must_not_be_called)
+        patch.setattr(sources, "_tokenized", _must_not_be_called)
         again = load_stories("embedded", num_stories=300)
         for num_proc in (None, 2):
             assert np.array_equal(_ids(pack_windows(again, load_tokenizer(str(tmp_path)), 96, num_proc)), before)
@@ -589,7 +590,7 @@ def test_an_empty_story_adds_nothing(tokenizer):
 
 @pytest.mark.parametrize("texts", [["An owl."], [""], []])
 def test_too_few_tokens_for_a_window_is_an_error(tokenizer, texts):
-    stories = Dataset.from_dict({"text": texts}, features=data.STORY_FEATURES)
+    stories = Dataset.from_dict({"text": texts}, features=sources.STORY_FEATURES)
     num_tokens = len(_stream(texts, tokenizer)) if any(texts) else 0
     message = f"have {num_tokens} tokens, too few for one window of context_length 512"
     with pytest.raises(ValueError, match=message):

@@ -10,13 +10,14 @@ import yaml
 from conftest import make_model
 from datasets import Dataset
 
-from training import train
 from training.evaluate import mean_loss
 from training.experiments import attention_maps, position_loss, samples, training_curves
 from training.experiments.comparison import reads
-from training.recipe import CONFIGURATION, load_recipe, task_module
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe, task_module
 from training.result import claims_table
-from training.tokenizer import train_tokenizer
+from training.tasks import language_modeling
+from training.text.tokenizer import train_tokenizer
 
 
 RECIPES = CONFIGURATION / "recipe"
@@ -46,7 +47,7 @@ def workplace(tmp_path_factory):
 def small(workplace, monkeypatch):
     """Reads a shipped experiment, made small: two models of the smoke size, trained in a second each."""
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(train, "verify_export", lambda folder, prompts, **options: prompts)
+    monkeypatch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
 
     def read(name, **settings):
         values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -93,7 +94,7 @@ def test_curves_are_those_of_the_trainings_and_a_second_call_shows_them(small, m
     assert result["measured"]["gaps"]["1"] == [losses[1] - losses[0]]
     assert {claim["verdict"] for claim in result["claims"]} <= VERDICTS
     assert (recipe.folder / "training_curves.png").stat().st_size > 10_000
-    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(language_modeling, "run", lambda *_: pytest.fail("trained again"))
     assert training_curves.run(recipe) == result
     assert all(claim["ours"] in claims_table([result]) for claim in result["claims"])
 
@@ -220,7 +221,7 @@ def test_loss_of_continuations_counts_their_tokens_alone():
     ],
 )
 def test_prompts_of_another_form_are_refused_before_anything_is_trained(content, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(language_modeling, "run", lambda *_: pytest.fail("trained"))
     path = tmp_path / "prompts.json"
     if content is not None:
         path.write_text(content)

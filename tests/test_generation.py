@@ -18,7 +18,7 @@ from transformers import (
     pipeline,
 )
 
-from training.tokenizer import train_tokenizer
+from training.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture

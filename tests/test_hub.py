@@ -11,7 +11,7 @@ from hub_server import TOKEN, Hub, Refusal
 from huggingface_hub import constants
 
 from training.hub import CARD, Target, check_weights, download, published_files, upload
-from training.verify import write_sums
+from training.publishing.checks import write_sums
 
 
 # huggingface_hub 2.4 uploads large files by an argument that httpx2 deprecates.

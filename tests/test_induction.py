@@ -10,13 +10,7 @@ import torch
 from conftest import make_model
 from scipy.stats import chisquare
 
-from training.experiments.induction_data import (
-    InductionDataset,
-    InformedReader,
-    random_bigrams,
-    text_bigrams,
-    trigger_accuracy,
-)
+from training.synthetic.bigrams import InductionDataset, InformedReader, random_bigrams, text_bigrams, trigger_accuracy
 
 
 def stack(dataset, name):

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from modeling_memory_mosaic import MemoryModelForCausalLM, MemoryMosaicConfig
 from training.export import export_model, verify_export
-from training.tokenizer import train_tokenizer
+from training.text.tokenizer import train_tokenizer
 
 
 def test_a_frozen_encoder_is_frozen_when_loaded(tmp_path):

@@ -12,7 +12,7 @@ from torch.export import Dim, export
 from transformers import AutoModel, LlamaConfig
 
 from modeling_memory_mosaic import MemoryModelCache, MemoryModelConfig, MemoryModelEncoder, MemoryMosaicConfig
-from training.tokenizer import train_tokenizer
+from training.text.tokenizer import train_tokenizer
 
 
 def head_of(model, states):

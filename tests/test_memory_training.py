@@ -11,11 +11,13 @@ import yaml
 from conftest import flip
 
 from training.evaluate import load_causal_lm
-from training.experiments import memory_models, memory_training
-from training.experiments.memory_training import begin_stage, build_model, measure, training_flops
+from training.experiments import memory_models
 from training.export import verify_export
-from training.recipe import CONFIGURATION, load_recipe
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe
 from training.result import claims_table
+from training.tasks import memory_model
+from training.tasks.memory_model import begin_stage, build_model, measure, training_flops
 
 
 RECIPES = CONFIGURATION / "recipe"
@@ -56,7 +58,7 @@ def read(tmp_path, **settings):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     recipe = read(tmp_path_factory.mktemp("memory"))
-    return recipe, memory_training.run(recipe)
+    return recipe, memory_model.run(recipe)
 
 
 def test_each_stage_logs_the_parts_of_its_loss_and_what_memories_hold(trained):
@@ -110,7 +112,7 @@ def test_a_stage_does_not_go_on_from_a_changed_checkpoint(trained, tmp_path):
         (tmp_path / "run" / name).unlink()
     flip(tmp_path / "run" / "2-combined" / "checkpoint-4" / "optimizer.pt")
     with pytest.raises(ValueError, match="2-combined is complete .checkpoint-4: optimizer.pt has changed"):
-        memory_training.run(read(tmp_path))  # it keeps one checkpoint only
+        memory_model.run(read(tmp_path))  # it keeps one checkpoint only
 
 
 @pytest.mark.parametrize("name", ["1-autoencoder/stage.json", "2-combined/model/model.safetensors"])
@@ -120,7 +122,7 @@ def test_a_changed_stage_is_refused(name, trained, tmp_path):
         (tmp_path / "run" / unfinished).unlink()
     flip(tmp_path / "run" / name)
     with pytest.raises(ValueError, match=f"damaged .*{name.rpartition('/')[2]} has changed since it was written"):
-        memory_training.run(read(tmp_path))
+        memory_model.run(read(tmp_path))
 
 
 def test_the_finished_model_loads_anywhere_and_measures_the_same(trained):
@@ -151,9 +153,9 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(trained, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr("training.loop._TellProgress.on_step_end", die)
         with pytest.raises(Killed):
-            memory_training.run(again)
+            memory_model.run(again)
     assert (again.folder / f"{stage + 1}-{recipe.stages[stage].name}" / f"checkpoint-{step}").is_dir()
-    result = memory_training.run(again)
+    result = memory_model.run(again)
     assert [s["metrics"] for s in result["stages"]] == [s["metrics"] for s in expected["stages"]]
 
 
@@ -202,14 +204,14 @@ def test_operations_are_counted_for_each_stage(tmp_path):
 @pytest.mark.parametrize("model", ["mosaic-characters", "gpt2-characters"])
 def test_an_encoder_comes_from_a_trained_language_model(tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.train.verify_export", lambda folder, prompts, **options: prompts)
+    monkeypatch.setattr("training.tasks.language_modeling.verify_export", lambda folder, prompts, **options: prompts)
     settings = {"model": model, "tokens": 256, "model_args": {"hidden_size": 16}, "data": {"context_length": 16}}
     settings |= {"training": {"per_device_train_batch_size": 4, "disable_tqdm": True}}
     encoder = {"recipe": "characters_lm", "settings": settings}
     stages = [STAGES[0] | {"freeze_encoder": True, "steps": 2}]
     args = {"encoder": {}, "memory_pooling": "last", "encoder_chunk_positions": False}
     recipe = read(tmp_path, encoder=encoder, stages=stages, model_args=args)
-    memory_training.run(recipe)
+    memory_model.run(recipe)
     source = load_causal_lm(recipe.encoder_source().folder / "model")
     assert source.config.hidden_size == 16
     found = load_causal_lm(recipe.folder / "model")
@@ -259,7 +261,7 @@ COMPARISONS = [
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_a_comparison_tells_what_was_measured(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.train.verify_export", lambda folder, prompts, **options: prompts)
+    monkeypatch.setattr("training.tasks.language_modeling.verify_export", lambda folder, prompts, **options: prompts)
     monkeypatch.setattr(memory_models, "NUM_CANDIDATES", 8)
     recipe = small_comparison(name, tmp_path)
     result = memory_models.run(recipe)

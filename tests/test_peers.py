@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig, Tra
 
 from modeling_memory_mosaic import MemoryMosaicConfig
 from training.export import export_model
-from training.story_writer import write_stories
-from training.tokenizer import train_tokenizer
+from training.text.story_writer import write_stories
+from training.text.tokenizer import train_tokenizer
 
 
 NUM_STORIES = 300

@@ -21,16 +21,18 @@ from test_saving import PAYLOAD
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from training import finetune, hub, proof, publication, publish, secrecy, train, verify
+from training import hub, secrecy
 from training.__main__ import app
 from training.card import ABOUT, TEMPLATES, load_about, model_metadata
-from training.checksums import LIST, list_of, read_list, sums_of
 from training.evaluate import load_model
-from training.experiments import memory_training
 from training.export import run_isolated
-from training.recipe import CONFIGURATION, load_recipe
-from training.result import CLONE, RESULTS, results_table, write_result
+from training.files import LIST, list_of, read_list, sums_of
+from training.paths import CLONE, CONFIGURATION, RESULTS
+from training.publishing import artifacts, checks, publish, trials
+from training.recipe import load_recipe
+from training.result import results_table, write_result
 from training.run_folder import locked
+from training.tasks import fine_tuning, language_modeling, memory_model
 
 
 SHORT = {
@@ -77,14 +79,14 @@ def about(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     recipe = smoke(tmp_path_factory.mktemp("runs") / "smoke")
-    train.run(recipe)
+    language_modeling.run(recipe)
     return recipe.folder
 
 
 @pytest.fixture(scope="module")
 def adapted(run):
     recipe = lora(run.with_name("lora"), run / "model")
-    finetune.run(recipe)
+    fine_tuning.run(recipe)
     return recipe.folder
 
 
@@ -166,7 +168,7 @@ def test_a_card_says_what_its_result_says(staged):
     for version in result["versions"].values():
         assert f"| {version} |" in card.text
     listed = dict(map(reversed, re.findall(r"^([0-9a-f]{64})  (.+)$", card.text, flags=re.MULTILINE)))
-    assert listed.items() <= verify.read_sums(staged).items() and len(listed) == len(PAYLOAD) + 4
+    assert listed.items() <= checks.read_sums(staged).items() and len(listed) == len(PAYLOAD) + 4
     assert card.text.index(listed["model.safetensors"]) < card.text.index("trust_remote_code=True")
     assert "No baseline was trained by this recipe" in card.text
 
@@ -184,8 +186,8 @@ def test_the_models_index_has_the_results_metrics():
 def test_units_of_a_padded_batch_are_those_of_the_texts(staged):
     model, tokenizer = load_model(staged)
     texts = ["Once upon a time", "A dog ran to the big red house and saw a cat"]
-    together = publication.measure_units(model, tokenizer, texts)
-    apart = [publication.measure_units(model, tokenizer, [text]) for text in texts]
+    together = artifacts.measure_units(model, tokenizer, texts)
+    apart = [artifacts.measure_units(model, tokenizer, [text]) for text in texts]
     assert together["tokens"] == sum(part["tokens"] for part in apart)
     assert len(together["layers"]) == 2 * model.config.num_hidden_layers
     leak = 10 * model.model.layers[1].persistent_memory.key_leak.detach().abs().double()
@@ -200,14 +202,14 @@ def test_baselines_are_those_of_the_same_recipe_and_data(tmp_path):
     """The committed results of stories_tiny are each other's; one on other data is not."""
     results = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("stories_tiny--*.json"))}
     own = results["stories_tiny--mosaic-tiny--seed1.json"]
-    about = publication.Publication(tmp_path / "runs" / "own", own, "model", "someone/x", None, None)
-    found = publication.comparable_results(about)
+    about = artifacts.Publication(tmp_path / "runs" / "own", own, "model", "someone/x", None, None)
+    found = artifacts.comparable_results(about)
     assert found[0] is own and {(r["model"], r["seed"]) for r in found} == {
         (model, seed) for model in ("gpt2-tiny", "mosaic-tiny") for seed in (0, 1, 2)
     }
     other = json.loads(json.dumps(own))
     other["data"]["train"]["files"] = {"train.jsonl.gz": "0" * 64}
-    assert publication.comparable_results(about._replace(result=other)) == [other]
+    assert artifacts.comparable_results(about._replace(result=other)) == [other]
 
 
 @pytest.mark.parametrize("what", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
@@ -262,8 +264,8 @@ def test_a_base_that_has_other_weights_is_refused(adapted, about, monkeypatch):
         assert (repo_id, revision) == ("nobody/gpt2", COMMIT) and list(weights) == ["model.safetensors"]
         raise ValueError("other weights")
 
-    kind = publication.KINDS["fine_tuning", "adapter"]
-    monkeypatch.setitem(publication.KINDS, ("fine_tuning", "adapter"), kind._replace(prove=lambda *arguments: []))
+    kind = artifacts.KINDS["fine_tuning", "adapter"]
+    monkeypatch.setitem(artifacts.KINDS, ("fine_tuning", "adapter"), kind._replace(prove=lambda *arguments: []))
     monkeypatch.setattr(hub, "check_weights", refuse)  # `test_hub.py` has it
     monkeypatch.setattr(hub, "upload", lambda *arguments: pytest.fail("it was uploaded"))
     with pytest.raises(ValueError, match="^other weights$"):
@@ -284,7 +286,7 @@ def test_another_base_than_the_one_adapted_is_refused(adapted, run, about):
 @pytest.mark.slow
 def test_a_memory_model_is_published(tmp_path, about):
     recipe = read_memory_recipe(tmp_path)
-    memory_training.run(recipe)
+    memory_model.run(recipe)
     told = []
     folder = publish.publish(recipe.folder, "someone/memory", about=about, dry_run=True, tell=told.append)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -304,8 +306,8 @@ def test_a_space_runs_by_what_lies_in_it(run, about, tmp_path):
     names = hub.published_files(folder)
     assert {"app.py", "requirements.txt", "LICENSE", "README.md", "model/config.json"} <= set(names)
     assert not [name for name in names if "pycache" in name]
-    package = {path.name for path in verify.PACKAGE.glob("*.py")}
-    assert {name.split("/")[1] for name in names if name.startswith(verify.PACKAGE.name)} == package
+    package = {path.name for path in checks.PACKAGE.glob("*.py")}
+    assert {name.split("/")[1] for name in names if name.startswith(checks.PACKAGE.name)} == package
     metadata = RepoCard.load(folder / "README.md").data.to_dict()
     assert metadata["sdk"] == "gradio" and metadata["models"] == ["someone/smoke"] and metadata["app_file"] == "app.py"
     assert len(metadata["short_description"]) <= 60  # the Hub's limit
@@ -325,17 +327,17 @@ def test_a_space_runs_by_what_lies_in_it(run, about, tmp_path):
         assert old in good
         (folder / "README.md").write_text(good.replace(old, new, 1))
         with pytest.raises(ValueError, match="in the card is"):
-            verify.check_settings(folder)
+            checks.check_settings(folder)
     (folder / "README.md").write_text(good)
     asked = (folder / "requirements.txt").read_bytes()
     for harm in (b"--index-url http://127.0.0.1:9/simple\n", asked + b"evil-package\n", asked.rstrip(), b""):
         (folder / "requirements.txt").write_bytes(harm)
         with pytest.raises(ValueError, match="requirements.txt differs from this project's"):
-            verify.check_code(folder)
+            checks.check_code(folder)
     (folder / "requirements.txt").write_bytes(asked)
     with (folder / "app.py").open("a") as file:
         file.write("print('hello')")
-    verify.write_sums(folder)
+    checks.write_sums(folder)
     with pytest.raises(ValueError, match="app.py differs from this project's"):
         publish.verify_published(str(folder))
 
@@ -430,7 +432,7 @@ def test_paths_of_the_machine_are_taken_out_and_nothing_else(tmp_path):
         "base": {"name": "runs/base/model"},
     }
     (tmp_path / "result.json").write_text(json.dumps(result))
-    read = publication.read_result(tmp_path / "result.json")
+    read = artifacts.read_result(tmp_path / "result.json")
     assert read["model"] == "base" and read["recipe"] == {
         "data": {"train": {"source": "stories.txt"}},
         "output_dir": "run",
@@ -747,10 +749,10 @@ def test_what_is_not_in_order_is_found_before_anything_is_loaded(copy, monkeypat
     do, message = HARM[harm]
     do(copy)
     try:
-        verify.write_sums(copy)
+        checks.write_sums(copy)
     except ValueError:
         pass  # of a link there is none
-    monkeypatch.setattr(proof, "check_loads", lambda *arguments: pytest.fail("it was loaded"))
+    monkeypatch.setattr(trials, "check_loads", lambda *arguments: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match=message):
         publish.verify_published(str(copy))
 
@@ -789,7 +791,7 @@ def test_what_has_changed_is_found(copy, harm, message):
 def test_an_adapter_whose_base_is_not_pinned_is_refused(tmp_path, base, commit):
     put(tmp_path, "adapter_config.json", {"base_model_name_or_path": base, "revision": commit})
     with pytest.raises(ValueError, match="not a base on the Hub at a commit"):
-        verify.check_settings(tmp_path)
+        checks.check_settings(tmp_path)
 
 
 def test_a_data_set_that_would_load_other_files_is_refused(tmp_path):
@@ -804,7 +806,7 @@ def test_downloads_of_git_and_of_the_hub_are_verified_too(copy):
     put(copy, ".git/COMMIT_EDITMSG", "Publish")
     put(copy, ".gitattributes", "*.7z filter=lfs diff=lfs merge=lfs -text\n" * 3)
     put(copy, ".cache/huggingface/download/config.json.metadata", "0")
-    assert len(verify.check_folder(copy)) == 6
+    assert len(checks.check_folder(copy)) == 6
 
 
 def test_a_folder_in_order_is_told_so(staged):
@@ -818,13 +820,13 @@ def test_a_folder_in_order_is_told_so(staged):
 def test_a_loss_that_is_not_the_models_is_refused(staged, run, about, tmp_path, monkeypatch):
     result, parts = json.loads((staged / "result.json").read_text()), load_model(staged)
     loss = result["metrics"]["validation_loss"]
-    assert "ok: validation_loss" in proof.check_loss(result, lambda: parts, own=False)
+    assert "ok: validation_loss" in trials.check_loss(result, lambda: parts, own=False)
     for stated in (loss - 0.01, loss + 0.01, NAN, str(loss), None, 1):
         changed = result | {"metrics": {"validation_loss": stated}}
         with pytest.raises(ValueError, match="`validation_loss` in result.json is .*, but measured again it is"):
-            proof.check_loss(changed, lambda: parts, own=False)
-    kind = publication.KINDS["language_modeling", "model"]._replace(prove=lambda *arguments: [])
-    monkeypatch.setitem(publication.KINDS, ("language_modeling", "model"), kind)
+            trials.check_loss(changed, lambda: parts, own=False)
+    kind = artifacts.KINDS["language_modeling", "model"]._replace(prove=lambda *arguments: [])
+    monkeypatch.setitem(artifacts.KINDS, ("language_modeling", "model"), kind)
     better = shutil.copytree(run, tmp_path / "better", ignore=shutil.ignore_patterns("published"))
     edit(better, "result.json", metrics=result["metrics"] | {"validation_loss": 0.1})
     listed_again(better)
@@ -861,7 +863,7 @@ HERE = {"source": "embedded", "num_stories": 4}
 )
 def test_what_a_strangers_result_asks_for_is_not_read(result, why):
     result = {"task": "language_modeling", "metrics": {"validation_loss": 1.0}} | result
-    told = proof.check_loss(result, lambda: pytest.fail("it was loaded"), own=False)
+    told = trials.check_loss(result, lambda: pytest.fail("it was loaded"), own=False)
     assert told.startswith("not checked: the loss that result.json states") and why in told
 
 
@@ -869,7 +871,7 @@ def test_what_a_strangers_result_asks_for_is_not_read(result, why):
 @pytest.mark.parametrize("place", ["result.json", "about", "loss.png", "model/tokenizer_config.json", "weights"])
 def test_nothing_that_holds_a_secret_is_staged(run, about, tmp_path, monkeypatch, place, secret):
     monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
-    monkeypatch.setattr(proof, "check_loads", lambda *arguments: pytest.fail("it was loaded"))
+    monkeypatch.setattr(trials, "check_loads", lambda *arguments: pytest.fail("it was loaded"))
     leaking = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("published"))
     if place == "about":
         about = tmp_path / "about.yaml"
@@ -907,8 +909,8 @@ def test_a_secret_in_packed_stories_and_across_chunks_is_found(tmp_path):
 
 
 def test_a_chat_template_that_came_with_a_tokenizer_is_left_out(run, about, tmp_path, monkeypatch):
-    kind = publication.KINDS["language_modeling", "model"]._replace(prove=lambda *arguments: [])
-    monkeypatch.setitem(publication.KINDS, ("language_modeling", "model"), kind)
+    kind = artifacts.KINDS["language_modeling", "model"]._replace(prove=lambda *arguments: [])
+    monkeypatch.setitem(artifacts.KINDS, ("language_modeling", "model"), kind)
     own = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("published"))
     put(own, "model/chat_template.jinja", "{{ messages }}")
     listed_again(own)
@@ -955,10 +957,10 @@ ADAPTER = {
 )
 def test_an_adapter_is_lora_as_recipes_have_it(tmp_path, change, message):
     put(tmp_path, "adapter_config.json", ADAPTER)
-    verify.check_settings(tmp_path)
+    checks.check_settings(tmp_path)
     put(tmp_path, "adapter_config.json", ADAPTER | change)
     with pytest.raises(ValueError, match=message):
-        verify.check_settings(tmp_path)
+        checks.check_settings(tmp_path)
 
 
 def test_the_weights_of_an_adapter_are_finite_and_lora(tmp_path):
@@ -970,12 +972,12 @@ def test_the_weights_of_an_adapter_are_finite_and_lora(tmp_path):
     ):
         save_file(tensors, tmp_path / "adapter_model.safetensors")
         with pytest.raises(ValueError, match=message):
-            verify.check_weights(tmp_path)
+            checks.check_weights(tmp_path)
     save_file({name: torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
-    assert "every number finite" in verify.check_weights(tmp_path)
+    assert "every number finite" in checks.check_weights(tmp_path)
     shutil.copy(tmp_path / "adapter_model.safetensors", tmp_path / "adapter_more.safetensors")
     with pytest.raises(ValueError, match="which ones are meant cannot be known"):
-        verify.check_weights(tmp_path)
+        checks.check_weights(tmp_path)
 
 
 def nested(**changes):
@@ -1010,11 +1012,11 @@ def nested(**changes):
 )
 def test_a_model_within_a_model_is_looked_at_too(tmp_path, harm, message):
     folder = memory_model_folder(tmp_path / "model")
-    assert "every number finite" in verify.check_weights(folder)
+    assert "every number finite" in checks.check_weights(folder)
     harm(folder)
     with pytest.raises(ValueError, match=message):
-        verify.check_settings(folder)
-        verify.check_weights(folder)
+        checks.check_settings(folder)
+        checks.check_weights(folder)
 
 
 def memory_model_folder(folder):
@@ -1027,18 +1029,18 @@ def memory_model_folder(folder):
 def test_a_failing_snippet_is_shown():
     card = "```python\nprint('fine')\n```\n\n```python\nimport nothing_of_the_kind\n```\n"
     with pytest.raises(ValueError, match="this snippet of the card fails:\n\nimport nothing_of_the_kind"):
-        proof.check_snippets(card, {})
+        trials.check_snippets(card, {})
 
 
 def test_a_linter_that_is_not_content_is_heard(copy):
     path = copy / "modeling_memory_mosaic.py"
     path.write_text(path.read_text().replace('base_model_prefix = "model"', 'base_model_prefix = ""'))
     with pytest.raises(ValueError, match="TRF002"):
-        proof.check_lint(copy)
+        trials.check_lint(copy)
 
 
 def test_failure_leaves_nothing_staged(run, about, monkeypatch):
-    monkeypatch.setattr(proof, "check_loads", lambda *arguments: (_ for _ in ()).throw(ValueError("no")))
+    monkeypatch.setattr(trials, "check_loads", lambda *arguments: (_ for _ in ()).throw(ValueError("no")))
     shutil.rmtree(run / "published", ignore_errors=True)
     with pytest.raises(ValueError, match="^no$"):
         publish.publish(run, "someone/smoke", about=about, dry_run=True, tell=lambda line: None)

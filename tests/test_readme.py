@@ -15,7 +15,7 @@ from conftest import make_model
 
 from training.export import export_model
 from training.result import rewrite_tables
-from training.tokenizer import train_tokenizer
+from training.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture

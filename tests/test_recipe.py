@@ -11,9 +11,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from training import recipe
-from training.recipe import CONFIGURATION, Recipe, load_recipe, task_module
+from training.paths import CONFIGURATION
+from training.recipe import Recipe, load_recipe, task_module
 from training.secrecy import names_secret
-from training.train import plan
+from training.tasks.language_modeling import plan
 
 
 RECIPES = sorted((CONFIGURATION / "recipe").glob("*.yaml"))

@@ -9,8 +9,8 @@ from conftest import make_model
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
-from training.experiments import automata
-from training.experiments.automata import (
+from training.synthetic import automata
+from training.synthetic.automata import (
     NUM_SYMBOLS,
     PADDING,
     SEPARATOR,

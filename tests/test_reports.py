@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
-from training.tokenizer import train_tokenizer
+from training.text.tokenizer import train_tokenizer
 
 
 PROJECTIONS = ["k_proj", "v_proj", "o_proj"]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 
-from training.checksums import LIST
-from training.recipe import CONFIGURATION, load_recipe
+from training.files import LIST
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe
 from training.run_folder import RUN_LOCK, claim_folder, locked, only_run_in
 
 

@@ -18,10 +18,10 @@ import yaml
 from conftest import flip
 from typer.testing import CliRunner
 
-from training import parallel, train
+from training import parallel
 from training.__main__ import app
-from training.experiments import search
 from training.recipe import load_recipe
+from training.tasks import language_modeling, search
 
 
 CLONE = Path(__file__).resolve().parents[1]
@@ -287,7 +287,7 @@ def test_settings_that_contradict_each_other_are_refused_or_fail_alone(write, mo
         load_recipe(write(base="smoke", space=space))
     space["model_args.hidden_size"] = {"low": 34, "high": 36}
     recipe = load_recipe(write(base="smoke", space=space, sampler="random", num_trials=6, metric="loss"))
-    monkeypatch.setattr(train, "run", lambda _: {"loss": 1.0})
+    monkeypatch.setattr(language_modeling, "run", lambda _: {"loss": 1.0})
     monkeypatch.setattr(search, "_data", lambda *_: {})
     trials = search.run(recipe)["measured"]["trials"]
     for trial in trials:
@@ -329,7 +329,7 @@ def test_a_worker_sees_one_gpu(monkeypatch):
 
 
 def test_a_search_of_trainings_from_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "verify_export", lambda folder, prompts, **options: prompts)
+    monkeypatch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
     values = {
         "name": "smoke_search",
         "task": "search",

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hub_cards.space import app
 from hub_cards.space.screenshot import APP, BROWSER, DRIVER, browse, find, requested, serve, wait_for
 from modeling_memory_mosaic import MemoryMosaicForSequenceClassification, trace_tokens
-from training.tokenizer import train_tokenizer
+from training.text.tokenizer import train_tokenizer
 
 
 CLONE = APP.parents[2]

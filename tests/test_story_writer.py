@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from training import story_writer
-from training.story_writer import write_stories
+from training.text import story_writer
+from training.text.story_writer import write_stories
 
 
 @pytest.fixture(scope="module")

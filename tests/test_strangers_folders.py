@@ -10,7 +10,7 @@ import torch
 from conftest import make_model
 
 from training.evaluate import load_causal_lm
-from training.tokenizer import load_tokenizer, train_tokenizer
+from training.text.tokenizer import load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,14 @@ from conftest import flip
 from safetensors.torch import load_file
 
 from training import parallel
-from training.experiments import automata, induction, symbols
-from training.experiments.automata import AutomataSection
+from training.experiments import induction
 from training.experiments.regbench import Series, _claim_out_of_distribution, _claims_on_number
-from training.recipe import CONFIGURATION, load_recipe, task_module
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe, task_module
 from training.result import claims_table
+from training.synthetic import automata
+from training.synthetic.automata import AutomataSection
+from training.tasks import symbols
 
 
 RECIPES = CONFIGURATION / "recipe"

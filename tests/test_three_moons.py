@@ -11,8 +11,13 @@ import pytest
 import torch
 from conftest import flip
 
-from training.experiments import moon_training, moons, three_moons
-from training.experiments.moon_training import (
+from training.experiments import three_moons
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe
+from training.result import read_result, write_result
+from training.synthetic import moons
+from training.tasks import moon_model
+from training.tasks.moon_model import (
     SECTIONS,
     absolute_weights,
     deviation_curve,
@@ -23,8 +28,6 @@ from training.experiments.moon_training import (
     section_means,
     train_part,
 )
-from training.recipe import CONFIGURATION, load_recipe
-from training.result import read_result, write_result
 
 
 RECIPE = CONFIGURATION / "recipe" / "three_moons.yaml"
@@ -97,7 +100,7 @@ def test_identity_weights_predict_from_the_periods_on(heads, beta, expected):
 
 
 def test_deviation_is_that_of_continuing_each_beginning(tiny):
-    model = moon_training.build_model(tiny(), 3)
+    model = moon_model.build_model(tiny(), 3)
     windows = moons.draw_windows(moons.VALIDATION_TRIPLE, 5, 108, seed=0)
     lengths = [1, 30, 103]
     curve = deviation_curve(model, windows, lengths, 5)
@@ -163,12 +166,12 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, monkeyp
 
     recipe = tiny()
     train_part(recipe, 3, 1, tmp_path / "whole")
-    monkeypatch.setattr(moon_training, "tell_progress", interrupt)
+    monkeypatch.setattr(moon_model, "tell_progress", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_part(recipe, 3, 1, tmp_path / "cut")
     train_part(recipe, 3, 1, tmp_path / "cut")
     assert steps == [*range(1, 9), *range(6, 13)]
-    whole, cut = (moon_training.load_part(tmp_path / name) for name in ("whole", "cut"))
+    whole, cut = (moon_model.load_part(tmp_path / name) for name in ("whole", "cut"))
     assert whole[1]["losses"] == cut[1]["losses"] and len(cut[1]["losses"]) == 12
     for name, tensor in whole[0].state_dict().items():
         assert torch.equal(tensor, cut[0].state_dict()[name])
@@ -185,9 +188,9 @@ def test_a_part_whose_state_has_changed_is_trained_again(name, tiny, tmp_path, m
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if name.startswith("model"):
-            patch.setattr(moon_training, "measure", interrupt)
+            patch.setattr(moon_model, "measure", interrupt)
         else:
-            patch.setattr(moon_training, "tell_progress", lambda _, share: interrupt() if share > 0.6 else None)
+            patch.setattr(moon_model, "tell_progress", lambda _, share: interrupt() if share > 0.6 else None)
         train_part(recipe, 3, 1, tmp_path / "cut")
     flip(tmp_path / "cut" / name)
     train_part(recipe, 3, 1, tmp_path / "cut")
@@ -199,7 +202,7 @@ def test_a_part_whose_state_has_changed_is_trained_again(name, tiny, tmp_path, m
         train_part(recipe, 3, 1, tmp_path / "cut")
     flip(tmp_path / "cut" / "model" / "model.safetensors")
     with pytest.raises(ValueError, match="model is damaged .*model.safetensors has changed"):
-        moon_training.load_part(tmp_path / "cut")
+        moon_model.load_part(tmp_path / "cut")
 
 
 def test_a_loss_that_is_no_number_ends_the_training(tiny, tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from training.story_writer import write_stories
-from training.tokenizer import load_tokenizer, train_tokenizer
+from training.text.story_writer import write_stories
+from training.text.tokenizer import load_tokenizer, train_tokenizer
 
 
 GPT2 = Path(__file__).resolve().parents[1] / "../shared/data/gpt2-tokenizer"
@@ -154,7 +154,7 @@ def test_without_one_the_eos_pads_and_this_is_said(saved, caplog):
     backend = json.loads((saved / "tokenizer.json").read_text())
     backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] != "<|pad|>"]
     (saved / "tokenizer.json").write_text(json.dumps(backend))
-    with caplog.at_level(logging.WARNING, logger="training.tokenizer"):
+    with caplog.at_level(logging.WARNING, logger="training.text.tokenizer"):
         loaded = load_tokenizer(str(saved))
     assert loaded.pad_token_id == loaded.eos_token_id
     assert len(loaded) == 512

@@ -16,16 +16,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, set_seed
 
-from training import loop, train
-from training.data import collate_windows, load_stories, pack_windows
+from training import loop
 from training.evaluate import evaluate_folder, load_model
-from training.export import export_model, staged_folder, verify_export, write_text
+from training.export import export_model, verify_export
+from training.files import staged_folder, write_text
 from training.generate import generate_texts
 from training.loop import LanguageModelTrainer, checkpoint_faults
-from training.recipe import CONFIGURATION, SourceSection, load_recipe
+from training.paths import CONFIGURATION
+from training.recipe import SourceSection, load_recipe
 from training.result import bits_per_byte, results_table, rewrite_blocks
-from training.story_writer import write_stories
-from training.tokenizer import load_tokenizer, train_tokenizer
+from training.tasks import language_modeling
+from training.text.sources import collate_windows, load_stories, pack_windows
+from training.text.story_writer import write_stories
+from training.text.tokenizer import load_tokenizer, train_tokenizer
 
 
 CLONE = CONFIGURATION.parent
@@ -63,7 +66,7 @@ def one_thread():
 @pytest.fixture
 def without_clean_process(monkeypatch):
     """Leave out a run's last check, which takes seconds; `test_export_of_a_run` and `test_cli.py` keep it."""
-    monkeypatch.setattr(train, "verify_export", lambda folder, prompts, **options: prompts)
+    monkeypatch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
 
 
 def short_recipe(folder, *overrides, model="mosaic-smoke"):
@@ -107,9 +110,9 @@ def interrupt_after(monkeypatch, steps):
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_moves_and_the_loss_falls(model, tmp_path, without_clean_process):
     recipe = short_recipe(tmp_path / "run", "training.learning_rate=1e-2", model=model)
-    result = train.run(recipe)
+    result = language_modeling.run(recipe)
     trained, tokenizer = load_model(recipe.folder / "model")
-    initial = train.build_model(recipe, tokenizer)
+    initial = language_modeling.build_model(recipe, tokenizer)
     assert all(parameter.requires_grad for parameter in initial.parameters())
     for (name, before), after in zip(initial.named_parameters(), trained.parameters(), strict=True):
         assert not torch.equal(before, after), name
@@ -121,9 +124,9 @@ def test_every_parameter_moves_and_the_loss_falls(model, tmp_path, without_clean
 @pytest.mark.parametrize("model", MODELS)
 def test_accumulated_gradients_equal_the_large_batch(model, tmp_path, without_clean_process):
     large, small = tmp_path / "large", tmp_path / "small"
-    train.run(short_recipe(large, model=model))
+    language_modeling.run(short_recipe(large, model=model))
     sizes = ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4"]
-    train.run(short_recipe(small, *sizes, model=model))
+    language_modeling.run(short_recipe(small, *sizes, model=model))
     first, second = weights(large), weights(small)
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
@@ -137,20 +140,22 @@ def test_models_see_the_same_batches(tmp_path, monkeypatch, without_clean_proces
         seen[-1].append(hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest())
         return batch
 
-    monkeypatch.setattr(train, "collate_windows", recording)
+    monkeypatch.setattr(language_modeling, "collate_windows", recording)
     for model in MODELS:
         seen.append([])
-        train.run(short_recipe(tmp_path / model, model=model))
+        language_modeling.run(short_recipe(tmp_path / model, model=model))
     seen.append([])
-    train.run(short_recipe(tmp_path / "other", "seed=1"))
+    language_modeling.run(short_recipe(tmp_path / "other", "seed=1"))
     assert seen[0] == seen[1]
     assert seen[0] != seen[2]
 
 
 def test_only_matrices_decay():
     recipe = load_recipe(SMOKE, [*SHORT, "training.eval_strategy=no"])
-    model = train.build_model(recipe, train_tokenizer(["once upon a time"] * 9, 260))
-    trainer = LanguageModelTrainer(model=model, args=train.training_arguments(recipe), data_collator=collate_windows)
+    model = language_modeling.build_model(recipe, train_tokenizer(["once upon a time"] * 9, 260))
+    trainer = LanguageModelTrainer(
+        model=model, args=language_modeling.training_arguments(recipe), data_collator=collate_windows
+    )
     decayed = set(trainer.get_decay_parameter_names(model))
     others = {name.rpartition(".")[2] for name, _ in model.named_parameters() if name not in decayed}
     assert {"key_leak", "key_scale", "value_scale", "value_mix"} <= others
@@ -169,10 +174,10 @@ def test_resume_is_bitwise(model, accumulation, tmp_path, monkeypatch, without_c
         f"training.gradient_accumulation_steps={accumulation}",
     ]
     recipes = [short_recipe(tmp_path / name, *batch, *DROPOUT[model], model=model) for name in ("straight", "stopped")]
-    train.run(recipes[0])
+    language_modeling.run(recipes[0])
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt_after(patch, 17 * accumulation)
-        train.run(recipes[1])
+        language_modeling.run(recipes[1])
     assert sorted(path.name for path in recipes[1].folder.glob("checkpoint-*")) == [
         "checkpoint-10",
         "checkpoint-15",
@@ -180,17 +185,17 @@ def test_resume_is_bitwise(model, accumulation, tmp_path, monkeypatch, without_c
     ]
     state = json.loads((recipes[1].folder / "checkpoint-15" / "trainer_state.json").read_text(encoding="utf-8"))
     assert 1.1 < state["epoch"] < 1.9
-    train.run(recipes[1])
+    language_modeling.run(recipes[1])
     assert_same_run(recipes[0].folder, recipes[1].folder)
 
 
 def test_resume_of_a_stream_is_bitwise(tmp_path, monkeypatch, without_clean_process):
     recipes = [short_recipe(tmp_path / name, "data.streaming=true") for name in ("straight", "stopped")]
-    train.run(recipes[0])
+    language_modeling.run(recipes[0])
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt_after(patch, 17)
-        train.run(recipes[1])
-    train.run(recipes[1])
+        language_modeling.run(recipes[1])
+    language_modeling.run(recipes[1])
     assert_same_run(recipes[0].folder, recipes[1].folder)
 
 
@@ -202,10 +207,10 @@ def test_resume_of_a_stream_of_files_is_bitwise(stop, repeated, tmp_path, monkey
         (tmp_path / "stories" / f"{index}.txt").write_text("<|endoftext|>".join(write_stories(count, seed=index)))
     source = [f"data.train.source={tmp_path / 'stories'}", "data.train.num_stories=null", "data.streaming=true"]
     recipes = [short_recipe(tmp_path / name, *source) for name in ("straight", "stopped")]
-    train.run(recipes[0])
+    language_modeling.run(recipes[0])
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt_after(patch, stop)
-        train.run(recipes[1])
+        language_modeling.run(recipes[1])
     tokenizer = AutoTokenizer.from_pretrained(recipes[1].folder / "tokenizer")
     paths = sorted((tmp_path / "stories").iterdir())
     first, second, whole = (
@@ -213,19 +218,19 @@ def test_resume_of_a_stream_of_files_is_bitwise(stop, repeated, tmp_path, monkey
     )
     passes, seen = divmod(4 * (stop - stop % 5), whole)  # windows before the newest checkpoint
     assert passes == repeated and first + 1 < seen < first + second
-    train.run(recipes[1])
+    language_modeling.run(recipes[1])
     assert_same_run(recipes[0].folder, recipes[1].folder)
 
 
 def test_finished_run_is_shown_again_and_completed_if_cut_short(tmp_path, monkeypatch, without_clean_process):
     recipe = short_recipe(tmp_path / "run")
-    result = train.run(recipe)
+    result = language_modeling.run(recipe)
     trained = weights(recipe.folder)
     interrupt_after(monkeypatch, 0)  # from here on, nothing may be trained
-    assert train.run(recipe) == result
+    assert language_modeling.run(recipe) == result
     shutil.rmtree(recipe.folder / "model")
     (recipe.folder / "result.json").unlink()
-    again = train.run(recipe)
+    again = language_modeling.run(recipe)
     assert (again["metrics"], again["steps"]) == (result["metrics"], 20)
     assert all(torch.equal(trained[name], tensor) for name, tensor in weights(recipe.folder).items())
 
@@ -253,7 +258,7 @@ app(sys.argv[2:])
 @pytest.mark.parametrize(("fault", "code"), [("kill", -signal.SIGKILL), ("full disk", 1)])
 def test_saving_goes_wrong(fault, code, tmp_path, without_clean_process):
     straight, broken = short_recipe(tmp_path / "straight"), short_recipe(tmp_path / "broken")
-    train.run(straight)
+    language_modeling.run(straight)
     (tmp_path / "recipe.yaml").write_text(broken.to_yaml(), encoding="utf-8")
     process = subprocess.run(
         [sys.executable, "-c", SAVING_GOES_WRONG, fault, "run", str(tmp_path / "recipe.yaml")],
@@ -271,19 +276,19 @@ def test_saving_goes_wrong(fault, code, tmp_path, without_clean_process):
         assert not leftovers
         assert "cannot save" in process.stderr and "resumes from checkpoint-5" in process.stderr
         assert "Traceback" not in process.stderr
-    train.run(broken)
+    language_modeling.run(broken)
     assert not list(broken.folder.glob(".incomplete-*"))
     assert_same_run(straight.folder, broken.folder)
 
 
 def test_damaged_checkpoints(tmp_path, caplog, without_clean_process):
     recipe = short_recipe(tmp_path / "run")
-    train.run(recipe)
+    language_modeling.run(recipe)
     trained = weights(recipe.folder)
     (recipe.folder / "result.json").unlink()
     os.truncate(recipe.folder / "checkpoint-20" / "model.safetensors", 1000)
     (recipe.folder / "checkpoint-15" / "trainer_state.json").unlink()
-    train.run(recipe)
+    language_modeling.run(recipe)
     assert "checkpoint-20 is damaged (model.safetensors has changed since it was written)" in caplog.text
     assert "checkpoint-15 is damaged (trainer_state.json is missing)" in caplog.text
     assert "continuing from checkpoint-10" in caplog.text
@@ -294,29 +299,29 @@ def test_damaged_checkpoints(tmp_path, caplog, without_clean_process):
 
 def test_no_checkpoint_left(tmp_path, without_clean_process):
     recipe = short_recipe(tmp_path / "run", "tokens=1_280")
-    train.run(recipe)
+    language_modeling.run(recipe)
     (recipe.folder / "result.json").unlink()
     (recipe.folder / "checkpoint-5" / loop.MANIFEST).unlink()
     for _ in range(2):  # and it is still refused the second time
         with pytest.raises(ValueError, match="no checkpoint in .* is complete .*--restart"):
-            train.run(recipe)
-    train.run(recipe, restart=True)
+            language_modeling.run(recipe)
+    language_modeling.run(recipe, restart=True)
     assert [path.name for path in tmp_path.glob("run.*/checkpoint-5")] == ["checkpoint-5"]
 
 
 def test_another_recipe_in_a_used_folder(tmp_path, monkeypatch, without_clean_process):
-    train.run(short_recipe(tmp_path / "run", "tokens=1_280"))
+    language_modeling.run(short_recipe(tmp_path / "run", "tokens=1_280"))
     with pytest.raises(ValueError, match=r"recipe.seed was 0, is 1.*another output_dir.*--restart"):
-        train.run(short_recipe(tmp_path / "run", "tokens=1_280", "seed=1"))
-    identity = train._identity
-    monkeypatch.setattr(train, "_identity", lambda *arguments: identity(*arguments) | {"num_processes": 2})
+        language_modeling.run(short_recipe(tmp_path / "run", "tokens=1_280", "seed=1"))
+    identity = language_modeling._identity
+    monkeypatch.setattr(language_modeling, "_identity", lambda *arguments: identity(*arguments) | {"num_processes": 2})
     with pytest.raises(ValueError, match="a run of 1 processes, not 2"):
-        train.run(short_recipe(tmp_path / "run", "tokens=1_280"))
+        language_modeling.run(short_recipe(tmp_path / "run", "tokens=1_280"))
     (tmp_path / "run" / "run.json").unlink()
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     for restart in (False, True):
         with pytest.raises(ValueError, match="is not the folder of a run"):
-            train.run(short_recipe(tmp_path / "run", "tokens=1_280"), restart=restart)
+            language_modeling.run(short_recipe(tmp_path / "run", "tokens=1_280"), restart=restart)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
@@ -324,17 +329,17 @@ def test_other_data_in_a_used_folder(tmp_path, without_clean_process):
     stories = tmp_path / "stories.jsonl"
     stories.write_text("".join(json.dumps({"text": f"Story {n} of a cat. " * 20}) + "\n" for n in range(40)))
     recipe = [f"data.train.source={stories}", "data.train.num_stories=null", "tokens=1_280"]
-    train.run(short_recipe(tmp_path / "run", *recipe))
+    language_modeling.run(short_recipe(tmp_path / "run", *recipe))
     stories.write_text(stories.read_text().replace("cat", "dog"))
     with pytest.raises(ValueError, match=r"data.train.files.*was.*other|other data.*data.train.files"):
-        train.run(short_recipe(tmp_path / "run", *recipe))
+        language_modeling.run(short_recipe(tmp_path / "run", *recipe))
 
 
 def test_a_run_that_is_going_on_is_left_alone(tmp_path):
-    state = train.PartialState()
-    with train.only_run_in(tmp_path / "run", state):
+    state = language_modeling.PartialState()
+    with language_modeling.only_run_in(tmp_path / "run", state):
         with pytest.raises(ValueError, match="a run is going on"):
-            train.run(short_recipe(tmp_path / "run", "tokens=1_280"))
+            language_modeling.run(short_recipe(tmp_path / "run", "tokens=1_280"))
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path, monkeypatch, without_clean_process):
@@ -347,7 +352,7 @@ def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path, monkeypatc
 
     monkeypatch.setattr(loop, "move_into_place", recording)
     recipe = short_recipe(tmp_path / "run", "training.save_total_limit=1")
-    train.run(recipe)
+    language_modeling.run(recipe)
     assert seen == [[], ["checkpoint-5"], ["checkpoint-10"], ["checkpoint-15"]]
     assert [path.name for path in recipe.folder.glob("checkpoint-*")] == ["checkpoint-20"]
 
@@ -358,31 +363,35 @@ def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path, monkeypatc
 def test_empty_and_short_corpora(tmp_path):
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="empty corpus"):
-        train.run(short_recipe(tmp_path / "a", f"data.train.source={tmp_path / 'empty.jsonl'}"))
+        language_modeling.run(short_recipe(tmp_path / "a", f"data.train.source={tmp_path / 'empty.jsonl'}"))
     (tmp_path / "one.jsonl").write_text('{"text": "a b"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="too few for one window"):
-        train.run(short_recipe(tmp_path / "b", f"data.validation.source={tmp_path / 'one.jsonl'}"))
+        language_modeling.run(short_recipe(tmp_path / "b", f"data.validation.source={tmp_path / 'one.jsonl'}"))
     with pytest.raises(ValueError, match="one optimizer step takes 1000: give more stories, or lower the batch"):
-        train.run(short_recipe(tmp_path / "c", "training.per_device_train_batch_size=1000"))
+        language_modeling.run(short_recipe(tmp_path / "c", "training.per_device_train_batch_size=1000"))
 
 
 def test_tokenizer_larger_than_the_vocabulary(tmp_path):
     train_tokenizer(["once upon a time there was a little cat"] * 9, 280).save_pretrained(tmp_path / "tokenizer")
     overrides = ["tokenizer.vocab_size=null", "tokenizer.max_training_stories=null", "model_args.vocab_size=270"]
     with pytest.raises(ValueError, match=r"280 entries, but the model 'mosaic-smoke' has embeddings for 270"):
-        train.run(short_recipe(tmp_path / "run", *overrides, f"tokenizer.pretrained={tmp_path / 'tokenizer'}"))
+        language_modeling.run(
+            short_recipe(tmp_path / "run", *overrides, f"tokenizer.pretrained={tmp_path / 'tokenizer'}")
+        )
 
 
 def test_diverged_loss_ends_the_run(tmp_path):
     with pytest.raises(ValueError, match="lower training.learning_rate"):
-        train.run(short_recipe(tmp_path / "run", "training.learning_rate=1e38", "training.max_grad_norm=0"))
+        language_modeling.run(
+            short_recipe(tmp_path / "run", "training.learning_rate=1e38", "training.max_grad_norm=0")
+        )
 
 
 def test_best_model_at_end_is_refused():
     recipe = load_recipe(SMOKE, [*SHORT, "training.eval_strategy=no"])
-    arguments = train.training_arguments(recipe)
+    arguments = language_modeling.training_arguments(recipe)
     arguments.load_best_model_at_end, arguments.metric_for_best_model = True, "loss"
-    model = train.build_model(recipe, train_tokenizer(["once upon a time"] * 9, 260))
+    model = language_modeling.build_model(recipe, train_tokenizer(["once upon a time"] * 9, 260))
     with pytest.raises(ValueError, match="load_best_model_at_end=True is not supported"):
         LanguageModelTrainer(model=model, args=arguments, data_collator=collate_windows)
 
@@ -397,7 +406,7 @@ NOT_IN_THE_PAYLOAD = ("naive", "inspection", "continuous")
 def test_export_of_a_run(tmp_path):
     """The whole life with its last check, and every way of using what it leaves."""
     recipe = short_recipe(tmp_path / "run", "generation.prompts=[Once,Once]", "generation.max_new_tokens=4")
-    result = train.run(recipe)
+    result = language_modeling.run(recipe)
     assert [sample["prompt"] for sample in result["samples"]] == ["Once", "Once"]
     assert all(sample["text"].startswith("Once") for sample in result["samples"])
     payload = {path.name: path.read_bytes() for path in (CLONE / "modeling_memory_mosaic").glob("*_memory_mosaic.py")}
@@ -424,7 +433,7 @@ def test_export_of_a_run(tmp_path):
 def test_special_tokens_agree_in_all_files_of_an_export(tmp_path):
     recipe = load_recipe(SMOKE, SHORT)
     tokenizer = train_tokenizer(["once upon a time"] * 9, 260)
-    export_model(train.build_model(recipe, tokenizer), tokenizer, tmp_path)
+    export_model(language_modeling.build_model(recipe, tokenizer), tokenizer, tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     generation = json.loads((tmp_path / "generation_config.json").read_text(encoding="utf-8"))
@@ -438,7 +447,7 @@ def test_special_tokens_agree_in_all_files_of_an_export(tmp_path):
 def test_verify_export_catches_other_weights_and_broken_code(tmp_path):
     recipe = load_recipe(SMOKE, SHORT)
     tokenizer = train_tokenizer(["once upon a time"] * 9, 260)
-    model = train.build_model(recipe, tokenizer)
+    model = language_modeling.build_model(recipe, tokenizer)
     export_model(model, tokenizer, tmp_path / "model")
     set_seed(1)
     with torch.no_grad():
@@ -465,7 +474,7 @@ def test_failed_export_leaves_the_earlier_one(tmp_path):
 def test_damaged_folders_are_named(tmp_path):
     recipe = load_recipe(SMOKE, SHORT)
     tokenizer = train_tokenizer(["once upon a time"] * 9, 260)
-    export_model(train.build_model(recipe, tokenizer), tokenizer, tmp_path / "model")
+    export_model(language_modeling.build_model(recipe, tokenizer), tokenizer, tmp_path / "model")
     assert generate_texts(tmp_path / "model", ["once"], seed=3, max_new_tokens=4) == generate_texts(
         tmp_path / "model", ["once"], seed=3, max_new_tokens=4
     )
@@ -480,7 +489,7 @@ def test_damaged_folders_are_named(tmp_path):
 
 def test_result_and_its_tables(tmp_path, without_clean_process):
     recipe = short_recipe(tmp_path / "run")
-    result = train.run(recipe)
+    result = language_modeling.run(recipe)
     assert result == json.loads((recipe.folder / "result.json").read_text(encoding="utf-8"))
     assert (recipe.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (result["tokens"], result["steps"], result["recipe_hash"]) == (5120, 20, recipe.hash)
@@ -507,7 +516,7 @@ def test_result_and_its_tables(tmp_path, without_clean_process):
 
 def test_tensorboard_on_request(tmp_path, without_clean_process):
     recipe = short_recipe(tmp_path / "run", "training.report_to=tensorboard", "tokens=1_280")
-    train.run(recipe)
+    language_modeling.run(recipe)
     assert list(recipe.folder.rglob("events.out.tfevents.*"))
 
 
@@ -515,10 +524,10 @@ def test_tensorboard_on_request(tmp_path, without_clean_process):
 def test_mixed_precision_exports_the_plain_model(tmp_path):
     """The clean process computes in float32: so must the model whose logits and loss it is held against."""
     recipe = short_recipe(tmp_path / "run", "training.bf16=true")
-    result = train.run(recipe)
+    result = language_modeling.run(recipe)
     model, _ = load_model(tmp_path / "run" / "model")
     validation = load_stories(**recipe.data.validation.model_dump())
     windows = pack_windows(validation, load_tokenizer(str(tmp_path / "run" / "tokenizer")), recipe.data.context_length)
-    loss = train.mean_loss(model, windows, recipe.training.per_device_eval_batch_size)
+    loss = language_modeling.mean_loss(model, windows, recipe.training.per_device_eval_batch_size)
     assert result["metrics"]["validation_loss"] == pytest.approx(loss, rel=1e-6)
     assert result["precision"] == "bf16"

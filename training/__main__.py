@@ -189,7 +189,7 @@ def publish(
 ) -> None:
     """Stage what a run has made with its card, prove that it works, show it, and upload it in one commit."""
     with _plain_errors(context):
-        from training import publish as publishing
+        from training.publishing import publish as publishing
 
         given = {"repo-id": repo_id, "base": base, "about": about}
         given |= {"public": public, "create-pr": create_pr, "dry-run": dry_run}

@@ -13,8 +13,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from pydantic import Field, ValidationError
 
 from training.bounded import parse_yaml
+from training.paths import CLONE
 from training.recipe import Section
-from training.result import CLONE
 
 
 TEMPLATES = CLONE / "hub_cards"

@@ -132,7 +132,7 @@ def _autocast_dtype(precision: str) -> torch.dtype | None:
 
 def _training_model(config: PreTrainedConfig) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config).train()
-    model.loss_type = "ForCausalLM"  # as `training.train.build_model` does
+    model.loss_type = "ForCausalLM"  # as `training.tasks.language_modeling.build_model` does
     return model
 
 

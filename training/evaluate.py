@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoModelForCausalLM)
-from training.checksums import refuse_damage
-from training.data import collate_windows, load_stories, pack_windows, source_provenance
+from training.files import refuse_damage
 from training.recipe import SourceSection
 from training.result import bits_per_byte, perplexity
-from training.tokenizer import load_tokenizer
+from training.text.sources import collate_windows, load_stories, pack_windows, source_provenance
+from training.text.tokenizer import load_tokenizer
 
 
 def load_model(folder: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -5,117 +5,24 @@ Everything that must survive a kill or a full disk goes through `staged_folder` 
 under another name on the same file system, forced to the disk, and only then renamed to where readers look.
 """
 
-import contextlib
 import json
-import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from training import clean_process
-from training.checksums import faults, write_list
+from training.files import staged_folder, write_list
 
-
-STAGED_PREFIX = ".incomplete-"
-REPLACED_PREFIX = ".replaced-"
-
-logger = logging.getLogger(__name__)
 
 # What a clean process inherits: where programs and libraries are, and what may change the last bit of a sum.
 _CLEAN_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_", "TMP", "TEMP", "SYSTEMROOT", "OMP_", "MKL_", "ATEN_")
-
-
-@contextlib.contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
-    """An empty folder beside `final` that takes its place when the block ends well, and vanishes when it fails."""
-    staged = final.with_name(STAGED_PREFIX + final.name)
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        yield staged
-        move_into_place(staged, final)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-
-
-def move_into_place(staged: Path, final: Path) -> None:
-    """Force a finished folder to the disk and rename it to `final`, replacing what was there."""
-    for path in (*staged.rglob("*"), staged):
-        _force_to_disk(path)
-    replaced = final.with_name(REPLACED_PREFIX + final.name)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    staged.rename(final)
-    _force_to_disk(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def make_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """See to it that a folder is there as `make` fills it; what an earlier call has made is used as it is.
-
-    One process makes it, others wait. What is damaged by its checksums is made again, with a warning. The lock lies
-    beside the folder, where it is made, so that it is one lock under every name of the place.
-
-    Args:
-        folder: appears whole or not at all.
-        make: fills the empty folder that it is given, always with the same.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        found = faults(folder) if folder.is_dir() else []
-        if found:
-            logger.warning("%s is damaged (%s): it is removed and made again", folder, ", ".join(found))
-            shutil.rmtree(folder)
-        if not folder.is_dir():
-            with staged_folder(folder) as staged:
-                make(staged)
-                write_list(staged)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with staged_file(path) as staged:
-        staged.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def staged_file(final: Path) -> Iterator[Path]:
-    """Where to write a file that appears as `final` when the block ends well, and not at all when it fails."""
-    staged = final.with_name(STAGED_PREFIX + final.name)
-    try:
-        yield staged
-        _force_to_disk(staged)
-        staged.replace(final)
-        _force_to_disk(final.parent)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed runs left half written in `folder`."""
-    for path in folder.glob(".*"):
-        if path.name.startswith((STAGED_PREFIX, REPLACED_PREFIX)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def export_model(

@@ -34,9 +34,9 @@ from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile, SpaceInfo
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from training.bounded import read_object
-from training.data import checksum
-from training.export import write_text
+from training.files import write_text
 from training.secrecy import masked
+from training.text.sources import checksum
 
 
 CARD, RESULT, SUMS = "README.md", "result.json", "SHA256SUMS"

@@ -14,8 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
-from training.checksums import LIST, faults, set_aside, write_list
-from training.export import STAGED_PREFIX, move_into_place
+from training.files import LIST, STAGED_PREFIX, faults, move_into_place, set_aside, write_list
 from training.parallel import tell_progress
 from training.result import perplexity
 

@@ -39,31 +39,29 @@ from pydantic.fields import FieldInfo
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
-import training.experiments.lstm  # noqa: F401  (likewise)
+import training.baselines.lstm  # noqa: F401  (likewise)
 from training.bounded import check_yaml, walk, yaml_fault
-from training.places import refuse_system_folder
+from training.paths import CONFIGURATION, refuse_system_folder
 from training.secrecy import masked, names_secret, refuse_secrets
 
-
-CONFIGURATION = Path(__file__).resolve().parents[1] / "configuration"
 
 MOST_LAYERS = 10_000
 
 # The module of each task has a class `Recipe` and functions `plan`, `run` and `summary` that take one.
 TASKS = {
-    "language_modeling": "training.train",
-    "fine_tuning": "training.finetune",
+    "language_modeling": "training.tasks.language_modeling",
+    "fine_tuning": "training.tasks.fine_tuning",
     "training_curves": "training.experiments.training_curves",
     "position_loss": "training.experiments.position_loss",
     "attention_maps": "training.experiments.attention_maps",
     "samples": "training.experiments.samples",
-    "babistories": "training.experiments.babistories",
-    "symbols": "training.experiments.symbols",
+    "babistories": "training.tasks.babistories",
+    "symbols": "training.tasks.symbols",
     "regbench": "training.experiments.regbench",
     "induction": "training.experiments.induction",
-    "search": "training.experiments.search",
+    "search": "training.tasks.search",
     "three_moons": "training.experiments.three_moons",
-    "memory_model": "training.experiments.memory_training",
+    "memory_model": "training.tasks.memory_model",
     "memory_models": "training.experiments.memory_models",
 }
 
@@ -93,7 +91,7 @@ class Section(BaseModel):
 
 
 class SourceSection(Section):
-    """Where stories come from; the fields are the arguments of `training.data.load_stories`."""
+    """Where stories come from; the fields are the arguments of `training.text.sources.load_stories`."""
 
     source: str
     split: str = "train"

@@ -28,13 +28,11 @@ import psutil
 import torch
 import typer
 
-from training.checksums import LIST, checksum_of_text, faults, list_of, sums_of
-from training.export import staged_file, write_text
+from training.files import LIST, checksum_of_text, faults, list_of, staged_file, sums_of, write_text
+from training.paths import CLONE, RESULTS
 from training.recipe import BaseRecipe
 
 
-CLONE = Path(__file__).resolve().parents[1]
-RESULTS = CLONE / "training" / "results"
 BENCHMARKS = {"speed": "speed", "memory_speed": "memory_models"}
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft")
 BLOCK = re.compile(r"(<!-- results: (?P<name>[\w.-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)

@@ -12,8 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
-from training.checksums import LIST
-from training.export import remove_leftovers, write_text
+from training.files import LIST, remove_leftovers, write_text
 from training.loop import set_aside_broken_checkpoints
 from training.recipe import BaseRecipe
 

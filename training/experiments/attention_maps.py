@@ -16,11 +16,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
-from training.data import load_stories, source_provenance
 from training.experiments import comparison
 from training.experiments.comparison import Claim, DepthComparisonRecipe, new_figure, plan, reads, save_figure, summary
 from training.experiments.position_loss import cut_windows
 from training.recipe import SourceSection
+from training.text.sources import load_stories, source_provenance
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]

@@ -17,12 +17,13 @@ from omegaconf import OmegaConf
 from pydantic import Field, PositiveInt, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training import train
 from training.evaluate import load_model
 from training.parallel import recipe_job, run_all
-from training.recipe import CONFIGURATION, BaseRecipe, TrainingRecipe, leaves, load_recipe, task_module
+from training.paths import CONFIGURATION
+from training.recipe import BaseRecipe, TrainingRecipe, leaves, load_recipe, task_module
 from training.result import header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
+from training.tasks import language_modeling
 
 
 Verdict = Literal["reproduced", "not at this size", "contradicted"]
@@ -130,15 +131,18 @@ def plan(
 ) -> dict[str, Any]:
     """What the experiment would do: each training, and whether it is finished. Reads no data.
 
-    The arguments are those of `training.train.plan`; given `teraflops`, there are the hours of each training, and of
+    The arguments are those of `training.tasks.language_modeling.plan`; given `teraflops`, there are the hours of each training, and of
     all that are not finished.
     """
     lines, remaining = {}, 0.0
     for training in recipe.trainings:
         finished = (training.recipe.folder / "result.json").is_file()
-        told = [f"{train.num_parameters(training.recipe):,} parameters", "finished" if finished else "to be trained"]
+        told = [
+            f"{language_modeling.num_parameters(training.recipe):,} parameters",
+            "finished" if finished else "to be trained",
+        ]
         if teraflops is not None:
-            hours = train.plan(training.recipe, teraflops, utilisation, devices)["hours"]
+            hours = language_modeling.plan(training.recipe, teraflops, utilisation, devices)["hours"]
             told.append(f"{hours} hours")
             remaining += 0 if finished else hours
         lines[str(training.recipe.folder)] = ", ".join([f"{training.name}, seed {training.seed}", *told])

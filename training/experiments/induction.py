@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from training.experiments import comparison, induction_data
+from training.experiments import comparison
 from training.experiments.comparison import Claim, ComparisonRecipe, new_figure, save_figure, summary
-from training.experiments.induction_data import InformedReader
 from training.result import mean_and_deviation
+from training.synthetic import bigrams
+from training.synthetic.bigrams import InformedReader
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]
@@ -64,8 +65,8 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
 
 def _informed(recipe: Recipe) -> dict[str, float]:
     """How far a reader comes who knows all that training can teach, on the same test sequences."""
-    test = induction_data.draw_splits(recipe.trainings[0].recipe.data)["test"]
-    return induction_data.score(InformedReader(test), test)
+    test = bigrams.draw_splits(recipe.trainings[0].recipe.data)["test"]
+    return bigrams.score(InformedReader(test), test)
 
 
 def _accuracy(runs: list[dict[str, Any]]) -> list[float]:

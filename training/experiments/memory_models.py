@@ -24,7 +24,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from pydantic import model_validator
 
-from training import train
 from training.experiments import comparison
 from training.experiments.comparison import (
     Claim,
@@ -34,10 +33,12 @@ from training.experiments.comparison import (
     save_figure,
     summary,
 )
-from training.experiments.memory_training import METRICS, measure, training_flops, unigram
 from training.parallel import recipe_job, run_all
-from training.recipe import CONFIGURATION, load_recipe
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe
 from training.result import bits_per_byte, mean_and_deviation
+from training.tasks import language_modeling
+from training.tasks.memory_model import METRICS, measure, training_flops, unigram
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]
@@ -145,8 +146,8 @@ def _numbers(series: Series) -> dict[str, Any]:
 
 def _windows(training: Trained) -> dict[str, Dataset]:
     state = PartialState()
-    tokenizer = train.prepare_tokenizer(training.recipe, state)
-    return train.prepare_windows(training.recipe, tokenizer, state)
+    tokenizer = language_modeling.prepare_tokenizer(training.recipe, state)
+    return language_modeling.prepare_windows(training.recipe, tokenizer, state)
 
 
 def _table(series: list[Series], numbers: list[dict[str, Any]], question, floor: dict[str, float]) -> str:

@@ -20,12 +20,13 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.data import load_stories, pack_windows, source_provenance
 from training.evaluate import tokens_and_bytes
 from training.experiments import comparison
 from training.experiments.comparison import Claim, DepthComparisonRecipe, new_figure, plan, reads, save_figure, summary
-from training.recipe import CONFIGURATION, SourceSection
+from training.paths import CONFIGURATION
+from training.recipe import SourceSection
 from training.result import bits_per_byte
+from training.text.sources import load_stories, pack_windows, source_provenance
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]

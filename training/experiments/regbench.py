@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from modeling_memory_mosaic import inspect_units, summarize_units
 from training.evaluate import load_causal_lm
-from training.experiments import automata, comparison
+from training.experiments import comparison
 from training.experiments.comparison import (
     Claim,
     ComparisonRecipe,
@@ -25,6 +25,7 @@ from training.experiments.comparison import (
 )
 from training.experiments.units import draw_units
 from training.result import mean_and_deviation
+from training.synthetic import automata
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]

@@ -13,11 +13,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from typing_extensions import TypedDict
 
-from training.data import checksum
 from training.experiments import comparison
 from training.experiments.comparison import Claim, DepthComparisonRecipe, Trained, plan, summary
-from training.export import write_text
+from training.files import write_text
 from training.recipe import Section
+from training.text.sources import checksum
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]

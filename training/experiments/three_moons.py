@@ -15,9 +15,13 @@ from accelerate import PartialState
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from tqdm import tqdm
 
-from training.experiments import moons
 from training.experiments.comparison import Claim, new_figure, save_figure, summary
-from training.experiments.moon_training import (
+from training.parallel import Job, run_all
+from training.recipe import BaseRecipe
+from training.result import header, read_result, write_result
+from training.run_folder import claim_folder, only_run_in
+from training.synthetic import moons
+from training.tasks.moon_model import (
     EVALUATION_SEED,
     PART,
     SECTIONS,
@@ -30,10 +34,6 @@ from training.experiments.moon_training import (
     measure,
     train_part,
 )
-from training.parallel import Job, run_all
-from training.recipe import BaseRecipe
-from training.result import header, read_result, write_result
-from training.run_folder import claim_folder, only_run_in
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]

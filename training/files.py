@@ -6,15 +6,21 @@ itself. The folder of a finished run has such a list of what others read of it. 
 last line states the sha256 of the lines before.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from filelock import FileLock
 
 
 LIST = "checksums.json"
+STAGED_PREFIX = ".incomplete-"
+REPLACED_PREFIX = ".replaced-"
 _CHUNK = 2**20
 
 logger = logging.getLogger(__name__)
@@ -144,3 +150,87 @@ def unsealed(path: Path) -> str | None:
         return None
     body = text[: text.rfind("\n", 0, -1) + 1]
     return body if sealed(body) == text else None
+
+
+@contextlib.contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """An empty folder beside `final` that takes its place when the block ends well, and vanishes when it fails."""
+    staged = final.with_name(STAGED_PREFIX + final.name)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        move_into_place(staged, final)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def move_into_place(staged: Path, final: Path) -> None:
+    """Force a finished folder to the disk and rename it to `final`, replacing what was there."""
+    for path in (*staged.rglob("*"), staged):
+        _force_to_disk(path)
+    replaced = final.with_name(REPLACED_PREFIX + final.name)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    staged.rename(final)
+    _force_to_disk(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def make_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """See to it that a folder is there as `make` fills it; what an earlier call has made is used as it is.
+
+    One process makes it, others wait. What is damaged by its checksums is made again, with a warning. The lock lies
+    beside the folder, where it is made, so that it is one lock under every name of the place.
+
+    Args:
+        folder: appears whole or not at all.
+        make: fills the empty folder that it is given, always with the same.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        found = faults(folder) if folder.is_dir() else []
+        if found:
+            logger.warning("%s is damaged (%s): it is removed and made again", folder, ", ".join(found))
+            shutil.rmtree(folder)
+        if not folder.is_dir():
+            with staged_folder(folder) as staged:
+                make(staged)
+                write_list(staged)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with staged_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """Where to write a file that appears as `final` when the block ends well, and not at all when it fails."""
+    staged = final.with_name(STAGED_PREFIX + final.name)
+    try:
+        yield staged
+        _force_to_disk(staged)
+        staged.replace(final)
+        _force_to_disk(final.parent)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed runs left half written in `folder`."""
+    for path in folder.glob(".*"):
+        if path.name.startswith((STAGED_PREFIX, REPLACED_PREFIX)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _force_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

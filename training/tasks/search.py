@@ -30,14 +30,14 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, mo
 from sqlalchemy.pool import NullPool
 from tqdm import tqdm
 
-from training.checksums import checksum, sealed, set_aside, unsealed
 from training.experiments.comparison import new_figure, save_figure
-from training.experiments.search_trials import Outcome, run_trial
-from training.export import write_text
+from training.files import checksum, sealed, set_aside, unsealed, write_text
 from training.parallel import start_workers
-from training.recipe import CONFIGURATION, BaseRecipe, Section, load_recipe
+from training.paths import CONFIGURATION
+from training.recipe import BaseRecipe, Section, load_recipe
 from training.result import header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
+from training.tasks.search_trials import Outcome, run_trial
 
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from training.checksums import faults, write_list
 from training.cost import (
     DEFAULT_UTILISATION,
     STATE_BYTES_PER_PARAMETER,
@@ -24,9 +23,9 @@ from training.cost import (
     measured_teraflops,
     peak_memory_bytes,
 )
-from training.data import collate_windows, load_stories, pack_windows, source_provenance
 from training.evaluate import load_model, mean_loss, tokens_and_bytes
-from training.export import export_model, staged_folder, verify_export
+from training.export import export_model, verify_export
+from training.files import faults, staged_folder, write_list
 from training.loop import LanguageModelTrainer
 from training.recipe import Recipe
 from training.result import (
@@ -40,7 +39,8 @@ from training.result import (
     write_result,
 )
 from training.run_folder import claim_folder, only_run_in
-from training.tokenizer import load_tokenizer, train_tokenizer
+from training.text.sources import collate_windows, load_stories, pack_windows, source_provenance
+from training.text.tokenizer import load_tokenizer, train_tokenizer
 
 
 class Kind(NamedTuple):

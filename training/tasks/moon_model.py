@@ -23,11 +23,10 @@ from tqdm import tqdm
 from transformers import get_polynomial_decay_schedule_with_warmup
 
 from modeling_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
-from training.checksums import faults, refuse_damage, set_aside, write_list
-from training.experiments import moons
-from training.export import staged_folder, write_text
+from training.files import faults, refuse_damage, set_aside, staged_folder, write_list, write_text
 from training.parallel import tell_progress
 from training.result import read_result, write_result
+from training.synthetic import moons
 
 
 # Of the training systems, the one that the paper's figures show.

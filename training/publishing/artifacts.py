@@ -18,13 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_memory_mosaic import inspect_units, summarize_units
 from modeling_memory_mosaic.modeling_memory_mosaic import PARAMETER_SCALE
-from training import card, hub, proof, verify
+from training import card, hub
 from training.bounded import read_object
 from training.evaluate import load_model
-from training.experiments import babistories
-from training.export import write_text
-from training.finetune import weights_checksums
-from training.result import CLONE, RESULTS, TABLES
+from training.files import write_text
+from training.paths import CLONE, RESULTS
+from training.publishing import checks, trials
+from training.result import TABLES
+from training.tasks import babistories
+from training.tasks.fine_tuning import weights_checksums
 
 
 # Of what a run has written: cards of libraries, and a chat template that came with a tokenizer, for no model here is
@@ -79,7 +81,7 @@ def _model_folder(publication: Publication) -> Path:
 
 def _stage_model(publication: Publication, staged: Path) -> None:
     folder = _model_folder(publication)
-    verify.check_forms(folder)  # before a pickle could be copied
+    checks.check_forms(folder)  # before a pickle could be copied
     shutil.copytree(folder, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_LEFT_OUT))
     _add_results(publication, staged)
     if publication.result["architecture"]["model_type"] == "memory_mosaic":
@@ -210,7 +212,7 @@ def _card(template: str) -> Callable[[Publication, Path, str], str]:
             ),
             "table": TABLES[result["task"]](compared) if result["task"] in TABLES else None,
             "other_models": len({other["model"] for other in compared}) > 1,
-            "files": verify.read_sums(folder),
+            "files": checks.read_sums(folder),
             "units": read_object(folder / "units.json") if (folder / "units.json").is_file() else None,
             "ranges": _ranges(),
         }
@@ -242,9 +244,9 @@ def _prove_model(publication: Publication, staged: Path) -> list[str]:
         repositories[publication.base] = base
     text = (staged / hub.CARD).read_text(encoding="utf-8")
     return [
-        *([proof.check_lint(staged)] if base is None else []),  # an adapter has no code
-        proof.check_loads(staged, prompts, base, load_own(publication)[0]),
-        proof.check_snippets(text, repositories),
+        *([trials.check_lint(staged)] if base is None else []),  # an adapter has no code
+        trials.check_loads(staged, prompts, base, load_own(publication)[0]),
+        trials.check_snippets(text, repositories),
     ]
 
 
@@ -256,23 +258,23 @@ def _stage_stories(publication: Publication, staged: Path) -> None:
 
 
 def _stories_card(publication: Publication, folder: Path, revision: str) -> str:
-    place = {"repo_id": publication.repo_id, "revision": revision, "files": verify.read_sums(folder)}
+    place = {"repo_id": publication.repo_id, "revision": revision, "files": checks.read_sums(folder)}
     return babistories.card(publication.result, place)
 
 
 def _prove_stories(publication: Publication, staged: Path) -> list[str]:
-    return [proof.check_stories(staged, publication.result["metrics"]["kept"])]
+    return [trials.check_stories(staged, publication.result["metrics"]["kept"])]
 
 
 def _stage_space(publication: Publication, staged: Path) -> None:
     folder = _model_folder(publication)
-    verify.check_forms(folder)  # before a pickle could be copied
+    checks.check_forms(folder)  # before a pickle could be copied
     shutil.copytree(folder, staged / "model", ignore=shutil.ignore_patterns(*_LEFT_OUT))
     for name in ("app.py", "requirements.txt"):
-        shutil.copyfile(verify.SPACE / name, staged / name)
-    (staged / verify.PACKAGE.name).mkdir()
-    for path in verify.PACKAGE.glob("*.py"):
-        shutil.copyfile(path, staged / verify.PACKAGE.name / path.name)
+        shutil.copyfile(checks.SPACE / name, staged / name)
+    (staged / checks.PACKAGE.name).mkdir()
+    for path in checks.PACKAGE.glob("*.py"):
+        shutil.copyfile(path, staged / checks.PACKAGE.name / path.name)
     _add_results(publication, staged)
 
 
@@ -291,7 +293,7 @@ def _gradio_version() -> str:
 
 
 def _prove_space(publication: Publication, staged: Path) -> list[str]:
-    return [proof.check_space(staged)]
+    return [trials.check_space(staged)]
 
 
 # By task and what of it is published; the first of a task is its default.

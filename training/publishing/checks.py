@@ -17,12 +17,13 @@ from pathlib import Path, PurePosixPath
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from training import hub, verify_values
+from training import hub
 from training.bounded import read_object
-from training.data import checksum
 from training.hub import CARD, NOBODYS, RESULT, SUMS, published_files
-from training.result import CLONE
-from training.verify_values import MODEL_TYPES
+from training.paths import CLONE
+from training.publishing import allowed_values
+from training.publishing.allowed_values import MODEL_TYPES
+from training.text.sources import checksum
 
 
 PACKAGE, SPACE = CLONE / "modeling_memory_mosaic", CLONE / "hub_cards" / "space"
@@ -218,16 +219,16 @@ def check_settings(folder: Path) -> str:
             content.pop("base_model_name_or_path", None)
         if own == "generation_config.json":
             config = read_object((folder / name).with_name("config.json"))
-            verify_values.check_generation(name, content, config)
+            allowed_values.check_generation(name, content, config)
         if own != "model.safetensors.index.json":
-            verify_values.check_values(name, content)
+            allowed_values.check_values(name, content)
         if own in ("config.json", "generation_config.json"):
-            verify_values.check_words(name, content)
+            allowed_values.check_words(name, content)
     if kind in ("model", "space"):
-        verify_values.check_tokenizer(model_in(folder))
+        allowed_values.check_tokenizer(model_in(folder))
     if kind == "adapter":
-        verify_values.check_adapter(folder)
-    card = verify_values.check_card(folder, kind)
+        allowed_values.check_adapter(folder)
+    card = allowed_values.check_card(folder, kind)
     return f"{len(settings)} files of settings lead nowhere else; {card}"
 
 
@@ -242,26 +243,26 @@ def check_weights(folder: Path) -> str:
     if kind == "dataset":
         return "no weights"
     place = model_in(folder)
-    files = verify_values.weight_files(place, published_files(place), adapter=kind == "adapter")
+    files = allowed_values.weight_files(place, published_files(place), adapter=kind == "adapter")
     for path in files:
-        verify_values.check_metadata(path)
-    found = verify_values.shapes(files)
+        allowed_values.check_metadata(path)
+    found = allowed_values.shapes(files)
     if kind == "adapter":
         others = sorted(name for name in found if ".lora_" not in name)
         if others:
             raise ValueError(f"{others[0]!r} in adapter_model.safetensors is no part of LoRA")
     else:
         numbers = sum(map(math.prod, found.values()))
-        verify_values.check_config(place / "config.json", numbers, len(found))
-        verify_values.check_filled(place, found)
-    return verify_values.check_finite(files)
+        allowed_values.check_config(place / "config.json", numbers, len(found))
+        allowed_values.check_filled(place, found)
+    return allowed_values.check_finite(files)
 
 
 def check_license(folder: Path) -> str:
     """The card, if there is one, states a licence; with code comes this project's, and every code file names it."""
     stated = "of the code alone: there is no card at this commit"
     if (folder / CARD).is_file():
-        stated = verify_values.card_data(folder / CARD).get("license")
+        stated = allowed_values.card_data(folder / CARD).get("license")
         if not isinstance(stated, str) or stated == "unknown" or not re.fullmatch(r"[\w.+-]+", stated):
             raise ValueError(f"the card of {folder} states no licence: give one in its `license`")
     code = [name for name in published_files(folder) if name.endswith(".py")]

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
-from training.experiments.story_filters import forbidden
+from training.text.story_filters import forbidden
 
 
 # The list that each placeholder of a template is drawn from.

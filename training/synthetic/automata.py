@@ -19,8 +19,7 @@ from pydantic import PositiveInt, model_validator
 from transformers import PreTrainedModel
 
 from training.card import render
-from training.checksums import checksum
-from training.export import make_once
+from training.files import checksum, make_once
 from training.recipe import Section
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 
 CLONE = Path(__file__).resolve().parents[1]
+CONFIGURATION = CLONE / "configuration"
+RESULTS = CLONE / "training" / "results"
 # Within the clone, what git keeps or an environment is made of.
 _SOURCES = (
     *("benchmarks", "configuration", "hub_cards", "modeling_memory_mosaic", "tests", "training"),

@@ -22,15 +22,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
-from training import train
-from training.checksums import LIST
-from training.data import collate_windows, load_stories, source_provenance
 from training.evaluate import load_causal_lm, tokens_and_bytes
 from training.export import export_model
+from training.files import LIST
 from training.loop import LanguageModelTrainer, set_aside_broken_checkpoints
 from training.parallel import tell_progress
+from training.paths import CONFIGURATION
 from training.recipe import (
-    CONFIGURATION,
     DataSection,
     Section,
     TokenizerSection,
@@ -42,6 +40,8 @@ from training.recipe import (
 )
 from training.result import header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
+from training.tasks import language_modeling
+from training.text.sources import collate_windows, load_stories, source_provenance
 
 
 METRICS = CONFIGURATION.parent / "training" / "metrics"
@@ -223,14 +223,14 @@ def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What a training would amount to, known without reading data."""
-    per_step = train.tokens_per_step(recipe, training_arguments(recipe))
+    per_step = language_modeling.tokens_per_step(recipe, training_arguments(recipe))
     stages = {
         f"stage {stage.name}": f"{stage.steps:,} steps, {stage.steps * per_step:,} tokens, {flops:.3e} operations, "
         + ", ".join(f"{weight:g} x {name}" for name, weight in stage.objectives.items())
         for stage, flops in zip(recipe.stages, training_flops(recipe), strict=True)
     }
     source = {} if recipe.encoder is None else {"encoder": str(recipe.encoder_source().folder)}
-    sizes = {"parameters": train.num_parameters(recipe), "tokens_per_step": per_step}
+    sizes = {"parameters": language_modeling.num_parameters(recipe), "tokens_per_step": per_step}
     return sizes | source | stages | {"folder": str(recipe.folder), "hash": recipe.hash}
 
 
@@ -286,8 +286,8 @@ def _stage_folder(recipe: Recipe, stage: StageSection) -> Path:
 
 
 def _train(recipe: Recipe, state: PartialState) -> dict[str, Any]:
-    tokenizer = train.prepare_tokenizer(recipe, state)
-    windows = train.prepare_windows(recipe, tokenizer, state)
+    tokenizer = language_modeling.prepare_tokenizer(recipe, state)
+    windows = language_modeling.prepare_windows(recipe, tokenizer, state)
     stages, before = [], None
     for stage in recipe.stages:
         folder = _stage_folder(recipe, stage)
@@ -307,7 +307,7 @@ def _train(recipe: Recipe, state: PartialState) -> dict[str, Any]:
         "model": recipe.model,
         "seed": recipe.seed,
         "architecture": recipe.build_config().to_dict(),
-        "parameters": train.num_parameters(recipe),
+        "parameters": language_modeling.num_parameters(recipe),
         "steps": sum(stage["steps"] for stage in stages),
         "tokens": sum(stage["tokens"] for stage in stages),
         "seconds": sum(stage["seconds"] for stage in stages),
@@ -320,7 +320,7 @@ def _train(recipe: Recipe, state: PartialState) -> dict[str, Any]:
 
 def build_model(recipe: Recipe, tokenizer) -> MemoryModelForCausalLM:
     """A new model, initialised from the recipe's seed; its encoder as the other recipe trained it, if one is named."""
-    model = train.build_model(recipe, tokenizer)
+    model = language_modeling.build_model(recipe, tokenizer)
     if recipe.encoder is not None and not recipe.encoder.untrained:
         source = load_causal_lm(recipe.encoder_source().folder / "model").to(model.device)
         into, trained = model.encoder.backbone, source.base_model
@@ -344,7 +344,7 @@ def _train_stage(
         model=model,
         args=arguments,
         data_collator=collate_windows,
-        train_dataset=train.whole_steps(windows["train"], arguments, state),
+        train_dataset=language_modeling.whole_steps(windows["train"], arguments, state),
         eval_dataset=windows["validation"],
         tell=lambda share: tell_progress(recipe.folder, _share_done(recipe, stage, share)),
     )
@@ -414,7 +414,7 @@ def training_flops(recipe: Recipe) -> list[int]:
         begin_stage(model, stage, recipe.seed)
         arguments = training_arguments(recipe, stage)
         per_window = _flops_of_window(model, recipe.data.context_length)
-        flops.append(per_window * train.windows_per_step(arguments) * stage.steps)
+        flops.append(per_window * language_modeling.windows_per_step(arguments) * stage.steps)
     return flops
 
 

@@ -15,19 +15,19 @@ from pydantic import Field, PositiveInt, model_validator
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from training import train
 from training.evaluate import load_causal_lm
-from training.experiments import automata, induction_data
-from training.experiments.automata import AutomataSection
-from training.experiments.induction_data import InductionSection
 from training.export import export_model
 from training.loop import LanguageModelTrainer
 from training.recipe import TrainingRecipe, TrainingSection
 from training.result import header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
+from training.synthetic import automata, bigrams
+from training.synthetic.automata import AutomataSection
+from training.synthetic.bigrams import InductionSection
+from training.tasks import language_modeling
 
 
-LANGUAGES = {"automata": automata, "induction": induction_data}
+LANGUAGES = {"automata": automata, "induction": bigrams}
 
 
 class Recipe(TrainingRecipe):
@@ -85,7 +85,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """What a training would amount to, known without drawing data."""
     arguments = training_arguments(recipe)
     steps = arguments.max_steps if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
-    sizes = {"parameters": train.num_parameters(recipe), "steps": steps}
+    sizes = {"parameters": language_modeling.num_parameters(recipe), "steps": steps}
     return sizes | {"folder": str(recipe.folder), "hash": recipe.hash}
 
 
@@ -149,7 +149,7 @@ def _train(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
         "model": recipe.model,
         "seed": recipe.seed,
         "architecture": recipe.architecture,
-        "parameters": train.num_parameters(recipe),
+        "parameters": language_modeling.num_parameters(recipe),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
         "seconds": max(entry.get("seconds", 0.0) for entry in trainer.state.log_history),

@@ -17,17 +17,19 @@ from pydantic import Field, PositiveInt, model_validator
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
-from training import hub, train
+from training import hub
 from training.bounded import read_object
-from training.checksums import checksum
 from training.evaluate import load_causal_lm, mean_loss
-from training.export import export_model, staged_folder
-from training.recipe import CONFIGURATION, Section, TextRecipe, load_recipe
+from training.export import export_model
+from training.files import checksum, staged_folder
+from training.paths import CONFIGURATION
+from training.recipe import Section, TextRecipe, load_recipe
 from training.result import perplexity
-from training.tokenizer import added_tokens, load_tokenizer
+from training.tasks import language_modeling
+from training.text.tokenizer import added_tokens, load_tokenizer
 
 
-plan, summary = train.plan, train.summary
+plan, summary = language_modeling.plan, language_modeling.summary
 
 
 class LoraSection(Section):
@@ -127,14 +129,14 @@ def weights_checksums(folder: Path) -> dict[str, str]:
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Adapt as the recipe says; arguments, result and errors as of `training.train.run`."""
-    train.training_arguments(recipe)  # settles devices and processes
+    """Adapt as the recipe says; arguments, result and errors as of `training.tasks.language_modeling.run`."""
+    language_modeling.training_arguments(recipe)  # settles devices and processes
     distribution = PartialState().distributed_type
     if distribution not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(f"fine-tuning under {distribution.value} has not been tried: use one process or DDP")
     if recipe.base is not None:
-        train.run(recipe.base_recipe)
-    return train.run(recipe, restart, LORA)
+        language_modeling.run(recipe.base_recipe)
+    return language_modeling.run(recipe, restart, LORA)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
@@ -177,9 +179,9 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             f"the tokenizer of the base {recipe.model!r} adds {' and '.join(added)} of each text by itself, but the "
             "windows of training have none: an adapter made of them would be used on other text than it was trained "
             "on. If the base was trained without, save its tokenizer so: "
-            "load_tokenizer(FOLDER).save_pretrained(FOLDER), of training.tokenizer"
+            "load_tokenizer(FOLDER).save_pretrained(FOLDER), of training.text.tokenizer"
         )
     return load_tokenizer(folder)
 
 
-LORA = train.Kind(_tokenizer, build_model, export, describe, ("adapter", "merged"))
+LORA = language_modeling.Kind(_tokenizer, build_model, export, describe, ("adapter", "merged"))

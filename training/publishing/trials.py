@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """That a published folder works: tried in clean, offline processes, isolated from this clone.
 
-Only what `training.verify` has found to be in order comes here: from here on, code of the folder is run.
+Only what `training.publishing.checks` has found to be in order comes here: from here on, code of the folder is run.
 """
 
 import json
@@ -17,11 +17,11 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from training.data import EMBEDDED, load_stories, pack_windows, source_provenance
 from training.evaluate import load_causal_lm, mean_loss
 from training.export import run_isolated, verify_export
 from training.recipe import SourceSection
 from training.secrecy import masked
+from training.text.sources import EMBEDDED, load_stories, pack_windows, source_provenance
 
 
 # By task, the measure that is computed again, and how far it may be from what was stated, in nats: other hardware sums
@@ -91,7 +91,7 @@ def check_loss(result: dict[str, Any], load: Callable[[], tuple[Any, Any]], own:
     model, tokenizer = load()
     windows = pack_windows(stories, tokenizer, context_length)
     if name == "causal_loss":
-        from training.experiments.memory_training import measure  # only here, for it takes libraries of its own
+        from training.tasks.memory_model import measure  # only here, for it takes libraries of its own
 
         found = measure(model, windows, 16)[name]
     else:

@@ -15,11 +15,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
-from training import card, hub, proof, secrecy, verify, verify_values
+from training import card, hub, secrecy
 from training.bounded import read_object
 from training.evaluate import load_model
-from training.export import staged_folder, write_text
-from training.publication import KINDS, Publication, Published, load_own, read_result, weights_of_base
+from training.files import staged_folder, write_text
+from training.publishing import allowed_values, checks, trials
+from training.publishing.artifacts import KINDS, Publication, Published, load_own, read_result, weights_of_base
 from training.result import refuse_change
 from training.run_folder import locked
 
@@ -62,14 +63,14 @@ def publish(
     final = run / "published" / publication.what
     with locked(run), staged_folder(final) as staged:
         kind.stage(publication, staged)
-        verify.write_sums(staged)
+        checks.write_sums(staged)
         write_text(staged / hub.CARD, kind.card(publication, staged, hub.NO_COMMIT))
         tell(f"ok: {secrecy.check_no_secrets(staged, hub.published_files(staged))}")
-        for line in (*verify.check_folder(staged), *kind.prove(publication, staged)):
+        for line in (*checks.check_folder(staged), *kind.prove(publication, staged)):
             tell(f"ok: {line}")
         if publication.what != "dataset":
-            tell(proof.check_loss(read_object(run / hub.RESULT), lambda: load_own(publication)))
-        verify.check_sums(staged)  # trying it has changed nothing
+            tell(trials.check_loss(read_object(run / hub.RESULT), lambda: load_own(publication)))
+        checks.check_sums(staged)  # trying it has changed nothing
     tell(_list_files(final))
     if dry_run:
         tell(f"nothing was uploaded; it is in {final}, its card without the commit that it will pin")
@@ -154,7 +155,7 @@ def verify_published(
         if not folder.is_dir():
             folder = hub.download(where, revision, repo_type, Path(downloads))
             tell(f"{where} at commit {folder.name}")
-        for line in verify.check_folder(folder):
+        for line in checks.check_folder(folder):
             tell(f"ok: {line}")
         try:
             tried = _tried(folder, Path(downloads), tell)
@@ -171,25 +172,25 @@ def verify_published(
 
 def _tried(folder: Path, downloads: Path, tell: Callable[[str], None]) -> list[str]:
     """What is found when a published folder, whose files are in order, is loaded, in words."""
-    kind = verify.kind_of(folder)
+    kind = checks.kind_of(folder)
     result = read_object(folder / hub.RESULT)
     if kind == "dataset":
         metrics = result.get("metrics")
-        return [f"ok: {proof.check_stories(folder, metrics.get('kept') if isinstance(metrics, dict) else None)}"]
+        return [f"ok: {trials.check_stories(folder, metrics.get('kept') if isinstance(metrics, dict) else None)}"]
     if kind != "adapter":
-        place = verify.model_in(folder)
-        tried = proof.check_space(folder) if kind == "space" else proof.check_loads(folder, [])
-        return [f"ok: {tried}", proof.check_loss(result, lambda: load_model(place), own=False)]
-    name, commit = verify_values.base_of_adapter(folder)
+        place = checks.model_in(folder)
+        tried = trials.check_space(folder) if kind == "space" else trials.check_loads(folder, [])
+        return [f"ok: {tried}", trials.check_loss(result, lambda: load_model(place), own=False)]
+    name, commit = allowed_values.base_of_adapter(folder)
     base = hub.download(name, commit, into=downloads)
     tell(f"its base is {name} at commit {commit}")
-    tried = [*verify.check_folder(base), proof.check_loads(folder, [], base)]
+    tried = [*checks.check_folder(base), trials.check_loads(folder, [], base)]
 
     def load():
         model, tokenizer = load_model(base)
         return PeftModel.from_pretrained(model, folder), tokenizer
 
-    return [*(f"ok: {line}" for line in tried), proof.check_loss(result, load, own=False)]
+    return [*(f"ok: {line}" for line in tried), trials.check_loss(result, load, own=False)]
 
 
 def _list_files(folder: Path) -> str:

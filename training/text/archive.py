@@ -27,8 +27,7 @@ from py7zr import FileInfo
 from py7zr.exceptions import DecompressionBombError, PasswordRequired, UnsupportedCompressionMethodError
 
 from training.bounded import ALWAYS_UNPACKED, MOST_TIMES, refuse_bomb
-from training.checksums import LIST
-from training.export import make_once
+from training.files import LIST, make_once
 
 
 # How the file of a split begins, by the names that a split may have.

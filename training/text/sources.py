@@ -30,11 +30,10 @@ from datasets.utils import tqdm
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from training import story_writer
-from training.archive import archive_volumes, archives_in, names_archive, unpacked_file
 from training.bounded import open_packed, parse_json
-from training.checksums import checksum, checksum_of_text, sealed, unsealed
-from training.export import make_once, write_text
+from training.files import checksum, checksum_of_text, make_once, sealed, unsealed, write_text
+from training.text import story_writer
+from training.text.archive import archive_volumes, archives_in, names_archive, unpacked_file
 
 
 EMBEDDED = "embedded"
@@ -44,7 +43,7 @@ STORY_FEATURES = Features({"text": Value("string")})
 # the file is made to fill the memory.
 LARGEST_STORY = 16 * 2**20
 _CHUNK = 2**20
-_TO_RAISE = "cut it into stories, or raise LARGEST_STORY in training/data.py"
+_TO_RAISE = "cut it into stories, or raise LARGEST_STORY in training/text/sources.py"
 
 logger = logging.getLogger(__name__)
 
