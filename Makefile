@@ -8,7 +8,7 @@ BIN := .venv/bin
 OLDEST := transformers==5.18.0
 # Two processes of one thread each, so that two cores are busy; the tests of a file stay together.
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-CORE := $(addprefix tests/test_,modeling.py continuous.py packing.py cache.py generation.py classification.py saving.py \
+CORE := $(addprefix tests/payload/test_,modeling.py continuous.py packing.py cache.py generation.py classification.py saving.py \
 	configuration.py specification.py fuzz.py memory_model.py memory_model_reading.py memory_model_generation.py)
 
 RESULTS ?= three_moons induction regbench_search regbench_search_rope regbench regbench_automata \

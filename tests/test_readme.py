@@ -9,9 +9,9 @@ import shlex
 import subprocess
 import sys
 
-import kinds
 import pytest
-from conftest import make_model
+from helpers import kinds
+from helpers.models import make_model
 
 from training.export import export_model
 from training.result import rewrite_tables
@@ -85,7 +85,7 @@ def test_numbers_are_those_of_the_result_files(request, name, tmp_path):
 @pytest.mark.parametrize(("name", "least"), [("README.md", 60), ("REPORTS.md", 20)])
 def test_promises_name_tests_that_exist(request, name, least):
     tests = request.config.rootpath / "tests"
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in tests.glob("test_*.py"))
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in tests.rglob("test_*.py"))
     makefile = (request.config.rootpath / "Makefile").read_text(encoding="utf-8")
     promised = re.findall("`(test_\\w+|make [\\w-]+)`", (tests / name).read_text(encoding="utf-8"))
     assert len(promised) > least
@@ -103,7 +103,7 @@ FILES["identity"] = {"mosaic", "continuous"}
 def models_of_tests(folder):
     """Of each test, the models that it runs for: all that are known, and those that its decorator names."""
     known, named = collections.defaultdict(set), collections.defaultdict(set)
-    for path in folder.glob("test_*.py"):
+    for path in folder.rglob("test_*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         of_file = [models for start, models in FILES.items() if path.stem.startswith(f"test_{start}")] or [{"mosaic"}]
         short = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}

@@ -131,8 +131,8 @@ def plan(
 ) -> dict[str, Any]:
     """What the experiment would do: each training, and whether it is finished. Reads no data.
 
-    The arguments are those of `training.tasks.language_modeling.plan`; given `teraflops`, there are the hours of each training, and of
-    all that are not finished.
+    The arguments are those of `training.tasks.language_modeling.plan`; given `teraflops`, the hours of each training
+    and of all that are not finished are among the lines.
     """
     lines, remaining = {}, 0.0
     for training in recipe.trainings:

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of model that this project has: how a small one is made, what it reads, and what it answers.
+
+A promise that more than one kind makes is tested once, `@for_kinds()`, and read from here by the table in README.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from helpers.models import SIZES, make_ids, make_model
+from modeling_memory_mosaic import (
+    ContinuousMemoryMosaicConfig,
+    ContinuousMemoryMosaicModel,
+    MemoryModelConfig,
+    MemoryModelForCausalLM,
+    MemoryMosaicConfig,
+    MemoryMosaicForSequenceClassification,
+)
+from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
+
+
+VOCAB_SIZE = SIZES["vocab_size"]
+LENGTH = 5  # tokens of a memory model's chunk
+MOSAIC = MemoryMosaicConfig(**SIZES, num_persistent_slots=11, attention_dropout=0.0, hidden_dropout=0.0)
+LLAMA = LlamaConfig(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    pad_token_id=0,
+)
+GPT2 = GPT2Config(
+    vocab_size=VOCAB_SIZE,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    n_positions=64,
+    attn_pdrop=0.0,
+    embd_pdrop=0.0,
+    resid_pdrop=0.0,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+BACKBONES = {"mosaic": (MOSAIC, MOSAIC), "llama": (LLAMA, LLAMA), "gpt2": (GPT2, GPT2), "mixed": (MOSAIC, LLAMA)}
+
+
+def away_from_their_start(model: PreTrainedModel) -> PreTrainedModel:
+    """Each parameter random, so that no two heads and no two layers are alike."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def make_classifier(seed=0, dtype=torch.float32, **config) -> MemoryMosaicForSequenceClassification:
+    torch.manual_seed(seed)
+    config = MemoryMosaicConfig(**SIZES | {"num_labels": 3} | config)
+    return away_from_their_start(MemoryMosaicForSequenceClassification(config)).to(dtype)
+
+
+def make_memory_model(seed=0, encoder=MOSAIC, decoder=MOSAIC, dtype=torch.float64, **config) -> MemoryModelForCausalLM:
+    torch.manual_seed(seed)
+    config = MemoryModelConfig(encoder=encoder, decoder=decoder, **{"chunk_length": LENGTH} | config)
+    return away_from_their_start(MemoryModelForCausalLM(config)).to(dtype)
+
+
+def make_continuous(seed=0, dtype=torch.float64, **config) -> ContinuousMemoryMosaicModel:
+    """A sharp one: matrices half as large again as they begin."""
+    torch.manual_seed(seed)
+    model = away_from_their_start(ContinuousMemoryMosaicModel(ContinuousMemoryMosaicConfig(**{"beta": 6.0} | config)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5 if parameter.ndim > 1 else 1.0)
+    return model.to(dtype)
+
+
+def observe(model, *shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, model.config.observation_size, generator=generator, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """One kind of model.
+
+    Args:
+        model: which of the columns of README.md it belongs to.
+        maker: makes a small one from `seed`, `dtype` and fields of its configuration.
+        auto: the Auto class that loads it.
+        other_size: a field of its configuration that changes the shape of a parameter.
+        body: the part of it that `AutoModel` loads, if it is another class.
+        answers: the field of its outputs that says what it makes of its input.
+        options: fields of the configuration beside the defaults of `maker`; no dropout, unless asked for.
+        objectives: fields by which each part of its loss that it can have has a weight.
+        dropouts: fields of which each alone makes training random.
+    """
+
+    name: str
+    model: str
+    maker: Callable[..., PreTrainedModel]
+    auto: type
+    other_size: str
+    body: str | None = "model"
+    answers: str = "logits"
+    options: dict = field(default_factory=dict)
+    objectives: dict = field(default_factory=dict)
+    dropouts: tuple[dict, ...] = ({"attention_dropout": 0.5}, {"hidden_dropout": 0.5})
+
+    def __str__(self) -> str:
+        return self.name
+
+    def make(self, seed: int = 0, dtype: torch.dtype = torch.float32, **config) -> PreTrainedModel:
+        return self.maker(seed=seed, dtype=dtype, **self.options | config)
+
+    def inputs(self, model: PreTrainedModel, *shape: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Of shape `(rows, tokens)`."""
+        if self.model == "continuous":
+            generator = torch.Generator().manual_seed(seed)
+            size = model.config.observation_size
+            return {
+                "observations": torch.randn(*shape, size, generator=generator, dtype=torch.float64).to(model.dtype)
+            }
+        ids = make_ids(*shape, seed=seed, vocab_size=model.config.vocab_size)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def with_labels(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As its users give them: the text or the observations themselves, or a class for each row."""
+        text = next(iter(inputs.values()))
+        labels = torch.arange(len(text)) % 3 if self.model == "classifier" else text.clone()
+        return {**inputs, "labels": labels}
+
+    def batch(self, rows: list[torch.Tensor], places: list[torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+        """Texts as the rows of one batch, each at its places `(tokens,)`; at padding stand ids as anywhere else."""
+        ids, mask = make_ids(len(rows), width, seed=99), torch.zeros(len(rows), width, dtype=torch.long)
+        for number, (row, place) in enumerate(zip(rows, places, strict=True)):
+            ids[number, place], mask[number, place] = row, 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def answer(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], **options) -> torch.Tensor:
+        return model(**inputs, **options)[self.answers]
+
+
+def dropping(backbone: PreTrainedConfig) -> PreTrainedConfig:
+    fields = {"gpt2": ["attn_pdrop", "embd_pdrop", "resid_pdrop"], "llama": ["attention_dropout"]}
+    fields = fields.get(backbone.model_type, ["attention_dropout", "hidden_dropout"])
+    return type(backbone)(**backbone.to_dict() | dict.fromkeys(fields, 0.5))
+
+
+def memory_model_kind(name: str, backbones: str) -> Kind:
+    encoder, decoder = BACKBONES[backbones]
+    return Kind(
+        name,
+        "memory model",
+        lambda **options: make_memory_model(**{"encoder": encoder, "decoder": decoder} | options),
+        AutoModelForCausalLM,
+        other_size="chunk_length",
+        body="encoder",
+        objectives={f"{objective}_weight": 1.0 for objective in OBJECTIVES},
+        dropouts=({"encoder": dropping(encoder)}, {"decoder": dropping(decoder)}),
+    )
+
+
+STILL = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+UNTIED = STILL | {"tie_word_embeddings": False, "use_bias": True}
+SLOTS = "num_persistent_slots"
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=STILL),
+        Kind("untied mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=UNTIED),
+        memory_model_kind("memory model", "mosaic"),
+        memory_model_kind("memory model of llama", "llama"),
+        memory_model_kind("memory model of gpt2", "gpt2"),
+        memory_model_kind("memory model of both", "mixed"),
+        Kind(
+            "continuous",
+            "continuous",
+            make_continuous,
+            AutoModel,
+            other_size="head_dim",
+            body=None,
+            answers="predictions",
+            dropouts=({"attention_dropout": 0.5},),
+        ),
+        Kind(
+            "continuous of real weights",
+            "continuous",
+            make_continuous,
+            AutoModel,
+            other_size="head_dim",
+            body=None,
+            answers="predictions",
+            options={"complex_weights": False, "observation_size": 5, "num_attention_heads": 2, "head_dim": 3},
+            dropouts=({"attention_dropout": 0.5},),
+        ),
+        Kind("classifier", "classifier", make_classifier, AutoModelForSequenceClassification, SLOTS, options=STILL),
+    )
+}
+MODELS = ("mosaic", "memory model", "continuous", "classifier")
+BACKBONE_KINDS = ("memory model", "memory model of llama", "memory model of gpt2", "memory model of both")
+TEXT_KINDS = ("mosaic", "memory model", "classifier")
+
+
+def for_kinds(*names: str):
+    """Run a test for each of these kinds, or for one of each model: `kind` is its argument."""
+    chosen = [KINDS[name] for name in names or MODELS]
+    return pytest.mark.parametrize("kind", chosen, ids=[kind.name for kind in chosen])

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models whose parameters are all away from their start, and what they read."""
+
+import torch
+
+from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
+
+
+SIZES = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+
+
+def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config) -> MemoryMosaicForCausalLM:
+    """A small model in eval mode. Each parameter is random, so that no two heads and no two layers are alike."""
+    torch.manual_seed(seed)
+    model = MemoryMosaicForCausalLM(MemoryMosaicConfig(**SIZES | config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def make_ids(*shape: int, seed: int = 0, vocab_size: int = SIZES["vocab_size"]) -> torch.Tensor:
+    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def checkpoint_activations(model, use_reentrant: bool) -> None:
+    """Switch gradient checkpointing on, under the name that it has from transformers 5.23 on, or before."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files that travel with a saved model."""
+
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+
+PACKAGE = Path(__file__).resolve().parents[2] / "modeling_memory_mosaic"
+
+
+def code_of(name: str) -> tuple[str, ...]:
+    """Names of a model's file and of all files that it needs, as the library collects them."""
+    path = PACKAGE / name
+    return tuple(sorted({name} | {Path(needed).name for needed in get_relative_import_files(path)}))
+
+
+PAYLOAD = code_of("modeling_memory_mosaic.py")
+
+
+WHOLE_PAYLOAD = code_of("modeling_memory_model.py")

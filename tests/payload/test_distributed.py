@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spread over processes or over devices, the model gives what it gives in one place.
+
+Data parallelism and sharding are trained and resumed from the command line in `test_cli.py`.
+"""
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from helpers.kinds import KINDS, MOSAIC, for_kinds
+from helpers.processes import run_on_two_processes
+
+from modeling_memory_mosaic import MemoryMosaicConfig
+
+
+TENSOR_PARALLEL = """
+import sys
+import pytest
+import torch
+import torch.distributed
+from transformers.distributed import DistributedConfig
+
+tests, root, *names = sys.argv[1:]
+sys.path.insert(0, tests)
+from helpers.kinds import KINDS
+
+
+def check(kind, folder):
+    options = {"dtype": torch.float64}  # in float32 the order of sums moves gradients by 1e-4 of their size
+    whole = kind.auto.from_pretrained(folder, **options).eval()
+    model = kind.auto.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2), **options).eval()
+    spread = {
+        name for name, parameter in model.named_parameters()
+        if hasattr(parameter, "to_local") and 2 * parameter.to_local().numel() == parameter.numel()
+    }
+    for ending in ("slot_keys", "slot_values", "key_leak", "k_proj.weight", "o_proj.weight"):
+        assert any(name.endswith(ending) for name in spread), ending
+
+    inputs = kind.inputs(whole, 2, 33)
+    inputs["attention_mask"][0, :5] = 0
+    is_token = inputs["attention_mask"] == 1
+    with torch.no_grad():
+        answer, expected = (kind.answer(each, inputs) for each in (model, whole))
+        if kind.model != "classifier":
+            answer, expected = answer[is_token], expected[is_token]
+        torch.testing.assert_close(answer, expected, rtol=0, atol=1e-10)
+        if whole.can_generate():
+            greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+            assert torch.equal(model.generate(**inputs, **greedy), whole.generate(**inputs, **greedy))
+    for each in (model, whole):
+        each(**kind.with_labels(inputs)).loss.backward()
+    for (name, parameter), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
+        gradient = parameter.grad
+        gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        if gradient is not None or expected.grad is not None:
+            torch.testing.assert_close(gradient, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+    model.save_pretrained(folder + "-again")
+    torch.distributed.barrier()
+    saved = kind.auto.from_pretrained(folder + "-again", **options).state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in whole.state_dict().items())
+
+
+for name in names:
+    folder = f"{root}/{name}"
+    if name == "continuous":
+        with pytest.raises(ValueError, match="has no `tp_plan`"):
+            KINDS[name].auto.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+    else:
+        check(KINDS[name], folder)
+    print(f"<{name}>", flush=True)
+"""
+
+
+FOUR_HEADS = MemoryMosaicConfig(**MOSAIC.to_dict() | {"num_attention_heads": 4, "head_dim": 6})
+SPREAD = {
+    "mosaic": {"num_attention_heads": 4},
+    "memory model": {"encoder": FOUR_HEADS, "decoder": FOUR_HEADS},
+    "classifier": {"num_attention_heads": 4},
+    "continuous": {},
+}
+
+
+@pytest.fixture(scope="module")
+def spread_over_two_processes(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spread")
+    (folder / "script.py").write_text(TENSOR_PARALLEL)
+    for name, options in SPREAD.items():
+        KINDS[name].make(**options).save_pretrained(folder / name)
+    return run_on_two_processes(folder / "script.py", request.config.rootpath / "tests", folder, *SPREAD)
+
+
+@for_kinds()
+def test_heads_spread_over_two_processes(kind, spread_over_two_processes):
+    """A continuous model, of a handful of weights, is refused."""
+    process = spread_over_two_processes
+    assert process.stdout.count(f"<{kind}>") == 2, process.stderr
+
+
+# Two processes read batches of unequal length, of which the mean is what one process makes of both.
+DATA_PARALLEL = """
+import sys
+import torch
+import torch.distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, sys.argv[1])
+from helpers.kinds import KINDS
+
+torch.distributed.init_process_group("gloo")
+rank, mesh = torch.distributed.get_rank(), init_device_mesh("cpu", (2,))
+
+
+def shard(model):
+    names = model._no_split_modules or []
+    for module in model.modules():
+        if type(module).__name__ in names:
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def check(kind, way):
+    model, whole = kind.make(**kind.objectives).train(), kind.make(**kind.objectives).train()
+    parallel = DistributedDataParallel(model) if way == "DDP" else shard(model)
+    for lengths in ((15, 20), (12, 23)):
+        batches = [kind.with_labels(kind.inputs(whole, 2, length, seed=length)) for length in lengths]
+        parallel(**batches[rank], use_cache=False).loss.backward()
+        (sum(whole(**batch, use_cache=False).loss for batch in batches) / 2).backward()
+        for (name, parameter), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
+            gradient = parameter.grad
+            gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            torch.testing.assert_close(gradient, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+        model.zero_grad(), whole.zero_grad()
+    model.eval(), whole.eval()
+    inputs = kind.inputs(whole, 2, 13)
+    with torch.no_grad():
+        answer, expected = (kind.answer(each, inputs, use_cache=False) for each in (parallel, whole))
+    torch.testing.assert_close(answer, expected, rtol=0, atol=1e-5)
+
+
+for way in ("DDP", "FSDP2"):
+    for kind in KINDS.values():
+        check(kind, way)
+        print(f"<{kind}, {way}>", flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def read_by_two_processes(request, tmp_path_factory):
+    script = tmp_path_factory.mktemp("data_parallel") / "script.py"
+    script.write_text(DATA_PARALLEL)
+    return run_on_two_processes(script, request.config.rootpath / "tests")
+
+
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+@for_kinds(*KINDS)
+def test_the_gradient_of_two_processes_is_that_of_both_batches(kind, way, read_by_two_processes):
+    process = read_by_two_processes
+    assert process.stdout.count(f"<{kind}, {way}>") == 2, process.stderr
+
+
+def test_heads_that_cannot_be_spread_are_named(model):
+    """Three heads of width 8 on two processes would leave 12 features to each."""
+    with pytest.raises(ValueError, match="a number of processes that divides num_attention_heads=3"):
+        model.model.layers[0].contextual_memory.split_heads(torch.zeros(1, 2, 12))
+
+
+# Of each model, which parts are kept on disk; those of a memory model are tried one by one in a file of its own.
+ON_DISK = {
+    "mosaic": {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"},
+    "classifier": {"model.embed_tokens": "cpu", "model.norm": "cpu", "score": "cpu"},
+    "memory model": {"decoder": "cpu", "reader": "cpu", "encoder": "disk"},
+    "continuous": {"memory": "disk"},
+}
+for name in ("mosaic", "classifier"):
+    ON_DISK[name] |= {"model.layers.0": "disk", "model.layers.1": "disk", "model.layers.2": "cpu"}
+OFFLOADED = {"mosaic": {"num_hidden_layers": 3}, "classifier": {"num_hidden_layers": 3}}
+OFFLOADED["continuous"] = {"key_leak": True, "learnable_beta": True}
+
+
+@for_kinds()
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_layers_run_from_where_they_are_kept(kind, place, tmp_path):
+    whole = kind.make(**OFFLOADED.get(kind.name, {}))
+    whole.save_pretrained(tmp_path / "model")
+    if place == "cpu":
+        model = cpu_offload(kind.auto.from_pretrained(tmp_path / "model"), torch.device("cpu"))
+    else:
+        options = {"device_map": ON_DISK[kind.name], "offload_folder": tmp_path / "offload"}
+        model = kind.auto.from_pretrained(tmp_path / "model", **options)
+    assert any(parameter.is_meta for name, parameter in model.named_parameters() if name.endswith("key_leak"))
+    inputs = kind.inputs(whole, 2, 13)
+    assert torch.equal(kind.answer(model, inputs), kind.answer(whole, inputs))
+    if whole.can_generate():
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(model.generate(**inputs, **options), whole.generate(**inputs, **options))
+    if kind.model == "continuous":
+        x, lengths = inputs["observations"], torch.tensor([2, 7])
+        assert torch.equal(model.predict(x, 4), whole.predict(x, 4))
+        assert torch.equal(model.predict_from_prefixes(x, lengths, 4), whole.predict_from_prefixes(x, lengths, 4))
+        assert torch.equal(model.units(x).error, whole.units(x).error)

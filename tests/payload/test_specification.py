@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one-page specification names every tensor of a model and of a saved memory, with its shape."""
+
+import math
+import re
+
+import pytest
+import torch
+from helpers.models import make_ids, make_model
+
+from modeling_memory_mosaic import MemoryMosaicForSequenceClassification, memory_state_dict
+
+
+@pytest.fixture
+def page(request):
+    return (request.config.rootpath / "modeling_memory_mosaic" / "SPECIFICATION.md").read_text(encoding="utf-8")
+
+
+def read_tensors(page):
+    """`{name: shape in letters}` of the table of tensors, biases under their full names."""
+    tensors = {}
+    for names, shapes in re.findall(r"^\| (`[^|]+) \| (`[^|]+) \|$", page, flags=re.MULTILINE):
+        names, shapes = re.findall("`([^`]+)`", names), re.findall(r"`\(([^`]+)\)`", shapes)
+        for name, shape in zip(names, shapes if len(shapes) == len(names) else shapes * len(names), strict=True):
+            tensors[names[0].removesuffix(".weight") + name if name.startswith(".") else name] = shape
+    return tensors
+
+
+def sizes_of(config):
+    letters = {"V": "vocab_size", "C": "hidden_size", "H": "num_attention_heads", "D": "head_dim"}
+    letters |= {"N": "num_persistent_slots", "num_labels": "num_labels"}
+    return {letter: getattr(config, name) for letter, name in letters.items()}
+
+
+def test_every_tensor_of_a_model_is_specified_and_no_other(page):
+    model = make_model(use_bias=True, tie_word_embeddings=False, head_dim=5, num_persistent_slots=7)
+    classifier = MemoryMosaicForSequenceClassification(model.config)
+    specified, sizes = read_tensors(page), sizes_of(model.config)
+    found = set()
+    for name, tensor in (model.state_dict() | classifier.state_dict()).items():
+        name = re.sub(r"\.\d+\.", ".{i}.", name)
+        shape = [math.prod(sizes[letter] for letter in axis.split()) for axis in specified[name].split(",") if axis]
+        assert tuple(shape) == tensor.shape, name
+        found.add(name)
+    assert found == specified.keys()
+
+
+def test_every_tensor_of_a_saved_memory_is_specified(page):
+    model = make_model(head_dim=5)
+    with torch.no_grad():
+        mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+        memory = memory_state_dict(model(make_ids(2, 6), attention_mask=mask, use_cache=True).past_key_values)
+    sizes = {"B": 2, "T": 6, **sizes_of(model.config)}
+    section = page.split("Saved by `memory_state_dict`")[1].split("##")[0].replace("\n", " ")
+    specified = {}
+    for names, shape in re.findall(r"((?:`[a-z][\w.{}]*`(?:, | and )?)+) `\(([^`]+)\)`", section):
+        specified |= {
+            name: [sizes[axis] if axis in sizes else int(axis) for axis in shape.split(", ")]
+            for name in re.findall("`([^`]+)`", names)
+        }
+    found = {re.sub(r"\.\d+\.", ".{i}.", name): list(tensor.shape) for name, tensor in memory.items()}
+    assert found == specified

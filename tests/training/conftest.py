@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of training share."""
+
+import pytest
+
+from training.tasks import language_modeling
+
+
+@pytest.fixture
+def without_clean_process(monkeypatch):
+    """Leave out a run's last check, which takes seconds; `test_export_of_a_run` and `test_cli.py` keep it."""
+    monkeypatch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)

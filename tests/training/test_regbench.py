@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RegBench: automata and strings are drawn as described, measured as described, and a data set anyone can load."""
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from helpers.models import make_model
+from huggingface_hub import DatasetCard
+
+from training.synthetic import automata
+from training.synthetic.automata import (
+    NUM_SYMBOLS,
+    PADDING,
+    SEPARATOR,
+    TEST,
+    TEST_IID,
+    TRAIN,
+    VALIDATION,
+    VOCAB_SIZE,
+    AutomataSection,
+    Automaton,
+    collate,
+    draw_automaton,
+    draw_split,
+    draw_splits,
+    minimize,
+    next_symbols,
+    score,
+    trim,
+)
+
+
+SECTION = AutomataSection(language="automata", num_automata=30, num_test=40)
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    return draw_split(SECTION, TRAIN).to_list()
+
+
+class Oracle(torch.nn.Module):
+    """Predicts what the automata of `rows` say; `mistake` at one position of one row says something else."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rows, mistake=None):
+        super().__init__()
+        self.known = {tuple(row["input_ids"]): row for row in rows}
+        self.mistake = mistake
+
+    def forward(self, input_ids, use_cache):
+        rows = [self.known[tuple(token for token in ids if token != PADDING)] for ids in input_ids.tolist()]
+        true = next_symbols(rows, input_ids.shape[1])
+        for number, row in enumerate(rows):
+            if self.mistake is not None and tuple(row["input_ids"]) == self.mistake[0]:
+                true[number, self.mistake[1]] = torch.eye(VOCAB_SIZE)[SEPARATOR]
+        return type("Output", (), {"logits": true.clamp(min=1e-30).log()})
+
+
+def test_automata_have_the_sizes_that_were_asked_for(monkeypatch):
+    monkeypatch.setattr(automata, "trim", lambda table: table)  # of what is drawn, not of what is left of it
+    monkeypatch.setattr(automata, "minimize", lambda table: table)
+    tables = [draw_automaton(SECTION, np.random.default_rng(seed)).transitions for seed in range(300)]
+    assert {len(table) for table in tables} == set(range(4, 13))
+    for table in tables:
+        for state, row in enumerate(table):
+            targets = row[row >= 0].tolist()
+            assert 1 <= len(set(targets)) == len(targets) <= 3 and state not in targets
+    symbols = [(table >= 0).any(axis=0).sum() for table in tables]
+    assert max(symbols) > 12 and min(symbols) <= 4
+
+
+def test_trimming_leaves_what_can_be_reached():
+    table = np.full((4, NUM_SYMBOLS), -1)
+    table[0, 3], table[3, 1], table[1, 0] = 3, 0, 2
+    assert trim(table).tolist() == [
+        [1 if symbol == 3 else -1 for symbol in range(NUM_SYMBOLS)],
+        [0 if symbol == 1 else -1 for symbol in range(NUM_SYMBOLS)],
+    ]
+
+
+def test_minimizing_changes_no_probability_of_a_string():
+    table = np.full((4, NUM_SYMBOLS), -1)
+    # From states 1 and 2 follows the same, so they are one; state 3 allows another symbol.
+    table[0, [0, 1]], table[1, 5], table[2, 5], table[3, 7] = [1, 2], 3, 3, 0
+    smaller = minimize(table)
+    assert len(smaller) == 3
+    for rng in map(np.random.default_rng, range(20)):
+        state = small = 0
+        for _ in range(30):
+            assert ((table[state] >= 0) == (smaller[small] >= 0)).all()
+            symbol = rng.choice(np.flatnonzero(table[state] >= 0))
+            state, small = table[state, symbol], smaller[small, symbol]
+    assert len(minimize(smaller)) == 3
+
+
+def test_sequences_follow_their_automata(sequences):
+    for row in sequences:
+        state, transitions = 0, row["transitions"]
+        for token, after in zip(row["input_ids"], row["states"], strict=True):
+            state = 0 if token == SEPARATOR else transitions[state][token]
+            assert state == after >= 0
+        strings = "".join(chr(token) for token in row["input_ids"]).split(chr(SEPARATOR))
+        assert 10 <= len(strings) <= 19
+        assert all(1 <= len(string) <= 49 for string in strings)
+        assert PADDING not in row["input_ids"]
+
+
+def test_symbols_that_may_come_are_equally_likely():
+    table = np.full((2, NUM_SYMBOLS), -1)
+    table[0, [2, 4, 9]], table[1, 0] = 1, 0
+    symbols, _ = Automaton(table).tell(np.random.default_rng(0), 6000)
+    counts = np.bincount(symbols[::2], minlength=NUM_SYMBOLS)
+    assert set(np.flatnonzero(counts)) == {2, 4, 9}
+    assert counts[[2, 4, 9]] == pytest.approx([1000] * 3, abs=4 * (3000 * 2 / 9) ** 0.5)
+
+
+def test_a_larger_data_set_begins_with_the_smaller(sequences):
+    larger = draw_split(SECTION.model_copy(update={"num_automata": 35}), TRAIN).to_list()
+    assert larger[:30] == sequences and len(larger) == 35
+
+
+def test_tests_are_of_unseen_automata_and_of_new_sequences_of_the_seen(sequences):
+    seen = [row["transitions"] for row in sequences]
+    for split in (VALIDATION, TEST):
+        rows = draw_split(SECTION, split).to_list()
+        assert len(rows) == 20
+        assert not any(row["transitions"] in seen for row in rows)
+    told = [row["input_ids"] for row in sequences]
+    for row in draw_split(SECTION.model_copy(update={"num_test": 80}), TEST_IID).to_list():
+        assert row["transitions"] == seen[row["automaton"]]
+        assert row["input_ids"] not in told
+
+
+def test_separators_and_padding_are_read_and_never_asked_for(sequences):
+    batch = collate(sequences[:4])
+    ids, labels = batch["input_ids"], batch["labels"]
+    assert ids.shape == labels.shape == (4, max(len(row["input_ids"]) for row in sequences[:4]))
+    assert ((labels == -100) == (ids >= NUM_SYMBOLS)).all() and (labels[labels >= 0] == ids[labels >= 0]).all()
+    asked = next_symbols(sequences[:4], ids.shape[1])
+    assert torch.equal(asked[:, :-1].sum(-1) > 0, labels[:, 1:] >= 0)
+    assert not asked[:, -1].any()
+    # What came was allowed.
+    came = asked[:, :-1].gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    assert (came[labels[:, 1:] >= 0] > 0).all()
+
+
+def test_who_knows_the_automaton_scores_full_marks(sequences):
+    split = draw_split(SECTION, TRAIN)
+    scores = score(Oracle(sequences), split, batch_size=7)
+    assert scores["accuracy"] == scores["last_accuracy"] == 1
+    assert scores["tvd"] == pytest.approx(0, abs=1e-12) and scores["last_tvd"] == pytest.approx(0, abs=1e-12)
+    row = sequences[0]
+    last = max(t for t, token in enumerate(row["input_ids"][1:]) if token < NUM_SYMBOLS)
+    for position, last_accuracy in ((0, 1.0), (last, 29 / 30)):
+        wrong = score(Oracle(sequences, (tuple(row["input_ids"]), position)), split, batch_size=7)
+        assert wrong["accuracy"] == pytest.approx(1 - 1 / wrong["num_positions"], abs=1e-12)
+        assert wrong["tvd"] == pytest.approx(1 / wrong["num_positions"], abs=1e-9)
+        assert wrong["last_accuracy"] == pytest.approx(last_accuracy, abs=1e-12)
+
+
+def test_measures_are_those_of_the_evaluate_module_and_of_the_definition(request, sequences):
+    model = make_model(vocab_size=VOCAB_SIZE)
+    rows = sequences[:5]
+    scores = score(model, draw_split(SECTION, TRAIN).select(range(5)), batch_size=2)
+    predictions, references, hits = [], [], []
+    for row in rows:
+        with torch.no_grad():
+            predicted = model(torch.tensor([row["input_ids"]])).logits[0].double().softmax(-1)
+        kept = [t for t, token in enumerate(row["input_ids"][1:]) if token < NUM_SYMBOLS]
+        allowed = [[s for s, target in enumerate(row["transitions"][row["states"][t]]) if target >= 0] for t in kept]
+        true = [[float(symbol in these) / len(these) for symbol in range(VOCAB_SIZE)] for these in allowed]
+        predictions.append(predicted[kept].tolist())
+        references.append(true)
+        hits.append([int(predicted[t].argmax()) in these for t, these in zip(kept, allowed, strict=True)])
+    metric = evaluate.load(str(request.config.rootpath / "training/metrics/sequence_tvd"))
+    for positions, prefix in (("all", ""), ("last", "last_")):
+        told = metric.compute(predictions=predictions, references=references, positions=positions)
+        assert scores[f"{prefix}tvd"] == pytest.approx(told["tvd"], abs=1e-6)
+    assert scores["accuracy"] == pytest.approx(np.mean(np.concatenate(hits)))
+    assert scores["last_accuracy"] == pytest.approx(np.mean([row[-1] for row in hits]))
+    assert scores["num_positions"] == sum(map(len, hits))
+
+
+def test_the_data_set_is_saved_once_with_its_card_and_loads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    splits = draw_splits(SECTION)
+    folder = automata.data_folder(SECTION)
+    monkeypatch.setattr(automata, "draw_split", None)  # from here on everything is read
+    assert draw_splits(SECTION)["test"].to_list() == splits["test"].to_list()
+    loaded = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(split) for name, split in loaded.items()} == {
+        "train": 30,
+        "validation": 20,
+        "test": 20,
+        "test_iid": 20,
+    }
+    assert loaded["train"].to_list() == splits["train"].to_list()
+    card = DatasetCard.load(folder / "README.md")
+    assert card.data.license == "apache-2.0" and "30 random automata" in card.text
+    assert f"| {sum(map(len, splits['train']['input_ids'])):,} |" in card.text
+    assert automata.provenance(SECTION)["train"]["sha256"] != automata.provenance(SECTION)["test"]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"num_states": [3, 12]}, "3 edges need as many other states"),
+        ({"num_symbols": [4, 19]}, "num_symbols"),
+        ({"num_strings": [5, 2]}, "num_strings"),
+        ({"string_length": [0, 2]}, "string_length"),
+        ({"num_test": 5}, "even"),
+        ({"num_automata": 0}, "num_automata"),
+    ],
+)
+def test_impossible_automata_are_refused(settings, named):
+    with pytest.raises(ValueError, match=named):
+        AutomataSection(language="automata", **settings)
