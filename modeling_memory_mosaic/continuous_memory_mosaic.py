@@ -38,22 +38,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_memory_mosaic import AdaptableModel
-from .cache_memory_mosaic import ContinuousMemoryMosaicCacheLayer
+from .cache_memory_mosaic import MEMORY_NAME, check_memory, one_memory
 from .configuration_memory_mosaic import DerivedSizes, check_heads, width_of_heads
 from .identity_memory_mosaic import note_writer
-from .modeling_memory_mosaic import (
-    FOREIGN_PACKING_NAMES,
-    MEMORY_NAME,
-    PACKING_NAMES,
-    PARAMETER_SCALE,
-    MemoryMosaicContextualMemory,
-    at_least_float32,
-    create_memory_masks,
-    kernel_smoothing,
-    leaky_average,
-    one_memory,
-    refuse,
-)
+from .masking_memory_mosaic import FOREIGN_PACKING_NAMES, PACKING_NAMES, create_memory_masks, raise_where
+from .modeling_memory_mosaic import PARAMETER_SCALE, MemoryMosaicContextualMemory
+from .ops_memory_mosaic import at_least_float32, kernel_smoothing, leaky_average
 
 
 # Documented by hand: the library's generator knows its own models only. trf-ignore: TRF057
@@ -262,7 +252,7 @@ class ContinuousMemory(MemoryMosaicContextualMemory):
         pairs = keys[:, :, :-1], values[:, :, 1:]
         if previous is not None:
             pairs = torch.cat([previous, pairs[0]], dim=2), values
-        retrieved, weights = self.recall(queries, pairs, slot_mask, past_key_values, previous is None, **kwargs)
+        retrieved, weights = self.attend(queries, pairs, slot_mask, past_key_values, previous is None, **kwargs)
         retrieved = retrieved.flatten(2)
         return retrieved, weights, self.o_proj(retrieved)  # here, as FSDP2 gathers weights for `forward` alone
 
@@ -271,8 +261,7 @@ class ContinuousMemory(MemoryMosaicContextualMemory):
         the value of the observation t itself, and belongs to the key before."""
         keys, values = self.split_heads(self.k_proj(observations)), self.split_heads(self.v_proj(observations))
         if self.key_leak is not None:
-            leak = (PARAMETER_SCALE * at_least_float32(self.key_leak)).abs()
-            keys = leaky_average(keys, leak, previous)[0].to(keys.dtype)
+            keys = leaky_average(keys, self.leak(), previous)[0].to(keys.dtype)
         return keys, values
 
     def queries(self, keys: torch.Tensor) -> torch.Tensor:
@@ -376,7 +365,8 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
         """
         past_key_values = one_memory(past_key_values, cache)
         self.check_observations(observations)
-        self.check_memory(observations, past_key_values)
+        if past_key_values is not None:
+            check_memory(past_key_values, self.config, num_rows=observations.shape[0])
         self.check_request(kwargs)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -403,7 +393,7 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
                 f"labels have shape {tuple(labels.shape)}, predictions {tuple(predictions.shape)}: pass the "
                 "observations themselves, at least two of them."
             )
-        refuse(~torch.isfinite(labels), "labels must be finite.", labels)
+        raise_where(~torch.isfinite(labels), "labels must be finite.", labels)
         errors = at_least_float32(predictions[:, :-1]) - at_least_float32(labels[:, 1:])
         if self.config.loss_clip is not None:
             errors = errors.clamp(-self.config.loss_clip, self.config.loss_clip)
@@ -524,25 +514,7 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
             )
         if not observations.is_floating_point():
             raise ValueError(f"observations are {observations.dtype}: pass floating point numbers.")
-        refuse(~torch.isfinite(observations), "observations must be finite.", observations)
-
-    def check_memory(self, observations: torch.Tensor, past_key_values: Cache | None) -> None:
-        """Refuses a memory that another model wrote, or that holds other rows."""
-        if past_key_values is None:
-            return
-        layers = getattr(past_key_values, "layers", ())
-        # By the name of the kind: code that came with the weights has classes of its own.
-        kinds = [getattr(layer, "_layer_type", None) for layer in layers]
-        if kinds != [ContinuousMemoryMosaicCacheLayer._layer_type]:
-            raise ValueError(
-                f"This {type(past_key_values).__name__} was not made for this model. Build it from the model's "
-                "config: `DynamicCache(config=model.config)`."
-            )
-        if layers[0].is_initialized and layers[0].keys.shape[0] != observations.shape[0]:
-            raise ValueError(
-                f"The memory holds {layers[0].keys.shape[0]} rows, but {observations.shape[0]} are passed: they must "
-                "be as many. Copy rows by `cache.batch_repeat_interleave`."
-            )
+        raise_where(~torch.isfinite(observations), "observations must be finite.", observations)
 
     def check_request(self, kwargs) -> None:
         """Refuses what would be passed over."""

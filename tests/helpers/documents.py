@@ -4,7 +4,7 @@
 from transformers import DataCollatorWithFlattening
 
 from helpers.models import make_ids
-from modeling_memory_mosaic.modeling_memory_mosaic import CHUNK_LENGTH
+from modeling_memory_mosaic.ops_memory_mosaic import CHUNK_LENGTH
 
 
 LENGTHS = [3, 1, 1, CHUNK_LENGTH + 5, 2, 9]

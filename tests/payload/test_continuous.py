@@ -18,8 +18,8 @@ from modeling_memory_mosaic import (
     memory_from_state_dict,
     memory_state_dict,
 )
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from modeling_memory_mosaic.continuous_memory_mosaic import ComplexLinear, ContinuousMemoryMosaicOutput
-from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
 
 
 VARIANTS = {

@@ -27,12 +27,12 @@ from transformers import (
 
 from hub_cards.space import app
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
+from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
 from training.evaluate import load_model, tokens_and_bytes
 from training.experiments import position_loss, samples
 from training.export import export_model
 from training.generate import generate_texts
 from training.paths import CLONE, CONFIGURATION
-from training.publishing import artifacts
 from training.recipe import load_recipe
 from training.tasks import babistories, fine_tuning, language_modeling
 from training.text.sources import load_stories, pack_windows
@@ -136,7 +136,7 @@ def test_measured_texts_are_read_as_they_stand(run, read):
     assert read.pop() == [PLAIN + PLAIN]
     ids, _ = position_loss.cut_windows(Dataset.from_dict({"text": [TEXT]}), tokenizer, len(PLAIN), "documents", 1)
     assert ids.tolist() == [PLAIN]
-    assert artifacts.measure_units(model, tokenizer, [TEXT, TEXT[:5]])["tokens"] == len(PLAIN) + 5
+    assert measure_units(model, tokenizer, [TEXT, TEXT[:5]])["tokens"] == len(PLAIN) + 5
 
 
 def test_the_harness_reads_a_text_behind_the_end_of_the_one_before(run):
@@ -216,19 +216,16 @@ def test_a_tokenizer_that_adds_nothing_is_left_as_it_is(tmp_path, caplog):
 
 # A new place that calls a tokenizer belongs into a test above, and then here.
 WALKED = {
-    *(
-        "training/text/sources.py",
-        "training/evaluate.py",
-        "training/publishing/artifacts.py",
-        "training/text/tokenizer.py",
-    ),
+    *("training/text/sources.py", "training/evaluate.py", "training/text/tokenizer.py"),
     *("training/tasks/babistories.py", "training/experiments/position_loss.py"),
     *("training/experiments/samples.py", "hub_cards/space/app.py"),
+    "modeling_memory_mosaic/inspection_memory_mosaic.py",
 }
 
 
 def test_every_place_that_calls_a_tokenizer_is_walked():
     call = re.compile(r"(?<![\w])(?:self\.)?tokenizer\(|\bencode_batch\w*\(")
     paths = [*CLONE.glob("training/**/*.py"), *CLONE.glob("hub_cards/space/*.py")]
+    paths += CLONE.glob("modeling_memory_mosaic/inspection_*.py")
     calls = {p.relative_to(CLONE).as_posix() for p in paths if call.search(p.read_text(encoding="utf-8"))}
     assert calls == WALKED
