@@ -11,7 +11,6 @@ n L / 2 pairs for the encoder, and for the decoder one row of the n / L memories
 """
 
 import copy
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from modeling_memory_mosaic import (
     MemoryMosaicForCausalLM,
 )
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
+from training.files import write_json
 
 
 SIZES = {"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -219,7 +219,7 @@ def main(
     typer.echo(HEADER)
     report = {"sizes": SIZES, "chunk_length": CHUNK_LENGTH, **machine(rounds), "rows": measure(rounds)}
     if output is not None:
-        output.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(output, report)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import typer
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, leaky_average
+from training.files import write_json
 
 
 SIZES = {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
@@ -243,7 +244,7 @@ def main(
     typer.echo(HEADER)
     rows = measure(rounds)
     if output is not None:
-        output.write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
+        write_json(output, {**setting, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import functools
 import json
 import math
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
@@ -49,14 +51,19 @@ def flops_per_token(config: PreTrainedConfig, context_length: int) -> float:
 
 @functools.lru_cache  # by the text of the configuration, as configurations cannot be hashed
 def _forward_flops(config: str, context_length: int) -> int:
-    # torch's counter does not know `_scaled_dot_product_flash_attention_for_cpu`, which sdpa would choose here; MATH
-    # computes the same by two matrix products that it knows.
-    counter = FlopCounterMode(display=False)
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+    with FakeTensorMode():
         model = _training_model(AutoConfig.for_model(**json.loads(config)))
         ids = torch.zeros(1, context_length, dtype=torch.long)
-        with counter, torch.no_grad():
-            model(input_ids=ids, labels=ids, use_cache=False)
+        with torch.no_grad():
+            return count_flops(lambda: model(input_ids=ids, labels=ids, use_cache=False))
+
+
+def count_flops(compute: Callable[[], Any]) -> int:
+    """Return the floating-point operations of the matrix products of a computation, which is done once."""
+    # torch's counter does not know `_scaled_dot_product_flash_attention_for_cpu`, which sdpa would choose here; MATH
+    # computes the same by two matrix products that it knows.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        compute()
     return counter.get_total_flops()
 
 

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from training import clean_process
-from training.files import staged_folder, write_list
+from training.files import staged_folder, write_checksums
 
 
 # What a clean process inherits: where programs and libraries are, and what may change the last bit of a sum.
@@ -47,7 +47,7 @@ def export_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         if listed:
-            write_list(staged)
+            write_checksums(staged)
 
 
 def verify_export(

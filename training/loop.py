@@ -9,19 +9,41 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
-from training.files import LIST, STAGED_PREFIX, faults, move_into_place, set_aside, write_list
-from training.parallel import tell_progress
+from training.files import STAGED_PREFIX, faults, move_into_place, set_aside, write_checksums
+from training.parallel import report_progress
 from training.result import perplexity
 
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = LIST  # of a checkpoint's files, with their checksums
+
+def build_training_arguments(settings: dict[str, Any], folder: Path, seed: int, **fixed: Any) -> TrainingArguments:
+    """Return the `TrainingArguments` of a run: the settings of its recipe, and what every run decides itself.
+
+    Args:
+        settings: the recipe's `training` section, by name.
+        folder: of the run, where checkpoints go.
+        seed: initialises the model and orders the data.
+        fixed: further arguments, which no recipe may set.
+    """
+    accelerator = torch.accelerator.is_available()
+    defaults = {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator}
+    return TrainingArguments(
+        **defaults | settings,
+        output_dir=str(folder),
+        seed=seed,
+        data_seed=seed,
+        include_num_input_tokens_seen="all",
+        logging_nan_inf_filter=False,
+        **fixed,
+    )
 
 
 class LanguageModelTrainer(Trainer):
@@ -50,7 +72,7 @@ class LanguageModelTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        tell = tell or functools.partial(tell_progress, Path(self.args.output_dir))
+        tell = tell or functools.partial(report_progress, Path(self.args.output_dir))
         if self.args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end=True is not supported: checkpoints are removed by age, so the best one may be "
@@ -63,7 +85,7 @@ class LanguageModelTrainer(Trainer):
         self._clock = _Clock()
         self._meter = _Meter()
         self.peak_tokens_per_second = peak_tokens_per_second
-        for callback in (self._clock, self._meter, _LogWhenSaving, _StopWhenDone, _TellProgress(tell)):
+        for callback in (self._clock, self._meter, _LogWhenSaving, _StopWhenDone, _ReportProgress(tell)):
             self.add_callback(callback)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -88,9 +110,22 @@ class LanguageModelTrainer(Trainer):
                 logs["mfu"] = round(speed / self.peak_tokens_per_second, 5)
         super().log(logs, start_time)
 
-    def evaluate(self, *args, **kwargs):
+    def measure(self) -> dict[str, float] | None:
+        """Return the scores of an evaluation by their names; None for Trainer's own, the loss on `eval_dataset`.
+
+        A subclass that measures something else overrides this. Each score is logged as `eval_NAME`.
+        """
+        return None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._meter.paused():
-            return super().evaluate(*args, **kwargs)
+            scores = self.measure()
+            if scores is None:
+                return super().evaluate(*args, **kwargs)
+        metrics = {f"eval_{name}": score for name, score in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # Resumed after its very last step, Trainer would take one step more before it looks at the number of steps.
@@ -114,7 +149,7 @@ class LanguageModelTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process writes its own random state
             if self.is_world_process_zero():
-                _write_manifest(staging / final.name)
+                write_checksums(staging / final.name)
                 move_into_place(staging / final.name, final)
                 staging.rmdir()
         except Exception as error:
@@ -199,7 +234,7 @@ class _StopWhenDone(TrainerCallback):
         control.should_training_stop = state.global_step >= state.max_steps
 
 
-class _TellProgress(TrainerCallback):
+class _ReportProgress(TrainerCallback):
     """For whoever waits for the training."""
 
     def __init__(self, tell: Callable[[float], None]):
@@ -217,7 +252,7 @@ def set_aside_broken_checkpoints(run_folder: Path) -> None:
     """
     broken: dict[Path, str] = {}
     for path in map(Path, reversed(sort_checkpoints(str(run_folder)))):
-        found = checkpoint_faults(path)
+        found = faults(path)
         if not found:
             break
         broken[path] = ", ".join(found)
@@ -230,12 +265,3 @@ def set_aside_broken_checkpoints(run_folder: Path) -> None:
         aside = set_aside(damaged)
         told = (damaged.name, found, path.name, aside.name)
         logger.warning("%s is damaged (%s): continuing from %s, and keeping the damaged one as %s", *told)
-
-
-def checkpoint_faults(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint's files, in words; empty if it is complete and as it was written."""
-    return faults(checkpoint)
-
-
-def _write_manifest(checkpoint: Path) -> None:
-    write_list(checkpoint)

@@ -25,7 +25,7 @@ from training.recipe import BaseRecipe, task_module
 _messages: Any = None  # of a worker: the queue to the process that shows how far it is
 
 
-def tell_progress(folder: Path, share: float) -> None:
+def report_progress(folder: Path, share: float) -> None:
     """Let whoever waits for this process, if anyone, know what share of the run in `folder` is done."""
     if _messages is not None:
         _messages.put((str(folder), share))
@@ -103,7 +103,7 @@ def run_logged(job: Job) -> Any:
         contextlib.redirect_stderr(file),
     ):
         result = job.function(*job.arguments)
-    tell_progress(job.folder, 1.0)
+    report_progress(job.folder, 1.0)
     return result
 
 
@@ -124,7 +124,7 @@ def start_workers(number: int, messages: Any = None) -> Iterator[list[Executor]]
 
     Args:
         number: of workers.
-        messages: the queue that `tell_progress` of other processes writes to.
+        messages: the queue that `report_progress` of other processes writes to.
     """
     if number == 1:
         yield [_ThisProcess()]

@@ -41,6 +41,7 @@ from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
 import training.baselines.lstm  # noqa: F401  (likewise)
 from training.bounded import check_yaml, walk, yaml_fault
+from training.files import read_json
 from training.paths import CONFIGURATION, refuse_system_folder
 from training.secrecy import masked, names_secret, refuse_secrets
 
@@ -66,7 +67,7 @@ TASKS = {
 }
 
 # Fields of TrainingArguments that the run decides itself, and what to use instead.
-DECIDED_BY_THE_RUN = {
+RESERVED_ARGUMENTS = {
     "auto_find_batch_size": "the batch is part of the recipe",
     "data_seed": "use `seed`: it also orders the data",
     "dataloader_drop_last": "an epoch is always cut to whole optimizer steps, and validation is always whole",
@@ -160,9 +161,9 @@ class _TrainingFields(Section):
 
     @model_validator(mode="after")
     def _leave_the_run_its_own(self):
-        taken = sorted(self.model_fields_set & DECIDED_BY_THE_RUN.keys())
+        taken = sorted(self.model_fields_set & RESERVED_ARGUMENTS.keys())
         if taken:
-            raise ValueError("; ".join(f"`{name}` cannot be set here: {DECIDED_BY_THE_RUN[name]}" for name in taken))
+            raise ValueError("; ".join(f"`{name}` cannot be set here: {RESERVED_ARGUMENTS[name]}" for name in taken))
         return self
 
 
@@ -176,7 +177,7 @@ def _checkable(annotation: Any) -> Any:
 TrainingSection = create_model(
     "TrainingSection",
     __base__=_TrainingFields,
-    __doc__="Any fields of `transformers.TrainingArguments`, except those of `DECIDED_BY_THE_RUN`.",
+    __doc__="Any fields of `transformers.TrainingArguments`, except those of `RESERVED_ARGUMENTS`.",
     **{
         field.name: (_checkable(typing.get_type_hints(TrainingArguments)[field.name]), None)
         for field in dataclasses.fields(TrainingArguments)
@@ -229,7 +230,7 @@ class TrainingRecipe(BaseRecipe):
     @functools.cached_property
     def architecture(self) -> dict[str, Any]:
         """Content of the model's JSON file, with `model_args` put in."""
-        content = json.loads(_model_file(self.model).read_text(encoding="utf-8"))
+        content = read_json(_model_file(self.model))
         # `hidden_size` is the standard name of what GPT-2's own file calls `n_embd`: either may be given.
         own_names = AutoConfig.for_model(content["model_type"]).attribute_map
         given = {own_names.get(name, name): value for name, value in self.model_args.items()}

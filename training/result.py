@@ -10,7 +10,6 @@ experiments.
 
 import importlib
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -28,7 +27,17 @@ import psutil
 import torch
 import typer
 
-from training.files import LIST, checksum_of_text, faults, list_of, staged_file, sums_of, write_text
+from training.files import (
+    CHECKSUMS,
+    checksum_of_text,
+    checksums_of,
+    checksums_text,
+    faults,
+    json_text,
+    read_json,
+    staged_file,
+    write_text,
+)
 from training.paths import CLONE, RESULTS
 from training.recipe import BaseRecipe
 
@@ -133,10 +142,10 @@ def write_result(result: dict[str, Any], folder: Path, kept: Sequence[str] = (),
         kept: files and folders besides that later runs use, such as `model`.
         name: of the file.
     """
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    text = json_text(result)
     shown = [path.name for path in folder.iterdir() if path.suffix in SHOWN]
-    sums = sums_of(folder, [*kept, *shown]) | {name: checksum_of_text(text)}
-    write_text(folder / LIST, list_of(sums))
+    sums = checksums_of(folder, [*kept, *shown]) | {name: checksum_of_text(text)}
+    write_text(folder / CHECKSUMS, checksums_text(sums))
     write_text(folder / name, text)
 
 
@@ -153,7 +162,7 @@ def read_result(folder: Path, name: str = "result.json") -> dict[str, Any] | Non
             f"{folder / name} is damaged ({'; '.join(found)}): restore it, or remove it and start again, which makes "
             "it from what else is there"
         )
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+    return read_json(folder / name)
 
 
 def refuse_change(folder: Path) -> None:
@@ -296,7 +305,7 @@ def rewrite_blocks(text: str, results: list[dict[str, Any]]) -> str:
 
 def _benchmark_table(name: str) -> str:
     benchmark = importlib.import_module(f"benchmarks.{name}")  # only now: no training run should depend on it
-    return benchmark.table(json.loads((CLONE / "benchmarks" / f"{name}.json").read_text(encoding="utf-8")))
+    return benchmark.table(read_json(CLONE / "benchmarks" / f"{name}.json"))
 
 
 def perplexity(loss: float) -> float:
@@ -334,7 +343,7 @@ def collect(*names: str) -> None:
 
 def rewrite_tables(*paths: str | Path) -> None:
     """Rewrite the marked blocks of each file from the committed results."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    results = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
     for path in map(Path, paths):
         write_text(path, rewrite_blocks(path.read_text(encoding="utf-8"), results))
 

@@ -2,23 +2,69 @@
 """The folder of a run: whose it is, one process at a time, and in order after a kill."""
 
 import contextlib
-import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from filelock import FileLock, Timeout
+from transformers.utils.generic import flatten_dict
 
-from training.files import LIST, remove_leftovers, write_text
+from training.files import CHECKSUMS, read_json, remove_leftovers, write_json, write_text
 from training.loop import set_aside_broken_checkpoints
 from training.recipe import BaseRecipe
+from training.result import read_result, write_result
 
 
 # They lie in the folder itself, which is the same whatever it is called: by a link, a bind mount, or `..` in its path.
 RUN_LOCK, TRIAL_LOCK = ".run.lock", ".trial.lock"
+
+
+def run_once(
+    recipe: BaseRecipe,
+    state: PartialState,
+    restart: bool,
+    identity: Callable[[], dict[str, Any]],
+    make: Callable[[Any], dict[str, Any]],
+    kept: Sequence[str] = (),
+    again: str | None = None,
+) -> dict[str, Any]:
+    """Do what a recipe asks for, unless its folder holds the finished result.
+
+    All processes call it. The main one holds the lock of the folder and writes `result.json`; the others wait for it.
+
+    Args:
+        recipe: the recipe of the run.
+        state: of the processes.
+        restart: move what an earlier run left aside first.
+        identity: returns the identity that `claim_folder` compares. It is called when the folder is locked, for it may
+            read all of the data.
+        make: does the work, given the provenance of the data (`identity()["data"]`), and returns the content of
+            `result.json`. Only what it returns on the main process counts.
+        kept: files and folders of the run that later runs use, such as `model`; their checksums are written.
+        again: what `--restart` does, such as `trains again`: shown if the run is finished. By default nothing is.
+
+    Returns:
+        The content of `result.json` on every process; of the earlier one, if the run was already finished.
+
+    Raises:
+        ValueError: another process is at work in the folder, or it belongs to another run (see `claim_folder`).
+    """
+    with only_run_in(recipe.folder, state):
+        content = identity()
+        claim_folder(recipe, content, state, restart)
+        finished = read_result(recipe.folder)
+        if finished is not None:
+            if again is not None:
+                state.print(f"{recipe.folder} is finished already; --restart {again}")
+            return finished
+        result = make(content["data"])
+        if state.is_main_process:
+            write_result(result, recipe.folder, kept)
+        state.wait_for_everyone()
+        return read_result(recipe.folder)
 
 
 @contextlib.contextmanager
@@ -74,9 +120,9 @@ def claim_folder(recipe: BaseRecipe, identity: dict[str, Any], state: PartialSta
         recipe.folder.resolve().mkdir(parents=True, exist_ok=True)
         remove_leftovers(recipe.folder)
         if not (recipe.folder / "result.json").is_file():
-            (recipe.folder / LIST).unlink(missing_ok=True)  # of what a run had finished whose result is gone
+            (recipe.folder / CHECKSUMS).unlink(missing_ok=True)  # of what a run had finished whose result is gone
             set_aside_broken_checkpoints(recipe.folder)
-        write_text(recipe.folder / "run.json", json.dumps(identity, indent=1))
+        write_json(recipe.folder / "run.json", identity)
         write_text(recipe.folder / "recipe.yaml", recipe.to_yaml())
     state.wait_for_everyone()
 
@@ -123,7 +169,7 @@ def _refuse_another_run(folder: Path, identity: dict[str, Any]) -> None:
 
 def _read_identity(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged, it cannot be read as JSON ({error}): {remedy}") from None
     if not isinstance(content, dict) or not {"hash", "data"} <= content.keys():
@@ -131,8 +177,6 @@ def _read_identity(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    # An empty section is no setting: without this, filling it would show it as emptied besides.
+    return {key: value for key, value in flatten_dict(values).items() if value != {}}

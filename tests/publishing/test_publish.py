@@ -27,7 +27,7 @@ from training.__main__ import app
 from training.card import ABOUT, TEMPLATES, load_about, model_metadata
 from training.evaluate import load_model
 from training.export import run_isolated
-from training.files import LIST, list_of, read_list, sums_of
+from training.files import CHECKSUMS, checksums_of, checksums_text, read_checksums
 from training.paths import CLONE, CONFIGURATION, RESULTS
 from training.publishing import artifacts, checks, publish, trials
 from training.recipe import load_recipe
@@ -838,7 +838,7 @@ def test_a_loss_that_is_not_the_models_is_refused(staged, run, about, tmp_path, 
 
 def listed_again(run):
     """The checksums of a run, of which somebody has changed files, written as if nothing were amiss."""
-    (run / LIST).write_text(list_of(sums_of(run, [*read_list(run), "model"])), encoding="utf-8")
+    (run / CHECKSUMS).write_text(checksums_text(checksums_of(run, [*read_checksums(run), "model"])), encoding="utf-8")
 
 
 HERE = {"source": "embedded", "num_stories": 4}

@@ -8,9 +8,8 @@ from helpers.damage import flip
 from helpers.runs import assert_same_run, short_recipe
 
 from training.evaluate import load_causal_lm, load_model
-from training.files import LIST, faults, list_of, sealed, sums_of, unsealed, write_list
+from training.files import CHECKSUMS, checksums_of, checksums_text, faults, read_sealed, sealed, write_checksums
 from training.generate import generate_texts
-from training.loop import checkpoint_faults
 from training.result import read_result, write_result
 from training.tasks import language_modeling
 
@@ -21,7 +20,7 @@ def folder(tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     for name, content in (("a", b"\x00" * 9), ("b.json", b"{}"), ("model/weights", b"\xff")):
         (tmp_path / "run" / name).write_bytes(content)
-    write_list(tmp_path / "run")
+    write_checksums(tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -38,38 +37,38 @@ def test_every_bit_of_every_file_counts_and_of_the_list_itself(folder):
     assert not faults(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"files": {}}', '{"files": [1]}', list_of({})])
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"files": {}}', '{"files": [1]}', checksums_text({})])
 def test_a_list_of_nothing_is_a_fault(folder, content):
-    (folder / LIST).write_text(content)
-    assert faults(folder)[0].startswith(f"{LIST} ")
+    (folder / CHECKSUMS).write_text(content)
+    assert faults(folder)[0].startswith(f"{CHECKSUMS} ")
 
 
 def test_what_is_missing_and_what_is_not_listed_are_faults(folder):
     (folder / "a").unlink()
     (folder / "c").touch()
-    assert faults(folder) == ["a is missing", f"{LIST} does not list c"]
+    assert faults(folder) == ["a is missing", f"{CHECKSUMS} does not list c"]
     assert faults(folder, unlisted=False) == ["a is missing"]
     assert not faults(folder, "model") and faults(folder, "a") == ["a is missing"]
-    (folder / LIST).write_text(list_of(sums_of(folder, ["model"])))
-    assert faults(folder, "b.json") == [f"{LIST} does not list b.json"]
-    (folder / LIST).unlink()
-    assert faults(folder) == [f"{LIST} is missing"]
+    (folder / CHECKSUMS).write_text(checksums_text(checksums_of(folder, ["model"])))
+    assert faults(folder, "b.json") == [f"{CHECKSUMS} does not list b.json"]
+    (folder / CHECKSUMS).unlink()
+    assert faults(folder) == [f"{CHECKSUMS} is missing"]
 
 
 def test_a_sealed_text_comes_back_and_a_changed_one_does_not(tmp_path):
     path = tmp_path / "part.jsonl"
     for text in ("", "one\n", 'one\n"two\u2028"\n'):
         path.write_text(sealed(text), encoding="utf-8")
-        assert unsealed(path) == text
+        assert read_sealed(path) == text
         content = path.read_bytes()
         for bit in range(0, 8 * len(content), 7):
             changed = bytearray(content)
             changed[bit // 8] ^= 1 << bit % 8
             path.write_bytes(changed)
-            assert unsealed(path) is None, bit
+            assert read_sealed(path) is None, bit
         path.write_bytes(content[: len(content) // 2])
-        assert unsealed(path) is None
-    assert unsealed(tmp_path / "absent") is None
+        assert read_sealed(path) is None
+    assert read_sealed(tmp_path / "absent") is None
 
 
 def test_a_result_is_what_was_written_or_refused(tmp_path):
@@ -80,7 +79,9 @@ def test_a_result_is_what_was_written_or_refused(tmp_path):
     result = {"metrics": {"loss": 1.5}, "samples": ["naïve"]}
     write_result(result, tmp_path, ["model"])
     assert read_result(tmp_path) == result
-    assert sums_of(tmp_path, ["model", "table.md", "result.json"]).keys() == sums_of(tmp_path).keys() - {"notes.txt"}
+    assert checksums_of(tmp_path, ["model", "table.md", "result.json"]).keys() == checksums_of(tmp_path).keys() - {
+        "notes.txt"
+    }
     (tmp_path / "notes.txt").write_text("may change")
     flip(tmp_path / "model" / "weights")  # is refused where it is read
     assert read_result(tmp_path) == result
@@ -116,16 +117,16 @@ def test_every_file_of_a_checkpoint_counts(copied):
     checkpoint = copied.folder / "checkpoint-20"
     names = {path.name for path in checkpoint.iterdir()}
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
-    assert {"tokenizer.json", "config.json", LIST} <= names
+    assert {"tokenizer.json", "config.json", CHECKSUMS} <= names
     for name in sorted(names):
         content = (checkpoint / name).read_bytes()
         flip(checkpoint / name)
-        assert any(name in fault for fault in checkpoint_faults(checkpoint)), name
+        assert any(name in fault for fault in faults(checkpoint)), name
         (checkpoint / name).write_bytes(content)
-    assert not checkpoint_faults(checkpoint)
+    assert not faults(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", LIST])
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", CHECKSUMS])
 def test_a_changed_checkpoint_is_set_aside_and_the_one_before_used(name, finished, copied, caplog):
     flip(unfinished(copied).folder / "checkpoint-20" / name)
     language_modeling.run(copied)
@@ -135,14 +136,14 @@ def test_a_changed_checkpoint_is_set_aside_and_the_one_before_used(name, finishe
     assert len(told) == 1 and name in told[0] and "continuing from checkpoint-15" in told[0]
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", LIST])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", CHECKSUMS])
 def test_a_changed_tokenizer_of_a_run_is_refused(name, copied):
     flip(unfinished(copied).folder / "tokenizer" / name)
     with pytest.raises(ValueError, match=f"tokenizer is damaged .*{name}.*restore it.*--restart"):
         language_modeling.run(copied)
 
 
-@pytest.mark.parametrize("name", ["result.json", LIST])
+@pytest.mark.parametrize("name", ["result.json", CHECKSUMS])
 def test_a_changed_result_is_refused_and_can_be_made_again(name, finished, copied):
     flip(copied.folder / name)
     with pytest.raises(ValueError, match=f"result.json is damaged .*{name}.*remove it and start again"):

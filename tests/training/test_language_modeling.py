@@ -28,12 +28,13 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from training import loop
 from training.evaluate import evaluate_folder, load_model
 from training.export import export_model, verify_export
-from training.files import staged_folder, write_text
+from training.files import CHECKSUMS, faults, staged_folder, write_text
 from training.generate import generate_texts
-from training.loop import LanguageModelTrainer, checkpoint_faults
+from training.loop import LanguageModelTrainer
 from training.paths import CONFIGURATION
 from training.recipe import SourceSection, load_recipe
 from training.result import bits_per_byte, results_table, rewrite_blocks
+from training.run_folder import only_run_in
 from training.tasks import language_modeling
 from training.text.sources import collate_windows, load_stories, pack_windows
 from training.text.story_writer import write_stories
@@ -246,7 +247,7 @@ def test_damaged_checkpoints(tmp_path, caplog, without_clean_process):
     assert "checkpoint-15 is damaged (trainer_state.json is missing)" in caplog.text
     assert "continuing from checkpoint-10" in caplog.text
     assert (recipe.folder / "broken-checkpoint-20").is_dir()
-    assert not checkpoint_faults(recipe.folder / "checkpoint-20")
+    assert not faults(recipe.folder / "checkpoint-20")
     assert all(torch.equal(trained[name], tensor) for name, tensor in weights(recipe.folder).items())
 
 
@@ -254,7 +255,7 @@ def test_no_checkpoint_left(tmp_path, without_clean_process):
     recipe = short_recipe(tmp_path / "run", "tokens=1_280")
     language_modeling.run(recipe)
     (recipe.folder / "result.json").unlink()
-    (recipe.folder / "checkpoint-5" / loop.MANIFEST).unlink()
+    (recipe.folder / "checkpoint-5" / CHECKSUMS).unlink()
     for _ in range(2):  # and it is still refused the second time
         with pytest.raises(ValueError, match="no checkpoint in .* is complete .*--restart"):
             language_modeling.run(recipe)
@@ -290,7 +291,7 @@ def test_other_data_in_a_used_folder(tmp_path, without_clean_process):
 
 def test_a_run_that_is_going_on_is_left_alone(tmp_path):
     state = language_modeling.PartialState()
-    with language_modeling.only_run_in(tmp_path / "run", state):
+    with only_run_in(tmp_path / "run", state):
         with pytest.raises(ValueError, match="a run is going on"):
             language_modeling.run(short_recipe(tmp_path / "run", "tokens=1_280"))
 

@@ -120,7 +120,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(trained, tmp_path,
 
     again = read_memory_recipe(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("training.loop._TellProgress.on_step_end", die)
+        patch.setattr("training.loop._ReportProgress.on_step_end", die)
         with pytest.raises(Killed):
             memory_model.run(again)
     assert (again.folder / f"{stage + 1}-{recipe.stages[stage].name}" / f"checkpoint-{step}").is_dir()

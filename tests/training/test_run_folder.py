@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 
-from training.files import LIST
+from training.files import CHECKSUMS
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe
 from training.run_folder import RUN_LOCK, claim_folder, locked, only_run_in
@@ -141,6 +141,6 @@ def test_moving_aside_that_breaks_off_leaves_the_folder_of_a_run(real, monkeypat
 def test_an_unfinished_run_has_no_checksums_of_a_result(real):
     state, recipe = PartialState(cpu=True), recipe_in(real)
     claim_folder(recipe, IDENTITY, state, restart=False)
-    (real / LIST).write_text("of a result that is gone")
+    (real / CHECKSUMS).write_text("of a result that is gone")
     claim_folder(recipe, IDENTITY, state, restart=False)
-    assert not (real / LIST).exists()
+    assert not (real / CHECKSUMS).exists()

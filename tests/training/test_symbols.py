@@ -71,7 +71,7 @@ def test_an_interrupted_training_ends_as_one_that_was_not(name, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("training.loop.tell_progress", interrupt)
+        patched.setattr("training.loop.report_progress", interrupt)
         with pytest.raises(KeyboardInterrupt):
             symbols.run(recipe)
     assert not (recipe.folder / "result.json").exists()

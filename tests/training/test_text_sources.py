@@ -19,7 +19,7 @@ from helpers.damage import flip
 from torch.utils.data import DataLoader
 
 from training import bounded
-from training.files import LIST
+from training.files import CHECKSUMS
 from training.text import sources
 from training.text.sources import collate_windows, load_stories, pack_windows, source_provenance
 from training.text.story_writer import write_stories
@@ -491,7 +491,7 @@ def test_what_has_changed_in_the_cache_is_made_again(tokenizer, tmp_path, monkey
     before = _ids(pack_windows(load_stories("embedded", num_stories=40), tokenizer, 64, num_proc=2))
     files = sorted(tmp_path.rglob("*.arrow"))
     assert [path.name for path in files].count("rows.arrow") == 2 and len(files) == 4  # tokens of two processes
-    for name in ("*.arrow", LIST):
+    for name in ("*.arrow", CHECKSUMS):
         caplog.clear()
         for path in tmp_path.rglob(name):
             flip(path)

@@ -166,7 +166,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, monkeyp
 
     recipe = tiny()
     train_part(recipe, 3, 1, tmp_path / "whole")
-    monkeypatch.setattr(moon_model, "tell_progress", interrupt)
+    monkeypatch.setattr(moon_model, "report_progress", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_part(recipe, 3, 1, tmp_path / "cut")
     train_part(recipe, 3, 1, tmp_path / "cut")
@@ -190,7 +190,7 @@ def test_a_part_whose_state_has_changed_is_trained_again(name, tiny, tmp_path, m
         if name.startswith("model"):
             patch.setattr(moon_model, "measure", interrupt)
         else:
-            patch.setattr(moon_model, "tell_progress", lambda _, share: interrupt() if share > 0.6 else None)
+            patch.setattr(moon_model, "report_progress", lambda _, share: interrupt() if share > 0.6 else None)
         train_part(recipe, 3, 1, tmp_path / "cut")
     flip(tmp_path / "cut" / name)
     train_part(recipe, 3, 1, tmp_path / "cut")

@@ -21,8 +21,8 @@ from training.evaluate import load_model
 from training.parallel import recipe_job, run_all
 from training.paths import CONFIGURATION
 from training.recipe import BaseRecipe, TrainingRecipe, leaves, load_recipe, task_module
-from training.result import header, read_result, write_result
-from training.run_folder import claim_folder, only_run_in
+from training.result import header, read_result
+from training.run_folder import run_once
 from training.tasks import language_modeling
 
 
@@ -172,17 +172,23 @@ def run_comparison(
     first = recipe.trainings[0].recipe
     task_module(first.task).training_arguments(first)  # settles devices and processes
     state = PartialState()
-    with only_run_in(recipe.folder, state):
-        claim_folder(recipe, {"hash": recipe.hash, "data": data, "recipe": recipe.content()}, state, restart)
-        if read_result(recipe.folder) is None:
-            run_all([recipe_job(training.recipe) for training in recipe.trainings], recipe.workers)
-            if state.is_main_process:
-                trainings = [_training_summary(training) for training in recipe.trainings]
-                result = header(recipe) | {"data": data, "trainings": trainings} | measure(recipe)
-                result["claims"] = [claim._asdict() for claim in result["claims"]]
-                write_result(result, recipe.folder)
-            state.wait_for_everyone()
-        return read_result(recipe.folder)
+    identity = {"hash": recipe.hash, "data": data, "recipe": recipe.content()}
+    return run_once(recipe, state, restart, lambda: identity, make=lambda data: _compare(recipe, state, data, measure))
+
+
+def _compare(
+    recipe: ComparisonRecipe,
+    state: PartialState,
+    data: dict[str, Any],
+    measure: Callable[[ComparisonRecipe], dict[str, Any]],
+) -> dict[str, Any]:
+    run_all([recipe_job(training.recipe) for training in recipe.trainings], recipe.workers)
+    if not state.is_main_process:
+        return {}
+    trainings = [_training_summary(training) for training in recipe.trainings]
+    result = header(recipe) | {"data": data, "trainings": trainings} | measure(recipe)
+    result["claims"] = [claim._asdict() for claim in result["claims"]]
+    return result
 
 
 def _training_summary(training: Trained) -> dict[str, Any]:

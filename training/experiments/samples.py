@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples (Memory Mosaics, Tables 1 and 5): prompts continued by each model, side by side in a Markdown table."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from typing_extensions import TypedDict
 
 from training.experiments import comparison
 from training.experiments.comparison import Claim, DepthComparisonRecipe, Trained, plan, summary
-from training.files import write_text
+from training.files import read_json, write_text
 from training.recipe import Section
 from training.text.sources import checksum
 
@@ -64,7 +63,7 @@ def read_prompts(path: str, prompt_set: str | None = None) -> list[Prompt]:
     file = Path(path).expanduser()
     form = 'a list such as [{"kind": "factual", "prompt": "Alice was"}]'
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if prompt_set is not None:
             content = content[prompt_set]
         prompts = TypeAdapter(list[Prompt]).validate_python(content, strict=True)

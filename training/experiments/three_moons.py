@@ -18,8 +18,8 @@ from tqdm import tqdm
 from training.experiments.comparison import Claim, new_figure, save_figure, summary
 from training.parallel import Job, run_all
 from training.recipe import BaseRecipe
-from training.result import header, read_result, write_result
-from training.run_folder import claim_folder, only_run_in
+from training.result import header, read_result
+from training.run_folder import run_once
 from training.synthetic import moons
 from training.tasks.moon_model import (
     EVALUATION_SEED,
@@ -120,16 +120,13 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
             "and train several at once by `workers`"
         )
     data = {name: list(periods) for name, periods in SYSTEMS.items()}
-    with only_run_in(recipe.folder, state):
-        claim_folder(recipe, {"hash": recipe.hash, "data": data, "recipe": recipe.content()}, state, restart)
-        if read_result(recipe.folder) is None:
-            jobs = [Job(folder, train_part, (recipe, *part, folder)) for part, folder in recipe.parts.items()]
-            run_all(jobs, recipe.workers)
-            write_result(header(recipe) | {"data": data} | _results(recipe), recipe.folder)
-        return read_result(recipe.folder)
+    identity = {"hash": recipe.hash, "data": data, "recipe": recipe.content()}
+    return run_once(recipe, state, restart, lambda: identity, make=lambda data: _results(recipe, data))
 
 
-def _results(recipe: Recipe) -> dict[str, Any]:
+def _results(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
+    jobs = [Job(folder, train_part, (recipe, *part, folder)) for part, folder in recipe.parts.items()]
+    run_all(jobs, recipe.workers)
     parts = [read_result(folder, PART) for folder in recipe.parts.values()]
     combinations = [(heads, beta) for beta in IDENTITY_BETAS for heads in recipe.heads]
     identities = [
@@ -146,7 +143,8 @@ def _results(recipe: Recipe) -> dict[str, Any]:
         "identity": [{k: row[k] for k in ("heads", "beta", "curves", "sections")} for row in identities],
     }
     claims = [claim._asdict() for claim in _claims(parts, identities)]
-    return {"measured": measured, "table": _table(parts, identities), "claims": claims}
+    measures = {"measured": measured, "table": _table(parts, identities), "claims": claims}
+    return header(recipe) | {"data": data} | measures
 
 
 def _rounded_landmarks(recipe: Recipe, system: str) -> list[float]:

@@ -18,7 +18,7 @@ from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
 from training import card, hub
 from training.bounded import read_object
 from training.evaluate import load_model
-from training.files import write_text
+from training.files import write_json, write_text
 from training.paths import CLONE, RESULTS
 from training.publishing import checks, trials
 from training.result import TABLES
@@ -84,7 +84,7 @@ def _stage_model(publication: Publication, staged: Path) -> None:
     if publication.result["architecture"]["model_type"] == "memory_mosaic":
         model, tokenizer = load_own(publication)
         texts = [sample["text"] for sample in publication.result["samples"]] or ["Once upon a time"]
-        _write_json(staged / "units.json", measure_units(model, tokenizer, texts))
+        write_json(staged / "units.json", measure_units(model, tokenizer, texts))
 
 
 def _stage_adapter(publication: Publication, staged: Path) -> None:
@@ -98,17 +98,13 @@ def _stage_adapter(publication: Publication, staged: Path) -> None:
 
 def _add_results(publication: Publication, staged: Path) -> None:
     shutil.copyfile(CLONE / "LICENSE", staged / "LICENSE")
-    _write_json(staged / hub.RESULT, publication.result)
+    write_json(staged / hub.RESULT, publication.result)
     for picture in sorted(publication.run.glob("*.png")):
         shutil.copyfile(picture, staged / picture.name)
     for result in comparable_results(publication)[1:]:
         (staged / "results").mkdir(exist_ok=True)
         name = f"{result['name']}--{result['model']}--seed{result['seed']}.json"
-        _write_json(staged / "results" / name, result)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_json(staged / "results" / name, result)
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -224,7 +220,7 @@ def _stage_stories(publication: Publication, staged: Path) -> None:
     for name in ("stories.jsonl.gz", "rejected.jsonl"):
         if (publication.run / name).is_file():
             shutil.copyfile(publication.run / name, staged / name)
-    _write_json(staged / hub.RESULT, publication.result)
+    write_json(staged / hub.RESULT, publication.result)
 
 
 def _stories_card(publication: Publication, folder: Path, revision: str) -> str:

@@ -43,10 +43,19 @@ from transformers import (
 
 from training.card import STORIES, render
 from training.experiments.comparison import Claim
-from training.files import checksum, remove_leftovers, sealed, set_aside, staged_file, unsealed, write_text
+from training.files import (
+    checksum,
+    read_sealed,
+    remove_leftovers,
+    sealed,
+    set_aside,
+    staged_file,
+    write_json,
+    write_text,
+)
 from training.recipe import BaseRecipe, Section
-from training.result import header, read_result, write_result
-from training.run_folder import claim_folder, only_run_in
+from training.result import header
+from training.run_folder import run_once
 from training.text import story_filters, story_prompts
 from training.text.story_prompts import FEATURES, FIRST_NUMBER, LISTS, REQUESTS, TEMPLATE
 from training.text.tokenizer import added_tokens, load_tokenizer
@@ -163,8 +172,7 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         restart: move what an earlier run left in the folder aside and begin anew.
 
     Returns:
-        The content of `result.json`; of the earlier one, if the recipe was already finished. On any process but the
-        main one it is empty.
+        The content of `result.json`; of the earlier one, if the recipe was already finished.
 
     Raises:
         ValueError: the list file is not as it should be, the generator cannot be loaded or says nothing, the folder
@@ -177,16 +185,20 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         )
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
     given = _given_lists(recipe)
-    with only_run_in(recipe.folder, state):
-        return _run(recipe, given, state, restart)
+    return run_once(
+        recipe,
+        state,
+        restart,
+        identity=lambda: _identity(recipe, state),
+        make=lambda data: _make_stories(recipe, given, state, data),
+        kept=["stories.jsonl.gz", "rejected.jsonl"],
+        again="makes the stories again",
+    )
 
 
-def _run(recipe: Recipe, given: dict[str, list[str]], state: PartialState, restart: bool) -> dict[str, Any]:
-    claim_folder(recipe, _identity(recipe, state), state, restart)
-    finished = read_result(recipe.folder)
-    if finished is not None:
-        state.print(f"{recipe.folder} is finished already; --restart makes the stories again")
-        return finished
+def _make_stories(
+    recipe: Recipe, given: dict[str, list[str]], state: PartialState, data: dict[str, Any]
+) -> dict[str, Any]:
     if state.is_main_process:
         for name in ("asked", "parts") if recipe.requests else ("parts",):
             (recipe.folder / name).mkdir(exist_ok=True)
@@ -196,11 +208,9 @@ def _run(recipe: Recipe, given: dict[str, list[str]], state: PartialState, resta
     generator = Generator(recipe.generator, state)
     lists = _gathered_lists(recipe, given, generator, desk)
     paths = desk.do("part", recipe.num_batches, functools.partial(_tell, recipe, lists, generator), "stories")
-    result: dict[str, Any] = {}
-    if state.is_main_process:
-        result = _finish(recipe, lists, generator.tokenizer, paths, desk)
-    state.wait_for_everyone()
-    return result
+    if not state.is_main_process:
+        return {}
+    return _finish(recipe, lists, generator.tokenizer, paths, desk, data)
 
 
 def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
@@ -358,7 +368,7 @@ class Desk:
     def __init__(self, folder: Path, state: PartialState):
         self.folder, self.state = folder, state
         self._clock = folder / "seconds.json"
-        earlier = unsealed(self._clock)
+        earlier = read_sealed(self._clock)
         if earlier is None and self._clock.is_file():
             logger.warning("%s is damaged: the seconds are counted from this start on", self._clock)
         self._started = time.perf_counter() - json.loads(earlier or "0.0")
@@ -390,7 +400,7 @@ class Desk:
     def _is_done(self, path: Path) -> bool:
         if not path.is_file():
             return False
-        if unsealed(path) is not None:
+        if read_sealed(path) is not None:
             return True
         logger.warning("%s is damaged: kept as %s, and done again", path, set_aside(path).name)
         return False
@@ -407,7 +417,7 @@ def _json_line(row: dict[str, Any]) -> str:
 
 def _rows(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
     for path in paths:
-        text = unsealed(path)
+        text = read_sealed(path)
         if text is None:
             raise ValueError(f"{path} is damaged: start the run again, which does this batch again")
         yield from map(json.loads, filter(None, text.split("\n")))  # a story may hold other ends of lines
@@ -443,7 +453,7 @@ def _gathered_lists(
                 f"or give {kind} in a list file (`lists`)"
             )
     if desk.state.is_main_process:
-        write_text(saved, story_prompts.to_json({kind: lists[kind] for kind in recipe.needed}))
+        write_json(saved, {kind: lists[kind] for kind in recipe.needed})
     desk.state.wait_for_everyone()
     return lists
 
@@ -522,7 +532,12 @@ class Tally:
 
 
 def _finish(
-    recipe: Recipe, lists: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, paths: list[Path], desk: Desk
+    recipe: Recipe,
+    lists: dict[str, list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    paths: list[Path],
+    desk: Desk,
+    data: dict[str, Any],
 ) -> dict[str, Any]:
     tally, samples = _filter(recipe, tokenizer, paths)
     if not tally.characters:
@@ -534,7 +549,7 @@ def _finish(
         **header(recipe),
         "seed": recipe.seed,
         "num_processes": desk.state.num_processes,
-        "data": json.loads((recipe.folder / "run.json").read_text(encoding="utf-8"))["data"],
+        "data": data,
         "generator": {"name": recipe.generator_name, "revision": _revision(recipe.generator.model)},
         "lists": {kind: len(entries) for kind, entries in lists.items()},
         "stories_sha256": checksum(recipe.folder / "stories.jsonl.gz"),
@@ -544,7 +559,6 @@ def _finish(
     }
     result["claims"] = [claim._asdict() for claim in _claims(result)]
     write_text(recipe.folder / "README.md", card(result))
-    write_result(result, recipe.folder, ["stories.jsonl.gz", "rejected.jsonl"])
     return result
 
 

@@ -184,4 +184,4 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return load_tokenizer(folder)
 
 
-LORA = language_modeling.Kind(_tokenizer, build_model, export, describe, ("adapter", "merged"))
+LORA = language_modeling.TrainingMode(_tokenizer, build_model, export, describe, ("adapter", "merged"))

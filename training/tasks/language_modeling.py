@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training run: claim a folder, prepare tokenizer and windows, build, train or resume, export, report."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +24,8 @@ from training.cost import (
 )
 from training.evaluate import load_model, mean_loss, tokens_and_bytes
 from training.export import export_model, verify_export
-from training.files import faults, staged_folder, write_list
-from training.loop import LanguageModelTrainer
+from training.files import faults, staged_folder, write_checksums
+from training.loop import LanguageModelTrainer, build_training_arguments
 from training.recipe import Recipe
 from training.result import (
     bits_per_byte,
@@ -34,16 +33,14 @@ from training.result import (
     header,
     learning_curve,
     perplexity,
-    read_result,
     tokens_per_second,
-    write_result,
 )
-from training.run_folder import claim_folder, only_run_in
+from training.run_folder import run_once
 from training.text.sources import collate_windows, load_stories, pack_windows, source_provenance
 from training.text.tokenizer import load_tokenizer, train_tokenizer
 
 
-class Kind(NamedTuple):
+class TrainingMode(NamedTuple):
     """In which a training from scratch and one that adapts a model differ.
 
     Args:
@@ -62,13 +59,13 @@ class Kind(NamedTuple):
     exports: tuple[str, ...]
 
 
-def run(recipe: Recipe, restart: bool = False, kind: Kind | None = None) -> dict[str, Any]:
+def run(recipe: Recipe, restart: bool = False, mode: TrainingMode | None = None) -> dict[str, Any]:
     """Train as the recipe says, from wherever an earlier start of the same recipe got to.
 
     Args:
         recipe: what to do.
         restart: move what an earlier run left in the folder aside and begin anew.
-        kind: of training; by default from scratch.
+        mode: of training; by default from scratch.
 
     Returns:
         The content of `result.json`; of the earlier one, if the recipe was already finished.
@@ -80,21 +77,24 @@ def run(recipe: Recipe, restart: bool = False, kind: Kind | None = None) -> dict
     """
     arguments = training_arguments(recipe)
     state = PartialState()  # after the arguments, which settle devices and processes
-    with only_run_in(recipe.folder, state):
-        return _run(recipe, arguments, state, restart, kind or FROM_SCRATCH)
+    mode = mode or FROM_SCRATCH
+    return run_once(
+        recipe,
+        state,
+        restart,
+        identity=lambda: _identity(recipe, state),
+        make=lambda data: _train(recipe, arguments, state, mode, data),
+        kept=mode.exports,
+        again="trains again",
+    )
 
 
-def _run(
-    recipe: Recipe, arguments: TrainingArguments, state: PartialState, restart: bool, kind: Kind
+def _train(
+    recipe: Recipe, arguments: TrainingArguments, state: PartialState, mode: TrainingMode, data: dict[str, Any]
 ) -> dict[str, Any]:
-    claim_folder(recipe, _identity(recipe, state), state, restart)
-    finished = read_result(recipe.folder)
-    if finished is not None:
-        state.print(f"{recipe.folder} is finished already; --restart trains again")
-        return finished
-    tokenizer = prepare_tokenizer(recipe, state, kind.tokenizer)
+    tokenizer = prepare_tokenizer(recipe, state, mode.tokenizer)
     windows = prepare_windows(recipe, tokenizer, state)
-    model = kind.build(recipe, tokenizer)
+    model = mode.build(recipe, tokenizer)
     peak = measured_teraflops(arguments.device, arguments.mixed_precision) * num_devices(arguments)
     per_token = flops_per_token(model.config, recipe.data.context_length)
     trainer = LanguageModelTrainer(
@@ -113,7 +113,7 @@ def _run(
     # Before the last evaluation, which may need more than training did.
     memory = peak_memory_bytes(arguments.device)
     cost = {"model_flops_per_token": per_token, "measured_teraflops": peak, "peak_memory_gb": round(memory / 1e9, 3)}
-    return _finish(recipe, trainer, tokenizer, state, cost, kind)
+    return _finish(recipe, trainer, mode, data, cost)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -121,16 +121,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
     Counting the steps of a token budget sets up the processes: from here on `PartialState` is what this run needs.
     """
-    accelerator = torch.accelerator.is_available()
-    defaults = {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator, "ddp_find_unused_parameters": False}
-    arguments = TrainingArguments(
-        **defaults | recipe.training.model_dump(),
-        output_dir=str(recipe.folder),
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        include_num_input_tokens_seen="all",
-        logging_nan_inf_filter=False,
-    )
+    settings = {"ddp_find_unused_parameters": False} | recipe.training.model_dump()
+    arguments = build_training_arguments(settings, recipe.folder, recipe.seed)
     per_step = tokens_per_step(recipe, arguments)
     if recipe.tokens is not None:
         arguments.max_steps = math.ceil(recipe.tokens / per_step)
@@ -246,7 +238,7 @@ def prepare_tokenizer(
         if state.is_main_process and not saved.is_dir():
             with staged_folder(saved) as staged:
                 (make or _make_tokenizer)(recipe).save_pretrained(staged)
-                write_list(staged)
+                write_checksums(staged)
         if found := faults(saved):
             raise ValueError(
                 f"{saved} is damaged ({'; '.join(found)}): restore it, for what was trained so far reads by it, or "
@@ -324,54 +316,53 @@ def _export(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     return folder, model
 
 
-FROM_SCRATCH = Kind(_make_tokenizer, build_model, _export, lambda recipe, windows, batch_size: {}, ("model",))
+FROM_SCRATCH = TrainingMode(_make_tokenizer, build_model, _export, lambda recipe, windows, batch_size: {}, ("model",))
 
 
 def _finish(
     recipe: Recipe,
     trainer: LanguageModelTrainer,
-    tokenizer: PreTrainedTokenizerBase,
-    state: PartialState,
+    mode: TrainingMode,
+    data: dict[str, Any],
     cost: dict[str, float],
-    kind: Kind,
 ) -> dict[str, Any]:
+    """Export and measure what was trained; returns the content of `result.json`, on other processes nothing."""
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     # So torch.compile names what is inside its wrapper; a folder has the model's own names.
     state_dict = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state_dict or {}).items()}
-    result: dict[str, Any] = {}
-    if state.is_main_process:
-        # Without autocast: what is evaluated and exported is the model in float32.
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        folder, model = kind.export(recipe, model, tokenizer, state_dict)
-        sampling = recipe.generation.model_dump()
-        prompts = sampling.pop("prompts")
-        # Of a sharded model no process holds the whole, and a compiled one rounds in another order: there the exported
-        # folder itself is the reference.
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.torch_compile:
-            model = load_model(folder)[0]
-        loss = mean_loss(model, trainer.eval_dataset, trainer.args.eval_batch_size)
-        texts = verify_export(folder, prompts, seed=recipe.seed, model=model, **sampling)
-        result = _result(recipe, trainer, tokenizer, loss, list(zip(prompts, texts, strict=True)), cost)
-        result |= kind.describe(recipe, trainer.eval_dataset, trainer.args.eval_batch_size)
-        draw_learning_curve(result, recipe.folder / "loss.png")
-        write_result(result, recipe.folder, kind.exports)
-    state.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return {}
+    # Without autocast: what is evaluated and exported is the model in float32.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    folder, model = mode.export(recipe, model, trainer.processing_class, state_dict)
+    sampling = recipe.generation.model_dump()
+    prompts = sampling.pop("prompts")
+    # Of a sharded model no process holds the whole, and a compiled one rounds in another order: there the exported
+    # folder itself is the reference.
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.torch_compile:
+        model = load_model(folder)[0]
+    loss = mean_loss(model, trainer.eval_dataset, trainer.args.eval_batch_size)
+    texts = verify_export(folder, prompts, seed=recipe.seed, model=model, **sampling)
+    result = _result(recipe, trainer, loss, list(zip(prompts, texts, strict=True)), data, cost)
+    result |= mode.describe(recipe, trainer.eval_dataset, trainer.args.eval_batch_size)
+    draw_learning_curve(result, recipe.folder / "loss.png")
     return result
 
 
 def _result(
     recipe: Recipe,
     trainer: LanguageModelTrainer,
-    tokenizer: PreTrainedTokenizerBase,
     loss: float,
     samples: list[tuple[str, str]],
+    data: dict[str, Any],
     cost: dict[str, float],
 ) -> dict[str, Any]:
-    history, data = trainer.state.log_history, recipe.data
+    history = trainer.state.log_history
     curve = learning_curve(history)
     speed = tokens_per_second(history)
     utilisation = None if speed is None else round(speed / trainer.peak_tokens_per_second, 5)
-    size = tokens_and_bytes(load_stories(**data.validation.model_dump()), tokenizer)
+    validation = load_stories(**recipe.data.validation.model_dump())
+    size = tokens_and_bytes(validation, trainer.processing_class)
     return {
         **header(recipe),
         "model": recipe.model,
@@ -379,7 +370,7 @@ def _result(
         "architecture": recipe.architecture,
         "num_processes": trainer.args.world_size,
         "precision": trainer.accelerator.mixed_precision,
-        "data": json.loads((recipe.folder / "run.json").read_text(encoding="utf-8"))["data"],
+        "data": data,
         "parameters": num_parameters(recipe),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,

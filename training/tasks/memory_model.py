@@ -15,18 +15,17 @@ from accelerate import PartialState
 from datasets import Dataset
 from matplotlib.figure import Figure
 from pydantic import Field, PositiveInt, model_validator
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
+from training.cost import count_flops
 from training.evaluate import load_causal_lm, tokens_and_bytes
 from training.export import export_model
-from training.files import LIST
-from training.loop import LanguageModelTrainer, set_aside_broken_checkpoints
-from training.parallel import tell_progress
+from training.files import CHECKSUMS
+from training.loop import LanguageModelTrainer, build_training_arguments, set_aside_broken_checkpoints
+from training.parallel import report_progress
 from training.paths import CONFIGURATION
 from training.recipe import (
     DataSection,
@@ -39,7 +38,7 @@ from training.recipe import (
     task_module,
 )
 from training.result import header, read_result, write_result
-from training.run_folder import claim_folder, only_run_in
+from training.run_folder import run_once
 from training.tasks import language_modeling
 from training.text.sources import collate_windows, load_stories, source_provenance
 
@@ -155,14 +154,10 @@ class MemoryModelTrainer(LanguageModelTrainer):
             self._parts.clear()
         super().log(logs, start_time)
 
-    def evaluate(self, *args, **kwargs):
-        with self._meter.paused():
-            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            measures = measure(model, self.eval_dataset, self.args.eval_batch_size)
-        metrics = {f"eval_{name}": value for name, value in measures.items() if isinstance(value, float)}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    def measure(self) -> dict[str, float]:
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        measures = measure(model, self.eval_dataset, self.args.eval_batch_size)
+        return {name: value for name, value in measures.items() if isinstance(value, float)}
 
 
 @torch.no_grad()
@@ -244,48 +239,42 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         task_module(source.task).run(source)
     training_arguments(recipe)  # settles devices and processes
     state = PartialState()
-    with only_run_in(recipe.folder, state):
-        data = {name: source_provenance(**getattr(recipe.data, name).model_dump()) for name in ("train", "validation")}
-        identity = {
-            "hash": recipe.hash,
-            "num_processes": state.num_processes,
-            "recipe": recipe.content(),
-            "data": data,
-        }
-        claim_folder(recipe, identity, state, restart)
-        if (finished := read_result(recipe.folder)) is not None:
-            return finished
-        result = _train(recipe, state) | {"data": data}
-        if state.is_main_process:
-            draw_stages(result, recipe.folder / "stages.png")
-            write_result(result, recipe.folder, ["model"])
-        state.wait_for_everyone()
-        return read_result(recipe.folder)
+    return run_once(
+        recipe,
+        state,
+        restart,
+        identity=lambda: _identity(recipe, state),
+        make=lambda data: _train(recipe, state, data),
+        kept=["model"],
+    )
+
+
+def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
+    return {
+        "hash": recipe.hash,
+        "num_processes": state.num_processes,
+        "recipe": recipe.content(),
+        "data": {
+            name: source_provenance(**getattr(recipe.data, name).model_dump()) for name in ("train", "validation")
+        },
+    }
 
 
 def training_arguments(recipe: Recipe, stage: StageSection | None = None) -> TrainingArguments:
     """The recipe's `training` section for one stage, by default the first, with what the run decides itself."""
     stage = stage or recipe.stages[0]
-    accelerator = torch.accelerator.is_available()
     # Not every objective uses every parameter: hidden tokens need no token table.
-    defaults = {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator, "ddp_find_unused_parameters": True}
-    own = {} if stage.learning_rate is None else {"learning_rate": stage.learning_rate}
-    return TrainingArguments(
-        **defaults | recipe.training.model_dump() | own,
-        max_steps=stage.steps,
-        output_dir=str(_stage_folder(recipe, stage)),
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        include_num_input_tokens_seen="all",
-        logging_nan_inf_filter=False,
-    )
+    settings = {"ddp_find_unused_parameters": True} | recipe.training.model_dump()
+    if stage.learning_rate is not None:
+        settings["learning_rate"] = stage.learning_rate
+    return build_training_arguments(settings, _stage_folder(recipe, stage), recipe.seed, max_steps=stage.steps)
 
 
 def _stage_folder(recipe: Recipe, stage: StageSection) -> Path:
     return recipe.folder / f"{recipe.stages.index(stage) + 1}-{stage.name}"
 
 
-def _train(recipe: Recipe, state: PartialState) -> dict[str, Any]:
+def _train(recipe: Recipe, state: PartialState, data: dict[str, Any]) -> dict[str, Any]:
     tokenizer = language_modeling.prepare_tokenizer(recipe, state)
     windows = language_modeling.prepare_windows(recipe, tokenizer, state)
     stages, before = [], None
@@ -302,7 +291,7 @@ def _train(recipe: Recipe, state: PartialState) -> dict[str, Any]:
     if state.is_main_process:
         export_model(model, tokenizer, recipe.folder / "model")
     size = tokens_and_bytes(load_stories(**recipe.data.validation.model_dump()), tokenizer)
-    return {
+    result = {
         **header(recipe),
         "model": recipe.model,
         "seed": recipe.seed,
@@ -315,7 +304,11 @@ def _train(recipe: Recipe, state: PartialState) -> dict[str, Any]:
         "unigram": unigram(windows, model.config.vocab_size),
         "metrics": stages[-1]["metrics"],
         "stages": stages,
+        "data": data,
     }
+    if state.is_main_process:
+        draw_stages(result, recipe.folder / "stages.png")
+    return result
 
 
 def build_model(recipe: Recipe, tokenizer) -> MemoryModelForCausalLM:
@@ -335,7 +328,7 @@ def _train_stage(
 ) -> dict[str, Any]:
     arguments = training_arguments(recipe, stage)
     if state.is_main_process:
-        (Path(arguments.output_dir) / LIST).unlink(missing_ok=True)  # of a stage whose `stage.json` is gone
+        (Path(arguments.output_dir) / CHECKSUMS).unlink(missing_ok=True)  # of a stage whose `stage.json` is gone
         set_aside_broken_checkpoints(Path(arguments.output_dir))
     state.wait_for_everyone()
     model = build_model(recipe, tokenizer) if before is None else load_causal_lm(before)
@@ -346,7 +339,7 @@ def _train_stage(
         data_collator=collate_windows,
         train_dataset=language_modeling.whole_steps(windows["train"], arguments, state),
         eval_dataset=windows["validation"],
-        tell=lambda share: tell_progress(recipe.folder, _share_done(recipe, stage, share)),
+        tell=lambda share: report_progress(recipe.folder, _share_done(recipe, stage, share)),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -413,17 +406,10 @@ def training_flops(recipe: Recipe) -> list[int]:
     for stage in recipe.stages:
         begin_stage(model, stage, recipe.seed)
         arguments = training_arguments(recipe, stage)
-        per_window = _flops_of_window(model, recipe.data.context_length)
+        ids = torch.zeros(1, recipe.data.context_length, dtype=torch.long)
+        per_window = count_flops(lambda ids=ids: model.train()(ids, labels=ids).loss.backward())
         flops.append(per_window * language_modeling.windows_per_step(arguments) * stage.steps)
     return flops
-
-
-def _flops_of_window(model: MemoryModelForCausalLM, num_tokens: int) -> int:
-    ids = torch.zeros(1, num_tokens, dtype=torch.long)
-    # torch's counter does not know what sdpa chooses on CPUs; MATH computes the same by products that it knows.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.train()(ids, labels=ids).loss.backward()
-    return counter.get_total_flops()
 
 
 def summary(result: dict[str, Any], folder: Path) -> str:

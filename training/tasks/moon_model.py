@@ -6,7 +6,6 @@ A part of the experiment (so many heads, one seed) has a folder of its own: `che
 bits.
 """
 
-import json
 import logging
 import shutil
 import statistics
@@ -23,8 +22,16 @@ from tqdm import tqdm
 from transformers import get_polynomial_decay_schedule_with_warmup
 
 from modeling_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
-from training.files import faults, refuse_damage, set_aside, staged_folder, write_list, write_text
-from training.parallel import tell_progress
+from training.files import (
+    faults,
+    read_json,
+    refuse_damage,
+    set_aside,
+    staged_folder,
+    write_checksums,
+    write_json,
+)
+from training.parallel import report_progress
 from training.result import read_result, write_result
 from training.synthetic import moons
 
@@ -94,8 +101,8 @@ def train_part(recipe, heads: int, seed: int, folder: Path) -> None:
         with staged_folder(folder / "model") as staged:
             model.save_pretrained(staged)
             about = {"losses": losses, "seconds": round(time.monotonic() - started, 1)}
-            write_text(staged / "training.json", json.dumps(about))
-            write_list(staged)
+            write_json(staged / "training.json", about)
+            write_checksums(staged)
     model, about = load_part(folder)
     last = about["losses"][-5 * LOGGED_STEPS :]
     part = {
@@ -114,7 +121,7 @@ def load_part(folder: Path) -> tuple[ContinuousMemoryMosaicModel, dict[str, Any]
     """The trained model of a part, in evaluation mode, and its losses and seconds."""
     refuse_damage(folder / "model")
     model = ContinuousMemoryMosaicModel.from_pretrained(folder / "model")
-    return model.eval(), json.loads((folder / "model" / "training.json").read_text(encoding="utf-8"))
+    return model.eval(), read_json(folder / "model" / "training.json")
 
 
 def _train(recipe, heads, seed, folder):
@@ -148,8 +155,8 @@ def _train(recipe, heads, seed, folder):
         if (step + 1) % recipe.save_steps == 0:
             with staged_folder(checkpoint) as staged:
                 accelerator.save_state(str(staged))
-                write_list(staged)
-        tell_progress(folder, (step + 1) / recipe.steps)
+                write_checksums(staged)
+        report_progress(folder, (step + 1) / recipe.steps)
     model = accelerator.unwrap_model(model)
     accelerator.free_memory()
     return model, progress.losses

@@ -31,12 +31,12 @@ from sqlalchemy.pool import NullPool
 from tqdm import tqdm
 
 from training.experiments.comparison import new_figure, save_figure
-from training.files import checksum, sealed, set_aside, unsealed, write_text
+from training.files import checksum, read_sealed, sealed, set_aside, write_text
 from training.parallel import start_workers
 from training.paths import CONFIGURATION
 from training.recipe import BaseRecipe, Section, load_recipe
-from training.result import header, read_result, write_result
-from training.run_folder import claim_folder, only_run_in
+from training.result import header, read_result
+from training.run_folder import run_once
 from training.tasks.search_trials import Outcome, run_trial
 
 
@@ -238,14 +238,10 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
             f"a search in {state.num_processes} processes would try everything as often: start it without "
             f"`accelerate launch`, and set workers={state.num_processes} for as many trials at once"
         )
-    with only_run_in(recipe.folder, state):
-        claim_folder(recipe, {"hash": recipe.hash, "data": {}, "recipe": recipe.content()}, state, restart)
-        finished = read_result(recipe.folder)
-        if finished is not None:
-            state.print(f"{recipe.folder} is finished already; --restart searches again")
-            return finished
-        write_result(_search(recipe), recipe.folder)
-        return read_result(recipe.folder)
+    identity = {"hash": recipe.hash, "data": {}, "recipe": recipe.content()}
+    return run_once(
+        recipe, state, restart, lambda: identity, make=lambda data: _search(recipe), again="searches again"
+    )
 
 
 def _search(recipe: Recipe) -> dict[str, Any]:
@@ -281,7 +277,7 @@ def _study_path(recipe: Recipe) -> Path:
 
 def _is_as_written(recipe: Recipe) -> bool:
     path = _study_path(recipe)
-    return path.is_file() and unsealed(path.with_suffix(".sha256")) == f"{checksum(path)}\n"
+    return path.is_file() and read_sealed(path.with_suffix(".sha256")) == f"{checksum(path)}\n"
 
 
 def _remember_content(recipe: Recipe) -> None:

@@ -9,7 +9,6 @@ epochs is chosen in RegBench.
 import math
 from typing import Annotated, Any, Literal
 
-import torch
 from accelerate import PartialState
 from pydantic import Field, PositiveInt, model_validator
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
@@ -17,10 +16,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from training.evaluate import load_causal_lm
 from training.export import export_model
-from training.loop import LanguageModelTrainer
+from training.loop import LanguageModelTrainer, build_training_arguments
 from training.recipe import TrainingRecipe, TrainingSection
-from training.result import header, read_result, write_result
-from training.run_folder import claim_folder, only_run_in
+from training.result import header
+from training.run_folder import run_once
 from training.synthetic import automata, bigrams
 from training.synthetic.automata import AutomataSection
 from training.synthetic.bigrams import InductionSection
@@ -60,16 +59,14 @@ class SymbolTrainer(LanguageModelTrainer):
         super().__init__(*args, **kwargs)
         self._recipe = recipe
 
-    def evaluate(self, *args, **kwargs):
-        with self._meter.paused():
-            scores = score(self._recipe, self.model, self.eval_dataset)
-            history = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
-            if scores["accuracy"] > max(history, default=-math.inf):
-                export_model(self.model, None, self._recipe.folder / "best", listed=True)
-        metrics = {f"eval_{name}": value for name, value in scores.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    def measure(self) -> dict[str, float]:
+        scores = score(self._recipe, self.model, self.eval_dataset)
+        # Not by `save_strategy="best"`: it saves checkpoints of the best steps only, so that an interrupted training
+        # would go back to one of them. The checkpoints here are those that the recipe asks for.
+        history = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
+        if scores["accuracy"] > max(history, default=-math.inf):
+            export_model(self.model, None, self._recipe.folder / "best", listed=True)
+        return scores
 
 
 def score(recipe: Recipe, model: PreTrainedModel, split) -> dict[str, Any]:
@@ -98,26 +95,20 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
             f"{state.num_processes} processes would share one small model: start this without `accelerate launch`; "
             "the experiments train several models at once with `workers`"
         )
-    with only_run_in(recipe.folder, state):
-        data = LANGUAGES[recipe.data.language].provenance(recipe.data)
-        identity = {"hash": recipe.hash, "num_processes": 1, "recipe": recipe.content(), "data": data}
-        claim_folder(recipe, identity, state, restart)
-        if read_result(recipe.folder) is None:
-            write_result(_train(recipe, arguments) | {"data": data}, recipe.folder, ["best"])
-        return read_result(recipe.folder)
+    return run_once(
+        recipe, state, restart, lambda: _identity(recipe), lambda data: _train(recipe, arguments, data), kept=["best"]
+    )
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    data = LANGUAGES[recipe.data.language].provenance(recipe.data)
+    return {"hash": recipe.hash, "num_processes": 1, "recipe": recipe.content(), "data": data}
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The recipe's `training` section as `TrainingArguments`, with what the run decides itself."""
-    accelerator = torch.accelerator.is_available()
-    return TrainingArguments(
-        **{"use_cpu": not accelerator, "dataloader_pin_memory": accelerator} | recipe.training.model_dump(),
-        output_dir=str(recipe.folder),
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        remove_unused_columns=False,
-        include_num_input_tokens_seen="all",
-        logging_nan_inf_filter=False,
+    return build_training_arguments(
+        recipe.training.model_dump(), recipe.folder, recipe.seed, remove_unused_columns=False
     )
 
 
@@ -129,7 +120,7 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def _train(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
+def _train(recipe: Recipe, arguments: TrainingArguments, data: dict[str, Any]) -> dict[str, Any]:
     language = LANGUAGES[recipe.data.language]
     splits = language.draw_splits(recipe.data)
     trainer = SymbolTrainer(
@@ -162,6 +153,7 @@ def _train(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
             {"step": entry["step"]} | {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
             for entry in curve
         ],
+        "data": data,
     }
 
 

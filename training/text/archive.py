@@ -27,7 +27,7 @@ from py7zr import FileInfo
 from py7zr.exceptions import DecompressionBombError, PasswordRequired, UnsupportedCompressionMethodError
 
 from training.bounded import ALWAYS_UNPACKED, MOST_TIMES, refuse_bomb
-from training.files import LIST, make_once
+from training.files import CHECKSUMS, make_once
 
 
 # How the file of a split begins, by the names that a split may have.
@@ -107,7 +107,7 @@ def unpacked_file(volumes: list[Path], checksums: list[str], split: str, forms: 
             _unpack(stream, volumes[0], split, forms, staged)
 
     make_once(folder, unpack)
-    return next(path for path in folder.iterdir() if path.name != LIST)
+    return next(path for path in folder.iterdir() if path.name != CHECKSUMS)
 
 
 def _volume(path: Path, archive: str, number: int, digits: int) -> Path:

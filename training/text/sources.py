@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from training.bounded import open_packed, parse_json
-from training.files import checksum, checksum_of_text, make_once, sealed, unsealed, write_text
+from training.files import checksum, checksum_of_text, make_once, read_sealed, sealed, write_text
 from training.text import story_writer
 from training.text.archive import archive_volumes, archives_in, names_archive, unpacked_file
 
@@ -247,7 +247,7 @@ def _refuse_changed_files(stories: Dataset) -> None:
     for path in (Path(file["filename"]) for file in stories.cache_files):
         known = Path(datasets.config.HF_DATASETS_CACHE) / "checksums" / f"{checksum_of_text(str(path.resolve()))}.txt"
         now = f"{checksum(path)}  {path}\n"
-        before = unsealed(known)
+        before = read_sealed(known)
         if before is None:
             known.parent.mkdir(parents=True, exist_ok=True)
             write_text(known, sealed(now))

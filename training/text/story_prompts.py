@@ -5,7 +5,6 @@ After the BabiStories data set (arXiv 2405.06394, Fig. 14): a name and the first
 the words and features that the story must have, which makes the stories diverse.
 """
 
-import json
 import random
 import re
 import string
@@ -198,8 +197,3 @@ def fill(template: str, drawn: dict[str, Any]) -> str:
         *others, last = values["features"]
         values["features"] = f"{', '.join(others)} and {last}" if others else last
     return template.format(**values)
-
-
-def to_json(lists: dict[str, list[str]]) -> str:
-    """Lists as the content of a list file."""
-    return json.dumps(lists, indent=1, ensure_ascii=False) + "\n"

@@ -18,6 +18,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from training.files import read_json
+
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -138,7 +140,7 @@ def _adding_nothing(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         file = Path(folder) / "tokenizer.json"
-        backend = json.loads(file.read_text(encoding="utf-8")) | {"post_processor": None}
+        backend = read_json(file) | {"post_processor": None}
         file.write_text(json.dumps(backend, ensure_ascii=False), encoding="utf-8")
         plain = PreTrainedTokenizerFast.from_pretrained(folder)
     plain.name_or_path = tokenizer.name_or_path
