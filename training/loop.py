@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from training.files import LIST, STAGED_PREFIX, faults, move_into_place, set_aside, write_list
+from training.metrics.mean_loss import perplexity
 from training.parallel import tell_progress
-from training.result import perplexity
 
 
 logger = logging.getLogger(__name__)

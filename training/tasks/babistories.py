@@ -42,11 +42,11 @@ from transformers import (
 )
 
 from training.card import STORIES, render
-from training.experiments.comparison import Claim
 from training.files import checksum, remove_leftovers, sealed, set_aside, staged_file, unsealed, write_text
 from training.recipe import BaseRecipe, Section
 from training.result import header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
+from training.tables import Claim
 from training.text import story_filters, story_prompts
 from training.text.story_prompts import FEATURES, FIRST_NUMBER, LISTS, REQUESTS, TEMPLATE
 from training.text.tokenizer import added_tokens, load_tokenizer

@@ -25,15 +25,14 @@ from training.cost import (
 )
 from training.evaluate import load_model, mean_loss, tokens_and_bytes
 from training.export import export_model, verify_export
+from training.figures import draw_learning_curve
 from training.files import faults, staged_folder, write_list
 from training.loop import LanguageModelTrainer
+from training.metrics.mean_loss import bits_per_byte, perplexity
 from training.recipe import Recipe
 from training.result import (
-    bits_per_byte,
-    draw_learning_curve,
     header,
     learning_curve,
-    perplexity,
     read_result,
     tokens_per_second,
     write_result,
