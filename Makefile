@@ -38,7 +38,7 @@ check: .venv/installed-for-tests
 	$(SUITE)
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/speed.py --output benchmarks/speed.json
+	$(BIN)/python -m benchmarks.speed --output benchmarks/speed.json
 	$(BIN)/python -m benchmarks.memory_models --output benchmarks/memory_models.json
 
 # Every experiment at CPU size, each an hour at most on two cores: interrupt it anywhere, and start it again to go on.
@@ -47,13 +47,13 @@ results: .venv/installed
 	@for recipe in $(RESULTS); do \
 		echo "== $$recipe" && \
 		$(BIN)/python -m training run configuration/recipe/$$recipe.yaml && \
-		$(BIN)/python -m training.result collect $$recipe || exit 1; \
+		$(BIN)/python -m training.tables collect $$recipe || exit 1; \
 	done
 	$(MAKE) tables
 
 # Tables of the READMEs from the committed result files.
 tables: .venv/installed
-	$(BIN)/python -m training.result tables README.md training/results/README.md
+	$(BIN)/python -m training.tables tables README.md training/results/README.md
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

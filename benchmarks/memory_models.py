@@ -14,7 +14,7 @@ import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -30,6 +30,7 @@ from modeling_memory_mosaic import (
 )
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from training.files import write_json
+from training.tables import markdown_table
 
 
 SIZES = {"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -145,7 +146,7 @@ def measure(rounds: int) -> list[dict]:
             row["slots"] = {"ours": slots(model, num_tokens), "theirs": slots(full, num_tokens)}
             row["peak_mib"] = {"ours": in_process_of_its_own(_peak_of_reading, name, num_tokens), "theirs": peak}
             rows.append(row)
-            typer.echo(table_row(row))
+            typer.echo(" | ".join(cells(row)))
     return rows
 
 
@@ -154,12 +155,13 @@ COLUMNS = (
     *("decode, tokens/s", "all in view", "ratio", "pairs held", "all in view"),
     *("memory of prefill, MiB", "all in view"),
 )
-HEADER = f"| {' | '.join(COLUMNS)} |\n| ---: | --- |{' ---: |' * (len(COLUMNS) - 2)}"
+ALIGNMENT = "rl" + "r" * (len(COLUMNS) - 2)
 
 
-def table_row(row: dict) -> str:
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return a measurement as the cells of a table's row."""
     reading, writing = row["prefill"], row["decode"]
-    cells = [
+    return [
         f"{row['tokens']:,}",
         row["encoder"],
         f"{reading['ours']:.3g}",
@@ -174,7 +176,6 @@ def table_row(row: dict) -> str:
         f"{row['peak_mib']['ours']:.0f}",
         f"{row['peak_mib']['theirs']:.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def table(report: dict) -> str:
@@ -186,7 +187,8 @@ def table(report: dict) -> str:
         f"{report['versions']['torch']}, median of {report['rounds']} interleaved pairs; a ratio above 1 means that "
         "the memory model is faster.\n"
     )
-    return "\n".join([setting, HEADER, *map(table_row, report["rows"]), "", *payoffs(report["rows"])])
+    rows = markdown_table(COLUMNS, ALIGNMENT, map(cells, report["rows"]))
+    return "\n".join([setting, rows, "", *payoffs(report["rows"])])
 
 
 def payoffs(rows: list[dict]) -> list[str]:
@@ -216,7 +218,7 @@ def main(
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(threads)
-    typer.echo(HEADER)
+    typer.echo(" | ".join(COLUMNS))
     report = {"sizes": SIZES, "chunk_length": CHUNK_LENGTH, **machine(rounds), "rows": measure(rounds)}
     if output is not None:
         write_json(output, report)

@@ -8,13 +8,12 @@ largest resident size of a process of its own, above what it had before the mode
 
 import json
 import multiprocessing
-import platform
 import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -23,6 +22,8 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig,
 
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, leaky_average
 from training.files import write_json
+from training.result import cpu_name
+from training.tables import markdown_table
 
 
 SIZES = {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
@@ -178,9 +179,9 @@ def measure(rounds: int) -> list[dict]:
     models = {name: build(name) for name in ("mosaic", *PEERS)}
     rows = []
 
-    def note(what: str, peer: str, num_tokens: int, unit: str, figures: dict) -> None:
+    def note(what: str, peer: str, num_tokens: int, unit: str, figures: dict[str, Any]) -> None:
         rows.append({"what": what, "peer": peer, "tokens": num_tokens, "unit": unit, **figures})
-        typer.echo(table_row(rows[-1]))
+        typer.echo(" | ".join(cells(rows[-1])))
 
     for num_tokens in (512, 2048):
         memory = peak_memory("mosaic", num_tokens)
@@ -197,14 +198,14 @@ def measure(rounds: int) -> list[dict]:
     return rows
 
 
-HEADER = """| measured | beside | T | ours | theirs | unit | ratio (quartiles) |
-| --- | --- | ---: | ---: | ---: | --- | ---: |"""
+COLUMNS = ("measured", "beside", "T", "ours", "theirs", "unit", "ratio (quartiles)")
 
 
-def table_row(row: dict) -> str:
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return a measurement as the cells of a table's row."""
     quartiles = " ({:.2f} to {:.2f})".format(*row["ratio_quartiles"]) if "ratio_quartiles" in row else ""
-    figures = f"{row['ours']:.4g} | {row['theirs']:.4g} | {row['unit']} | {row['ratio']:.2f}{quartiles}"
-    return f"| {row['what']} | {row['peer']} | {row['tokens']} | {figures} |"
+    figures = [f"{row['ours']:.4g}", f"{row['theirs']:.4g}", row["unit"], f"{row['ratio']:.2f}{quartiles}"]
+    return [row["what"], row["peer"], str(row["tokens"]), *figures]
 
 
 def table(report: dict) -> str:
@@ -215,7 +216,7 @@ def table(report: dict) -> str:
         f"{models[0]} beside {' and '.join(models[1:])}, float32, {report['threads']} threads of {report['cpu']}, "
     )
     setting += f"torch {report['versions']['torch']}, median of {report['rounds']} interleaved pairs.\n"
-    return "\n".join([setting, HEADER, *map(table_row, report["rows"])])
+    return "\n".join([setting, markdown_table(COLUMNS, "llrrrlr", map(cells, report["rows"]))])
 
 
 def machine(rounds: int) -> dict:
@@ -223,10 +224,7 @@ def machine(rounds: int) -> dict:
     return {
         "threads": torch.get_num_threads(),
         "rounds": rounds,
-        "cpu": next(
-            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-            platform.processor(),
-        ),
+        "cpu": cpu_name(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
@@ -241,7 +239,7 @@ def main(
     parameters = {name: build(name).num_parameters() for name in ("mosaic", *PEERS)}
     setting = {"sizes": SIZES, "parameters": parameters, **machine(rounds)}
     typer.echo(json.dumps(setting))
-    typer.echo(HEADER)
+    typer.echo(" | ".join(COLUMNS))
     rows = measure(rounds)
     if output is not None:
         write_json(output, {**setting, "rows": rows})

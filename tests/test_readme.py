@@ -14,7 +14,7 @@ from helpers import kinds
 from helpers.models import make_model
 
 from training.export import export_model
-from training.result import rewrite_tables
+from training.tables import rewrite_tables
 from training.text.tokenizer import train_tokenizer
 
 

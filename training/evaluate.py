@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoModelForCausalLM)
 from training.files import refuse_damage
+from training.metrics.mean_loss import bits_per_byte, perplexity
 from training.recipe import SourceSection
-from training.result import bits_per_byte, perplexity
 from training.text.sources import collate_windows, load_stories, pack_windows, source_provenance
 from training.text.tokenizer import load_tokenizer
 

@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from training.files import STAGED_PREFIX, faults, move_into_place, set_aside, write_checksums
+from training.metrics.mean_loss import perplexity
 from training.parallel import report_progress
-from training.result import perplexity
 
 
 logger = logging.getLogger(__name__)

@@ -30,8 +30,7 @@ from modeling_memory_mosaic.naive_memory_mosaic import (
     naive_persistent_memory,
 )
 from modeling_memory_mosaic.ops_memory_mosaic import CHUNK_LENGTH
-from training.experiments import units as units_module
-from training.experiments.comparison import save_figure
+from training import figures
 
 
 NAMES = ("error", "entropy", "share", "norm")
@@ -529,13 +528,15 @@ def test_what_cannot_be_traced_is_refused(model):
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
     """Draws, and returns the axes of the picture that was saved, rows by columns."""
-    figures = []
-    monkeypatch.setattr(units_module, "save_figure", lambda *saved: (figures.append(saved[0]), save_figure(*saved)))
+    saved, save_figure = [], figures.save_figure
+    monkeypatch.setattr(
+        figures, "save_figure", lambda *arguments: (saved.append(arguments[0]), save_figure(*arguments))
+    )
 
     def draw(*arguments, **options):
-        units_module.draw_units(arguments[0], tmp_path / "units.png", *arguments[1:], **options)
+        figures.draw_units(arguments[0], tmp_path / "units.png", *arguments[1:], **options)
         assert (tmp_path / "units.png").stat().st_size > 10_000
-        return np.array([axis for axis in figures[-1].axes if axis.get_label() != "<colorbar>"]).reshape(3, 2)
+        return np.array([axis for axis in saved[-1].axes if axis.get_label() != "<colorbar>"]).reshape(3, 2)
 
     return draw
 
@@ -560,7 +561,7 @@ def test_pictures_show_every_unit_of_the_row_at_every_token(drawn):
 
 def test_pictures_of_one_token_and_of_more_than_can_be_named(drawn, model):
     assert drawn(inspect_units(model, make_ids(1, 1)))[0, 0].images[0].get_array().mask.all()
-    num_tokens = units_module.MOST_NAMED_TOKENS + 1
+    num_tokens = figures.MAX_NAMED_TOKENS + 1
     axes = drawn(inspect_units(model, make_ids(1, num_tokens)), ["a"] * num_tokens)
     assert "a" not in [label.get_text() for label in axes[0, 0].get_xticklabels()]
 
@@ -568,9 +569,9 @@ def test_pictures_of_one_token_and_of_more_than_can_be_named(drawn, model):
 def test_pictures_of_what_is_not_there_are_refused(model, tmp_path):
     units = inspect_units(model, make_ids(2, 5))
     with pytest.raises(ValueError, match="row=2, but units of 2 rows"):
-        units_module.draw_units(units, tmp_path / "units.png", row=2)
+        figures.draw_units(units, tmp_path / "units.png", row=2)
     with pytest.raises(ValueError, match="4 tokens are given, but units were inspected at 5"):
-        units_module.draw_units(units, tmp_path / "units.png", list("abcd"))
+        figures.draw_units(units, tmp_path / "units.png", list("abcd"))
 
 
 def test_folders_of_models_do_not_hold_the_inspection(model, tmp_path):

@@ -31,8 +31,9 @@ from training.files import CHECKSUMS, checksums_of, checksums_text, read_checksu
 from training.paths import CLONE, CONFIGURATION, RESULTS
 from training.publishing import artifacts, checks, publish, trials
 from training.recipe import load_recipe
-from training.result import results_table, write_result
+from training.result import write_result
 from training.run_folder import locked
+from training.tables import results_table
 from training.tasks import fine_tuning, language_modeling, memory_model
 
 
@@ -175,7 +176,7 @@ def test_a_card_says_what_its_result_says(staged):
 
 
 def test_the_models_index_has_the_results_metrics():
-    result = json.loads((RESULTS / "stories_tiny--mosaic-tiny--seed0.json").read_text())
+    result = json.loads((RESULTS / "stories_tiny" / "mosaic-tiny--seed0.json").read_text())
     about = load_about("stories_tiny")
     card = ModelCard(f"---\n{model_metadata(result, about)}\n---\n")
     told = {found.metric_type: found.metric_value for found in card.data.eval_results}
@@ -201,8 +202,8 @@ def test_units_of_a_padded_batch_are_those_of_the_texts(staged):
 
 def test_baselines_are_those_of_the_same_recipe_and_data(tmp_path):
     """The committed results of stories_tiny are each other's; one on other data is not."""
-    results = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("stories_tiny--*.json"))}
-    own = results["stories_tiny--mosaic-tiny--seed1.json"]
+    results = {path.name: json.loads(path.read_text()) for path in sorted((RESULTS / "stories_tiny").glob("*.json"))}
+    own = results["mosaic-tiny--seed1.json"]
     about = artifacts.Publication(tmp_path / "runs" / "own", own, "model", "someone/x", None, None)
     found = artifacts.comparable_results(about)
     assert found[0] is own and {(r["model"], r["seed"]) for r in found} == {
@@ -344,7 +345,7 @@ def test_a_space_runs_by_what_lies_in_it(run, about, tmp_path):
 
 
 def stories_run(tmp_path, license="cc-by-4.0"):
-    result = json.loads((RESULTS / "babistories_micro.json").read_text(encoding="utf-8"))
+    result = json.loads((RESULTS / "babistories_micro" / "result.json").read_text(encoding="utf-8"))
     result["metrics"]["kept"], result["recipe"]["license"] = 2, license
     folder = tmp_path / "stories"
     folder.mkdir()

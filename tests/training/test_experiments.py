@@ -12,10 +12,10 @@ from helpers.models import make_model
 
 from training.evaluate import mean_loss
 from training.experiments import attention_maps, position_loss, samples, training_curves
-from training.experiments.comparison import reads
+from training.experiments.comparison import fits_context
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe, task_module
-from training.result import claims_table
+from training.tables import claims_table
 from training.tasks import language_modeling
 from training.text.tokenizer import train_tokenizer
 
@@ -148,7 +148,7 @@ def test_maps_are_the_models_own_and_a_model_without_positions_is_absent(small):
     result = attention_maps.run(recipe)
     assert {head["label"] for head in result["measured"]["heads"]} == {"Memory Mosaic"}  # GPT-2 knows 64 positions
     model, tokenizer = recipe.trainings[0].load(attn_implementation="eager")
-    assert reads(model, 10**6) and not reads(recipe.trainings[1].load()[0], 128)
+    assert fits_context(model, 10**6) and not fits_context(recipe.trainings[1].load()[0], 128)
     windows, _ = position_loss.cut_windows(position_loss.load_stories(**STORIES), tokenizer, 128, "stream", 7)
     weights = torch.stack([model(row[None], output_attentions=True).attentions[0][0, :, -1] for row in windows]).mean(
         0

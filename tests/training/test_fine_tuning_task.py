@@ -14,7 +14,7 @@ from training.evaluate import evaluate_folder, load_causal_lm
 from training.export import export_model
 from training.paths import CONFIGURATION
 from training.recipe import SourceSection, load_recipe
-from training.result import fine_tuning_table
+from training.tables import fine_tuning_table
 from training.tasks import fine_tuning, language_modeling
 from training.text.tokenizer import train_tokenizer
 

@@ -33,8 +33,8 @@ from training.generate import generate_texts
 from training.loop import LanguageModelTrainer
 from training.paths import CONFIGURATION
 from training.recipe import SourceSection, load_recipe
-from training.result import bits_per_byte, results_table, rewrite_blocks
 from training.run_folder import only_run_in
+from training.tables import results_table
 from training.tasks import language_modeling
 from training.text.sources import collate_windows, load_stories, pack_windows
 from training.text.story_writer import write_stories
@@ -454,17 +454,11 @@ def test_result_and_its_tables(tmp_path, without_clean_process):
     metrics = result["metrics"]
     assert metrics["validation_perplexity"] == pytest.approx(math.exp(metrics["validation_loss"]))
     assert [point["step"] for point in result["learning_curve"]["validation"]] == [10, 20]
-    assert bits_per_byte(math.log(2), 8, 1) == pytest.approx(8.0)
 
     other = result | {"seed": 1, "metrics": metrics | {"validation_loss": metrics["validation_loss"] + 0.02}}
     table = results_table([other, result])
     assert f"| mosaic-smoke | {result['parameters']:,} | 0, 1 | 5,120 |" in table
     assert f"{metrics['validation_loss'] + 0.01:.4f} ± 0.0141" in table
-    text = "before\n<!-- results: smoke -->\nold\n<!-- end of results -->\nafter"
-    filled = rewrite_blocks(text, [result, other])
-    assert table in filled and "old" not in filled and rewrite_blocks(filled, [result, other]) == filled
-    with pytest.raises(ValueError, match="asks for the results of 'absent'"):
-        rewrite_blocks(text.replace("smoke", "absent"), [result])
     with pytest.raises(ValueError, match="one recipe"):
         results_table([result, result | {"name": "other"}])
 

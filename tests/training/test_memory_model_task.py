@@ -4,7 +4,6 @@
 import json
 import shutil
 
-import evaluate
 import pytest
 import torch
 import yaml
@@ -14,9 +13,10 @@ from helpers.memory_recipes import SMALL, STAGES, read_memory_recipe
 from training.evaluate import load_causal_lm
 from training.experiments import memory_models
 from training.export import verify_export
+from training.metrics.token_accuracy.token_accuracy import token_accuracy
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe
-from training.result import claims_table
+from training.tables import claims_table
 from training.tasks import memory_model
 from training.tasks.memory_model import begin_stage, build_model, measure, training_flops
 
@@ -141,10 +141,7 @@ def test_measures_are_means_over_all_targets(trained):
     assert measures["copy_accuracy"] == pytest.approx(is_right.double().mean().item())
     assert measures["copy_exact"] == pytest.approx(is_right.all(-1).double().mean().item())
     assert measures["copy_by_place"] == pytest.approx(is_right.double().mean((0, 1)).tolist())
-    metric = evaluate.load(str(memory_models.METRICS / "token_accuracy"))
-    found = metric.compute(
-        predictions=logits.argmax(-1).flatten(0, 1).tolist(), references=targets.flatten(0, 1).tolist()
-    )
+    found = token_accuracy(logits.argmax(-1).flatten(0, 1).tolist(), targets.flatten(0, 1).tolist())
     assert [measures[f"copy_{name}"] for name in ("accuracy", "exact", "by_place")] == [
         pytest.approx(found[name]) for name in ("accuracy", "exact", "by_place")
     ]

@@ -14,9 +14,9 @@ from training.experiments import induction
 from training.experiments.regbench import Series, _claim_out_of_distribution, _claims_on_number
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe, task_module
-from training.result import claims_table
 from training.synthetic import automata
 from training.synthetic.automata import AutomataSection
+from training.tables import claims_table
 from training.tasks import symbols
 
 

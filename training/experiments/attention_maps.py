@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
 from training.experiments import comparison
-from training.experiments.comparison import Claim, DepthComparisonRecipe, new_figure, plan, reads, save_figure, summary
+from training.experiments.comparison import DepthComparisonRecipe, fits_context, plan, summary
 from training.experiments.position_loss import cut_windows
+from training.figures import new_figure, save_figure
 from training.recipe import SourceSection
+from training.tables import Claim, markdown_table
 from training.text.sources import load_stories, source_provenance
 
 
@@ -60,7 +62,7 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     for training in tqdm(recipe.trainings, desc="maps"):
         model, tokenizer = training.load(attn_implementation="eager")
         for length in recipe.lengths:
-            if not reads(model, length):
+            if not fits_context(model, length):
                 continue  # the result says so by its absence
             windows, _ = cut_windows(documents, tokenizer, length, "stream", recipe.num_windows)
             num_windows[length] = len(windows)
@@ -146,17 +148,15 @@ def _mean(heads: list[dict[str, Any]], name: str, label: str, length: int) -> fl
 
 def _table(recipe: Recipe, heads: list[dict[str, Any]]) -> str:
     columns = ("sink", "old", "unevenness", "newest", "peak_width")
-    lines = [
-        "| model | length | seeds | first position | older half | unevenness | weight on newest 32 | peak width |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    names = ["first position", "older half", "unevenness", "weight on newest 32", "peak width"]
+    rows = []
     seeds = ", ".join(map(str, recipe.seeds))
     for length in recipe.lengths:
         for label in recipe.runs:
             cells = [_mean(heads, name, label, length) for name in columns]
             told = ["cannot be read" if math.isnan(cell) else f"{cell:.3g}" for cell in cells]
-            lines.append(f"| {label} | {length} | {seeds} | {' | '.join(told)} |")
-    return "\n".join(lines)
+            rows.append([label, str(length), seeds, *told])
+    return markdown_table(["model", "length", "seeds", *names], "lrrrrrrr", rows)
 
 
 def _claims(recipe: Recipe, heads: list[dict[str, Any]]) -> list[Claim]:
@@ -221,9 +221,8 @@ def _draw_maps(recipe: Recipe, maps: dict[tuple[str, int, int], np.ndarray]) -> 
                 axis.semilogy(np.maximum(weights, 1e-7), lw=0.8, label=f"head {head}")
             axis.set_ylim(1e-6, 1)
             axis.set_title(f"{label}, {length} tokens", fontsize=9)
-            axis.grid(alpha=0.3)
         row[0].set_ylabel("weight of the last position")
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend()
     for axis in axes[-1]:
         axis.set_xlabel("position")
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
@@ -239,7 +238,6 @@ def _draw_leaks(recipe: Recipe, heads: list[dict[str, Any]]) -> None:
             axis.scatter(leaks, widths, label=f"seed {seed}")
         axis.set_title(f"{length} tokens")
         axis.set_xlabel("leak coefficient of the head")
-        axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("width of the peak (positions)")
     axes[0, 0].legend()
     save_figure(figure, recipe.folder / f"{recipe.name}_leak.png")

@@ -9,10 +9,9 @@ is not finished is trained, or resumed, before anything is measured.
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from pydantic import Field, PositiveInt, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,18 +23,6 @@ from training.recipe import BaseRecipe, TrainingRecipe, leaves, load_recipe, tas
 from training.result import header, read_result
 from training.run_folder import run_once
 from training.tasks import language_modeling
-
-
-Verdict = Literal["reproduced", "not at this size", "contradicted"]
-
-
-class Claim(NamedTuple):
-    """A statement of the paper beside what was measured: a row of `training/results/README.md`."""
-
-    claim: str
-    paper: str
-    ours: str
-    verdict: Verdict
 
 
 class Trained(NamedTuple):
@@ -218,18 +205,7 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     return "\n".join([result["table"], "", *claims, f"{files} are in {folder}"])
 
 
-def reads(model: PreTrainedModel, num_tokens: int) -> bool:
+def fits_context(model: PreTrainedModel, num_tokens: int) -> bool:
     """Whether a model can read so many tokens: one that learns positions (GPT-2's `wpe`) has a row for each."""
     positions = getattr(model.base_model, "wpe", None)
     return positions is None or num_tokens <= positions.num_embeddings
-
-
-def new_figure(num_rows: int, num_columns: int, width: float = 5.0, height: float = 3.6, **options: Any):
-    """A figure without pyplot, which needs a display and global state, and its axes as a matrix."""
-    figure = Figure(figsize=(width * num_columns, height * num_rows), layout="constrained")
-    return figure, figure.subplots(num_rows, num_columns, squeeze=False, **options)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG."""
-    figure.savefig(path, dpi=110)

@@ -7,10 +7,11 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from training.experiments import comparison
-from training.experiments.comparison import Claim, ComparisonRecipe, new_figure, save_figure, summary
-from training.result import mean_and_deviation
+from training.experiments.comparison import ComparisonRecipe, summary
+from training.figures import new_figure, save_figure
 from training.synthetic import bigrams
 from training.synthetic.bigrams import InformedReader
+from training.tables import Claim, markdown_table, mean_and_deviation
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]
@@ -74,20 +75,18 @@ def _accuracy(runs: list[dict[str, Any]]) -> list[float]:
 
 
 def _table(recipe: Recipe, results: dict[str, list[dict[str, Any]]], informed: dict[str, float]) -> str:
-    lines = [
-        "| model | parameters | seeds | accuracy on triggers seen before | of each seed | loss there "
-        "| accuracy at first occurrence |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    columns = ["model", "parameters", "seeds", "accuracy on triggers seen before", "of each seed", "loss there"]
+    columns.append("accuracy at first occurrence")
+    rows = []
     for label, runs in results.items():
         measures = [[run["metrics"]["test"][name] for run in runs] for name in ("accuracy", "loss", "first_accuracy")]
         accuracy, loss, first = (mean_and_deviation(values, 3) for values in measures)
         each = ", ".join(f"{value:.3f}" for value in measures[0])
-        size = f"{runs[0]['parameters']:,} | {', '.join(map(str, recipe.seeds))}"
-        lines.append(f"| {label} | {size} | {accuracy} | {each} | {loss} | {first} |")
+        size = [f"{runs[0]['parameters']:,}", ", ".join(map(str, recipe.seeds))]
+        rows.append([label, *size, accuracy, each, loss, first])
     accuracy, loss, first = (f"{informed[name]:.3f}" for name in ("accuracy", "loss", "first_accuracy"))
-    lines.append(f"| a reader who knows the bigrams | | | {accuracy} | | {loss} | {first} |")
-    return "\n".join(lines)
+    rows.append(["a reader who knows the bigrams", "", "", accuracy, "", loss, first])
+    return markdown_table(columns, "lrrrrrr", rows)
 
 
 def _claim(results: dict[str, list[dict[str, Any]]], informed: float) -> Claim:
@@ -114,6 +113,5 @@ def _draw(recipe: Recipe, results: dict[str, list[dict[str, Any]]]) -> None:
             steps, accuracy = [p["step"] for p in points], [p["accuracy"] for p in points]
             axes[0, 0].plot(steps, accuracy, color=f"C{number}", lw=1.4, alpha=0.8, label=None if index else label)
     axes[0, 0].set(xlabel="step", ylabel="accuracy on triggers seen before (validation)", ylim=(0, 1))
-    axes[0, 0].grid(alpha=0.3)
     axes[0, 0].legend()
     save_figure(figure, recipe.folder / f"{recipe.name}.png")

@@ -18,27 +18,22 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
-import evaluate
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from pydantic import model_validator
 
 from training.experiments import comparison
-from training.experiments.comparison import (
-    Claim,
-    ComparisonRecipe,
-    Trained,
-    new_figure,
-    save_figure,
-    summary,
-)
+from training.experiments.comparison import ComparisonRecipe, Trained, summary
+from training.figures import new_figure, save_figure
+from training.metrics.mean_loss import bits_per_byte
+from training.metrics.retrieval_accuracy.retrieval_accuracy import retrieval_accuracy
 from training.parallel import recipe_job, run_all
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe
-from training.result import bits_per_byte, mean_and_deviation
+from training.tables import Claim, markdown_table, mean_and_deviation
 from training.tasks import language_modeling
-from training.tasks.memory_model import METRICS, measure, training_flops, unigram
+from training.tasks.memory_model import measure, training_flops, unigram
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]
@@ -152,15 +147,17 @@ def _windows(training: Trained) -> dict[str, Dataset]:
 
 def _table(series: list[Series], numbers: list[dict[str, Any]], question, floor: dict[str, float]) -> str:
     extra = list(numbers[0]["more"])
-    head = ["model", "parameters", "seeds", *(name for _, name, _ in question.columns), *extra]
-    lines = ["| " + " | ".join(head) + " |", "| --- | ---: |" + " ---: |" * (len(head) - 2)]
+    columns = ["model", "parameters", "seeds", *(name for _, name, _ in question.columns), *extra]
+    rows = []
     for one, found in zip(series, numbers, strict=True):
         cells = [one.label, f"{one.results[0]['parameters']:,}", ", ".join(str(r["seed"]) for r in one.results)]
         cells += [one.tell(measure, digits) for measure, _, digits in question.columns]
         cells += [mean_and_deviation(found["more"][name], 3) for name in extra]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     told = f"frequencies alone: accuracy {floor['accuracy']:.3f}, entropy ratio {floor['entropy_ratio']:.3f}"
-    return "\n".join([*lines, "", f"A guess by the tokens' {told}."])
+    return "\n".join(
+        [markdown_table(columns, "l" + "r" * (len(columns) - 1), rows), "", f"A guess by the tokens' {told}."]
+    )
 
 
 def _draw(recipe: Recipe, series: list[Series], question, floor: dict[str, float]) -> None:
@@ -180,11 +177,10 @@ def _draw(recipe: Recipe, series: list[Series], question, floor: dict[str, float
     bars.axvline(floor["accuracy"], color="grey", ls=":", label="frequencies alone")
     bars.set_xlabel(question.drawn_name)
     bars.set_xlim(0, 1.02)
-    bars.legend(fontsize=7)
+    bars.legend()
     curves.set_xlabel("training so far ($10^{12}$ operations)")
     curves.set_ylabel(question.curve_name)
-    curves.grid(alpha=0.3)
-    curves.legend(fontsize=7)
+    curves.legend()
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 
@@ -211,11 +207,11 @@ def _entropy(recipe: Recipe, series: Series, floor: dict[str, float]) -> dict[st
 def _retrieval(recipe: Recipe, series: Series, floor: dict[str, float]) -> dict[str, list[float]]:
     """How often an embedding finds, among those of a corpus, the one chunk that it shares three quarters with."""
     trainings = [t for t in recipe.trainings if t.label == series.label]
-    return _entropy(recipe, series, floor) | {"retrieval": [retrieval_accuracy(t) for t in trainings]}
+    return _entropy(recipe, series, floor) | {"retrieval": [_retrieval_accuracy(t) for t in trainings]}
 
 
 @torch.no_grad()
-def retrieval_accuracy(training: Trained) -> float:
+def _retrieval_accuracy(training: Trained) -> float:
     """Top-1 accuracy of chunks of validation text among NUM_CANDIDATES that begin a quarter of a chunk later."""
     model, _ = training.load()
     length = model.config.chunk_length
@@ -224,8 +220,7 @@ def retrieval_accuracy(training: Trained) -> float:
     chunks = text.unfold(0, length, 2 * length)  # every other one, so that no two candidates share a token
     later = text.roll(-(length // 4)).unfold(0, length, 2 * length)
     queries, candidates = (model.encoder(part.to(model.device)).memories.flatten(1) for part in (chunks, later))
-    metric = evaluate.load(str(METRICS / "retrieval_accuracy"))
-    return metric.compute(predictions=queries.tolist(), references=candidates.tolist())["accuracy"]
+    return retrieval_accuracy(queries.tolist(), candidates.tolist())["accuracy"]
 
 
 def _stored(recipe: Recipe, series: Series, floor: dict[str, float]) -> dict[str, list[float]]:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
@@ -22,16 +21,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.evaluate import tokens_and_bytes
 from training.experiments import comparison
-from training.experiments.comparison import Claim, DepthComparisonRecipe, new_figure, plan, reads, save_figure, summary
-from training.paths import CONFIGURATION
+from training.experiments.comparison import DepthComparisonRecipe, fits_context, plan, summary
+from training.figures import new_figure, save_figure
+from training.metrics.mean_loss import bits_per_byte
+from training.metrics.per_position_loss.per_position_loss import per_position_loss
 from training.recipe import SourceSection
-from training.result import bits_per_byte
+from training.tables import Claim, markdown_table
 from training.text.sources import load_stories, pack_windows, source_provenance
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]
-
-METRIC = CONFIGURATION.parent / "training" / "metrics" / "per_position_loss"
 
 
 class TextSection(SourceSection):
@@ -92,7 +91,7 @@ def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any
     groups, sizes = None, None
     for training in tqdm(recipe.trainings, desc=name):
         model, tokenizer = training.load()
-        if not reads(model, recipe.context_length):
+        if not fits_context(model, recipe.context_length):
             continue  # the result says so by its absence
         if groups is None:
             windows, groups = cut_windows(documents, tokenizer, recipe.context_length, text.windows, text.num_windows)
@@ -169,8 +168,8 @@ def _binned(by_token: np.ndarray, bin_width: int) -> np.ndarray:
 
 def _bands(values: np.ndarray, groups: list[int]) -> dict[str, list[float]]:
     """Mean over windows and its 95 % band, for each column of `(N, bins)`."""
-    metric = evaluate.load(str(METRIC))
-    bands = metric.compute(predictions=values.tolist(), references=[str(group) for group in groups])
+    # As words, because the order in which documents are resampled is that of their names.
+    bands = per_position_loss(values, [str(group) for group in groups])
     return {name: [round(float(number), 5) for number in bands[name]] for name in ("mean", "low", "high")}
 
 
@@ -205,17 +204,15 @@ def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
     edges = [edge for edge in edges if edge[1] < length]
     if length > trained:
         edges = [("within training length", 0, trained), ("beyond training length", trained, length)]
-    lines = [
-        f"| text | model | {' | '.join(name for name, *_ in edges)} | bits per byte |",
-        f"| --- | --- | {' | '.join('---:' for _ in edges)} | ---: |",
-    ]
+    columns = ["text", "model", *(name for name, *_ in edges), "bits per byte"]
+    rows = []
     for name, text in measured.items():
         positions = np.array(text["positions"])
         for key, band in text["loss"].items():
             mean = np.array(band["mean"])
             cells = [f"{mean[(positions >= low) & (positions < high)].mean():.3f}" for _, low, high in edges]
-            lines.append(f"| {name} | {key} | {' | '.join(cells)} | {text['bits_per_byte'][key]:.3f} |")
-    return "\n".join(lines)
+            rows.append([name, key, *cells, f"{text['bits_per_byte'][key]:.3f}"])
+    return markdown_table(columns, "ll" + "r" * (len(columns) - 2), rows)
 
 
 def _claims(recipe: Recipe, name: str, text: TextSection, measured: dict[str, Any]) -> Iterator[Claim]:
@@ -281,13 +278,12 @@ def _draw(recipe: Recipe, measured: dict[str, Any]) -> None:
                 axes[row, column].fill_between(
                     text["positions"], band["low"], band["high"], color=color, alpha=0.2, lw=0
                 )
-            axes[row, column].grid(alpha=0.3)
             if recipe.context_length > recipe.training_length:
                 axes[row, column].axvline(recipe.training_length, color="black", ls=":", label="training length")
         axes[0, column].set_title(f"{name} ({text['num_windows']} windows)")
         axes[-1, column].set_xlabel("position in the window (tokens)")
     axes[0, 0].set_ylabel("loss (nats per token)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     if rows == 2:
         # In the colour of the other.
         axes[1, 0].set_ylabel(f"{next(iter(recipe.runs))} minus the other (nats per token)")

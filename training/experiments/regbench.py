@@ -14,18 +14,10 @@ from pydantic import Field, PositiveInt, model_validator
 from modeling_memory_mosaic import inspect_units, summarize_units
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
-from training.experiments.comparison import (
-    Claim,
-    ComparisonRecipe,
-    Trained,
-    Verdict,
-    new_figure,
-    save_figure,
-    summary,
-)
-from training.experiments.units import draw_units
-from training.result import mean_and_deviation
+from training.experiments.comparison import ComparisonRecipe, Trained, summary
+from training.figures import draw_units, new_figure, save_figure
 from training.synthetic import automata
+from training.tables import Claim, Verdict, markdown_table, mean_and_deviation
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]
@@ -132,19 +124,21 @@ def _inspect(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _table(series: list[Series]) -> str:
-    lines = [
-        "| model | parameters | training automata | seeds | accuracy | TVD | accuracy, last token | TVD, last token "
-        "| accuracy in distribution | TVD in distribution |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    columns = [("test", "accuracy"), ("test", "tvd"), ("test", "last_accuracy"), ("test", "last_tvd")]
-    columns += [("test_iid", "accuracy"), ("test_iid", "tvd")]
+    measures = {
+        "accuracy": ("test", "accuracy"),
+        "TVD": ("test", "tvd"),
+        "accuracy, last token": ("test", "last_accuracy"),
+        "TVD, last token": ("test", "last_tvd"),
+        "accuracy in distribution": ("test_iid", "accuracy"),
+        "TVD in distribution": ("test_iid", "tvd"),
+    }
+    rows = []
     for one in series:
-        cells = [mean_and_deviation(one.values(*column), 3) for column in columns]
+        cells = [mean_and_deviation(one.values(*measure), 3) for measure in measures.values()]
         seeds = ", ".join(str(result["seed"]) for result in one.results)
-        size = f"{one.results[0]['parameters']:,} | {one.num_automata:,} | {seeds}"
-        lines.append(f"| {one.label} | {size} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([one.label, f"{one.results[0]['parameters']:,}", f"{one.num_automata:,}", seeds, *cells])
+    columns = ["model", "parameters", "training automata", "seeds", *measures]
+    return markdown_table(columns, "l" + "r" * (len(columns) - 1), rows)
 
 
 def _claims(recipe: Recipe, series: list[Series]) -> Iterable[Claim]:
@@ -230,15 +224,13 @@ def _draw(recipe: Recipe, series: list[Series]) -> None:
             steps, accuracy = [p["step"] for p in points], [p["accuracy"] for p in points]
             axes[0, 2].plot(steps, accuracy, color=f"C{number}", lw=1, alpha=0.7, label=None if index else label)
     axes[0, 2].set(xlabel="step", ylabel="validation accuracy", title="while training")
-    axes[0, 2].legend(fontsize=7)
-    axes[0, 2].grid(alpha=0.3)
+    axes[0, 2].legend()
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 
 def _draw_measure(recipe: Recipe, axis, series: list[Series], measure: str) -> None:
     """Of one number of automata bars, in and out of distribution; of several, curves."""
     axis.set_title({"accuracy": "accuracy", "tvd": "total variation distance"}[measure])
-    axis.grid(alpha=0.3)
     if len(recipe.num_automata) == 1:
         for shift, split, name in ((-0.2, "test", "new automata"), (0.2, "test_iid", "training automata")):
             places = [number + shift for number in range(len(series))]
@@ -248,7 +240,7 @@ def _draw_measure(recipe: Recipe, axis, series: list[Series], measure: str) -> N
                 axis.plot(value, [place] * len(value), "k.", ms=3)
         axis.set_yticks(range(len(series)), [one.label for one in series], fontsize=8)
         axis.invert_yaxis()
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=2)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=2)
         return
     for number, label in enumerate(recipe.runs):
         own = [one for one in series if one.label == label]
@@ -260,4 +252,4 @@ def _draw_measure(recipe: Recipe, axis, series: list[Series], measure: str) -> N
     axis.set_xlabel("training automata")
     axis.set_xticks(recipe.num_automata, [f"{number:,}" for number in recipe.num_automata])
     axis.minorticks_off()
-    axis.legend(fontsize=7)
+    axis.legend()

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from typing_extensions import TypedDict
 
 from training.experiments import comparison
-from training.experiments.comparison import Claim, DepthComparisonRecipe, Trained, plan, summary
+from training.experiments.comparison import DepthComparisonRecipe, Trained, plan, summary
 from training.files import read_json, write_text
 from training.recipe import Section
+from training.tables import Claim, markdown_table
 from training.text.sources import checksum
 
 
@@ -177,13 +178,13 @@ def _side_by_side(recipe: Recipe, prompts: list[Prompt], samples: dict[str, list
         "",
         f"Seed {recipe.seeds[0]} of each training; {how or 'greedy'}. Written by `{recipe.name}.yaml`.",
         "",
-        f"| kind | prompt | {' | '.join(samples)} |",
-        f"| --- | --- | {' | '.join('---' for _ in samples)} |",
     ]
-    for index, prompt in enumerate(prompts):
-        cells = [prompt["kind"], prompt["prompt"], *(sample[index] for sample in samples.values())]
-        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [_cell(text) for text in (prompt["kind"], prompt["prompt"], *continued)]
+        for prompt, *continued in zip(prompts, *samples.values(), strict=True)
+    ]
+    table = markdown_table(["kind", "prompt", *samples], "ll" + "l" * len(samples), rows)
+    return "\n".join([*lines, table]) + "\n"
 
 
 def _cell(text: str) -> str:
@@ -191,14 +192,12 @@ def _cell(text: str) -> str:
 
 
 def _table(judged: dict[str, dict[str, float]]) -> str:
-    lines = [
-        "| model | continuations that repeat four words | distinct word pairs | loss under the other model |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    columns = ["model", "continuations that repeat four words", "distinct word pairs", "loss under the other model"]
+    rows = []
     for name, numbers in judged.items():
         cells = (numbers["repetition"], numbers["distinct_bigrams"], numbers["loss_under_others"])
-        lines.append(f"| {name} | {cells[0]:.0%} | {cells[1]:.0%} | {cells[2]:.3f} |")
-    return "\n".join(lines)
+        rows.append([name, f"{cells[0]:.0%}", f"{cells[1]:.0%}", f"{cells[2]:.3f}"])
+    return markdown_table(columns, "lrrr", rows)
 
 
 def _claims(recipe: Recipe, judged: dict[str, dict[str, float]]) -> list[Claim]:

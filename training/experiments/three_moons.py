@@ -15,12 +15,14 @@ from accelerate import PartialState
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from tqdm import tqdm
 
-from training.experiments.comparison import Claim, new_figure, save_figure, summary
+from training.experiments.comparison import summary
+from training.figures import new_figure, save_figure
 from training.parallel import Job, run_all
 from training.recipe import BaseRecipe
 from training.result import header, read_result
 from training.run_folder import run_once
 from training.synthetic import moons
+from training.tables import Claim, markdown_table
 from training.tasks.moon_model import (
     EVALUATION_SEED,
     PART,
@@ -187,8 +189,6 @@ def _by_heads(rows: list[dict[str, Any]], heads: int) -> list[dict[str, Any]]:
 
 def _table(parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> str:
     """Deviations between the landmarks; the trained models of each number of heads as one line, then each seed."""
-    head = ["model", "heads", "seeds", "moons", *SECTIONS, "near a permutation"]
-    lines = [f"| {' | '.join(head)} |", "| --- | ---: | --- | --- | " + " | ".join(["---:"] * 6) + " |"]
     groups = [(f"identity, beta {row['beta']:g}", "-", [row]) for row in identities]
     trained = defaultdict(list)
     for part in parts:
@@ -198,17 +198,17 @@ def _table(parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> str
         groups.append(("trained", ", ".join(str(row["seed"]) for row in rows), rows))
         if len(rows) > 1:
             groups += [("trained", str(row["seed"]), [row]) for row in rows]
-    for system in SYSTEMS:
-        lines += [_table_line(model, seeds, system, rows) for model, seeds, rows in groups]
-    return "\n".join(lines)
+    columns = ["model", "heads", "seeds", "moons", *SECTIONS, "near a permutation"]
+    lines = [_table_line(model, seeds, system, rows) for system in SYSTEMS for model, seeds, rows in groups]
+    return markdown_table(columns, "lrll" + "r" * (len(columns) - 4), lines)
 
 
-def _table_line(model: str, seeds: str, system: str, rows: list[dict[str, Any]]) -> str:
+def _table_line(model: str, seeds: str, system: str, rows: list[dict[str, Any]]) -> list[str]:
     cells = [_median_and_range([row["sections"][system][name] for row in rows], 3) for name in SECTIONS]
     # One head may mix the moons in any way and predict the same: there the number would say nothing.
     together = [row["permutation"]["together"] for row in rows]
     nearness = _median_and_range(together, 2) if rows[0]["heads"] > 1 else "-"
-    return f"| {model} | {rows[0]['heads']} | {seeds} | {system} | {' | '.join(cells)} | {nearness} |"
+    return [model, str(rows[0]["heads"]), seeds, system, *cells, nearness]
 
 
 def _claims(parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> list[Claim]:
@@ -317,7 +317,7 @@ def _draw_curves(recipe: Recipe, parts: list[dict[str, Any]], identities: list[d
     for axis in axes[-1]:
         axis.set_xlabel("observations read")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=7)
+    figure.legend(handles, labels, loc="outside right center")
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 
@@ -345,6 +345,7 @@ def _draw_weights(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
 
 def _picture(axis, matrix: np.ndarray) -> None:
     axis.imshow(matrix, cmap="Blues", vmin=0, vmax=matrix.max() or 1)
+    axis.grid(False)
     for (row, column), value in np.ndenumerate(matrix):
         color = "white" if value > matrix.max() / 2 else "black"
         axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=5, color=color)
@@ -366,7 +367,7 @@ def _draw_units(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
             _mark_periods(axis, _rounded_landmarks(recipe, "validation"))
             axis.set_xlim(0, recipe.length)
         column[0].set_title(f"{heads_in_words(part['heads'])}, seed {part['seed']}", pad=16)
-        column[0].legend(fontsize=7)
+        column[0].legend()
         _draw_moons_by_head(column[3], np.array(part["moons_by_head"]))
     for axis, label in zip(
         axes[:, 0], ("relative error", "effective pairs", "share of prediction", "head"), strict=True

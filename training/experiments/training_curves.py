@@ -9,8 +9,9 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from training.experiments import comparison
-from training.experiments.comparison import Claim, DepthComparisonRecipe, new_figure, plan, save_figure, summary
-from training.result import mean_and_deviation
+from training.experiments.comparison import DepthComparisonRecipe, plan, summary
+from training.figures import new_figure, save_figure
+from training.tables import Claim, markdown_table, mean_and_deviation
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]
@@ -62,19 +63,17 @@ def _gaps(recipe: Recipe, results: dict[tuple[str, int, int], dict[str, Any]]) -
 
 
 def _table(recipe: Recipe, results: dict[tuple[str, int, int], dict[str, Any]]) -> str:
-    lines = [
-        "| model | blocks | parameters | seeds | tokens | validation loss | perplexity |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    columns = ["model", "blocks", "parameters", "seeds", "tokens", "validation loss", "perplexity"]
+    rows = []
     for depth in recipe.depths:
         for label in recipe.runs:
             runs = [results[label, depth, seed] for seed in recipe.seeds]
             loss = mean_and_deviation([run["metrics"]["validation_loss"] for run in runs], 4)
             perplexity = mean_and_deviation([run["metrics"]["validation_perplexity"] for run in runs], 2)
             seeds = ", ".join(map(str, recipe.seeds))
-            size = f"{runs[0]['parameters']:,} | {seeds} | {runs[0]['tokens']:,}"
-            lines.append(f"| {label} | {depth} | {size} | {loss} | {perplexity} |")
-    return "\n".join(lines)
+            size = [str(depth), f"{runs[0]['parameters']:,}", seeds, f"{runs[0]['tokens']:,}"]
+            rows.append([label, *size, loss, perplexity])
+    return markdown_table(columns, "lrrrrrr", rows)
 
 
 def _claims(recipe: Recipe, gaps: dict[int, list[float]]) -> list[Claim]:
@@ -114,7 +113,6 @@ def _draw(recipe: Recipe, results: dict[tuple[str, int, int], dict[str, Any]], p
             column.plot(list(by_tokens), mean, color=color, label=label, lw=1.8)
         column.set_title(f"{depth} block{'s' if depth > 1 else ''}")
         column.set_xlabel("training tokens")
-        column.grid(alpha=0.3)
     axes[0, 0].set_ylabel("validation loss (nats per token)")
     axes[0, -1].legend()
     save_figure(figure, path)

@@ -21,7 +21,7 @@ from training.evaluate import load_model
 from training.files import write_json, write_text
 from training.paths import CLONE, RESULTS
 from training.publishing import checks, trials
-from training.result import TABLES
+from training.tables import TABLES
 from training.tasks import babistories
 from training.tasks.fine_tuning import weights_checksums
 
@@ -129,7 +129,7 @@ def comparable_results(publication: Publication) -> list[dict[str, Any]]:
     own = publication.result
     found = {(own["model"], own["seed"]): own}
     if own["task"] == "language_modeling":
-        others = sorted(RESULTS.glob(f"{own['name']}--*.json")) + sorted(publication.run.parent.glob("*/result.json"))
+        others = sorted((RESULTS / own["name"]).glob("*.json")) + sorted(publication.run.parent.glob("*/result.json"))
         for other in map(read_result, others):
             if other.get("task") == own["task"] and _compared(other) == _compared(own):
                 found.setdefault((other["model"], other["seed"]), other)

@@ -42,7 +42,6 @@ from transformers import (
 )
 
 from training.card import STORIES, render
-from training.experiments.comparison import Claim
 from training.files import (
     checksum,
     read_sealed,
@@ -56,6 +55,7 @@ from training.files import (
 from training.recipe import BaseRecipe, Section
 from training.result import header
 from training.run_folder import run_once
+from training.tables import Claim
 from training.text import story_filters, story_prompts
 from training.text.story_prompts import FEATURES, FIRST_NUMBER, LISTS, REQUESTS, TEMPLATE
 from training.text.tokenizer import added_tokens, load_tokenizer

@@ -22,9 +22,9 @@ from training.bounded import read_object
 from training.evaluate import load_causal_lm, mean_loss
 from training.export import export_model
 from training.files import checksum, staged_folder
+from training.metrics.mean_loss import perplexity
 from training.paths import CONFIGURATION
 from training.recipe import Section, TextRecipe, load_recipe
-from training.result import perplexity
 from training.tasks import language_modeling
 from training.text.tokenizer import added_tokens, load_tokenizer
 

@@ -9,11 +9,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
-import evaluate
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from matplotlib.figure import Figure
 from pydantic import Field, PositiveInt, model_validator
 from transformers import AutoModelForCausalLM, PreTrainedConfig, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -23,8 +21,10 @@ from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 from training.cost import count_flops
 from training.evaluate import load_causal_lm, tokens_and_bytes
 from training.export import export_model
+from training.figures import draw_stages
 from training.files import CHECKSUMS
 from training.loop import LanguageModelTrainer, build_training_arguments, set_aside_broken_checkpoints
+from training.metrics.entropy_ratio.entropy_ratio import entropy_ratio
 from training.parallel import report_progress
 from training.paths import CONFIGURATION
 from training.recipe import (
@@ -43,7 +43,6 @@ from training.tasks import language_modeling
 from training.text.sources import collate_windows, load_stories, source_provenance
 
 
-METRICS = CONFIGURATION.parent / "training" / "metrics"
 STAGE = "stage.json"  # marks a stage as done
 # Added to the seed of a new decoder, which had better not begin as the one did that the encoder was trained with.
 NEW_DECODER = 10_000
@@ -199,7 +198,7 @@ def unigram(windows: dict[str, Dataset], vocab_size: int) -> dict[str, float]:
     """What a guess by the frequencies of the training tokens alone reaches on the validation tokens."""
     ids = {split: windows[split].with_format("numpy")["input_ids"][:] for split in ("train", "validation")}
     counts, tokens = Counter(ids["train"].ravel().tolist()), ids["validation"].ravel().tolist()
-    found = evaluate.load(str(METRICS / "entropy_ratio")).compute(
+    found = entropy_ratio(
         predictions=[0.0],  # of a model; only the guess beside it is asked for
         references=[tokens],
         vocab_size=vocab_size,
@@ -375,29 +374,6 @@ def begin_stage(model: MemoryModelForCausalLM, stage: StageSection, seed: int) -
     if stage.new_decoder:
         set_seed(seed + NEW_DECODER)
         model.reset_decoder()
-
-
-def draw_stages(result: dict[str, Any], path: Path) -> None:
-    """What the memories told and how well the next token was predicted, over all stages, as a PNG."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    loss, told = figure.subplots(1, 2)
-    for axes, names in (
-        (loss, ["eval_causal_loss"]),
-        (told, [f"eval_{name}_accuracy" for name in OBJECTIVES[1:]]),
-    ):
-        for name in names:
-            before, points = 0, []
-            for stage in result["stages"]:
-                points += [(before + entry["step"], entry[name]) for entry in stage["learning_curve"] if name in entry]
-                before += stage["steps"]
-                axes.axvline(before, color="lightgrey", zorder=0)
-            label = name.removeprefix("eval_").removesuffix("_accuracy").replace("_", " ")
-            axes.plot(*zip(*points, strict=True) if points else ([], []), marker="o", markersize=3, label=label)
-        axes.set_xlabel("steps; a grey line ends a stage")
-        axes.legend(loc="center right")
-    loss.set_ylabel("loss of the next token (nats)")
-    told.set_ylabel("share of tokens told")
-    figure.savefig(path, dpi=120)
 
 
 def training_flops(recipe: Recipe) -> list[int]:

@@ -30,13 +30,14 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, mo
 from sqlalchemy.pool import NullPool
 from tqdm import tqdm
 
-from training.experiments.comparison import new_figure, save_figure
+from training.figures import new_figure, save_figure
 from training.files import checksum, read_sealed, sealed, set_aside, write_text
 from training.parallel import start_workers
 from training.paths import CONFIGURATION
 from training.recipe import BaseRecipe, Section, load_recipe
 from training.result import header, read_result
 from training.run_folder import run_once
+from training.tables import markdown_table
 from training.tasks.search_trials import Outcome, run_trial
 
 
@@ -406,17 +407,15 @@ def _data(recipe: Recipe, ranking: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _table(recipe: Recipe, ranking: list[dict[str, Any]], trials: list[dict[str, Any]]) -> str:
-    lines = [
-        f"| {' | '.join(recipe.space)} | {recipe.metric} | seconds |",
-        f"| {'--- | ' * len(recipe.space)}---: | ---: |",
+    rows = [
+        [*map(_short, trial["settings"].values()), f"{trial['metric']:.6g}", f"{trial['seconds']:,.0f}"]
+        for trial in ranking[:LONGEST_TABLE]
     ]
-    for trial in ranking[:LONGEST_TABLE]:
-        values = " | ".join(_short(value) for value in trial["settings"].values())
-        lines.append(f"| {values} | {trial['metric']:.6g} | {trial['seconds']:,.0f} |")
+    table = markdown_table([*recipe.space, recipe.metric, "seconds"], "l" * len(recipe.space) + "rr", rows)
     failed = [trial for trial in trials if trial["state"] == "failed"]
     shown = f"The best {LONGEST_TABLE} of" if len(ranking) > LONGEST_TABLE else "All"
-    lines += ["", f"{shown} {len(ranking)} settings with a result, from {len(trials)} trials; {len(failed)} failed."]
-    return "\n".join(lines)
+    note = f"{shown} {len(ranking)} settings with a result, from {len(trials)} trials; {len(failed)} failed."
+    return "\n".join([table, "", note])
 
 
 def _draw(recipe: Recipe, ranking: list[dict[str, Any]], path: Path) -> None:
@@ -435,7 +434,6 @@ def _draw(recipe: Recipe, ranking: list[dict[str, Any]], path: Path) -> None:
         axis.scatter(tried, metrics, alpha=0.6)
         axis.scatter(tried[:1], metrics[:1], marker="*", s=150, color="C1", label="best")
         axis.set_xlabel(key)
-        axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel(recipe.metric)
     axes[0, -1].legend()

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Markdown tables of results, and the blocks of READMEs that show them.
+
+`python -m training.tables collect NAME` copies what an experiment left in `runs/NAME` to `training/results/NAME`.
+`python -m training.tables tables README.md` rewrites each block of a file that stands between
+`<!-- [[[cog print(table_of("NAME")) ]]] -->` and `<!-- [[[end]]] -->` (`cog` is the program that finds the blocks).
+"""
+
+import importlib
+import shutil
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import typer
+from cogapp import Cog
+from tabulate import DataRow, TableFormat, tabulate
+
+from training.files import read_json, staged_file
+from training.paths import RESULTS
+from training.result import SHOWN, read_result
+
+
+Verdict = Literal["reproduced", "not at this size", "contradicted"]
+# Names of blocks that show a benchmark, and the module that measures it.
+BENCHMARKS = {"speed": "speed", "memory_speed": "memory_models"}
+
+
+class Claim(NamedTuple):
+    """A statement of the paper beside what was measured: a row of `training/results/README.md`."""
+
+    claim: str
+    paper: str
+    ours: str
+    verdict: Verdict
+
+
+_ROW = DataRow("| ", " | ", " |")
+_ALIGNMENTS = {"l": "---", "r": "---:"}
+
+
+def markdown_table(columns: Sequence[str], alignment: str, rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table without padding, so that a changed cell changes no other line.
+
+    Args:
+        columns: their names.
+        alignment: a letter for each column, `l` or `r`.
+        rows: cells of each row.
+    """
+    marks = f"| {' | '.join(_ALIGNMENTS[letter] for letter in alignment)} |"
+    layout = TableFormat(None, lambda widths, alignments: marks, None, None, _ROW, _ROW, 0, None)
+    return tabulate(list(rows), columns, layout, disable_numparse=True, stralign=None)
+
+
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """Return the values of several seeds as `mean ± standard deviation`, one value as itself."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def results_table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table with a line for each model: mean and, over several seeds, standard deviation.
+
+    Args:
+        results: contents of `result.json` files of one recipe; the seeds of a model are put together.
+
+    Raises:
+        ValueError: no results, or results of different recipes, which a table would wrongly compare.
+    """
+    names = {result["name"] for result in results}
+    if len(names) != 1:
+        raise ValueError(f"a table compares results of one recipe, not of {sorted(names) or 'none'}")
+    by_model = defaultdict(list)
+    for result in results:
+        by_model[result["model"]].append(result)
+    columns = ["model", "parameters", "seeds", "tokens"]
+    columns += ["validation loss", "perplexity", "bits per byte", "seconds"]
+    return markdown_table(columns, "lrrrrrrr", [_results_row(model, by_model[model]) for model in sorted(by_model)])
+
+
+def _results_row(model: str, results: list[dict[str, Any]]) -> list[str]:
+    loss, perplexity, bits = (
+        [result["metrics"][f"validation_{name}"] for result in results]
+        for name in ("loss", "perplexity", "bits_per_byte")
+    )
+    return [
+        model,
+        f"{results[0]['parameters']:,}",
+        ", ".join(str(seed) for seed in sorted(result["seed"] for result in results)),
+        f"{results[0]['tokens']:,}",
+        mean_and_deviation(loss, 4),
+        mean_and_deviation(perplexity, 2),
+        mean_and_deviation(bits, 4),
+        f"{statistics.mean(result['seconds'] for result in results):,.0f}",
+    ]
+
+
+def fine_tuning_table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table with a line for the base and one for each choice of what LoRA adapts.
+
+    Args:
+        results: contents of `result.json` files of fine-tunings; seeds are put together.
+
+    Raises:
+        ValueError: results of different bases, which a table would wrongly compare.
+    """
+    bases = [result["base"] for result in results]
+    if any(base != bases[0] for base in bases):
+        raise ValueError("a table compares fine-tunings of one base: these are of several")
+    by_adapter = defaultdict(list)
+    for result in results:
+        lora = result["recipe"]["lora"]
+        targets = [name.rpartition(".")[2] for name in lora["target_modules"] + lora["target_parameters"]]
+        by_adapter[f"LoRA of rank {lora['r']} on {', '.join(targets)}"].append(result)
+    rows = [_fine_tuning_row("the base", [{"metrics": bases[0]["metrics"]}], num_trained=0)]
+    for name, adapted in sorted(by_adapter.items()):
+        rows.append(_fine_tuning_row(name, adapted, adapted[0]["trained_parameters"]))
+    return markdown_table(["model", "trained numbers", "seeds", "validation loss", "perplexity"], "lrrrr", rows)
+
+
+def _fine_tuning_row(name: str, results: list[dict[str, Any]], num_trained: int) -> list[str]:
+    seeds = ", ".join(str(result["seed"]) for result in results if "seed" in result)
+    loss, perplexity = (
+        [result["metrics"][f"validation_{measure}"] for result in results] for measure in ("loss", "perplexity")
+    )
+    return [name, f"{num_trained:,}", seeds, mean_and_deviation(loss, 4), mean_and_deviation(perplexity, 2)]
+
+
+def claims_table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table with a row for each claim of the paper that an experiment's result speaks to."""
+    rows = [
+        (claim["claim"], f"`{result['name']}`", claim["paper"], claim["ours"], claim["verdict"])
+        for result in results
+        for claim in result.get("claims", [])
+    ]
+    return markdown_table(["claim", "recipe", "paper", "ours", "verdict"], "lllll", rows)
+
+
+# By task: the table of results that hold none of their own, because each is of one training.
+TABLES = {"language_modeling": results_table, "fine_tuning": fine_tuning_table}
+
+
+def committed_results() -> list[dict[str, Any]]:
+    """Return the contents of all result files in `training/results`, in the order of their paths."""
+    return [read_json(path) for path in sorted(RESULTS.glob("*/*.json"))]
+
+
+def table_of(name: str) -> str:
+    """Return the table that the block `name` of a README shows.
+
+    Args:
+        name: of a recipe with committed results, `claims`, or one of `BENCHMARKS`.
+
+    Raises:
+        ValueError: there are no such results.
+    """
+    if name in BENCHMARKS:
+        # Imported only here: no training should depend on a benchmark.
+        benchmark = importlib.import_module(f"benchmarks.{BENCHMARKS[name]}")
+        return benchmark.table(read_json(Path(benchmark.__file__).with_suffix(".json")))
+    results = committed_results()
+    if name == "claims":
+        return claims_table(results)
+    chosen = [result for result in results if result["name"] == name]
+    if not chosen:
+        known = sorted({result["name"] for result in results})
+        raise ValueError(f"a block asks for the results of {name!r}, but there are only those of {known}")
+    return chosen[0]["table"] if "table" in chosen[0] else TABLES[chosen[0]["task"]](chosen)
+
+
+def rewrite_tables(*paths: str | Path) -> None:
+    """Rewrite the blocks of each file from the committed results."""
+    options = ["-r", "-P", "-p", "from training.tables import table_of", "--verbosity=0"]
+    Cog().callable_main(["cog", *options, *map(str, paths)])
+
+
+def collect(*names: str) -> None:
+    """Copy result, pictures and tables of finished experiments from `runs/NAME` to `training/results/NAME`.
+
+    Raises:
+        ValueError: an experiment is not finished.
+    """
+    for name in names:
+        folder = Path("runs") / name
+        if read_result(folder) is None:
+            raise ValueError(f"{folder} holds no result.json: run the recipe {name!r} to its end first")
+        (RESULTS / name).mkdir(exist_ok=True)
+        shown = sorted(path for path in folder.iterdir() if path.suffix in SHOWN)
+        for path in [*shown, folder / "result.json"]:
+            with staged_file(RESULTS / name / path.name) as staged:
+                shutil.copyfile(path, staged)
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command("collect")
+def _collect(names: list[str]) -> None:
+    collect(*names)
+
+
+@app.command("tables")
+def _tables(paths: list[Path]) -> None:
+    rewrite_tables(*paths)
+
+
+if __name__ == "__main__":
+    app()
