@@ -26,7 +26,8 @@ from training.experiments.comparison import Claim, DepthComparisonRecipe, new_fi
 from training.paths import CONFIGURATION
 from training.recipe import SourceSection
 from training.result import bits_per_byte
-from training.text.sources import load_stories, pack_windows, source_provenance
+from training.text.sources import load_stories, source_provenance
+from training.text.windows import pack_windows
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]
