@@ -17,7 +17,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 
 from training.files import checksum
 from training.text import story_files, story_writer
-from training.text.archive import archive_volumes, archives_in, names_archive, unpacked_file
+from training.text.archive import archive_volumes, find_archives, is_archive_name, unpack_split
 from training.text.cache import cached_rows, check_unchanged, fingerprint
 from training.text.story_files import FILE_FORMS, quoted_names, read_story_files
 from training.text.story_writer import WORDS_FILE, stories_identity, write_stories
@@ -36,8 +36,8 @@ def _visible_story_files(folder: Path) -> list[Path]:
 
 def _is_archive(path: Path) -> bool:
     if path.is_file():
-        return names_archive(path.name)
-    archives, texts = archives_in(path), _visible_story_files(path)
+        return is_archive_name(path.name)
+    archives, texts = find_archives(path), _visible_story_files(path)
     if archives and texts:
         raise ValueError(
             f"folder {str(path)!r} holds an archive ({archives[0].name}) and files of stories ({texts[0].name}): name "
@@ -58,7 +58,7 @@ def source_type(source: str) -> Literal["embedded", "files", "archive", "hub"]:
     if source and path.exists():
         return "archive" if _is_archive(path) else "files"
     is_path = path.is_absolute() or source.startswith(".") or source.lower().endswith(FILE_FORMS)
-    if not source or is_path or names_archive(path.name):
+    if not source or is_path or is_archive_name(path.name):
         raise ValueError(
             f"source {source!r} does not exist: name a file or folder, {EMBEDDED!r}, or a data set on the Hub"
         )
@@ -99,7 +99,7 @@ def local_files(source: str, split: str) -> list[Path]:
     path = Path(source).expanduser()
     if _is_archive(path):
         volumes = archive_volumes(path)
-        return [unpacked_file(volumes, [checksum(volume) for volume in volumes], split, FILE_FORMS)]
+        return [unpack_split(volumes, [checksum(volume) for volume in volumes], split, FILE_FORMS)]
     if path.is_file():
         if not path.name.lower().endswith(FILE_FORMS):
             raise ValueError(f"{source}: not one of the known forms {', '.join(FILE_FORMS)}, .7z, .7z.001")
