@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_archive_name(name: str) -> bool:
-    """Return whether this is the name of an archive or of one of its volumes: `.7z`, `.7z.001`, `.7z.002` and so on."""
+    """Return whether this names an archive or one of its volumes: `.7z`, `.7z.001`, `.7z.002` and so on."""
     return _NAME.fullmatch(name) is not None
 
 
