@@ -16,7 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
 from datasets.utils import tqdm
 
-from training.files import checksum, checksum_of_text, make_once, sealed, read_sealed, write_text
+from training.files import checksum, checksum_of_text, make_once, read_sealed, sealed, write_text
 
 
 def fingerprint(code: str, *parts: Any) -> str:
