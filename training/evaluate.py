@@ -15,8 +15,9 @@ import modeling_memory_mosaic  # noqa: F401  (registers the model type with Auto
 from training.files import refuse_damage
 from training.metrics.mean_loss import bits_per_byte, perplexity
 from training.recipe import SourceSection
-from training.text.sources import collate_windows, load_stories, pack_windows, source_provenance
+from training.text.sources import load_stories, source_provenance
 from training.text.tokenizer import load_tokenizer
+from training.text.windows import collate_windows, pack_windows
 
 
 def load_model(folder: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

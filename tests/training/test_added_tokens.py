@@ -35,8 +35,9 @@ from training.generate import generate_texts
 from training.paths import CLONE, CONFIGURATION
 from training.recipe import load_recipe
 from training.tasks import babistories, fine_tuning, language_modeling
-from training.text.sources import load_stories, pack_windows
+from training.text.sources import load_stories
 from training.text.tokenizer import added_tokens, load_tokenizer, train_tokenizer
+from training.text.windows import pack_windows
 
 
 TEXT = "Tom saw a big dog."
@@ -216,7 +217,7 @@ def test_a_tokenizer_that_adds_nothing_is_left_as_it_is(tmp_path, caplog):
 
 # A new place that calls a tokenizer belongs into a test above, and then here.
 WALKED = {
-    *("training/text/sources.py", "training/evaluate.py", "training/text/tokenizer.py"),
+    *("training/text/windows.py", "training/evaluate.py", "training/text/tokenizer.py"),
     *("training/tasks/babistories.py", "training/experiments/position_loss.py"),
     *("training/experiments/samples.py", "hub_cards/space/app.py"),
     "modeling_memory_mosaic/inspection_memory_mosaic.py",

@@ -17,9 +17,10 @@ from helpers.damage import flip
 from training import bounded
 from training.files import STAGED_PREFIX
 from training.text import archive, sources
-from training.text.sources import load_stories, pack_windows, source_provenance
+from training.text.sources import load_stories, source_provenance
 from training.text.story_writer import write_stories
 from training.text.tokenizer import train_tokenizer
+from training.text.windows import pack_windows
 
 
 TRAIN = list(write_stories(40, seed=1))
@@ -168,7 +169,7 @@ def test_a_file_half_unpacked_is_never_read(tmp_path, cache, monkeypatch, fault)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
         patch.setattr(archive, "_unpack", interrupted)
         if fault == "killed":  # then nobody tidies up either
-            patch.setattr("training.export.shutil.rmtree", lambda *arguments, **options: None)
+            patch.setattr("training.files.shutil.rmtree", lambda *arguments, **options: None)
         texts(volumes[0])
     leftovers = [path for path in cache.iterdir() if path.name.startswith(STAGED_PREFIX)]
     assert len(leftovers) == (fault == "killed")
@@ -306,7 +307,7 @@ def test_permissions_of_the_packer_do_not_matter(tmp_path):
     with py7zr.SevenZipFile(tmp_path / "a.7z", "w") as file:
         file.write(tmp_path / "train.txt", "train.txt")
     assert texts(tmp_path / "a.7z") == ["One."]
-    unpacked = sources._story_files(str(tmp_path / "a.7z"), "train")[0]
+    unpacked = sources.local_files(str(tmp_path / "a.7z"), "train")[0]
     assert unpacked.stat().st_mode & 0o777 == 0o644
 
 

@@ -36,9 +36,10 @@ from training.recipe import SourceSection, load_recipe
 from training.run_folder import only_run_in
 from training.tables import results_table
 from training.tasks import language_modeling
-from training.text.sources import collate_windows, load_stories, pack_windows
+from training.text.sources import load_stories
 from training.text.story_writer import write_stories
 from training.text.tokenizer import load_tokenizer, train_tokenizer
+from training.text.windows import collate_windows, pack_windows
 
 
 CLONE = CONFIGURATION.parent

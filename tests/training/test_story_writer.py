@@ -9,7 +9,8 @@ import re
 import pytest
 
 from training.text import story_writer
-from training.text.story_writer import write_stories
+from training.text.sources import load_stories
+from training.text.story_writer import stories_identity, write_stories
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,40 @@ def test_another_seed_gives_other_stories(other):
     assert not set(write_stories(200, seed=7)) & set(write_stories(200, seed=other))
 
 
-def test_the_stories_of_seed_0_are_pinned():
-    # The same on every machine and Python. A writer changed on purpose needs a new sum here, and its results new runs.
-    digest = hashlib.sha256("\n\n".join(write_stories(100)).encode()).hexdigest()
-    assert digest == "6032c7444868933990e16c4ee34decd23a374be7949ad2dafa39f62758ad8815"
+# sha256 of the first stories of each seed, the same on every machine and Python. A writer that is changed on purpose
+# needs new sums here, and its results new runs.
+GOLDEN = {
+    (100, 0): "6032c7444868933990e16c4ee34decd23a374be7949ad2dafa39f62758ad8815",
+    (2000, 0): "951098f82fb2db138290a48745a9f82e480238541770c5638e2e4c8a9440f668",
+    (2000, 1): "520dc7bbc6d63a8cba692c7d62277fdd3a855ddb83d68deee252434e424ce71c",
+    (2000, 7): "614038548faef35bb0c6e63a711702ac1e2931191a7dba8eb39c9c93d686f5ca",
+}
+GOLDEN_VALIDATION = "9c41f843e5fd8a0154047944149a1915100e0ddd1558984ac315b0e1d3b2fcda"  # the first 2,000, seed 0
+
+
+def digest_of(stories):
+    return hashlib.sha256("\n\n".join(stories).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("num_stories", "seed"), GOLDEN)
+def test_the_stories_of_a_seed_are_pinned(num_stories, seed):
+    assert digest_of(write_stories(num_stories, seed)) == GOLDEN[num_stories, seed]
+
+
+@pytest.mark.parametrize(("split", "digest"), [("train", GOLDEN[2000, 0]), ("validation", GOLDEN_VALIDATION)])
+def test_the_stories_of_a_split_are_pinned(split, digest):
+    stories = load_stories("embedded", split=split, num_stories=2000, streaming=True)
+    assert digest_of(row["text"] for row in stories) == digest
+
+
+def test_the_identity_is_of_the_stories_and_of_nothing_else(monkeypatch):
+    recorded = stories_identity()
+    monkeypatch.setattr(story_writer, "_RECORDED", {})
+    stories_identity.cache_clear()
+    assert stories_identity() == digest_of(write_stories(4000)) != recorded
+    monkeypatch.undo()
+    stories_identity.cache_clear()
+    assert stories_identity() == recorded
 
 
 def test_nearly_all_of_a_hundred_thousand_are_distinct():
@@ -107,6 +138,18 @@ def test_nobody_else_enters(drawn):
 
 
 def test_every_plot_every_word_and_every_ending_occurs(drawn):
+    assert_everything_occurs(drawn)
+
+
+def test_every_word_counts_in_the_identity_of_the_stories():
+    rng = random.Random("story writer 0")
+    drawn = [story_writer._draw_story(rng) for _ in range(4000)]
+    stories = [(template.format_map(words), words) for template, words in drawn]
+    assert digest_of(text for text, _ in stories) == digest_of(write_stories(4000))
+    assert_everything_occurs(stories)
+
+
+def assert_everything_occurs(drawn):
     texts = "\n".join(text for text, _ in drawn)
     for plot in story_writer.PLOTS:
         for step in ("twist", "bad", "end", "moral", "foreshadow"):

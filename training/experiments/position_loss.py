@@ -27,7 +27,8 @@ from training.metrics.mean_loss import bits_per_byte
 from training.metrics.per_position_loss.per_position_loss import per_position_loss
 from training.recipe import SourceSection
 from training.tables import Claim, markdown_table
-from training.text.sources import load_stories, pack_windows, source_provenance
+from training.text.sources import load_stories, source_provenance
+from training.text.windows import pack_windows
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]

@@ -21,7 +21,8 @@ from training.evaluate import load_causal_lm, mean_loss
 from training.export import run_isolated, verify_export
 from training.recipe import SourceSection
 from training.secrecy import masked
-from training.text.sources import EMBEDDED, load_stories, pack_windows, source_provenance
+from training.text.sources import EMBEDDED, load_stories, source_provenance
+from training.text.windows import pack_windows
 
 
 # By task, the measure that is computed again, and how far it may be from what was stated, in nats: other hardware sums

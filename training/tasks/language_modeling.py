@@ -31,8 +31,9 @@ from training.metrics.mean_loss import bits_per_byte, perplexity
 from training.recipe import Recipe
 from training.result import header, learning_curve, tokens_per_second
 from training.run_folder import run_once
-from training.text.sources import collate_windows, load_stories, pack_windows, source_provenance
+from training.text.sources import load_stories, source_provenance
 from training.text.tokenizer import load_tokenizer, train_tokenizer
+from training.text.windows import collate_windows, pack_windows
 
 
 class TrainingMode(NamedTuple):

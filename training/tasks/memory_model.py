@@ -40,7 +40,8 @@ from training.recipe import (
 from training.result import header, read_result, write_result
 from training.run_folder import run_once
 from training.tasks import language_modeling
-from training.text.sources import collate_windows, load_stories, source_provenance
+from training.text.sources import load_stories, source_provenance
+from training.text.windows import collate_windows
 
 
 STAGE = "stage.json"  # marks a stage as done
