@@ -15,6 +15,9 @@ RESULTS ?= three_moons induction regbench_search regbench_search_rope regbench r
 	regbench_recurrent stories_tuning training_curves out_of_distribution beyond_training_length attention_maps babistories_micro \
 	memory_fidelity memory_capacity memory_capacity_tokens memory_objectives memory_remedies memory_positions
 
+# Pages with tables that are made from result files.
+PAGES := README.md benchmarks/README.md modeling_memory_mosaic/README.md training/README.md training/results/README.md
+
 .PHONY: demo test test-slow test-oldest check bench results tables clean
 
 demo: .venv/installed
@@ -53,7 +56,7 @@ results: .venv/installed
 
 # Tables of the READMEs from the committed result files.
 tables: .venv/installed
-	$(BIN)/python -m training.tables tables README.md training/results/README.md
+	$(BIN)/python -m training.tables tables $(PAGES)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

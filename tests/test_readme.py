@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README does what it says: its Python blocks run, its commands exist, its numbers are those of the results."""
+"""Every README does what it says: Python blocks run, commands and links exist, numbers are those of the results."""
 
 import ast
 import collections
@@ -8,35 +8,68 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import kinds
 from helpers.models import make_model
 
 from training.export import export_model
+from training.paths import CLONE
 from training.tables import rewrite_tables
 from training.text.tokenizer import train_tokenizer
 
 
-@pytest.fixture
-def readme(request):
-    return (request.config.rootpath / "README.md").read_text(encoding="utf-8")
+def find_pages() -> list[str]:
+    """Return the paths of all Markdown pages below the clone that are part of the project, relative to it."""
+    folders = (".", ".ci", *(path.name for path in CLONE.iterdir() if path.is_dir() and path.name[0] != "."))
+    pages = {path for name in folders for path in (CLONE / name).glob("*.md" if name == "." else "**/*.md")}
+    made = [CLONE / name for name in ("runs", "build", "dist")]
+    return sorted(str(path.relative_to(CLONE)) for path in pages if not any(path.is_relative_to(it) for it in made))
 
 
-def blocks(text, language):
+def read(page: str) -> str:
+    return (CLONE / page).read_text(encoding="utf-8")
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """Return the fenced blocks of a page that are in one of these languages; "" is a block that names none."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return [block for name, block in fenced if name == language]
+    return [block for name, block in fenced if name in languages]
 
 
-def test_python_blocks_run_in_order_in_one_session(readme, tmp_path):
+PAGES = find_pages()
+READMES = [page for page in PAGES if Path(page).name == "README.md"]
+# The cards of metrics have examples with outputs, which `test_cards_and_docstrings_do_what_they_say` compares.
+SESSIONS = [page for page in READMES if blocks(read(page), "python") and "training/metrics/" not in page]
+TABLES = [page for page in PAGES if "<!-- results: " in read(page)]
+
+
+def test_all_readmes_are_found():
+    folders = {"modeling_memory_mosaic", "configuration", "training", "training/results", "benchmarks", "tests"}
+    assert {"README.md", *(f"{folder}/README.md" for folder in folders)} <= set(READMES)
+    assert SESSIONS == ["README.md", "modeling_memory_mosaic/README.md"]
+
+
+def test_the_front_page_is_short():
+    assert len(read("README.md").splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", SESSIONS)
+def test_python_blocks_run_in_order_in_one_session(page, tmp_path):
     """In an empty folder that holds nothing but an exported model where `make demo` puts its own."""
     tokenizer = train_tokenizer(["Once upon a time there was a cat. One day, a little ball."] * 3, vocab_size=300)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     export_model(make_model(vocab_size=300, **ids), tokenizer, tmp_path / "runs/demo/mosaic-demo-seed0/model")
-    code = "\n".join(blocks(readme, "python"))
-    code += "\nassert not model.training"  # what is exported and saved must not drop out
-    assert code.count("from_pretrained") >= 2 and "trainer.train()" in code and "memory_from_state_dict" in code
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
+    code = "\n".join(blocks(read(page), "python"))
+    expected = {
+        "README.md": ["from_pretrained", "generate", "pipeline(", "trainer.train()"],
+        "modeling_memory_mosaic/README.md": ["memory_from_state_dict", "get_peft_model", "torch.export.export"],
+    }
+    assert all(call in code for call in expected[page])
+    if page != "README.md":
+        code += "\nassert not model.training"  # what is exported and saved must not drop out
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(CLONE)}
     process = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
@@ -46,40 +79,65 @@ def test_python_blocks_run_in_order_in_one_session(readme, tmp_path):
     )
 
 
-def test_commands_exist(readme, request):
-    root = request.config.rootpath
-    targets = set(re.findall(r"^([\w-]+):", (root / "Makefile").read_text(), flags=re.MULTILINE))
-    commands = [line for block in blocks(readme, "") for line in block.splitlines() if line]
-    assert len(commands) >= 6
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist(page):
+    """Targets of make, recipes and other files that a command names, and verbs of the command line."""
+    from training.__main__ import app
+
+    targets = set(re.findall(r"^([\w-]+):", read("Makefile"), flags=re.MULTILINE))
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    commands = [line for block in blocks(read(page), "", "bash") for line in block.splitlines() if line]
+    assert len(commands) >= {"README.md": 6, "training/README.md": 15, "CONTRIBUTING.md": 6}.get(page, 0)
     for command in commands:
-        words = shlex.split(command)
-        if words[0] == "make":
-            assert set(words[1:]) <= targets, command
+        words = shlex.split(command, comments=True)
+        if words[:1] == ["make"]:
+            assert {word for word in words[1:] if "=" not in word} <= targets, command
+        if "training" in words[:-1]:
+            assert words[words.index("training") + 1] in verbs, command
         for word in words:
-            if word.startswith("configuration/"):
-                assert (root / word).is_file(), command
+            if word.startswith(("configuration/", "hub_cards/", "benchmarks/")):
+                assert (CLONE / word).is_file(), command
 
 
-def test_set_up_is_exactly_two_commands(readme):
-    section = readme.split("## Set-up")[1].split("\n## ")[0]
+def anchors(page: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", read(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (CLONE / page).parent / path if path else CLONE / page
+        assert file.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(str(file.resolve().relative_to(CLONE))), f"{page}: {target}"
+
+
+def test_set_up_is_exactly_two_commands():
+    section = read("README.md").split("## Set-up")[1].split("\n## ")[0]
     assert blocks(section, "") == ["make demo\nmake test\n"]
 
 
 @pytest.mark.parametrize("command", ["dry-run", "--help"])
-def test_the_command_line_answers(request, command):
+def test_the_command_line_answers(command):
     arguments = ["dry-run", "configuration/recipe/stories_tiny.yaml"] if command == "dry-run" else [command]
-    subprocess.run(
-        [sys.executable, "-m", "training", *arguments], cwd=request.config.rootpath, check=True, capture_output=True
-    )
+    subprocess.run([sys.executable, "-m", "training", *arguments], cwd=CLONE, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("name", ["README.md", "training/results/README.md"])
-def test_numbers_are_those_of_the_result_files(request, name, tmp_path):
-    text = (request.config.rootpath / name).read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", TABLES)
+def test_numbers_are_those_of_the_result_files(page, tmp_path):
     copy = tmp_path / "README.md"
-    copy.write_text(text, encoding="utf-8")
+    copy.write_text(read(page), encoding="utf-8")
     rewrite_tables(copy)
-    assert copy.read_text(encoding="utf-8") == text, "run `make tables`"
+    assert copy.read_text(encoding="utf-8") == read(page), "run `make tables`"
+
+
+def test_make_tables_rewrites_every_page_with_tables():
+    pages = re.search(r"^PAGES := (.*)$", read("Makefile"), flags=re.MULTILINE)[1].split()
+    assert sorted(pages) == TABLES
 
 
 @pytest.mark.parametrize(("name", "least"), [("README.md", 60), ("REPORTS.md", 20)])

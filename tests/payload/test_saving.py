@@ -3,12 +3,11 @@
 
 import ast
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from helpers.isolation import run_clean
 from helpers.kinds import BACKBONE_KINDS, KINDS, MODELS, VOCAB_SIZE, for_kinds
 from helpers.payload import PAYLOAD, WHOLE_PAYLOAD, code_of
 from safetensors import SafetensorError, safe_open
@@ -24,21 +23,6 @@ def fill_with_own_constants(model):
             within = torch.arange(parameter.numel()).view_as(parameter) / parameter.numel()
             parameter.copy_((within + index) / len(parameters))
     return model
-
-
-def run_clean(script: str, *arguments: str) -> str:
-    """Run a script that knows nothing of this project: cwd=/, no PYTHONPATH, no network, an empty cache."""
-    environment = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "HF_HOME": arguments[-1]}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # the last bit of a sum may depend on it
-    process = subprocess.run(
-        [sys.executable, "-I", "-c", script, *arguments],
-        cwd="/",
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
 
 
 @for_kinds(*KINDS)

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that an earlier version wrote are loaded and resumed by today's code to the same bits.
+
+`golden/old_formats.tar.xz` holds one of each kind; golden/README.md describes them. Each exported folder carries the
+code that wrote it, so that the earlier answers are computed here, by a process that knows nothing of today's code.
+"""
+
+import hashlib
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.isolation import run_clean
+from helpers.runs import assert_same_run, weights
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
+from typer.testing import CliRunner
+
+from modeling_memory_mosaic import memory_from_state_dict
+from training.__main__ import app
+
+
+ARCHIVE = Path(__file__).parent / "golden" / "old_formats.tar.xz"
+IDS = torch.tensor([[(row + 97 * column) % 259 for column in range(24)] for row in range(2)])
+NUM_REMEMBERED = 12  # tokens of the first row that the saved memory holds
+# Loads each folder by its own code, with no package of this project at hand.
+EARLIER_CODE = """
+import importlib, sys
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+formats, ids_file, output = sys.argv[1:4]
+ids = torch.load(ids_file)
+
+def load(auto, folder):
+    model = auto.from_pretrained(f"{formats}/{folder}", trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules")
+    return model
+
+answers = {}
+with torch.no_grad():
+    model = load(AutoModelForCausalLM, "finished/model")
+    answers["mosaic"] = model(ids).logits
+    package = type(model).__module__.rpartition(".")[0]
+    cache_module = importlib.import_module(f"{package}.cache_memory_mosaic")
+    state = load_file(f"{formats}/memory.safetensors")
+    memory = cache_module.memory_from_state_dict(model.config, state)
+    answers["memory"] = model(ids[:1, 12:], cache=memory).logits
+    answers["adapter"] = PeftModel.from_pretrained(model, f"{formats}/adapter").eval()(ids).logits
+    answers["memory_model"] = load(AutoModelForCausalLM, "memory_model")(ids % 31).logits
+    observations = load_file(f"{formats}/observations.safetensors")["observations"]
+    answers["continuous"] = load(AutoModel, "continuous")(observations).predictions
+assert "modeling_memory_mosaic" not in sys.modules
+save_file({name: answer.contiguous() for name, answer in answers.items()}, output)
+"""
+
+
+def this_machine() -> dict[str, str]:
+    """What the last bits of a sum depend on; `expected.json` holds the same of the machine that wrote the archive."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "torch": torch.__version__,
+        "cpu": (names or ["unknown"])[0],
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The archive was written by one; more would divide sums in another way."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory) -> Path:
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path_factory.mktemp("old"), filter="data")
+    return tmp_path_factory.getbasetemp() / "old0" / "formats"
+
+
+@pytest.fixture(scope="module")
+def expected(formats) -> dict:
+    return json.loads((formats / "expected.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def same_machine(expected) -> bool:
+    return expected["machine"] == this_machine()
+
+
+@pytest.fixture(scope="module")
+def earlier(formats, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Answers of the code that lies in the folders."""
+    folder = tmp_path_factory.mktemp("earlier")
+    torch.save(IDS, folder / "ids.pt")
+    run_clean(EARLIER_CODE, str(formats), str(folder / "ids.pt"), str(folder / "answers.safetensors"), str(folder))
+    return load_file(folder / "answers.safetensors")
+
+
+def load_mosaic(formats: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(formats / "finished" / "model").eval()
+
+
+def answer_mosaic(formats: Path) -> torch.Tensor:
+    return load_mosaic(formats)(IDS).logits
+
+
+def answer_from_memory(formats: Path) -> torch.Tensor:
+    model = load_mosaic(formats)
+    memory = memory_from_state_dict(model.config, load_file(formats / "memory.safetensors"))
+    return model(IDS[:1, NUM_REMEMBERED:], cache=memory).logits
+
+
+def answer_adapted(formats: Path) -> torch.Tensor:
+    return PeftModel.from_pretrained(load_mosaic(formats), formats / "adapter").eval()(IDS).logits
+
+
+def answer_memory_model(formats: Path) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(formats / "memory_model").eval()(IDS % 31).logits
+
+
+def answer_continuous(formats: Path) -> torch.Tensor:
+    observations = load_file(formats / "observations.safetensors")["observations"]
+    return AutoModel.from_pretrained(formats / "continuous").eval()(observations).predictions
+
+
+ANSWERS = {
+    "mosaic": answer_mosaic,
+    "memory": answer_from_memory,
+    "adapter": answer_adapted,
+    "memory_model": answer_memory_model,
+    "continuous": answer_continuous,
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@torch.no_grad()
+def test_an_old_folder_gives_the_answers_of_its_own_code(formats, expected, same_machine, earlier, name):
+    answer = ANSWERS[name](formats)
+    assert torch.equal(answer, earlier[name])
+    if same_machine:
+        assert hashlib.sha256(answer.contiguous().numpy().tobytes()).hexdigest() == expected[name]
+
+
+@torch.no_grad()
+def test_an_old_memory_is_that_of_reading_the_text_now(formats):
+    model = load_mosaic(formats)
+    memory = DynamicCache(config=model.config)
+    model(IDS[:1, :NUM_REMEMBERED], cache=memory)
+    torch.testing.assert_close(model(IDS[:1, NUM_REMEMBERED:], cache=memory).logits, answer_from_memory(formats))
+
+
+@pytest.fixture
+def runs(formats, tmp_path, monkeypatch) -> Path:
+    """A copy in the working directory, as folders of runs are relative to it."""
+    copy = shutil.copytree(formats, tmp_path / "formats")
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def run_recipe(path: str) -> str:
+    result = CliRunner().invoke(app, ["--debug", "run", path], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def assert_trained_alike(run: Path, finished: Path, same_machine: bool) -> None:
+    """Bitwise on the machine that wrote the archive; elsewhere sums round differently, and ten steps amplify that."""
+    if same_machine:
+        assert_same_run(run, finished)
+    for name, tensor in weights(finished).items():
+        torch.testing.assert_close(weights(run)[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_an_old_run_that_was_stopped_half_way_ends_as_the_finished_one(runs, same_machine):
+    assert json.loads((runs / "half/checkpoint-5/trainer_state.json").read_text())["global_step"] == 5
+    assert "resuming from half/checkpoint-5" in run_recipe("half/recipe.yaml")
+    assert_trained_alike(runs / "half", runs / "finished", same_machine)
+
+
+def test_the_recipe_of_an_old_run_trains_the_same_model_today(runs, same_machine):
+    recipe = (runs / "half/recipe.yaml").read_text(encoding="utf-8")
+    (runs / "recipe.yaml").write_text(recipe.replace("output_dir: half", "output_dir: whole"), encoding="utf-8")
+    assert "resuming" not in run_recipe("recipe.yaml")
+    assert_trained_alike(runs / "whole", runs / "finished", same_machine)
+    hashes = [json.loads((runs / name / "run.json").read_text())["hash"] for name in ("whole", "half", "finished")]
+    assert len(set(hashes)) == 1
+
+
+def read_files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+def test_an_old_finished_run_is_finished(runs):
+    before = read_files(runs / "finished")
+    assert "finished is finished already" in run_recipe("finished/recipe.yaml")
+    assert read_files(runs / "finished") == before
+
+
+def test_an_old_published_folder_is_verified_as_far_as_its_code(request, runs):
+    """Everything but the code is in order; code of another version is named, and not run."""
+    published = runs / "finished" / "published" / "model"
+    package = request.config.rootpath / "modeling_memory_mosaic"
+    result = CliRunner().invoke(app, ["publish", str(published), "--verify-only"])
+    code = {path.name: path.read_bytes() for path in published.glob("*.py")}
+    changed = [name for name in code if (package / name).is_file() and (package / name).read_bytes() != code[name]]
+    assert "ok: 14 checksums hold" in result.output
+    if changed:
+        assert result.exit_code == 1 and "read it before you trust it" in result.output
+    else:
+        assert result.exit_code == 0 and "files of code equal this project's" in result.output
