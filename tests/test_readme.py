@@ -42,7 +42,7 @@ PAGES = find_pages()
 READMES = [page for page in PAGES if Path(page).name == "README.md"]
 # The cards of metrics have examples with outputs, which `test_cards_and_docstrings_do_what_they_say` compares.
 SESSIONS = [page for page in READMES if blocks(read(page), "python") and "training/metrics/" not in page]
-TABLES = [page for page in PAGES if "<!-- results: " in read(page)]
+TABLES = [page for page in PAGES if "table_of(" in read(page)]
 
 
 def test_all_readmes_are_found():
