@@ -10,10 +10,11 @@ from .cache_memory_mosaic import (
     memory_from_state_dict,
     memory_state_dict,
 )
+from .configuration_continuous_memory_mosaic import ContinuousMemoryMosaicConfig
 from .configuration_memory_model import MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
-from .continuous_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
 from .identity_memory_mosaic import weights_fingerprint
+from .inspection_continuous_memory_mosaic import ContinuousMemoryMosaicUnits, inspect_continuous_units
 from .inspection_memory_mosaic import (
     MemoryMosaicTrace,
     MemoryMosaicUnits,
@@ -21,6 +22,7 @@ from .inspection_memory_mosaic import (
     summarize_units,
     trace_tokens,
 )
+from .modeling_continuous_memory_mosaic import ContinuousMemoryMosaicModel
 from .modeling_memory_model import (
     MemoryModelEncoder,
     MemoryModelForCausalLM,
@@ -60,6 +62,7 @@ MemoryMosaicForSequenceClassification.register_for_auto_class("AutoModelForSeque
 __all__ = [
     "ContinuousMemoryMosaicConfig",
     "ContinuousMemoryMosaicModel",
+    "ContinuousMemoryMosaicUnits",
     "MemoryModelCache",
     "MemoryModelConfig",
     "MemoryModelEncoder",
@@ -74,6 +77,7 @@ __all__ = [
     "MemoryMosaicStaticCacheLayer",
     "MemoryMosaicTrace",
     "MemoryMosaicUnits",
+    "inspect_continuous_units",
     "inspect_units",
     "kernel_smoothing",
     "leaky_average",

@@ -6,7 +6,7 @@ import torch
 from conftest import checkpoint_activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import make_continuous
+from kinds import CONTINUOUS_VARIANTS, make_continuous
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
@@ -14,26 +14,20 @@ from modeling_memory_mosaic import (
     ContinuousMemoryMosaicConfig,
     ContinuousMemoryMosaicModel,
     MemoryMosaicConfig,
+    inspect_continuous_units,
     leaky_average,
     memory_from_state_dict,
     memory_state_dict,
 )
-from modeling_memory_mosaic.continuous_memory_mosaic import ComplexLinear, ContinuousMemoryMosaicOutput
+from modeling_memory_mosaic.modeling_continuous_memory_mosaic import ComplexLinear, ContinuousMemoryMosaicOutput
 from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
 
 
-VARIANTS = {
-    "one head": {"num_attention_heads": 1},
-    "three heads": {},
-    "real": {"complex_weights": False, "observation_size": 5, "num_attention_heads": 2, "head_dim": 3},
-    "leak": {"key_leak": True},
-    "learnt beta": {"learnable_beta": True},
-}
-variants = pytest.mark.parametrize("variant", list(VARIANTS))
+variants = pytest.mark.parametrize("variant", list(CONTINUOUS_VARIANTS))
 
 
 def make_model(variant="three heads", **config):
-    return make_continuous(**VARIANTS[variant] | config)
+    return make_continuous(**CONTINUOUS_VARIANTS[variant] | config)
 
 
 def observe(model, *shape, seed=0):
@@ -159,17 +153,6 @@ def test_continuing_equals_reading_all_anew(variant):
     assert memory.get_seq_length() == 15
 
 
-@variants
-def test_continuing_all_prefixes_together_equals_each_alone(variant):
-    model = make_model(variant)
-    observations, lengths = observe(model, 2, 14), torch.tensor([14, 1, 2, 7])
-    together = model.predict_from_prefixes(observations, lengths, 5)
-    assert together.shape == (2, 4, 5, model.config.observation_size)
-    for index, length in enumerate(lengths.tolist()):
-        alone = model.predict(observations[:, :length], 5)
-        torch.testing.assert_close(together[:, index], alone, rtol=0, atol=1e-12)
-
-
 def test_weights_name_the_observations_whose_pairs_they_read():
     model = make_model()
     model.set_attn_implementation("eager")
@@ -232,7 +215,7 @@ def test_initial_weights_have_the_variance_of_a_projected_real_matrix():
 def test_units_add_up_to_the_prediction(variant):
     model = make_model(variant)
     observations = observe(model, 2, 12)
-    units, outputs = model.units(observations), model(observations)
+    units, outputs = inspect_continuous_units(model, observations), model(observations)
     torch.testing.assert_close(units.contributions.sum(1), outputs.predictions, rtol=0, atol=1e-12)
     torch.testing.assert_close(units.share.sum(1)[:, 1:], torch.ones(2, 11).double())
     assert not units.share[..., 0].any() and not units.effective_pairs[..., 0].any()
@@ -289,9 +272,7 @@ def test_bad_requests_are_refused():
         (lambda: model(observations, past_key_values=DynamicCache()), "was not made for this model"),
         (lambda: model(observations[:1], past_key_values=read(model, observations)[1]), "holds 2 rows, but 1"),
         (lambda: model.predict(observations, 0), "num_steps=0 must be positive"),
-        (lambda: model.predict_from_prefixes(observations, torch.tensor([0, 3]), 2), "numbers from 1 to 5"),
-        (lambda: model.predict_from_prefixes(observations, torch.tensor([6]), 2), "numbers from 1 to 5"),
-        (lambda: model.units(observations[:, :1]), "at least two"),
+        (lambda: inspect_continuous_units(model, observations[:, :1]), "at least two"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

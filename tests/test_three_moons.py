@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import flip
+from kinds import CONTINUOUS_VARIANTS, make_continuous
 
 from training.experiments import moon_training, moons, three_moons
 from training.experiments.moon_training import (
@@ -20,6 +21,7 @@ from training.experiments.moon_training import (
     moons_by_head,
     nearness_to_permutation,
     permutation_measures,
+    predict_from_prefixes,
     section_means,
     train_part,
 )
@@ -94,6 +96,30 @@ def test_identity_weights_predict_from_the_periods_on(heads, beta, expected):
     sections = section_means(curve, lengths, moons.landmarks(moons.VALIDATION_TRIPLE, 800))
     for found, value in zip(sections.values(), expected, strict=True):
         assert found == pytest.approx(value, rel=0.05, abs=0.01)
+
+
+@pytest.mark.parametrize("variant", list(CONTINUOUS_VARIANTS))
+def test_continuing_all_prefixes_together_equals_each_alone(variant):
+    model = make_continuous(**CONTINUOUS_VARIANTS[variant])
+    size, generator = model.config.observation_size, torch.Generator().manual_seed(0)
+    observations = torch.randn(2, 14, size, generator=generator, dtype=torch.float64)
+    lengths = torch.tensor([14, 1, 2, 7])
+    together = predict_from_prefixes(model, observations, lengths, 5)
+    assert together.shape == (2, 4, 5, size)
+    for index, length in enumerate(lengths.tolist()):
+        alone = model.predict(observations[:, :length], 5)
+        torch.testing.assert_close(together[:, index], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_steps", "message"),
+    [([0, 3], 2, "numbers from 1 to 5"), ([6], 2, "numbers from 1 to 5"), ([5], 0, "num_steps=0 must be positive")],
+)
+def test_impossible_prefixes_are_refused(lengths, num_steps, message):
+    model = make_continuous()
+    observations = torch.ones(2, 5, model.config.observation_size, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        predict_from_prefixes(model, observations, torch.tensor(lengths), num_steps)
 
 
 def test_deviation_is_that_of_continuing_each_beginning(tiny):

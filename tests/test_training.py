@@ -391,7 +391,10 @@ def test_best_model_at_end_is_refused():
 
 
 # The oracle, and what serves no model that a run exports.
-NOT_IN_THE_PAYLOAD = ("naive", "inspection", "continuous")
+NOT_IN_THE_PAYLOAD = (
+    *("naive", "inspection"),
+    *("configuration_continuous", "modeling_continuous", "inspection_continuous"),
+)
 
 
 def test_export_of_a_run(tmp_path):

@@ -16,13 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 from transformers import get_polynomial_decay_schedule_with_warmup
 
-from modeling_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
+from modeling_memory_mosaic import (
+    ContinuousMemoryMosaicConfig,
+    ContinuousMemoryMosaicModel,
+    inspect_continuous_units,
+    kernel_smoothing,
+)
 from training.checksums import faults, refuse_damage, set_aside, write_list
 from training.experiments import moons
 from training.export import staged_folder, write_text
@@ -191,6 +197,96 @@ def context_lengths(recipe) -> list[int]:
     return list(range(1, recipe.length - recipe.horizon + 1, recipe.eval_stride))
 
 
+def retrieve_shared_and_private(
+    queries: torch.Tensor,
+    shared_pairs: tuple[torch.Tensor, torch.Tensor],
+    shared_mask: torch.Tensor,
+    private_pairs: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """Retrieve for each query from pairs that all queries share and from pairs of its own, in one average.
+
+    Scores of private keys enter as the mask of empty slots, so that no shared pair is copied for each query.
+
+    Args:
+        queries (`torch.Tensor` of shape `(B, H, P, D)`): P queries, each of another continuation.
+        shared_pairs: keys and values `(B, H, N, D)`.
+        shared_mask (`torch.Tensor` of shape `(P, N)`): added to the scores of shared keys.
+        private_pairs: keys and values `(B, H, P, S, D)`.
+
+    Returns:
+        retrieved values `(B, H, P, D)`.
+    """
+    (shared_keys, shared_values), (private_keys, private_values) = shared_pairs, private_pairs
+    num_private = private_keys.shape[3]
+    private_scores = (private_keys @ queries[..., None]).squeeze(-1)
+    mask = torch.cat([shared_mask.expand(*queries.shape[:3], -1), private_scores], dim=-1)
+    # A key of zeros scores 0, so that the mask alone is the score; a value of zeros adds nothing.
+    slots = F.pad(shared_keys, (0, 0, 0, num_private)), F.pad(shared_values, (0, 0, 0, num_private))
+    retrieved, weights = kernel_smoothing(queries, *slots, mask)
+    return retrieved + (weights[..., None, -num_private:].to(private_values.dtype) @ private_values).squeeze(-2)
+
+
+def _pairs_of_next(
+    model: ContinuousMemoryMosaicModel, observations: torch.Tensor, keys: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return query, key and value `(B, H, P, D)` of the next observation `(B, P, C)` of each of P continuations.
+
+    `keys` `(B, H, P, D)` are those of the observations before.
+    """
+    batch_size, num_continuations, _ = observations.shape
+
+    def unfold(rows: torch.Tensor) -> torch.Tensor:
+        return rows.squeeze(2).unflatten(0, (batch_size, num_continuations)).transpose(1, 2)
+
+    # Each continuation becomes a row of the batch, with one observation.
+    previous = keys.transpose(1, 2).flatten(0, 1)[:, :, None]
+    pairs = model.memory(observations.flatten(0, 1)[:, None], previous=previous, pairs_only=True)
+    return tuple(map(unfold, pairs))
+
+
+@torch.no_grad()
+def predict_from_prefixes(
+    model: ContinuousMemoryMosaicModel, observations: torch.Tensor, lengths: torch.Tensor, num_steps: int
+) -> torch.Tensor:
+    """Continue each row from several of its prefixes, with the result of one call of `model.predict` for each.
+
+    All prefixes share the pairs of one pass. Each adds only the few pairs that its own predictions complete.
+
+    Args:
+        model: in evaluation mode.
+        observations (`torch.Tensor` of shape `(B, T, C)`).
+        lengths (`torch.Tensor` of shape `(P,)`): of the prefixes, from 1 to T.
+        num_steps (`int`): number of observations to predict from each prefix.
+
+    Returns:
+        predictions `(B, P, num_steps, C)`.
+
+    Raises:
+        ValueError: if `num_steps` is not positive, or a length lies outside 1 to T.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps} must be positive.")
+    if lengths.ndim != 1 or lengths.min() < 1 or lengths.max() > observations.shape[1]:
+        raise ValueError(f"lengths must be a list of numbers from 1 to {observations.shape[1]}, not {lengths}.")
+    lengths = lengths.to(observations.device)
+    latest = model(observations, use_cache=False).predictions[:, lengths - 1]  # (B, P, C)
+    _, keys, values = model.memory(observations, pairs_only=True)
+    shared_pairs = keys[:, :, :-1], values[:, :, 1:]
+    is_stored = torch.arange(1, observations.shape[1], device=lengths.device) < lengths[:, None]
+    shared_mask = torch.zeros_like(is_stored, dtype=keys.dtype).masked_fill(~is_stored, float("-inf"))
+    key, predictions, private_keys, private_values = keys[:, :, lengths - 1], [latest], [], []
+    for _ in range(num_steps - 1):
+        # The latest prediction is read as an observation: it completes the pair of the key before it.
+        private_keys.append(key)
+        query, key, value = _pairs_of_next(model, latest, key)
+        private_values.append(value)
+        private_pairs = torch.stack(private_keys, dim=3), torch.stack(private_values, dim=3)
+        retrieved = retrieve_shared_and_private(query, shared_pairs, shared_mask, private_pairs)
+        latest = model.memory.o_proj(retrieved.transpose(1, 2).flatten(2))
+        predictions.append(latest)
+    return torch.stack(predictions, dim=2)
+
+
 @torch.no_grad()
 def deviation_curve(model, windows: torch.Tensor, lengths: list[int], horizon: int) -> np.ndarray:
     """Mean absolute deviation of `horizon` predictions in a row from what was to come, by context length.
@@ -208,7 +304,7 @@ def deviation_curve(model, windows: torch.Tensor, lengths: list[int], horizon: i
     for batch in windows.split(WINDOWS_AT_ONCE):
         batch = batch.to(model.device)
         expected = batch.unfold(1, horizon, 1).transpose(2, 3)[:, lengths]  # (N, P, horizon, 6)
-        predicted = model.predict_from_prefixes(batch, prefixes, horizon)
+        predicted = predict_from_prefixes(model, batch, prefixes, horizon)
         total = total + (predicted - expected).abs().double().mean((2, 3)).sum(0)
     return (total / len(windows)).cpu().numpy()
 
@@ -269,7 +365,7 @@ def moons_by_head(model: ContinuousMemoryMosaicModel, recipe) -> list[list[float
     periods = moons.VALIDATION_TRIPLE
     windows = moons.draw_windows(periods, WINDOWS_OF_UNITS, recipe.length, EVALUATION_SEED)
     longest = int(moons.landmarks(periods, recipe.length)[-2])
-    contributions = model.units(windows.to(model.device)).contributions[:, :, longest:].double()
+    contributions = inspect_continuous_units(model, windows.to(model.device)).contributions[:, :, longest:].double()
     contributions = contributions.unflatten(-1, (moons.NUM_MOONS, 2))  # (N, H, T, 3, 2)
     prediction = contributions.sum(1, keepdim=True)
     shares = (contributions * prediction).sum((0, 2, 4)) / prediction.square().sum((0, 2, 4))

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from tqdm import tqdm
 
+from modeling_memory_mosaic import inspect_continuous_units
 from training.experiments import moons
 from training.experiments.comparison import Claim, new_figure, save_figure, summary
 from training.experiments.moon_training import (
@@ -361,7 +362,7 @@ def _draw_units(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
     windows = moons.draw_windows(moons.VALIDATION_TRIPLE, 1, recipe.length, EVALUATION_SEED)
     for column, part in zip(axes.T, best, strict=True):
         model, _ = load_part(recipe.parts[part["heads"], part["seed"]])
-        units = model.units(windows)
+        units = inspect_continuous_units(model, windows)
         for axis, rows in zip(column, (units.error, units.effective_pairs, units.share), strict=False):
             for head, values in enumerate(rows[0].tolist()):
                 axis.plot(range(1, len(values) + 1), values, lw=0.8, label=f"head {head}")
