@@ -29,7 +29,7 @@ from modeling_memory_mosaic import (
     MemoryMosaicConfig,
     MemoryMosaicForCausalLM,
 )
-from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 
 
 SIZES = {"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -7,8 +7,6 @@ from .cache_memory_model import MemoryModelCache
 from .cache_memory_mosaic import (
     MemoryMosaicCacheLayer,
     MemoryMosaicStaticCacheLayer,
-    memory_from_state_dict,
-    memory_state_dict,
 )
 from .configuration_continuous_memory_mosaic import ContinuousMemoryMosaicConfig
 from .configuration_memory_model import MemoryModelConfig
@@ -33,9 +31,9 @@ from .modeling_memory_mosaic import (
     MemoryMosaicForSequenceClassification,
     MemoryMosaicModel,
     MemoryMosaicPreTrainedModel,
-    kernel_smoothing,
-    leaky_average,
 )
+from .ops_memory_mosaic import kernel_smoothing, leaky_average
+from .store_memory_mosaic import memory_from_state_dict, memory_state_dict
 
 
 AutoConfig.register(MemoryMosaicConfig.model_type, MemoryMosaicConfig, exist_ok=True)

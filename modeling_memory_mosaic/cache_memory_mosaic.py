@@ -12,64 +12,106 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a Memory Mosaic remembers while it reads: stored pairs and the last vectors of three running states.
+"""The memory of a Memory Mosaic: stored pairs and the last vectors of three running states.
 
 `DynamicCache` and `StaticCache` build these layers by themselves from a `MemoryMosaicConfig`. Slot t of a layer
 holds the pair that completes when token t arrives, (key of token t-1, value of token t-1); slot 0 is empty. So the
 strict rule "a token retrieves earlier pairs only" is plain causality over slots, and there is one slot per token.
 
-The first layer also knows what was read (`ReadText`) and by which weights (`MemoryWriter`), so that a memory is
-continued by its own text and its own model, or refused.
+The first layer also knows what was read (`ReadText`) and which weights read it (`MemoryWriter`), so that only its own
+text and its own model continue a memory.
 """
+
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import is_torchdynamo_compiling
 
-from .identity_memory_mosaic import MemoryWriter, note_writer
+from .identity_memory_mosaic import MemoryWriter
+
+
+# What outputs call the memory: `cache` from transformers 5.24 on, which warns of the old name, `past_key_values`.
+MEMORY_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def one_memory(past_key_values: Cache | None, cache: Cache | None, warn: bool = True) -> Cache | None:
+    """Return the memory, under whichever of its two names it was given.
+
+    transformers calls it `cache` from 5.24 on, and then warns of the old name where a caller uses it (`warn`).
+
+    Raises:
+        ValueError: if two different memories are given.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError(
+            "`past_key_values` and `cache` are two names of one memory, but two memories are given: pass one."
+        )
+    # PEFT passes both names: nothing that a caller could change.
+    has_old_name = past_key_values is not None and cache is None
+    if warn and has_old_name and MEMORY_NAME == "cache" and not is_torchdynamo_compiling():
+        warnings.warn(
+            "`past_key_values` is deprecated, as in transformers itself from 5.24 on: use `cache` instead.",
+            FutureWarning,
+            stacklevel=2,
+        )
+    return past_key_values if cache is None else cache
 
 
 class ReadText:
-    """What a memory has read. By it `generate` knows whether ids are new:
+    """The text that a memory has read, by which `generate` knows whether ids are new.
 
-    - `read_ids` `(B, tokens)`, `None` if any of it came as embeddings,
-    - `read_mask` `(B, tokens or fewer)`, False at padding; what it does not cover are tokens,
-    - `writer`: by which weights it was read.
+    - `read_ids` `(B, tokens)`, `None` if any of the text came as embeddings,
+    - `read_mask` `(B, tokens or fewer)`, False at padding; columns that it does not cover are tokens,
+    - `writer`: the weights that have read it.
     """
 
+    # Of the classes that inherit this one.
+    get_seq_length: Callable[..., int]
+
     def forget_text(self) -> None:
+        """Begin without any text."""
         self.knows_ids = True  # until something comes as embeddings
         self.read_ids: torch.Tensor | None = None
         self.read_mask: torch.Tensor | None = None
         self.writer: MemoryWriter | None = None
 
     def note_text(self, input_ids: torch.Tensor | None, is_token: torch.Tensor | None) -> None:
-        """Keep the ids `(B, T)` that are about to be read, and which are tokens: all, if `is_token` is `None`."""
+        """Keep the ids `(B, T)` that are about to be read.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`, *optional*): absent if embeddings are read.
+            is_token (`torch.Tensor` of shape `(B, T)`, *optional*): False at padding. All are tokens when absent.
+        """
         num_read = self.get_seq_length()
         self.knows_ids = self.knows_ids and input_ids is not None
-        if not self.knows_ids:
+        if input_ids is None or not self.knows_ids:
             self.read_ids = None
         else:
             # Cut first: a call that failed may have noted more than the memory then held.
-            before = input_ids[:, :0] if num_read == 0 else self.read_ids[:, :num_read]
+            before = input_ids[:, :0] if num_read == 0 or self.read_ids is None else self.read_ids[:, :num_read]
             self.read_ids = torch.cat([before, input_ids], dim=1).long()
         if is_token is not None:
             before = is_token[:, :0] if self.read_mask is None else self.read_mask[:, :num_read]
             self.read_mask = torch.cat([F.pad(before, (0, num_read - before.shape[1]), value=True), is_token], dim=1)
 
     def past_mask(self) -> torch.Tensor | None:
-        """Which of the tokens read are tokens `(B, tokens)`, the others padding; `None` if all are."""
+        """Return where the text has tokens `(B, tokens)`, False at padding; `None` if there is no padding."""
         if self.read_mask is None:
             return None
         num_read = int(self.get_seq_length())
         return F.pad(self.read_mask, (0, max(0, num_read - self.read_mask.shape[1])), value=True)[:, :num_read]
 
     def past_ids(self) -> torch.Tensor | None:
-        """The ids that were read `(B, tokens)`, `None` if they are not known."""
+        """Return the ids that were read `(B, tokens)`; `None` if they are not known."""
         return None if self.read_ids is None else self.read_ids[:, : int(self.get_seq_length())]
 
-    def _map_text(self, function) -> None:
+    def _map_text(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.read_ids = None if self.read_ids is None else function(self.read_ids)
         self.read_mask = None if self.read_mask is None else function(self.read_mask)
 
@@ -77,8 +119,8 @@ class ReadText:
         self._map_text(lambda columns: columns[:, :num_left])
 
 
-class MemoryMosaicStates(ReadText):
-    """The running states of one layer, by name, each the last vector of a trajectory `(B, H, T, D)`:
+class MemoryMosaicStates(ReadText, CacheLayerMixin):
+    """The running states of one layer, by name, each the last vector of a trajectory `(B, H, T, D)`.
 
     - `contextual_sum`, `persistent_sum`: the leaky sums of the two key extractors, in float32,
     - `pending_value`: the projected value that waits for its next token.
@@ -86,21 +128,21 @@ class MemoryMosaicStates(ReadText):
     They stay on the model's device when pairs are offloaded: they are small, and needed before the pairs are.
     While the past is recorded (`activate_past_recording`), trajectories are kept whole so that `crop` can roll back.
 
-    The first layer of a memory also keeps what was read, for all of them.
+    The first layer of a memory also keeps the text, for all layers.
     """
 
-    state_names = ("contextual_sum", "pending_value", "persistent_sum")
+    state_names: tuple[str, ...] = ("contextual_sum", "pending_value", "persistent_sum")
     # Sized by the first tensors that arrive: nothing to allocate ahead of them.
     supports_early_init = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.states: dict[str, torch.Tensor] = {}
         self.record_past = False
         self.forget_text()
 
     def get_state(self, name: str) -> torch.Tensor | None:
-        """Last vector `(B, H, 1, D)` of a state, `None` before the first token."""
+        """Return the last vector `(B, H, 1, D)` of a state; `None` before the first token."""
         trajectory = self.states.get(name)
         return None if trajectory is None else trajectory[:, :, -1:]
 
@@ -112,21 +154,27 @@ class MemoryMosaicStates(ReadText):
             trajectory = torch.cat([self.states[name], trajectory], dim=2)
         self.states[name] = trajectory
 
-    def refuse_precision(self, dtype: torch.dtype) -> None:
+    def check_precision(self, dtype: torch.dtype) -> None:
+        """Raise `ValueError` if pairs of another precision are stored than a model computes in."""
+        if self.keys is None or not self.is_initialized or self.keys.dtype == dtype:
+            return
         raise ValueError(
             f"The memory holds pairs in {self.keys.dtype}, but the model reads on in {dtype}: read the text again in "
             "this precision, or save the memory before the model is converted and load it by "
             f"`memory_from_state_dict(config, tensors, dtype={dtype}, check_weights=False)`."
         )
 
-    def num_rows(self) -> int:
-        """Rows of what was read; 0 before anything was."""
-        return self.keys.shape[0] if self.is_initialized else 0
+    def check_room(self, num_tokens: int) -> None:
+        """Raise `ValueError` if so many more tokens do not fit. A layer that grows has room for any."""
 
-    def _map_states(self, function) -> None:
+    def num_rows(self) -> int:
+        """Return the number of rows of the text; 0 before anything was read."""
+        return 0 if self.keys is None or not self.is_initialized else self.keys.shape[0]
+
+    def _map_states(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.states = {name: function(state) for name, state in self.states.items()}
 
-    def _map_rows(self, function) -> None:
+    def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._map_states(function)
         self._map_text(function)
 
@@ -159,14 +207,15 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store pairs, as the library's layers do.
 
         Raises:
-            ValueError: if they are of another precision than those that are stored.
+            ValueError: if they are of another precision than the stored ones.
         """
-        if self.is_initialized and key_states.dtype != self.keys.dtype:
-            self.refuse_precision(key_states.dtype)
+        self.check_precision(key_states.dtype)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -213,7 +262,7 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
 
 
 class ContinuousMemoryMosaicCacheLayer(MemoryMosaicCacheLayer):
-    """The same of a `ContinuousMemoryMosaicModel`, whose pairs need nothing but the last leaky sum of the keys."""
+    """The layer of a `ContinuousMemoryMosaicModel`, whose only running state is the leaky sum of its keys."""
 
     _layer_type = "continuous_memory_mosaic"
     state_names = ("contextual_sum",)
@@ -223,6 +272,18 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
     """Holds `max_cache_len` tokens at fixed addresses. Built by `StaticCache(config=..., max_cache_len=...)`."""
 
     _layer_type = "memory_mosaic"
+
+    def check_room(self, num_tokens: int) -> None:
+        # Compiled, the length is not known before the graph runs.
+        if is_torchdynamo_compiling():
+            return
+        length = int(self.get_seq_length())
+        if length + num_tokens > self.max_cache_len:
+            raise ValueError(
+                f"A static memory of max_cache_len={self.max_cache_len} holds {length} tokens already, so that "
+                f"{num_tokens} more do not fit: make it longer, or use one that grows, "
+                "`DynamicCache(config=model.config)`."
+            )
 
     def get_state(self, name: str) -> torch.Tensor | None:
         # A copy, because `set_state` writes in place while the old state is still needed.
@@ -251,7 +312,7 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map_batch(lambda tensor: tensor[indices.to(tensor.device)])
 
-    def _map_batch(self, function) -> None:
+    def _map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Other rows have other addresses: a compiled step compiles again."""
         if self.is_initialized:
             self.keys, self.values = function(self.keys), function(self.values)
@@ -267,157 +328,48 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
         )
 
 
-# Of what was read and by which weights, what `memory_state_dict` saves beside the layers' tensors.
-TEXT_NAMES = ("fingerprint", "input_ids", "attention_mask")
+def text_of(memory: Any) -> Any:
+    """Return the part of a memory that keeps its text ([`ReadText`]): the memory itself, or its first layer.
 
-
-def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
-    """Everything a `DynamicCache` of this model holds, as named tensors that `safetensors` can save.
-
-    Args:
-        cache ([`~transformers.Cache`]): as returned by `model(..., use_cache=True).past_key_values` or by `generate`.
-        model (`nn.Module`, *optional*): that has read it; needed only if it was compiled when it did.
-
-    Returns:
-        `dict[str, torch.Tensor]`: per layer `layers.{i}.keys` and `.values` of shape `(B, H, T, D)` and the layer's
-        states `layers.{i}.{name}` of shape `(B, H, 1, D)`; `fingerprint` `(32,)` of the weights that wrote it,
-        `input_ids` `(B, T)` if ids were read, and `attention_mask` `(B, T)` if there is padding. Empty for a memory
-        that has read nothing.
-
-    Raises:
-        ValueError: if a layer is none of a `DynamicCache` of this model, or if the weights that wrote it are gone or
-            have changed since.
+    `None` for other caches. The part is known by its methods: a model loaded with `trust_remote_code=True` has classes
+    of its own.
     """
-    tensors = {}
-    for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, MemoryMosaicCacheLayer):
-            raise ValueError(
-                f"Layer {index} is a {type(layer).__name__}: only a `DynamicCache` of this model is saved."
-            )
-        if layer.is_initialized:
-            tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
-            tensors |= {f"layers.{index}.{name}": layer.get_state(name) for name in layer.state_names}
-    if tensors:
-        first = cache.layers[0]
-        if model is not None:
-            model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of adapters
-            while isinstance(getattr(model, "module", None), nn.Module):  # of data parallelism
-                model = model.module
-            note_writer(first, model.base_model, num_tokens=1)
-        if first.writer is None:
-            raise ValueError(
-                "This memory does not tell which weights wrote it, as compiled code does not sign it: pass the model "
-                "that has read it, `memory_state_dict(cache, model)`."
-            )
-        about = (torch.frombuffer(bytearray(first.writer.fingerprint()), dtype=torch.uint8),)
-        about = dict(zip(TEXT_NAMES, (*about, first.past_ids(), first.past_mask()), strict=True))
-        tensors |= {name: tensor for name, tensor in about.items() if tensor is not None}
-    # Storage of their own: safetensors refuses views that share memory.
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    for part in (memory, *list(getattr(memory, "layers", ()))[:1]):
+        if hasattr(part, "past_ids"):
+            return part
+    return None
 
 
-def memory_from_state_dict(
-    config, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None, check_weights: bool = True
-) -> DynamicCache:
-    """The memory that [`memory_state_dict`] described: reading goes on as if never interrupted.
-
-    The first model that reads on is compared with the one that wrote the memory, by their fingerprints.
-
-    Args:
-        config ([`MemoryMosaicConfig`] or [`ContinuousMemoryMosaicConfig`]): of the model that will read on.
-        tensors (`dict[str, torch.Tensor]`): as returned by [`memory_state_dict`], on the model's device and from a
-            model of its dtype.
-        dtype (`torch.dtype`, *optional*): convert pairs and pending values to it; leaky sums stay in float32 at least.
-        check_weights (`bool`, defaults to `True`): whether other weights are refused. Without it, a memory that they
-            cannot read is read all the same, with other answers: for files without a fingerprint, or if you know that
-            the weights compute the same, such as those of another precision or with an adapter merged.
-
-    Raises:
-        ValueError: if tensors are missing, left over, of another shape or kind than `config` asks for, or not finite.
-    """
-    cache = DynamicCache(config=config)
-    if not tensors:
-        return cache
-    about = {name: tensors[name] for name in TEXT_NAMES if name in tensors}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in TEXT_NAMES}
-    check_names(cache, tensors)
-    check_pairs(config, tensors)
-    if dtype is not None:
-        tensors = {name: part if name.endswith("_sum") else part.to(dtype) for name, part in tensors.items()}
-        check_pairs(config, tensors)  # numbers may not fit the other precision
-    check_text(about, tensors["layers.0.keys"], check_weights)
-    for index, layer in enumerate(cache.layers):
-        parts = {name: tensors[f"layers.{index}.{name}"] for name in ("keys", "values", *layer.state_names)}
-        layer.update(parts["keys"], parts["values"])
-        for name in layer.state_names:
-            layer.set_state(name, parts[name])
-    first = cache.layers[0]
-    first.read_ids, first.read_mask = about.get("input_ids"), about.get("attention_mask")
-    first.knows_ids = first.read_ids is not None
-    if check_weights:
-        first.writer = MemoryWriter(fingerprint=bytes(about["fingerprint"].tolist()))
-    return cache
-
-
-def check_names(cache: Cache, tensors: dict[str, torch.Tensor]) -> None:
-    """Refuses what is not the tensors of all layers of a cache."""
-    expected = {
-        f"layers.{index}.{name}"
-        for index, layer in enumerate(cache.layers)
-        for name in ("keys", "values", *layer.state_names)
-    }
-    if expected != set(tensors):
-        missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-        raise ValueError(f"Not a memory of this model: missing {missing}, unknown {unknown}.")
-
-
-def check_pairs(config, tensors: dict[str, torch.Tensor]) -> None:
-    """Refuses pairs and states of other shapes than those of one memory, or of numbers that no model has written."""
-    for name, tensor in tensors.items():
-        if tensor.ndim != 4 or (tensor.shape[1], tensor.shape[3]) != (config.num_attention_heads, config.head_dim):
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; this model stores (batch, {config.num_attention_heads}, "
-                f"tokens, {config.head_dim})."
-            )
-        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{name} is {tensor.dtype}: a memory holds floating point numbers of 16 bits or more.")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{name} holds numbers that are not finite: the file is damaged, or they do not "
-                "fit `dtype`. Read the text again."
-            )
-    sizes = {name: (tensor.shape[0], tensor.shape[2]) for name, tensor in tensors.items()}
-    kinds = {name: tensor.dtype for name, tensor in tensors.items() if name.endswith((".keys", ".values"))}
-    pairs = {size for name, size in sizes.items() if name in kinds}
-    states = {size for name, size in sizes.items() if name not in kinds}
-    if len(pairs) > 1 or states != {(batch_size, 1) for batch_size, _ in pairs}:
-        raise ValueError(f"Not one memory: its layers hold (rows, slots) {sorted(pairs)} and states {sorted(states)}.")
-    if 0 in next(iter(pairs)):
-        raise ValueError(f"The memory has (rows, slots) {next(iter(pairs))}: there must be at least one of each.")
-    if len(set(kinds.values())) > 1:
-        raise ValueError(f"Not one memory: its pairs are of {sorted(map(str, set(kinds.values())))}.")
-
-
-def check_text(about: dict[str, torch.Tensor], keys: torch.Tensor, check_weights: bool) -> None:
-    """Refuses marks of the text of another form than the pairs', and a memory that does not tell its writer."""
-    for name, dtype in (("input_ids", torch.int64), ("attention_mask", torch.bool)):
-        given, shape = about.get(name), (keys.shape[0], keys.shape[2])
-        if given is not None and (given.dtype != dtype or tuple(given.shape) != shape):
-            raise ValueError(f"{name} is {given.dtype} of shape {tuple(given.shape)}: it must be {dtype} of {shape}.")
-    if not check_weights:
-        return
-    fingerprint = about.get("fingerprint")
-    if fingerprint is None or fingerprint.dtype != torch.uint8 or tuple(fingerprint.shape) != (32,):
+def check_num_rows(num_stored: int, num_rows: int) -> None:
+    """Raise `ValueError` if a memory of `num_stored` rows (0: empty) cannot go on with `num_rows` rows."""
+    if num_stored not in (0, num_rows):
         raise ValueError(
-            "This memory does not tell which weights wrote it (`fingerprint`, 32 bytes), as older files "
-            "do not: read the text again, or pass `check_weights=False` if you know that they are this model's."
+            f"The memory holds {num_stored} rows, but {num_rows} are passed: they must be as many. Copy rows by "
+            "`memory.batch_repeat_interleave(times)`, choose some by `memory.batch_select_indices(rows)`."
         )
 
 
-__all__ = [
-    "ContinuousMemoryMosaicCacheLayer",
-    "MemoryMosaicCacheLayer",
-    "MemoryMosaicStaticCacheLayer",
-    "memory_from_state_dict",
-    "memory_state_dict",
-]
+def check_memory(memory: Cache, config: PreTrainedConfig, num_rows: int) -> None:
+    """Raise if a memory is not one of the model's kind, or holds other rows than are to be read.
+
+    Args:
+        memory: as a caller has given it.
+        config: of the model; its `layer_types` are the kind of its cache layers.
+        num_rows: of the new tokens.
+
+    Raises:
+        ValueError: if the memory has too few layers or layers of another kind, or another number of rows.
+    """
+    layers = getattr(memory, "layers", ())  # a tuple of tensors, as older code made them, has none
+    # By name, as a model loaded with `trust_remote_code=True` has classes of its own. More layers than the model uses
+    # are in order: decoding with an early exit lowers num_hidden_layers.
+    is_of_kind = all(getattr(layer, "_layer_type", None) == config.model_type for layer in layers)
+    if len(layers) < config.num_hidden_layers or not is_of_kind:
+        raise ValueError(
+            f"This {type(memory).__name__} was not made for this model. Build it from the model's config: "
+            "`DynamicCache(config=model.config)`. (Prefix tuning of PEFT makes such a one: use prompt tuning or LoRA.)"
+        )
+    check_num_rows(layers[0].num_rows(), num_rows)
+
+
+__all__ = ["ContinuousMemoryMosaicCacheLayer", "MemoryMosaicCacheLayer", "MemoryMosaicStaticCacheLayer"]

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .modeling_continuous_memory_mosaic import ContinuousMemoryMosaicModel, check_observations
-from .modeling_memory_mosaic import kernel_smoothing
+from .ops_memory_mosaic import kernel_smoothing
 
 
 @dataclasses.dataclass

@@ -37,21 +37,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_memory_mosaic import AdaptableModel
-from .cache_memory_mosaic import ContinuousMemoryMosaicCacheLayer
+from .cache_memory_mosaic import MEMORY_NAME, check_memory, one_memory
 from .configuration_continuous_memory_mosaic import ContinuousMemoryMosaicConfig
 from .identity_memory_mosaic import note_writer
-from .modeling_memory_mosaic import (
-    FOREIGN_PACKING_NAMES,
-    MEMORY_NAME,
-    PACKING_NAMES,
-    PARAMETER_SCALE,
-    MemoryMosaicContextualMemory,
-    at_least_float32,
-    create_memory_masks,
-    leaky_average,
-    one_memory,
-    refuse,
-)
+from .masking_memory_mosaic import FOREIGN_PACKING_NAMES, PACKING_NAMES, create_memory_masks, raise_where
+from .modeling_memory_mosaic import PARAMETER_SCALE, MemoryMosaicContextualMemory
+from .ops_memory_mosaic import at_least_float32, leaky_average
 
 
 # These fields are choices of the user: no checkpoints are known that diverge in them.
@@ -156,7 +147,7 @@ class ContinuousMemory(MemoryMosaicContextualMemory):
         pairs = keys[:, :, :-1], values[:, :, 1:]
         if previous is not None:
             pairs = torch.cat([previous, pairs[0]], dim=2), values
-        retrieved, weights = self.recall(queries, pairs, slot_mask, past_key_values, previous is None, **kwargs)
+        retrieved, weights = self.attend(queries, pairs, slot_mask, past_key_values, previous is None, **kwargs)
         retrieved = retrieved.flatten(2)
         return retrieved, weights, self.o_proj(retrieved)  # here, as FSDP2 gathers weights for `forward` alone
 
@@ -169,8 +160,7 @@ class ContinuousMemory(MemoryMosaicContextualMemory):
         """
         keys, values = self.split_heads(self.k_proj(observations)), self.split_heads(self.v_proj(observations))
         if self.key_leak is not None:
-            leak = (PARAMETER_SCALE * at_least_float32(self.key_leak)).abs()
-            keys = leaky_average(keys, leak, previous)[0].to(keys.dtype)
+            keys = leaky_average(keys, self.leak(), previous)[0].to(keys.dtype)
         return keys, values
 
     def queries(self, keys: torch.Tensor) -> torch.Tensor:
@@ -189,7 +179,7 @@ def check_observations(observations: torch.Tensor, size: int) -> None:
         )
     if not observations.is_floating_point():
         raise ValueError(f"observations are {observations.dtype}: pass floating point numbers.")
-    refuse(~torch.isfinite(observations), "observations must be finite.", observations)
+    raise_where(~torch.isfinite(observations), "observations must be finite.", observations)
 
 
 def check_series(kwargs: dict[str, Any]) -> None:
@@ -279,7 +269,8 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
         """
         past_key_values = one_memory(past_key_values, cache)
         check_observations(observations, self.config.observation_size)
-        self.check_memory(observations, past_key_values)
+        if past_key_values is not None:
+            check_memory(past_key_values, self.config, num_rows=observations.shape[0])
         check_series(kwargs)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -317,7 +308,7 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
                 f"labels have shape {tuple(labels.shape)}, predictions {tuple(predictions.shape)}: pass the "
                 "observations themselves, at least two of them."
             )
-        refuse(~torch.isfinite(labels), "labels must be finite.", labels)
+        raise_where(~torch.isfinite(labels), "labels must be finite.", labels)
         # Half precision would round small errors away.
         errors = at_least_float32(predictions[:, :-1]) - at_least_float32(labels[:, 1:])
         if self.config.loss_clip is not None:
@@ -352,24 +343,6 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
             latest = self(latest, use_cache=True, **{MEMORY_NAME: memory}).predictions[:, -1:]
             predictions.append(latest)
         return torch.cat(predictions, dim=1)
-
-    def check_memory(self, observations: torch.Tensor, past_key_values: Cache | None) -> None:
-        """Raise `ValueError` for a memory of another kind of model or of another number of rows."""
-        if past_key_values is None:
-            return
-        layers = getattr(past_key_values, "layers", ())
-        # By the name of the kind: code that came with the weights has classes of its own.
-        kinds = [getattr(layer, "_layer_type", None) for layer in layers]
-        if kinds != [ContinuousMemoryMosaicCacheLayer._layer_type]:
-            raise ValueError(
-                f"This {type(past_key_values).__name__} was not made for this model. Build it from the model's "
-                "config: `DynamicCache(config=model.config)`."
-            )
-        if layers[0].is_initialized and layers[0].keys.shape[0] != observations.shape[0]:
-            raise ValueError(
-                f"The memory holds {layers[0].keys.shape[0]} rows, but {observations.shape[0]} are passed: they must "
-                "be as many. Copy rows by `cache.batch_repeat_interleave`."
-            )
 
 
 __all__ = ["ContinuousMemoryMosaicModel"]

@@ -45,22 +45,14 @@ from transformers.utils.import_utils import is_fake_tensor
 
 from .adapters_memory_mosaic import AdaptableModel, check_routers
 from .cache_memory_model import MemoryModelCache
+from .cache_memory_mosaic import MEMORY_NAME, one_memory
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
+from .generation_memory_mosaic import continue_from, generation_settings, repeated_rows
 from .identity_memory_mosaic import note_writer, weights_fingerprint
-from .modeling_memory_mosaic import (
-    FOREIGN_PACKING_NAMES,
-    MEMORY_NAME,
-    PACKING_NAMES,
-    MemoryMosaicForCausalLM,
-    MemoryMosaicModel,
-    at_least_float32,
-    continue_from,
-    generation_settings,
-    one_memory,
-    refuse,
-    repeated_rows,
-)
+from .masking_memory_mosaic import FOREIGN_PACKING_NAMES, PACKING_NAMES, raise_where
+from .modeling_memory_mosaic import MemoryMosaicForCausalLM, MemoryMosaicModel
+from .ops_memory_mosaic import at_least_float32, embed_ids
 
 
 # The recipes `memory_positions` and `memory_capacity` compare what these choose:
@@ -517,13 +509,7 @@ def embed(backbone: PreTrainedModel, ids: torch.LongTensor) -> torch.Tensor:
             f"The token table of a {type(backbone).__name__} is used besides its forward, so that it cannot be a unit "
             "of FSDP2: make its layers units, or the whole encoder, and leave the table to what is above."
         )
-    try:
-        return table(ids)
-    except IndexError as error:
-        raise ValueError(
-            f"input_ids range from {ids.min().item()} to {ids.max().item()}, but vocab_size is "
-            f"{backbone.config.vocab_size}. Use this model's own tokenizer, or call `resize_token_embeddings`."
-        ) from error
+    return embed_ids(table, ids, backbone.config.vocab_size)
 
 
 def take_text(input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, is_first: bool = True):
@@ -545,12 +531,14 @@ def take_text(input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, 
             f"attention_mask has shape {tuple(attention_mask.shape)}: it must be that of the ids, "
             f"{tuple(input_ids.shape)}."
         )
-    refuse((attention_mask != 0) & (attention_mask != 1), "attention_mask must hold 1 at tokens and 0 at padding.")
+    raise_where(
+        (attention_mask != 0) & (attention_mask != 1), "attention_mask must hold 1 at tokens and 0 at padding."
+    )
     is_token = attention_mask.to(input_ids.device, torch.bool)
     if is_first:
         is_empty = ~is_token.any(-1)
         row = "A row" if is_torchdynamo_compiling() else f"Row {is_empty.long().argmax().item()}"
-        refuse(is_empty, f"{row} is empty: attention_mask leaves it no token.")
+        raise_where(is_empty, f"{row} is empty: attention_mask leaves it no token.")
     order = left_aligned(is_token)
     return take(input_ids, order), take(is_token, order), order
 
@@ -819,9 +807,9 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
                     f"memory_mask is {memory_mask.dtype}: it must be of booleans or whole numbers, 1 where there is a "
                     "memory and 0 where there is none."
                 )
-            refuse((memory_mask != 0) & (memory_mask != 1), "memory_mask must hold 1 and 0 only.", memory_mask)
+            raise_where((memory_mask != 0) & (memory_mask != 1), "memory_mask must hold 1 and 0 only.", memory_mask)
             is_finite = is_finite | ~memory_mask.to(is_finite.device, torch.bool)
-        refuse(
+        raise_where(
             ~is_finite,
             f"memories are not finite as numbers of this model, which are {self.dtype}: encode the text again.",
         )
@@ -1149,7 +1137,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, GenerationMixin):
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """As the library's; behind a cache, ids may be the new text alone or all of it, see `continue_from`."""
-        cache = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), is_asked_for=False)
+        cache = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), warn=False)
         settings = generation_settings(self, generation_config, kwargs)
         kwargs = continue_from(inputs, settings, kwargs)
         if isinstance(cache, MemoryModelCache) and cache.is_initialized:

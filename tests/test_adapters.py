@@ -31,7 +31,7 @@ from modeling_memory_mosaic import (
     MemoryMosaicForSequenceClassification,
     MemoryMosaicModel,
 )
-from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 
 
 pytestmark = [

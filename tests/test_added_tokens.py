@@ -27,7 +27,8 @@ from transformers import (
 
 from hub_cards.space import app
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
-from training import finetune, publication, train
+from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
+from training import finetune, train
 from training.data import load_stories, pack_windows
 from training.evaluate import load_model, tokens_and_bytes
 from training.experiments import babistories, position_loss, samples
@@ -135,7 +136,7 @@ def test_measured_texts_are_read_as_they_stand(run, read):
     assert read.pop() == [PLAIN + PLAIN]
     ids, _ = position_loss.cut_windows(Dataset.from_dict({"text": [TEXT]}), tokenizer, len(PLAIN), "documents", 1)
     assert ids.tolist() == [PLAIN]
-    assert publication.measure_units(model, tokenizer, [TEXT, TEXT[:5]])["tokens"] == len(PLAIN) + 5
+    assert measure_units(model, tokenizer, [TEXT, TEXT[:5]])["tokens"] == len(PLAIN) + 5
 
 
 def test_the_harness_reads_a_text_behind_the_end_of_the_one_before(run):
@@ -215,14 +216,16 @@ def test_a_tokenizer_that_adds_nothing_is_left_as_it_is(tmp_path, caplog):
 
 # A new place that calls a tokenizer belongs into a test above, and then here.
 WALKED = {
-    *("training/data.py", "training/evaluate.py", "training/publication.py", "training/tokenizer.py"),
+    *("training/data.py", "training/evaluate.py", "training/tokenizer.py"),
     *("training/experiments/babistories.py", "training/experiments/position_loss.py"),
     *("training/experiments/samples.py", "hub_cards/space/app.py"),
+    "modeling_memory_mosaic/inspection_memory_mosaic.py",
 }
 
 
 def test_every_place_that_calls_a_tokenizer_is_walked():
     call = re.compile(r"(?<![\w])(?:self\.)?tokenizer\(|\bencode_batch\w*\(")
     paths = [*CLONE.glob("training/**/*.py"), *CLONE.glob("hub_cards/space/*.py")]
+    paths += CLONE.glob("modeling_memory_mosaic/inspection_*.py")
     calls = {p.relative_to(CLONE).as_posix() for p in paths if call.search(p.read_text(encoding="utf-8"))}
     assert calls == WALKED

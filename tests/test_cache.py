@@ -21,8 +21,7 @@ from modeling_memory_mosaic import (
     memory_from_state_dict,
     memory_state_dict,
 )
-from modeling_memory_mosaic.cache_memory_mosaic import MemoryMosaicStates
-from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME, MemoryMosaicStates
 
 
 STATES = MemoryMosaicStates.state_names

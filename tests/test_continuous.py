@@ -21,8 +21,8 @@ from modeling_memory_mosaic import (
     memory_from_state_dict,
     memory_state_dict,
 )
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from modeling_memory_mosaic.modeling_continuous_memory_mosaic import ComplexLinear, ContinuousMemoryMosaicOutput
-from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
 
 
 variants = pytest.mark.parametrize("variant", list(CONTINUOUS_VARIANTS))

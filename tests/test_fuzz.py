@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kinds import BACKBONE_KINDS, KINDS
 from transformers import DynamicCache, StaticCache
 
-from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 
 
 # How far rounding alone takes the logits, which are of order one, from those of float64 with the same weights.

@@ -21,7 +21,6 @@ from modeling_memory_mosaic import (
     summarize_units,
     trace_tokens,
 )
-from modeling_memory_mosaic.modeling_memory_mosaic import CHUNK_LENGTH
 from modeling_memory_mosaic.naive_memory_mosaic import (
     naive_contextual_memory,
     naive_kernel_smoothing,
@@ -30,6 +29,7 @@ from modeling_memory_mosaic.naive_memory_mosaic import (
     naive_norm,
     naive_persistent_memory,
 )
+from modeling_memory_mosaic.ops_memory_mosaic import CHUNK_LENGTH
 from training.experiments import units as units_module
 from training.experiments.comparison import save_figure
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_memory_model import READS
 from transformers import set_seed
 
-from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 13, "pad_token_id": 0}

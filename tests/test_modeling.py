@@ -17,12 +17,12 @@ from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, leaky_average
-from modeling_memory_mosaic.modeling_memory_mosaic import CHUNK_LENGTH, kernel_smoothing, scale_to_length
 from modeling_memory_mosaic.naive_memory_mosaic import (
     naive_kernel_smoothing,
     naive_leaky_average,
     naive_logits,
 )
+from modeling_memory_mosaic.ops_memory_mosaic import CHUNK_LENGTH, kernel_smoothing, scale_to_length
 from training.convert import convert_authors_state_dict
 
 

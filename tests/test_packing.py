@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening, DynamicCache
 
-from modeling_memory_mosaic.modeling_memory_mosaic import CHUNK_LENGTH
+from modeling_memory_mosaic.ops_memory_mosaic import CHUNK_LENGTH
 
 
 LENGTHS = [3, 1, 1, CHUNK_LENGTH + 5, 2, 9]

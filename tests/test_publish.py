@@ -21,6 +21,7 @@ from test_saving import PAYLOAD
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
 from training import finetune, hub, proof, publication, publish, secrecy, train, verify
 from training.__main__ import app
 from training.card import ABOUT, TEMPLATES, load_about, model_metadata
@@ -184,8 +185,8 @@ def test_the_models_index_has_the_results_metrics():
 def test_units_of_a_padded_batch_are_those_of_the_texts(staged):
     model, tokenizer = load_model(staged)
     texts = ["Once upon a time", "A dog ran to the big red house and saw a cat"]
-    together = publication.measure_units(model, tokenizer, texts)
-    apart = [publication.measure_units(model, tokenizer, [text]) for text in texts]
+    together = measure_units(model, tokenizer, texts)
+    apart = [measure_units(model, tokenizer, [text]) for text in texts]
     assert together["tokens"] == sum(part["tokens"] for part in apart)
     assert len(together["layers"]) == 2 * model.config.num_hidden_layers
     leak = 10 * model.model.layers[1].persistent_memory.key_leak.detach().abs().double()

@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_memory_mosaic.modeling_memory_mosaic import MEMORY_NAME
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from training.tokenizer import train_tokenizer
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, set_seed
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from training import loop, train
 from training.data import collate_windows, load_stories, pack_windows
@@ -390,11 +391,10 @@ def test_best_model_at_end_is_refused():
 # What a run leaves
 
 
-# The oracle, and what serves no model that a run exports.
-NOT_IN_THE_PAYLOAD = (
-    *("naive", "inspection"),
-    *("configuration_continuous", "modeling_continuous", "inspection_continuous"),
-)
+# Code of a model, as the library collects it.
+PACKAGE = CLONE / "modeling_memory_mosaic"
+PAYLOAD = [PACKAGE / "modeling_memory_mosaic.py"]
+PAYLOAD += map(Path, get_relative_import_files(PAYLOAD[0]))
 
 
 def test_export_of_a_run(tmp_path):
@@ -403,11 +403,10 @@ def test_export_of_a_run(tmp_path):
     result = train.run(recipe)
     assert [sample["prompt"] for sample in result["samples"]] == ["Once", "Once"]
     assert all(sample["text"].startswith("Once") for sample in result["samples"])
-    payload = {path.name: path.read_bytes() for path in (CLONE / "modeling_memory_mosaic").glob("*_memory_mosaic.py")}
+    payload = {path.name: path.read_bytes() for path in PAYLOAD}
     for folder in (recipe.folder / "model", recipe.folder / "checkpoint-20"):
         code = {path.name: path.read_bytes() for path in folder.glob("*.py")}
-        assert code.items() <= payload.items()
-        assert code.keys() == payload.keys() - {f"{name}_memory_mosaic.py" for name in NOT_IN_THE_PAYLOAD}
+        assert code == payload
     config = json.loads((recipe.folder / "model" / "config.json").read_text(encoding="utf-8"))
     assert config["use_cache"] is True
     assert config["auto_map"] == {

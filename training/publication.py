@@ -3,9 +3,7 @@
 
 import importlib.metadata
 import json
-import math
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +14,7 @@ from packaging.requirements import Requirement
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_memory_mosaic import inspect_units, summarize_units
-from modeling_memory_mosaic.modeling_memory_mosaic import PARAMETER_SCALE
+from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
 from training import card, hub, proof, verify
 from training.bounded import read_object
 from training.evaluate import load_model
@@ -171,33 +168,6 @@ def _base_folder(publication: Publication) -> Path:
     if weights_checksums(folder) != publication.result["base"]["weights"]:
         raise ValueError(f"the weights in {folder} are not those that {publication.run} has adapted: restore them")
     return folder
-
-
-def measure_units(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, Any]:
-    """What each memory of a Memory Mosaic did while it read texts.
-
-    Returns:
-        `tokens` read; `units`, as of `summarize_units`; and `layers`, by layer and kind their means over heads, with
-        the `half_life` of each head's keys, in tokens.
-    """
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
-    units = summarize_units(inspect_units(model.eval(), batch["input_ids"], batch["attention_mask"]))
-    leaks = {}
-    for name, parameter in model.named_parameters():
-        found = re.search(r"layers\.(\d+)\.(\w+)_memory\..*key_leak$", name)
-        if found is not None:
-            leaks[int(found[1]), found[2]] = (PARAMETER_SCALE * parameter.detach().double()).abs()
-    layers = []
-    for layer, kind in dict.fromkeys((unit["layer"], unit["kind"]) for unit in units):
-        heads = [unit for unit in units if (unit["layer"], unit["kind"]) == (layer, kind)]
-        means = {name: _mean([head[name] for head in heads]) for name in ("error", "effective_pairs", "norm")}
-        half_life = (math.log(2) / leaks[layer, kind]).tolist()
-        layers.append({"layer": layer, "kind": kind, **means, "half_life": half_life})
-    return {"tokens": int(batch["attention_mask"].sum()), "layers": layers, "units": units}
-
-
-def _mean(values: list[float | None]) -> float | None:
-    return None if None in values else sum(values) / len(values)
 
 
 def _card(template: str) -> Callable[[Publication, Path, str], str]:

@@ -131,8 +131,8 @@ def _binned(weights: np.ndarray) -> np.ndarray:
 def _leak(model: PreTrainedModel, head: int) -> dict[str, float]:
     if not isinstance(model, MemoryMosaicForCausalLM):
         return {}
-    leak = model.model.layers[0].contextual_memory.key_leak[head].item()
-    return {"leak_coefficient": math.exp(-abs(10 * leak))}
+    leaks = model.model.layers[0].contextual_memory.leak(torch.float64)
+    return {"leak_coefficient": math.exp(-leaks[head].item())}
 
 
 def _mean(heads: list[dict[str, Any]], name: str, label: str, length: int) -> float:

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The Memory Mosaic authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Masks of Memory Mosaics: padding, packed documents and the strict rule, with the checks of what describes them.
+
+Shapes use B batch, T new tokens, S slots of the memory (one for each token of past and present).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_causal_mask,
+    flash_attention_mask,
+    sdpa_mask,
+)
+from transformers.utils import is_torchdynamo_compiling
+
+from .cache_memory_mosaic import one_memory
+from .ops_memory_mosaic import forward_fill
+
+
+# What `DataCollatorWithFlattening` sends along with `position_ids`.
+PACKING_NAMES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# What other libraries call them: without a check they would be passed over.
+FOREIGN_PACKING_NAMES = ("document_ids", "segment_ids", "sequence_ids", "cu_seqlens", "cu_seqlens_q")
+
+
+def raise_where(is_wrong: torch.Tensor, message: str, values: torch.Tensor | None = None) -> None:
+    """Raise `ValueError` if anything is wrong, naming the first of `values` where it is.
+
+    A compiled graph holds an assertion instead (`RuntimeError`), an exported program nothing.
+    """
+    # Not `transformers.utils.torch_compilable_check`: it names no value, loses its message in a compiled graph, leaves
+    # an assertion in an exported program, and an environment variable switches it off.
+    if torch.compiler.is_exporting():
+        return
+    if is_torchdynamo_compiling():
+        torch._assert_async(~is_wrong.any(), message)
+    elif is_wrong.any():
+        raise ValueError(message if values is None else f"{message} Found: {values[is_wrong][0].item()}.")
+
+
+def check_maps(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` if flex attention is asked for attention maps: its second result is something else.
+
+    sdpa has no maps either, and warns by itself.
+    """
+    implementation = config._attn_implementation
+    if kwargs.get("output_attentions") and implementation == "flex_attention":
+        raise ValueError(
+            f"attn_implementation={implementation!r} computes no attention maps. Load the model with "
+            '`attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
+        )
+
+
+def check_mask(
+    attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past_length: int | torch.Tensor
+) -> None:
+    """Raise `ValueError` for a mask that would silently be read as another one.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, 1 at tokens.
+        inputs_embeds (`torch.Tensor` of shape `(B, T, C)`).
+        past_length: number of tokens in the memory; a tensor if the memory is static.
+    """
+    if attention_mask is None:
+        return
+    batch_size, num_tokens, _ = inputs_embeds.shape
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: it must be (batch, tokens), here with "
+            f"{batch_size} rows."
+        )
+    # The length of a static memory is a tensor, which a compiled graph cannot compare with a shape.
+    if not is_torchdynamo_compiling() or isinstance(past_length, int):
+        past_length = int(past_length)
+        if attention_mask.shape[1] != past_length + num_tokens:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[1]} tokens, but the memory holds {past_length} and "
+                f"{num_tokens} are new: it must cover all {past_length + num_tokens}."
+            )
+    if attention_mask.dtype != torch.bool:
+        raise_where(
+            (attention_mask != 0) & (attention_mask != 1),
+            "attention_mask must hold 1 at tokens and 0 at padding, not what to add to scores and not numbers of "
+            "documents (pass `position_ids` for those).",
+            attention_mask,
+        )
+
+
+def check_packing_names(kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` for descriptions of packed documents under names that would be passed over."""
+    for name in FOREIGN_PACKING_NAMES:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is not known: show where documents begin by position_ids that start again.")
+    if kwargs.get("cu_seq_lens_k") is not None and kwargs.get("cu_seq_lens_q") is None:
+        raise ValueError("cu_seq_lens_k is given without cu_seq_lens_q, which says where documents begin.")
+
+
+def check_shape(name: str, tensor: torch.Tensor, batch_size: int, num_tokens: int) -> None:
+    """Raise `ValueError` unless there is one number for each new token, of all rows together or of each row."""
+    if tensor.ndim != 2 or tensor.shape[1] != num_tokens or tensor.shape[0] not in (1, batch_size):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}: it must be (batch, tokens), here {(batch_size, num_tokens)}."
+        )
+
+
+def check_offsets(cu_seq_lens_q: torch.Tensor, num_tokens: int) -> None:
+    """Raise `ValueError` unless offsets rise from 0 to `num_tokens`, the number of tokens of all rows together."""
+    if cu_seq_lens_q.ndim != 1:
+        raise ValueError(f"cu_seq_lens_q has shape {tuple(cu_seq_lens_q.shape)}: it must be (documents + 1,).")
+    ends = cu_seq_lens_q[[0, -1]] != torch.tensor([0, num_tokens], device=cu_seq_lens_q.device)
+    message = f"cu_seq_lens_q must rise from 0 to the number of all tokens, padding included, here {num_tokens}."
+    raise_where(ends, message, cu_seq_lens_q[[0, -1]])
+    raise_where(cu_seq_lens_q.diff() < 0, message, cu_seq_lens_q[1:])
+
+
+def find_documents(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Return the number of the document that each new token belongs to, `(B, T)`; `None` if each row is one document.
+
+    A document begins where `position_ids` `(B, T)` do not rise or `seq_idx` `(B, T)` changes, and at the offsets
+    `cu_seq_lens_q` into the rows one after another. Positions mean nothing else to a memory.
+
+    Raises:
+        ValueError: if one of these has another form, or if a document begins behind a memory.
+    """
+    if position_ids is None and seq_idx is None and cu_seq_lens_q is None:
+        return None
+    (batch_size, num_tokens, _), device = inputs_embeds.shape, inputs_embeds.device
+    begins = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
+    is_token, has_past = ~begins, begins[:, :1]
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(device, torch.bool)
+        is_token, has_past = attention_mask[:, -num_tokens:], attention_mask[:, :-num_tokens].any(-1, keepdim=True)
+    elif past_key_values is not None:
+        has_past = has_past | (past_key_values.get_seq_length() > 0)
+    if position_ids is not None:
+        check_shape("position_ids", position_ids, batch_size, num_tokens)
+        positions = position_ids.to(device).expand(batch_size, num_tokens)[:, None, :, None]
+        before = torch.zeros_like(positions[:, :, :1])  # the text in a memory began with 0, so 0 does not rise
+        filled = positions if attention_mask is None else forward_fill(positions, is_token, before)
+        previous = torch.cat([before, filled[:, :, :-1]], dim=2)
+        begins = begins | (positions <= previous)[:, 0, :, 0]
+    if seq_idx is not None:
+        check_shape("seq_idx", seq_idx, batch_size, num_tokens)
+        begins = begins | F.pad(seq_idx.to(device).diff(dim=-1) != 0, (1, 0))
+    if cu_seq_lens_q is not None:
+        check_offsets(cu_seq_lens_q, batch_size * num_tokens)
+        offsets = torch.arange(batch_size * num_tokens, device=device).view(batch_size, num_tokens)
+        begins = begins | torch.isin(offsets, cu_seq_lens_q.to(device))
+    begins = begins & is_token & (has_past | (is_token.long().cumsum(-1) > 1))  # behind other tokens only
+    if past_key_values is not None:
+        raise_where(
+            begins,
+            "A document begins behind the tokens in the memory, which holds one text. Read packed documents without "
+            "`past_key_values`, or each in a row of its own, padded with attention_mask. A text that the memory holds "
+            "already must not be passed again.",
+        )
+        return None
+    # Compiled, the answer is not known yet: then every row is read as if it were packed.
+    return begins.long().cumsum(-1) if is_torchdynamo_compiling() or begins.any() else None
+
+
+def strict_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    """Return which slots a token may read besides causality, as a mask function of transformers.
+
+    Args:
+        is_token_slot (`torch.Tensor` of shape `(B, S)`): False where the slot's token is padding or yet to come.
+        document_ids (`torch.Tensor` of shape `(B, S)`, *optional*): number of each token's document, if rows hold
+            several.
+    """
+    count = is_token_slot.long().cumsum(-1)
+    if document_ids is not None:
+        # Count within the document: less the tokens before it, a number that stays until the next document begins.
+        begins = F.pad(document_ids.diff(dim=-1), (1, 0)) > 0
+        before = (count - is_token_slot.long())[:, None, :, None]
+        count = count - forward_fill(before, begins, torch.zeros_like(before[:, :, :1]))[:, 0, :, 0]
+
+    def rule(
+        batch_idx: torch.Tensor, head_idx: torch.Tensor | None, q_idx: torch.Tensor, kv_idx: torch.Tensor
+    ) -> torch.Tensor:
+        """A slot is full if its token is real and not the first. A token without full slots reads empty slot 0."""
+        is_full = is_token_slot[batch_idx, kv_idx] & (count[batch_idx, kv_idx] > 1)
+        if document_ids is not None:
+            is_full = is_full & (document_ids[batch_idx, kv_idx] == document_ids[batch_idx, q_idx])
+        return is_full | ((kv_idx == 0) & (count[batch_idx, q_idx] <= 1))
+
+    return rule
+
+
+def create_memory_masks(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
+    **packing: Any,
+) -> dict[str, Any]:
+    """Return what all layers of one forward pass need to know about padding, documents and the past.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, on either side or within.
+        packing: `position_ids`, `seq_idx` and `cu_seq_lens_q`, see [`find_documents`].
+
+    Returns:
+        `dict`: `slot_mask`, `is_token` and `document_ids`, the arguments of [`MemoryMosaicContextualMemory`].
+
+    Raises:
+        ValueError: if the mask is not 2-D or not as long as past and new tokens together, or if several documents are
+            packed in one row and there is a memory, which holds one.
+    """
+    past_key_values = one_memory(past_key_values, cache, warn=False)
+    num_tokens = inputs_embeds.shape[1]
+    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    check_mask(attention_mask, inputs_embeds, past_length)
+    if attention_mask is None and past_key_values is not None:
+        past_mask = past_key_values.layers[0].past_mask()
+        attention_mask = None if past_mask is None else F.pad(past_mask, (0, num_tokens), value=True)
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
+        if not is_torchdynamo_compiling() and attention_mask.all():
+            attention_mask = None
+    is_token = None if attention_mask is None else attention_mask[:, -num_tokens:]
+    if is_token is not None and not is_torchdynamo_compiling() and is_token.all():
+        is_token = None
+    document_ids = find_documents(inputs_embeds, attention_mask, past_key_values, **packing)
+    masks = {"slot_mask": None, "is_token": is_token, "document_ids": document_ids}
+
+    # Two families of attention functions read a missing mask as causal; the others need it spelled out.
+    mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    if attention_mask is None and document_ids is None and mask_function in (sdpa_mask, flash_attention_mask):
+        is_first = isinstance(past_length, int) and past_length == 0
+        by_shift_identity = is_first and num_tokens > 1
+        reads_all_slots = not is_first and num_tokens == 1 and not past_key_values.is_compileable
+        if by_shift_identity or reads_all_slots:
+            return masks
+
+    num_slots = num_tokens if past_key_values is None else past_key_values.get_mask_sizes(num_tokens, 0)[0]
+    if attention_mask is None:
+        attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], num_slots), dtype=torch.bool)
+    rule = strict_rule(F.pad(attention_mask, (0, num_slots - attention_mask.shape[1])), document_ids)
+    masks["slot_mask"] = create_causal_mask(config, inputs_embeds, None, past_key_values, and_mask_function=rule)
+    if masks["slot_mask"] is None:
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} has no function that makes its masks. Register one "
+            "under the same name with `AttentionMaskInterface.register`."
+        )
+    return masks

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The Memory Mosaic authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Operators of Memory Mosaics on plain tensors: leaky average, scaling to a length, kernel smoothing.
+
+Shapes use B batch, T tokens, H heads, D head width, N stored pairs, C hidden size. `naive_memory_mosaic.py` states the
+same operators as loops.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils.generic import maybe_autocast
+
+
+# Tokens summed by one matrix product in `leaky_average`; a longer text is a leaky average of such chunks.
+CHUNK_LENGTH = 32
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Convert half precision to float32; return float32 and float64 as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def embed_ids(embedding: nn.Module, input_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Return the embeddings `(B, T, C)` of token ids `(B, T)`.
+
+    Raises:
+        ValueError: if an id is not below `vocab_size`.
+    """
+    try:
+        return embedding(input_ids)
+    except IndexError as error:
+        raise ValueError(
+            f"input_ids range from {input_ids.min().item()} to {input_ids.max().item()}, but vocab_size is "
+            f"{vocab_size}. Use this model's own tokenizer, or call `resize_token_embeddings`."
+        ) from error
+
+
+def chunk_decays(
+    leak: torch.Tensor,
+    elapsed: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+    num_chunks: int,
+    length: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the weights by which each position of a chunk sums what came before it.
+
+    Groups G are heads where all chunks are alike, otherwise rows x heads x chunks; L is `length`.
+
+    Returns:
+        the weight of each earlier position of the chunk `(G, L, L)`, the weight of the state before the chunk
+        `(G, L)`, and by how many tokens each chunk ages a state `(B, chunks)`.
+    """
+    if elapsed is None:
+        ages = torch.arange(1, length + 1, device=leak.device, dtype=leak.dtype)[None, None]
+    else:
+        ages = elapsed.to(leak.dtype).unflatten(1, (num_chunks, length)).cumsum(-1)  # (B, chunks, L)
+    lags = (ages[..., :, None] - ages[..., None, :]).clamp(min=0)
+    within = torch.exp(-leak[:, None, None, None] * lags[:, None]).tril()  # (B, H, chunks, L, L)
+    before = torch.exp(-leak[:, None, None] * ages[:, None])  # (B, H, chunks, L)
+    if document_ids is not None:
+        document_ids = document_ids.unflatten(1, (num_chunks, length))
+        carried = F.pad(document_ids[:, :-1, -1:], (0, 0, 1, 0))  # the document that the chunk before ends with
+        within = within * (document_ids[..., :, None] == document_ids[..., None, :])[:, None]
+        before = before * (document_ids == carried)[:, None]
+    return within.flatten(0, 2), before.flatten(0, 2), ages[..., -1]
+
+
+def _leaky_sums(
+    states: torch.Tensor,
+    leak: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    elapsed: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the leaky sums `(B, H, T, D)`; arguments as for [`leaky_average`], states already in float32 at least.
+
+    One matrix product sums within chunks; a leaky average of the chunks' totals carries on between them. Matrix
+    products alone touch all the states, in the backward pass too: elementwise steps and slices of the whole would
+    cost more than the sums themselves.
+    """
+    num_tokens = states.shape[2]
+    if num_tokens == 1 and document_ids is None:
+        aged = leak[:, None, None] if elapsed is None else leak[:, None, None] * elapsed[:, None, :, None]
+        return states if initial_state is None else states + torch.exp(-aged) * initial_state
+    # An exported program serves any number of tokens, so it cannot depend on their number of chunks: it has one.
+    is_one_chunk = torch.compiler.is_exporting() or num_tokens <= CHUNK_LENGTH
+    length = num_tokens if is_one_chunk else CHUNK_LENGTH
+    num_chunks = 1 if is_one_chunk else (num_tokens + CHUNK_LENGTH - 1) // CHUNK_LENGTH
+    if padding := num_chunks * length - num_tokens:
+        states = F.pad(states, (0, 0, 0, padding))
+        elapsed = None if elapsed is None else F.pad(elapsed, (0, padding))
+        document_ids = None if document_ids is None else F.pad(document_ids, (0, padding))
+    chunks = states.unflatten(2, (num_chunks, length))  # (B, H, chunks, length, D)
+    batch_size, num_heads, _, _, width = chunks.shape
+    within, before, chunk_elapsed = chunk_decays(leak, elapsed, document_ids, num_chunks, length)
+
+    # Rows are (groups, positions, columns). Chunks that share their decays form a group: if all tokens age alike all
+    # chunks of a head, their vectors side by side as columns; with padding or documents each chunk is a group.
+    def to_rows(vectors: torch.Tensor) -> torch.Tensor:
+        return vectors.permute(1, 3, 0, 2, 4).flatten(2) if elapsed is None else vectors.flatten(0, 2)
+
+    def from_rows(rows: torch.Tensor) -> torch.Tensor:
+        if elapsed is not None:
+            return rows.view(batch_size, num_heads, num_chunks, -1, width)
+        return rows.view(num_heads, -1, batch_size, num_chunks, width).permute(2, 0, 3, 1, 4)
+
+    rows = to_rows(chunks)
+    sums = within @ rows
+    if num_chunks > 1:
+        totals = from_rows(within[:, -1:] @ rows).squeeze(3)
+        ends = _leaky_sums(
+            totals,
+            leak * length if elapsed is None else leak,
+            initial_state,
+            None if elapsed is None else chunk_elapsed,
+            None if document_ids is None else document_ids[:, length - 1 :: length],
+        )
+        first = torch.zeros_like(ends[:, :, :1]) if initial_state is None else initial_state.to(ends.dtype)
+        initial_state = torch.cat([first, ends[:, :, :-1]], dim=2)  # (B, H, chunks, D): what each chunk starts from
+    if initial_state is not None:
+        sums = torch.baddbmm(sums, before[:, :, None], to_rows(initial_state[:, :, :, None].to(sums.dtype)))
+    # Heads come first in storage, as the persistent memory reads all rows of a head together.
+    return from_rows(sums).transpose(0, 1).flatten(2, 3)[:, :, :num_tokens].transpose(0, 1)
+
+
+def leaky_average(
+    states: torch.Tensor,
+    leak: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    elapsed: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the exponentially decaying sum of past states, one decay per head (paper, eq. 7).
+
+    s_t = exp(-leak * elapsed_t) s_(t-1) + states_t
+
+    Linear in T in time and memory. The sum is not divided by the total of its weights: keys are normalised afterwards.
+
+    Args:
+        states (`torch.Tensor` of shape `(B, H, T, D)`): inputs; summed in float32 at least.
+        leak (`torch.Tensor` of shape `(H,)`): not negative, in nats per token.
+        initial_state (`torch.Tensor` of shape `(B, H, 1, D)`, *optional*): s_(-1); zeros when absent.
+        elapsed (`torch.Tensor` of shape `(B, T)`, *optional*): tokens of decay before each position: 0 where the
+            state must not age (padding), else 1. All ones when absent.
+        document_ids (`torch.Tensor` of shape `(B, T)`, *optional*): number of the document of each position, never
+            falling. The sum starts again with each document, with document 0 at `initial_state`. One document when
+            absent.
+
+    Returns:
+        sums `(B, H, T, D)` and final state `(B, H, 1, D)`: splitting T anywhere gives the same result.
+    """
+    if elapsed is None and document_ids is not None:
+        elapsed = torch.ones_like(document_ids)
+    with maybe_autocast(states.device.type, enabled=False):
+        states = at_least_float32(states)
+        sums = _leaky_sums(states, leak.to(states.dtype), initial_state, elapsed, document_ids)
+    return sums, sums[:, :, -1:]
+
+
+def scale_to_length(vectors: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Scale vectors `(B, H, T, D)` to `length` `(H,)`, in float32 at least; a zero vector stays zero."""
+    vectors = at_least_float32(vectors)
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    # Not an epsilon: it would blow up the gradient of a zero vector beyond what half precision holds.
+    return vectors * (length.to(vectors.dtype)[:, None, None] / norms.masked_fill(norms == 0, 1.0))
+
+
+def forward_fill(vectors: torch.Tensor, is_token: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
+    """Replace each vector at padding by the vector of the last token before it.
+
+    Args:
+        vectors (`torch.Tensor` of shape `(B, H, T, D)`).
+        is_token (`torch.Tensor` of shape `(B, T)`): False at padding.
+        initial_state (`torch.Tensor` of shape `(B, H, 1, D)`, *optional*): what stands before the first token. When
+            absent, padding before the first token gets a vector of no meaning.
+
+    Returns:
+        vectors `(B, H, T, D)`.
+    """
+    first = vectors[:, :, :1] if initial_state is None else initial_state
+    batch_size, num_tokens = is_token.shape
+    # Where the n-th token stands, counted from 1; padding writes behind the end. (ONNX has no running maximum.)
+    positions = torch.arange(1, num_tokens + 1, device=is_token.device).expand(batch_size, -1)
+    count = is_token.long().cumsum(-1)
+    places = count.new_zeros(batch_size, num_tokens + 2)
+    places = places.scatter(1, torch.where(is_token, count, num_tokens + 1), positions)
+    last = places.gather(1, count)[:, None, :, None].expand_as(vectors)
+    return torch.cat([first, vectors], dim=2).gather(2, last)
+
+
+def smoothing_weights(
+    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
+    """Return the weights `(B, H, T, N)` of [`kernel_smoothing`], in float32 at least."""
+    with maybe_autocast(query.device.type, enabled=False):
+        scores = at_least_float32(query) @ at_least_float32(key).transpose(-1, -2)
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        return F.dropout(scores.softmax(dim=-1), p=dropout, training=dropout > 0)
+
+
+def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return the sums `(B, H, T, D)` of values `(B, H, N, D)` by weights `(B, H, T, N)`, in the values' dtype."""
+    with maybe_autocast(value.device.type, enabled=False):
+        return (weights @ at_least_float32(value)).to(value.dtype)
+
+
+def kernel_smoothing(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average stored values, weighted by how near their keys are to the query (paper, eq. 2 and 3).
+
+    y = sum_i softmax_i(query . key_i) value_i. With keys of one length this is a Gaussian kernel regression whose
+    bandwidth is that length. Scores and weights are computed in float32 at least.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, T, D)`), key and value (`torch.Tensor` of shape `(B or 1, H, N, D)`).
+        attention_mask (`torch.Tensor`, *optional*): added to the scores; broadcasts to `(B, H, T, N)`.
+        dropout (`float`): share of weights set to zero.
+
+    Returns:
+        retrieved values `(B, H, T, D)` in the values' dtype, and weights `(B, H, T, N)`.
+    """
+    weights = smoothing_weights(query, key, attention_mask, dropout)
+    return weighted_values(weights, value), weights
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute [`kernel_smoothing`] in the calling convention of transformers' attention functions."""
+    weights = smoothing_weights(query, key, attention_mask, dropout)
+    if module.is_causal:
+        # Slot t holds the pair of token t - 1, slot 0 a zero. Moved on by one, the weights name tokens.
+        weights, value = F.pad(weights[..., 1:], (0, 1)), F.pad(value[:, :, 1:], (0, 0, 0, 1))
+    return weighted_values(weights, value).transpose(1, 2), weights
+
+
+__all__ = ["kernel_smoothing", "leaky_average"]
