@@ -281,6 +281,7 @@ def test_the_payload_touches_neither_files_nor_network_nor_processes(request, na
         "warnings",
         "weakref",
     }
+    modules -= {"collections.abc"}  # names of types
     assert {module.split(".")[0] for module in modules} <= {"torch", "transformers", "huggingface_hub"} | harmless
     assert modules & {"torch", "transformers.configuration_utils"}  # it found the imports there are
 
