@@ -22,7 +22,7 @@ written by hand (TRF057): the library's generator of them knows only models with
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ from .cache_memory_mosaic import MEMORY_NAME, check_memory, one_memory
 from .configuration_continuous_memory_mosaic import ContinuousMemoryMosaicConfig
 from .identity_memory_mosaic import note_writer
 from .masking_memory_mosaic import FOREIGN_PACKING_NAMES, PACKING_NAMES, create_memory_masks, raise_where
-from .modeling_memory_mosaic import PARAMETER_SCALE, MemoryMosaicContextualMemory
+from .modeling_memory_mosaic import PARAMETER_SCALE, MemoryMosaicPairStore
 from .ops_memory_mosaic import at_least_float32, leaky_average
 
 
@@ -90,22 +90,23 @@ class ComplexLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-class ContinuousMemory(MemoryMosaicContextualMemory):
+class ContinuousMemory(MemoryMosaicPairStore):
     """Associative memories that pair each observation's key with the next observation's value.
 
     key: k_t = W_phi x_t, or its leaky average; value: v_t = W_psi x_(t+1). Neither is normalised.
     """
 
+    config: ContinuousMemoryMosaicConfig
+    log_beta: nn.Parameter | None
+
     def __init__(self, config: ContinuousMemoryMosaicConfig, layer_idx: int = 0):
-        nn.Module.__init__(self)  # the parent's projections, blends and scales are those of tokens
-        self.config = config
-        self.layer_idx = layer_idx
-        inner_size = config.num_attention_heads * config.head_dim
+        super().__init__(config, layer_idx)
+        inner_size = config.num_attention_heads * cast(int, config.head_dim)
         self.k_proj = self._projection(config.observation_size, inner_size)
         self.v_proj = self._projection(config.observation_size, inner_size)
         self.o_proj = self._projection(inner_size, config.observation_size)
-        self.key_leak = nn.Parameter(torch.empty(config.num_attention_heads)) if config.key_leak else None
-        self.log_beta = nn.Parameter(torch.empty(config.num_attention_heads)) if config.learnable_beta else None
+        for name, is_learnt in (("key_leak", config.key_leak), ("log_beta", config.learnable_beta)):
+            self.register_parameter(name, nn.Parameter(torch.empty(config.num_attention_heads)) if is_learnt else None)
 
     def _projection(self, in_features: int, out_features: int) -> nn.Module:
         if self.config.complex_weights:
@@ -251,7 +252,6 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ContinuousMemoryMosaicOutput:
         """
@@ -261,7 +261,7 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
                 the loss compares the prediction at t with `labels` at t + 1.
             past_key_values or cache ([`~transformers.Cache`], *optional*): the memory; grows by T slots.
             use_cache (`bool`, *optional*): whether to return the memory.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*): see [`clipped_loss`].
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): among `kwargs`; see [`clipped_loss`].
 
         Raises:
             ValueError: if observations or labels have another shape or are not finite, if the memory is another
@@ -271,19 +271,22 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
         check_observations(observations, self.config.observation_size)
         if past_key_values is not None:
             check_memory(past_key_values, self.config, num_rows=observations.shape[0])
-        check_series(kwargs)
+        check_series(dict(kwargs))
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         slot_mask = create_memory_masks(self.config, observations, None, past_key_values)["slot_mask"]
         if past_key_values is not None:
-            note_writer(past_key_values.layers[0], self, observations.shape[1])
-            past_key_values.layers[0].note_text(None, None)
+            states = self.memory.states(past_key_values)
+            note_writer(states, self, observations.shape[1])
+            states.note_text(None, None)
         retrieved, _, predictions = self.memory(observations, slot_mask, past_key_values, **kwargs)
+        memory: dict[str, Any] = {MEMORY_NAME: past_key_values}
         return ContinuousMemoryMosaicOutput(
             last_hidden_state=retrieved,
             loss=None if labels is None else self.clipped_loss(predictions, labels, num_items_in_batch),
             predictions=predictions,
-            **{MEMORY_NAME: past_key_values},
+            **memory,
         )
 
     def clipped_loss(
