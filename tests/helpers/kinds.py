@@ -87,9 +87,20 @@ def make_continuous(seed=0, dtype=torch.float64, **config) -> ContinuousMemoryMo
     return model.to(dtype)
 
 
-def observe(model, *shape, seed=0):
+def observe(model: ContinuousMemoryMosaicModel, *shape: int, seed: int = 0) -> torch.Tensor:
+    """Draw random observations `(*shape, C)`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, model.config.observation_size, generator=generator, dtype=torch.float64)
+
+
+# Fields of the configuration, for tests of each branch in the code of continuous models.
+CONTINUOUS_VARIANTS = {
+    "one head": {"num_attention_heads": 1},
+    "three heads": {},
+    "real": {"complex_weights": False, "observation_size": 5, "num_attention_heads": 2, "head_dim": 3},
+    "leak": {"key_leak": True},
+    "learnt beta": {"learnable_beta": True},
+}
 
 
 @dataclass(frozen=True, eq=False)

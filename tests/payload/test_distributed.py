@@ -9,8 +9,9 @@ import torch
 from accelerate import cpu_offload
 from helpers.kinds import KINDS, MOSAIC, for_kinds
 from helpers.processes import run_on_two_processes
+from training.tasks.moon_model import predict_from_prefixes
 
-from modeling_memory_mosaic import MemoryMosaicConfig
+from modeling_memory_mosaic import MemoryMosaicConfig, inspect_continuous_units
 
 
 TENSOR_PARALLEL = """
@@ -200,5 +201,5 @@ def test_offloaded_layers_run_from_where_they_are_kept(kind, place, tmp_path):
     if kind.model == "continuous":
         x, lengths = inputs["observations"], torch.tensor([2, 7])
         assert torch.equal(model.predict(x, 4), whole.predict(x, 4))
-        assert torch.equal(model.predict_from_prefixes(x, lengths, 4), whole.predict_from_prefixes(x, lengths, 4))
-        assert torch.equal(model.units(x).error, whole.units(x).error)
+        assert torch.equal(predict_from_prefixes(model, x, lengths, 4), predict_from_prefixes(whole, x, lengths, 4))
+        assert torch.equal(inspect_continuous_units(model, x).error, inspect_continuous_units(whole, x).error)
