@@ -9,9 +9,9 @@ import torch
 from accelerate import cpu_offload
 from helpers.kinds import KINDS, MOSAIC, for_kinds
 from helpers.processes import run_on_two_processes
-from training.tasks.moon_model import predict_from_prefixes
 
 from modeling_memory_mosaic import MemoryMosaicConfig, inspect_continuous_units
+from training.tasks.moon_model import predict_from_prefixes
 
 
 TENSOR_PARALLEL = """
