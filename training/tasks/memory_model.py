@@ -339,7 +339,7 @@ def _train_stage(
         data_collator=collate_windows,
         train_dataset=language_modeling.whole_steps(windows["train"], arguments, state),
         eval_dataset=windows["validation"],
-        tell=lambda share: report_progress(recipe.folder, _share_done(recipe, stage, share)),
+        report=lambda share: report_progress(recipe.folder, _share_done(recipe, stage, share)),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
