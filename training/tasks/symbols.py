@@ -65,7 +65,7 @@ class SymbolTrainer(LanguageModelTrainer):
         # would go back to one of them. The checkpoints here are those that the recipe asks for.
         history = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
         if scores["accuracy"] > max(history, default=-math.inf):
-            export_model(self.model, None, self._recipe.folder / "best", listed=True)
+            export_model(self.model, None, self._recipe.folder / "best", checksums=True)
         return scores
 
 
