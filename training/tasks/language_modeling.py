@@ -35,20 +35,16 @@ from training.cost import (
 )
 from training.evaluate import load_model, mean_loss, tokens_and_bytes
 from training.export import export_model, verify_export
+from training.figures import draw_learning_curve
 from training.files import faults, staged_folder, write_checksums
 from training.loop import LanguageModelTrainer, build_training_arguments
+from training.metrics.mean_loss import bits_per_byte, perplexity
 from training.recipe import DataSection, Recipe, TextRecipe, TrainingRecipe
-from training.result import (
-    bits_per_byte,
-    draw_learning_curve,
-    header,
-    learning_curve,
-    perplexity,
-    tokens_per_second,
-)
+from training.result import header, learning_curve, tokens_per_second
 from training.run_folder import run_once
-from training.text.sources import collate_windows, load_stories, pack_windows, source_provenance
+from training.text.sources import load_stories, source_provenance
 from training.text.tokenizer import load_tokenizer, train_tokenizer
+from training.text.windows import collate_windows, pack_windows
 
 
 class ReadsText(Protocol):
