@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `python -m training VERB ...`, from the clone."""
+"""The command line: `python -m training VERB ...`, from the clone.
+
+Each verb imports what it needs only when it is called, so that `--help` answers at once.
+"""
 
 import contextlib
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+
+if TYPE_CHECKING:
+    from training.recipe import BaseRecipe
 
 app = typer.Typer(
     name="python -m training",
@@ -34,8 +42,8 @@ def main(
 
 
 @contextlib.contextmanager
-def _plain_errors(context: typer.Context):
-    """Show what the user can mend as one message; anything else, and everything with --debug, as a traceback."""
+def _plain_errors(context: typer.Context) -> Iterator[None]:
+    """Show an error that the user can mend as one message; others, and all of them with --debug, as a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -43,8 +51,8 @@ def _plain_errors(context: typer.Context):
             raise
         from training.secrecy import masked
 
-        told = masked(f"{type(error).__name__}: {error}")
-        typer.echo(f"{told}\n(python -m training --debug ... shows where)", err=True)
+        message = masked(f"{type(error).__name__}: {error}")
+        typer.echo(f"{message}\n(python -m training --debug ... shows where)", err=True)
         raise typer.Exit(1) from error
 
 
@@ -53,7 +61,7 @@ def run(
     context: typer.Context,
     recipe: RecipePath,
     overrides: Overrides = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Move an earlier run aside and begin anew.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Move an earlier run aside and start again.")] = False,
 ) -> None:
     """Do what a recipe says; the same command again resumes, or shows the finished result."""
     with _plain_errors(context):
@@ -66,6 +74,16 @@ def run(
         result = task.run(parsed, restart=restart)
         if PartialState().is_main_process:
             typer.echo(task.summary(result, parsed.folder))
+
+
+def _plan(task: ModuleType, recipe: "BaseRecipe", machine: dict[str, float | None]) -> dict[str, Any]:
+    """Return the task's plan; `ValueError` for an option of the machine that the task does not take."""
+    options = {name: value for name, value in machine.items() if value is not None}
+    unknown = sorted(options.keys() - inspect.signature(task.plan).parameters.keys())
+    if unknown:
+        names = ", ".join(f"--{name}" for name in unknown)
+        raise ValueError(f"the task {recipe.task!r} estimates no cost of a machine: leave out {names}")
+    return task.plan(recipe, **options)
 
 
 @app.command("dry-run")
@@ -92,15 +110,6 @@ def dry_run(
         machine = {"teraflops": teraflops, "utilisation": utilisation, "devices": devices}
         for name, value in _plan(task_module(parsed.task), parsed, machine).items():
             typer.echo(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
-
-
-def _plan(task, recipe, machine: dict[str, float | None]) -> dict:
-    given = {name: value for name, value in machine.items() if value is not None}
-    unknown = sorted(given.keys() - inspect.signature(task.plan).parameters.keys())
-    if unknown:
-        options = ", ".join(f"--{name}" for name in unknown)
-        raise ValueError(f"the task {recipe.task!r} estimates no cost of a machine: leave out {options}")
-    return task.plan(recipe, **given)
 
 
 @app.command()
@@ -142,7 +151,7 @@ def generate(
     with _plain_errors(context):
         from training.generate import generate_texts
 
-        sampling = {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
         for text in generate_texts(folder, prompt, seed=seed, max_new_tokens=max_new_tokens, **sampling):
@@ -191,11 +200,11 @@ def publish(
     with _plain_errors(context):
         from training.publishing import publish as publishing
 
-        given = {"repo-id": repo_id, "base": base, "about": about}
-        given |= {"public": public, "create-pr": create_pr, "dry-run": dry_run}
-        without = [f"--{name}" for name, value in given.items() if value]
-        if verify_only and without:
-            raise ValueError(f"--verify-only publishes nothing: leave out {', '.join(without)}")
+        for_publishing: dict[str, Any] = {"repo-id": repo_id, "base": base, "about": about}
+        for_publishing |= {"public": public, "create-pr": create_pr, "dry-run": dry_run}
+        needless = [f"--{name}" for name, value in for_publishing.items() if value]
+        if verify_only and needless:
+            raise ValueError(f"--verify-only publishes nothing: leave out {', '.join(needless)}")
         if verify_only:
             publishing.verify_published(run, revision, what, tell=typer.echo)
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stranger's view of an exported folder: run as a script in an isolated process, it knows nothing of this clone.
+"""A stranger's view of an exported folder: a script for an isolated process, which imports nothing of this clone.
 
 Reads a job as JSON from standard input and prints, as its last line, the generated texts and a checksum of the logits.
 """
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, pipeline, set_seed
 
 
 def logits_hash(model: PreTrainedModel, ids: list[list[int]]) -> str:
-    """sha256 of the float32 logits of `model` on `ids`, in evaluation mode; `ValueError` if one is not finite."""
+    """Return the sha256 of a model's float32 logits in evaluation mode; `ValueError` if one is not finite."""
     input_ids = torch.tensor(ids)
     with torch.no_grad():
         logits = model.eval()(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
@@ -26,7 +26,7 @@ def logits_hash(model: PreTrainedModel, ids: list[list[int]]) -> str:
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """Load `job["folder"]` through a pipeline with its own code, hash its logits, continue its prompts."""
     torch.set_num_threads(job["threads"])
-    generator = pipeline("text-generation", model=job["folder"], trust_remote_code=True, device="cpu")
+    generator: Any = pipeline("text-generation", model=job["folder"], trust_remote_code=True, device="cpu")
     if job["adapter"] is not None:
         from peft import PeftModel
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns the authors' own checkpoints (facebookresearch/MemoryMosaics, `Library`) into folders transformers loads.
+"""Conversion of the authors' checkpoints (facebookresearch/MemoryMosaics, `Library`) to folders of transformers.
 
-Both of their implementations are read, the regular one (`memory_mosaics.py`) and the fast one
+Checkpoints of both of their implementations are read, the regular one (`memory_mosaics.py`) and the fast one
 (`memory_mosaics_eft.py`): they name the key extractor differently and compute the same function.
 """
 
@@ -16,7 +16,7 @@ from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
 from training.export import export_model
 
 
-# Authors' name within a block -> ours within a layer. The regular version comes first, the fast one after it.
+# The authors' name within a block -> the name within a layer here; of a pair, the regular version comes first.
 NAMES = {
     "ln1": "contextual_norm",
     "ln2": "persistent_norm",
@@ -35,7 +35,7 @@ NAMES = {
     "pmem.M_v0": "slot_values",
 }
 TOP_NAMES = {"emb.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
-# Options that change the function and have only one value here.
+# Options that change the function, with the one value that is supported here.
 SUPPORTED_OPTIONS = {
     "pmem_count": 1,
     "pre_ln": True,
@@ -59,46 +59,46 @@ DEFAULT_ARGS = {
     "bias": False,
     "weight_tying": True,
 }
-# Of those, what a value has to be.
+# Arguments that have to be whole numbers, and those that have to be shares.
 SIZES = ("n_embd", "n_head", "n_layer", "pmem_size", "block_size", "vocab_size")
 SHARES = ("ic_dropout", "hd_dropout")
 
 
-def check_model_args(model_args: Any) -> None:
-    """`ValueError` unless the arguments that matter are plain values of the kind that the authors' code takes."""
-    if not isinstance(model_args, dict):
-        raise ValueError(
-            f"The checkpoint's arguments are a {type(model_args).__name__}, not a dict of values by name."
-        )
-    for name, value in model_args.items():
-        if name in SIZES and (type(value) is not int or value < 1):
-            raise ValueError(f"Argument {name} of this checkpoint is {_told(value)}: it has to be a whole number.")
-        if name in SHARES and (type(value) not in (int, float) or not 0 <= value < 1):
-            raise ValueError(f"Argument {name} of this checkpoint is {_told(value)}: it has to be from 0 to below 1.")
-        switches = {*SUPPORTED_OPTIONS, "bias", "weight_tying"}
-        if name in switches and type(value) not in (bool, int, str):
-            raise ValueError(f"Option {name} of this checkpoint is {_told(value)}: it has to be a plain value.")
-
-
-def _told(value: Any) -> str:
+def _show(value: Any) -> str:
     if type(value) is int and value.bit_length() > 64:
         return "a number of over 64 bits"  # one of thousands of digits cannot be written out
     shown = repr(value) if type(value) in (bool, int, float, str, type(None)) else f"a {type(value).__name__}"
     return shown if len(shown) <= 60 else f"{shown[:60]}..."
 
 
-def convert_model_args(model_args: dict) -> MemoryMosaicConfig:
-    """The configuration that the authors' arguments describe.
+def check_model_args(model_args: Any) -> None:
+    """Raise `ValueError` unless the arguments that matter are plain values that the authors' code takes."""
+    if not isinstance(model_args, dict):
+        raise ValueError(
+            f"The checkpoint's arguments are a {type(model_args).__name__}, not a dict of values by name."
+        )
+    for name, value in model_args.items():
+        if name in SIZES and (type(value) is not int or value < 1):
+            raise ValueError(f"Argument {name} of this checkpoint is {_show(value)}: it has to be a whole number.")
+        if name in SHARES and (type(value) not in (int, float) or not 0 <= value < 1):
+            raise ValueError(f"Argument {name} of this checkpoint is {_show(value)}: it has to be from 0 to below 1.")
+        switches = {*SUPPORTED_OPTIONS, "bias", "weight_tying"}
+        if name in switches and type(value) not in (bool, int, str):
+            raise ValueError(f"Option {name} of this checkpoint is {_show(value)}: it has to be a plain value.")
+
+
+def convert_model_args(model_args: dict[str, Any]) -> MemoryMosaicConfig:
+    """Return the configuration that the authors' arguments describe.
 
     Raises:
-        ValueError: for an option that changes the function in a way this package does not carry, and for a missing
-            `vocab_size`.
+        ValueError: an option changes the function in a way that this package does not support, or `vocab_size` is
+            missing.
     """
     check_model_args(model_args)
     for option, supported in SUPPORTED_OPTIONS.items():
         value = model_args.get(option, supported)
         if value != supported:
-            raise ValueError(f"Option {option}={value!r} of this checkpoint is not carried: only {supported!r} is.")
+            raise ValueError(f"Option {option}={value!r} of this checkpoint is not supported: only {supported!r} is.")
     if "vocab_size" not in model_args:
         raise ValueError("The checkpoint's arguments do not say its vocab_size: pass it in `model_args`.")
     args = DEFAULT_ARGS | model_args
@@ -118,24 +118,12 @@ def convert_model_args(model_args: dict) -> MemoryMosaicConfig:
     )
 
 
-def check_state_dict(state_dict: Any) -> None:
-    """`ValueError` unless it is a dict of ordinary, finite tensors by name, each with all its numbers stored."""
-    if not isinstance(state_dict, dict) or not state_dict:
-        raise ValueError(f"The checkpoint's model is a {type(state_dict).__name__}, not a dict of tensors by name.")
-    for name, tensor in state_dict.items():
-        if not isinstance(name, str):
-            raise ValueError(f"A parameter of this checkpoint is named {_told(name)}: names are texts.")
-        fault = _fault(tensor)
-        if fault:
-            raise ValueError(f"Parameter {_told(name)} of this checkpoint {fault}: it is damaged, or something else.")
-
-
 def _fault(tensor: Any) -> str | None:
     if not isinstance(tensor, torch.Tensor):
-        return f"is {_told(tensor)}, no tensor"
+        return f"is {_show(tensor)}, no tensor"
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
         return f"is of {tensor.dtype}, {tensor.layout} on {tensor.device}, where floating-point numbers are needed"
-    # A few stored numbers can be shown as any number of them.
+    # A view can have any number of elements over a few stored numbers.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return f"has shape {tuple(tensor.shape)}, for which too few numbers are stored"
     if not tensor.isfinite().all():
@@ -143,18 +131,30 @@ def _fault(tensor: Any) -> str | None:
     return None
 
 
-def refuse_sizes_without_parameters(state_dict: dict[str, torch.Tensor], model_args: dict) -> None:
-    """`ValueError` for sizes that no such parameters can have, before a model of these sizes is begun."""
+def check_state_dict(state_dict: Any) -> None:
+    """Raise `ValueError` unless this is a dict of finite dense tensors by name, each with all its numbers stored."""
+    if not isinstance(state_dict, dict) or not state_dict:
+        raise ValueError(f"The checkpoint's model is a {type(state_dict).__name__}, not a dict of tensors by name.")
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str):
+            raise ValueError(f"A parameter of this checkpoint is named {_show(name)}: names are texts.")
+        fault = _fault(tensor)
+        if fault:
+            raise ValueError(f"Parameter {_show(name)} of this checkpoint {fault}: it is damaged, or something else.")
+
+
+def refuse_sizes_without_parameters(state_dict: dict[str, torch.Tensor], model_args: dict[str, Any]) -> None:
+    """Raise `ValueError` for sizes that these parameters cannot have, before a model of these sizes is built."""
     numbers = sum(tensor.numel() for tensor in state_dict.values())
     for name in SIZES:
         value = model_args.get(name, DEFAULT_ARGS.get(name, 1))
         most = 2**31 if name == "block_size" else len(state_dict) if name == "n_layer" else numbers
         if value > most:
-            raise ValueError(f"{name} is {_told(value)}, but the {len(state_dict)} parameters hold {numbers} numbers.")
+            raise ValueError(f"{name} is {_show(value)}, but the {len(state_dict)} parameters hold {numbers} numbers.")
 
 
 def convert_name(name: str) -> str | None:
-    """Our name of one of the authors' parameters; `None` for the second name of a shared one."""
+    """Return the name here of one of the authors' parameters; `None` for the second name of a shared one."""
     name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
     if name in TOP_NAMES:
         return TOP_NAMES[name]
@@ -162,7 +162,7 @@ def convert_name(name: str) -> str | None:
         return f"model.norm.{match[1]}"
     match = re.fullmatch(r"blocks\.(\d{1,6})\.(ln1|ln2|attn|pmem)\.(.+)", name)
     if match is None:
-        raise ValueError(f"Unknown parameter {_told(name)}: not a Memory Mosaic of the authors' Library.")
+        raise ValueError(f"Unknown parameter {_show(name)}: not a Memory Mosaic of the authors' Library.")
     index, part, rest = match.groups()
     # The fast version registers one leak under two names.
     if rest == "leaky_average.leaky_beta_u_under":
@@ -172,35 +172,59 @@ def convert_name(name: str) -> str | None:
         return f"{layer}.{NAMES[rest]}"
     stem, _, kind = rest.rpartition(".")
     if kind not in ("weight", "bias") or (stem and stem not in NAMES):
-        raise ValueError(f"Unknown parameter {_told(name)}: its option is not carried.")
+        raise ValueError(f"Unknown parameter {_show(name)}: its option is not supported.")
     return f"{layer}.{NAMES[stem]}.{kind}" if stem else f"{layer}.{kind}"
 
 
+def store_tied_matrix_once(converted: dict[str, torch.Tensor]) -> None:
+    """Keep a tied matrix, which may come under either name or both, as the embedding alone."""
+    head = converted.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, converted.setdefault("model.embed_tokens.weight", head)):
+        raise ValueError(
+            "The head and the embedding of this checkpoint differ, but its arguments say that they are tied: pass "
+            "weight_tying=False in `model_args`."
+        )
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(tuple(shape))
+
+
+def check_parameters(config: MemoryMosaicConfig, converted: dict[str, torch.Tensor]) -> None:
+    """Raise `ValueError` unless names and shapes of the parameters are those of the configuration."""
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in MemoryMosaicForCausalLM(config).named_parameters()}
+    shapes = {name: tensor.shape for name, tensor in converted.items()}
+    if expected != shapes:
+        wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+        details = ", ".join(f"{n}: {_shape(shapes.get(n))} instead of {_shape(expected.get(n))}" for n in wrong[:5])
+        raise ValueError(f"{len(wrong)} parameters do not fit the checkpoint's arguments. {details}")
+
+
 def convert_authors_state_dict(
-    state_dict: dict[str, torch.Tensor], model_args: dict
+    state_dict: dict[str, torch.Tensor], model_args: dict[str, Any]
 ) -> tuple[MemoryMosaicConfig, dict[str, torch.Tensor]]:
-    """Configuration and parameters of [`MemoryMosaicForCausalLM`] from the authors' parameters and arguments.
+    """Convert the authors' parameters and arguments to a configuration and parameters of [`MemoryMosaicForCausalLM`].
 
     Args:
         state_dict (`dict[str, torch.Tensor]`): of their `StackAssoMem`, regular or fast version; prefixes left by
             `torch.compile` and DDP are removed. Gradients under the same names convert as well.
-        model_args (`dict`): their constructor's or training script's arguments.
+        model_args (`dict[str, Any]`): arguments of their constructor or training script.
 
     Raises:
-        ValueError: for an option or a parameter this package does not carry, and for shapes that contradict the
-            arguments.
+        ValueError: this package does not support an option or a parameter, or shapes contradict the arguments.
     """
     check_state_dict(state_dict)
     check_model_args(model_args)
     refuse_sizes_without_parameters(state_dict, model_args)
     config = convert_model_args(model_args)
-    converted = {}
+    converted: dict[str, torch.Tensor] = {}
     for name, tensor in state_dict.items():
         ours = convert_name(name)
         if ours is None:
             continue
         if ours in converted:
-            raise ValueError(f"Two parameters of this checkpoint, {_told(name)} among them, would become {ours}.")
+            raise ValueError(f"Two parameters of this checkpoint, {_show(name)} among them, would become {ours}.")
         if ours.endswith("k_proj.weight") and tensor.shape[2:].numel() == 1:
             tensor = tensor.reshape(tensor.shape[:2])  # their Conv1d of kernel size 1
         elif ours.endswith(("slot_keys", "slot_values")):
@@ -212,37 +236,12 @@ def convert_authors_state_dict(
     return config, converted
 
 
-def store_tied_matrix_once(converted: dict[str, torch.Tensor]) -> None:
-    """A tied matrix may come under either name or both; it stays as the embedding."""
-    head = converted.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, converted.setdefault("model.embed_tokens.weight", head)):
-        raise ValueError(
-            "The head and the embedding of this checkpoint differ, but its arguments say that they are tied: pass "
-            "weight_tying=False in `model_args`."
-        )
-
-
-def check_parameters(config: MemoryMosaicConfig, converted: dict[str, torch.Tensor]) -> None:
-    """`ValueError` unless the parameters are those of the configuration, in names and shapes."""
-    with torch.device("meta"):
-        expected = {name: p.shape for name, p in MemoryMosaicForCausalLM(config).named_parameters()}
-    found = {name: tensor.shape for name, tensor in converted.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        details = ", ".join(f"{n}: {_shape(found.get(n))} instead of {_shape(expected.get(n))}" for n in wrong[:5])
-        raise ValueError(f"{len(wrong)} parameters do not fit the checkpoint's arguments. {details}")
-
-
-def _shape(shape) -> str:
-    return "absent" if shape is None else str(tuple(shape))
-
-
 def read_checkpoint(path: Path) -> Any:
-    """What `torch.save` has written to a file, if that is tensors and plain values.
+    """Read what `torch.save` has written to a file, if that is tensors and plain values.
 
     Raises:
-        ValueError: it is damaged, compressed or of torch before 1.6, or would run code when it is loaded. Torch's own
-            advice, to load it all the same, is not passed on.
+        ValueError: the file is damaged, compressed or of torch before 1.6, or would run code when it is loaded.
+            Torch's own message, which advises to load it all the same, is not shown.
         FileNotFoundError: there is no such file.
     """
     if not path.exists():
@@ -260,19 +259,19 @@ def read_checkpoint(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        holds = f"it holds {found[1]}" if found else "it is damaged, or holds something else"
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        holds = f"it holds {code[1]}" if code else "it is damaged, or holds something else"
         raise ValueError(f"{path} is not a checkpoint of tensors and plain values alone: {holds}.") from None
 
 
 def convert_checkpoint(checkpoint: Path, output: Path) -> MemoryMosaicForCausalLM:
-    """Read the authors' training file (`ckpt.pt`) and write a folder for `from_pretrained(trust_remote_code=True)`.
+    """Convert the authors' training file (`ckpt.pt`) to a folder for `from_pretrained(trust_remote_code=True)`.
 
     The file is unpickled by `torch.load(weights_only=True)`: tensors and plain values, no code.
 
     Raises:
-        ValueError: if the file is damaged, holds anything else or a Memory Mosaic this package does not carry, or if
-            there is something in the output folder already.
+        ValueError: the file is damaged, or holds anything else or a Memory Mosaic that this package does not support,
+            or the output folder is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not empty: name a folder that does not exist yet.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training costs: operations and memory of a step, counted before it is taken, and the rate of a device.
+"""The cost of training: operations and memory of a step, counted before it is taken, and the rate of a device.
 
 Counting needs neither the memory nor the device of the run: it computes with `FakeTensorMode`, whose tensors have
 shapes and no contents. A model of 124 M parameters takes seconds.
@@ -38,15 +38,19 @@ AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_UTILISATION = 0.4
 
 
-def flops_per_token(config: PreTrainedConfig, context_length: int) -> float:
-    """Floating-point operations of training on one token, forward and backward.
+def count_flops(compute: Callable[[], Any]) -> int:
+    """Return the floating-point operations of the matrix products of a computation, which is done once."""
+    # torch's counter does not know `_scaled_dot_product_flash_attention_for_cpu`, which sdpa would choose here; MATH
+    # computes the same by two matrix products that it knows.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        compute()
+    return counter.get_total_flops()
 
-    Args:
-        config: of any causal language model.
-        context_length (`int`): tokens per sequence; attention costs more per token in a longer one.
-    """
-    flops = _forward_flops(config.to_json_string(use_diff=False), context_length)
-    return FORWARD_AND_BACKWARD * flops / context_length
+
+def _training_model(config: PreTrainedConfig) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(config).train()
+    model.loss_type = "ForCausalLM"  # as `training.tasks.language_modeling.build_model` does
+    return model
 
 
 @functools.lru_cache  # by the text of the configuration, as configurations cannot be hashed
@@ -58,13 +62,69 @@ def _forward_flops(config: str, context_length: int) -> int:
             return count_flops(lambda: model(input_ids=ids, labels=ids, use_cache=False))
 
 
-def count_flops(compute: Callable[[], Any]) -> int:
-    """Return the floating-point operations of the matrix products of a computation, which is done once."""
-    # torch's counter does not know `_scaled_dot_product_flash_attention_for_cpu`, which sdpa would choose here; MATH
-    # computes the same by two matrix products that it knows.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        compute()
-    return counter.get_total_flops()
+def flops_per_token(config: PreTrainedConfig, context_length: int) -> float:
+    """Return the floating-point operations of training on one token, forward and backward.
+
+    Args:
+        config: of any causal language model.
+        context_length (`int`): tokens per sequence; attention costs more per token in a longer one.
+    """
+    flops = _forward_flops(config.to_json_string(use_diff=False), context_length)
+    return FORWARD_AND_BACKWARD * flops / context_length
+
+
+def _autocast_dtype(precision: str) -> torch.dtype | None:
+    if precision not in AUTOCAST:
+        raise ValueError(f"cannot estimate the cost in precision {precision!r}: use one of {', '.join(AUTOCAST)}")
+    return AUTOCAST[precision]
+
+
+def saved_bytes(model: PreTrainedModel, ids: torch.Tensor, precision: str = "no") -> int:
+    """Return the bytes that autograd keeps of one forward pass with labels, without the parameters themselves.
+
+    Args:
+        model: in training mode.
+        ids (`torch.Tensor` of shape `(B, T)`): token ids, which are the labels too.
+        precision (`str`): `"no"`, or autocast to `"bf16"` or `"fp16"`.
+    """
+    parameters = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage  # held, so that no other storage takes its address
+        return tensor
+
+    dtype = _autocast_dtype(precision)
+    autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if dtype is not None:
+        autocast = torch.autocast(ids.device.type, dtype=dtype)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+        model(input_ids=ids, labels=ids, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _masked(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    # Dropout as GPUs compute it: it keeps its mask, one byte a number.
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+class _GpuKernels(TorchFunctionMode):
+    """Makes a forward pass of fake tensors on the CPU keep for the backward pass what a GPU keeps."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, arguments: tuple = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(options or {})
+        if function is F.scaled_dot_product_attention:
+            options["dropout_p"] = 0.0  # else the CPU leaves its fused kernel and keeps all T x T weights
+            if options.get("attn_mask") is not None:
+                # The library spells causality out because it cannot ask fake tensors whether anything is padded.
+                options |= {"attn_mask": None, "is_causal": True}
+        if function is F.dropout:
+            return _masked(*arguments, **options)
+        return function(*arguments, **options)
 
 
 def activation_bytes(
@@ -73,22 +133,22 @@ def activation_bytes(
     context_length: int,
     precision: str = "no",
     checkpointing: bool = False,
-    checkpointing_kwargs: dict | None = None,
+    checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> int:
-    """Bytes that one micro-batch keeps for its backward pass, on one device, as GPUs keep them.
+    """Return the bytes that one micro-batch keeps for its backward pass on one device, if that is a GPU.
 
-    There, sdpa draws its dropout again in the backward pass and keeps no weights; other dropout keeps one byte a
-    number. The CPU keeps more of both. The peak is higher, by the gradients that are on their way (the largest
-    is that of the logits, 4 bytes x tokens x vocabulary) and by what the allocator leaves unused. `torch.compile`
-    fuses steps and keeps less.
+    On a GPU, sdpa draws its dropout again in the backward pass and keeps no weights; other dropout keeps one byte a
+    number. The CPU keeps more of both. The peak is higher, by the gradients that are being computed (the largest is
+    that of the logits, 4 bytes x tokens x vocabulary) and by what the allocator leaves unused. `torch.compile` fuses
+    steps and keeps less.
 
     Args:
         config: of any causal language model.
         batch_size (`int`): sequences of one micro-batch on one device.
         context_length (`int`): tokens per sequence.
         precision (`str`): `"no"` for float32, or autocast to `"bf16"` or `"fp16"`, whose copies of the weights count.
-        checkpointing (`bool`): of gradients; then the inputs of all layers are kept, and everything of that one layer
-            whose turn it is.
+        checkpointing (`bool`): of gradients; then the inputs of all layers are kept, and everything of the one layer
+            that is being computed again.
         checkpointing_kwargs (`dict`, *optional*): `activation_checkpointing_kwargs` of the training. What `offload`
             moves away is counted as if it stayed.
     """
@@ -107,63 +167,14 @@ def activation_bytes(
     return inputs + (everything - inputs) // math.ceil(config.num_hidden_layers / every)
 
 
-def saved_bytes(model: PreTrainedModel, ids: torch.Tensor, precision: str = "no") -> int:
-    """Bytes that autograd keeps of one forward pass with labels, parameters themselves excepted.
-
-    Args:
-        model: in training mode.
-        ids (`torch.Tensor` of shape `(B, T)`): token ids, which are the labels too.
-        precision (`str`): `"no"`, or autocast to `"bf16"` or `"fp16"`.
-    """
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other storage takes its address
-        return tensor
-
-    dtype = _autocast_dtype(precision)
-    autocast = contextlib.nullcontext() if dtype is None else torch.autocast(ids.device.type, dtype=dtype)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
-        model(input_ids=ids, labels=ids, use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def _autocast_dtype(precision: str) -> torch.dtype | None:
-    if precision not in AUTOCAST:
-        raise ValueError(f"cannot tell the cost in precision {precision!r}: use one of {', '.join(AUTOCAST)}")
-    return AUTOCAST[precision]
-
-
-def _training_model(config: PreTrainedConfig) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(config).train()
-    model.loss_type = "ForCausalLM"  # as `training.tasks.language_modeling.build_model` does
-    return model
-
-
-class _GpuKernels(TorchFunctionMode):
-    """Makes a forward pass of fake tensors on the CPU keep what a real one on a GPU keeps."""
-
-    def __torch_function__(self, function, types, arguments=(), options=None):
-        options = dict(options or {})
-        if function is F.scaled_dot_product_attention:
-            options["dropout_p"] = 0.0  # else the CPU leaves its fused kernel and keeps all T x T weights
-            if options.get("attn_mask") is not None:
-                # The library spells causality out because it cannot ask fake tensors whether anything is padded.
-                options |= {"attn_mask": None, "is_causal": True}
-        if function is F.dropout:
-            return _masked(*arguments, **options)
-        return function(*arguments, **options)
-
-
-def _masked(input, p=0.5, training=True, inplace=False):
-    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+def check_devices(devices: int) -> None:
+    """Raise `ValueError` for less than one device."""
+    if devices < 1:
+        raise ValueError(f"devices is {devices}: give the number of devices that share the work, at least 1")
 
 
 def hours(flops: float, teraflops: float, utilisation: float = DEFAULT_UTILISATION, devices: int = 1) -> float:
-    """Wall-clock hours of a training.
+    """Return the wall-clock hours of a training.
 
     Args:
         flops (`float`): of the whole training, forward and backward.
@@ -182,18 +193,22 @@ def hours(flops: float, teraflops: float, utilisation: float = DEFAULT_UTILISATI
     return flops / (teraflops * 1e12 * utilisation * devices) / 3600
 
 
-def check_devices(devices: int) -> None:
-    """`ValueError` if there is no such number of devices."""
-    if devices < 1:
-        raise ValueError(f"devices is {devices}: give the number of devices that share the work, at least 1")
+def _rate_of_products(device: torch.device, dtype: torch.dtype) -> float:
+    size = 512 if device.type == "cpu" else 8192
+    # A generator of its own: what training draws must not depend on a measurement.
+    draw = functools.partial(torch.randn, size, size, generator=torch.Generator(device).manual_seed(0), device=device)
+    matrices = {"left": draw().to(dtype), "right": draw().to(dtype)}
+    timer = Timer("left @ right", globals=matrices, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.1).median
 
 
 @functools.lru_cache
 def measured_teraflops(device: torch.device, precision: str = "no") -> float:
-    """Rate of one large matrix product on this device, now, in 10^12 operations a second; takes a part of a second.
+    """Return the rate of a large matrix product on this device, in 10^12 operations a second.
 
-    It is a measurement, not the maker's figure: a busy machine, or one that throttles, has a lower one. On a GPU,
-    `"no"` multiplies float32 in whatever way torch is set to (TF32 or not), as the training does.
+    It is measured now, in a part of a second, and is not the maker's figure: a busy machine, or one that throttles,
+    has a lower rate. On a GPU, `"no"` multiplies float32 in whatever way torch is set to (TF32 or not), as training
+    does.
 
     Raises:
         ValueError: another precision than those of `AUTOCAST`.
@@ -204,17 +219,8 @@ def measured_teraflops(device: torch.device, precision: str = "no") -> float:
     return rate / 1e12
 
 
-def _rate_of_products(device: torch.device, dtype: torch.dtype) -> float:
-    size = 512 if device.type == "cpu" else 8192
-    # A generator of its own: what training draws must not depend on a measurement.
-    draw = functools.partial(torch.randn, size, size, generator=torch.Generator(device).manual_seed(0), device=device)
-    matrices = {"left": draw().to(dtype), "right": draw().to(dtype)}
-    timer = Timer("left @ right", globals=matrices, num_threads=torch.get_num_threads())
-    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.1).median
-
-
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has had: of a CUDA device what torch allocated, else the resident set."""
+    """Return the peak memory of this process: on a CUDA device what torch allocated, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation: how well an exported folder or a checkpoint predicts stories."""
+"""Evaluation: loading an exported folder or a checkpoint, and its loss on stories."""
 
 from pathlib import Path
 from pickle import UnpicklingError
@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoModelForCausalLM)
 from training.files import refuse_damage
@@ -20,33 +20,34 @@ from training.text.tokenizer import load_tokenizer
 from training.text.windows import collate_windows, pack_windows
 
 
-def load_model(folder: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder; arguments and errors as for `load_causal_lm`."""
-    return load_causal_lm(folder, **options), load_tokenizer(str(folder))
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """Model of a folder, on the accelerator, if there is one, and in evaluation mode.
+    """Load the model of a folder in evaluation mode, on the accelerator, if there is one.
 
     Args:
         folder: an exported folder or a checkpoint.
         options: further arguments of `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        ValueError: the folder is no model or one of its own code, a file of it has changed since a run has written it,
-            its weights are cut off or a pickle of more than tensors, or they do not fill the model.
+        ValueError: the folder holds no model, or one with code of its own; a file of it has changed since a run has
+            written it; its weights are cut off or a pickle of more than tensors, or they do not fill the model.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} has no config.json: name an exported folder or a checkpoint")
     refuse_damage(folder)
     try:
-        # Without asking whether code in the folder may run: it may not.
-        own = {"output_loading_info": True, "trust_remote_code": False}
-        model, report = AutoModelForCausalLM.from_pretrained(folder, **own, **options)
+        # False, not None, which would ask the user: code in the folder must not run.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=False, **options
+        )
+        model, report = loaded
     except SafetensorError as error:
         raise ValueError(f"the weights in {str(folder)!r} are damaged ({error}): copy or export them again") from error
-    except UnpicklingError:  # whose advice is to run what is in it
+    except UnpicklingError:  # its message advises to load the file all the same, which runs what is in it
         raise ValueError(
             f"the weights in {str(folder)!r} are a pickle that holds more than tensors, or is damaged: get them as "
             "safetensors"
@@ -62,14 +63,39 @@ def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
     return model.to(device).eval()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def load_model(folder: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load model and tokenizer of a folder; arguments and errors as for `load_causal_lm`."""
+    return load_causal_lm(folder, **options), load_tokenizer(str(folder))
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, windows: Dataset, batch_size: int) -> float:
+    """Return the mean loss over all predicted tokens of the windows, in nats a token."""
+    model.eval()
+    total, predicted = 0.0, 0
+    for start in range(0, len(windows), batch_size):
+        rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
+        batch = {name: tensor.to(model.device) for name, tensor in collate_windows(rows).items()}
+        count = int((batch["labels"][:, 1:] != -100).sum())  # nothing predicts the first token
+        total += model(**batch, use_cache=False).loss.item() * count
+        predicted += count
+    return total / predicted
+
+
+def tokens_and_bytes(stories: Dataset, tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """Count the tokens of all stories, each with its end-of-text token, and their UTF-8 bytes without separators."""
+    num_tokens = num_bytes = 0
+    for batch in stories.iter(batch_size=1000):
+        encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        num_tokens += sum(len(ids) + 1 for ids in encoded)
+        num_bytes += sum(len(text.encode()) for text in batch["text"])
+    return num_tokens, num_bytes
 
 
 def evaluate_folder(
     folder: str | Path, source: SourceSection, context_length: int | None = None, batch_size: int = 16
 ) -> dict[str, Any]:
-    """Loss of a saved model on the windows of a source.
+    """Measure the loss of a saved model on the windows of a source.
 
     Args:
         folder: an exported folder or a checkpoint.
@@ -95,27 +121,3 @@ def evaluate_folder(
         "context_length": context_length,
         "data": source_provenance(**source.model_dump()),
     }
-
-
-@torch.no_grad()
-def mean_loss(model: PreTrainedModel, windows: Dataset, batch_size: int) -> float:
-    """Mean loss over all predicted tokens of the windows, in nats."""
-    model.eval()
-    total, predicted = 0.0, 0
-    for start in range(0, len(windows), batch_size):
-        rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
-        batch = {name: tensor.to(model.device) for name, tensor in collate_windows(rows).items()}
-        count = int((batch["labels"][:, 1:] != -100).sum())
-        total += model(**batch, use_cache=False).loss.item() * count
-        predicted += count
-    return total / predicted
-
-
-def tokens_and_bytes(stories: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Tokens of all stories, each with its end-of-text token, and their UTF-8 bytes without separators."""
-    num_tokens = num_bytes = 0
-    for batch in stories.iter(batch_size=1000):
-        encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        num_tokens += sum(len(ids) + 1 for ids in encoded)
-        num_bytes += sum(len(text.encode()) for text in batch["text"])
-    return num_tokens, num_bytes

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export: a folder that loads anywhere, written whole or not at all, and proven in a clean process.
-
-Everything that must survive a kill or a full disk goes through `staged_folder` or `move_into_place`: it is written
-under another name on the same file system, forced to the disk, and only then renamed to where readers look.
-"""
+"""Export: a folder that loads anywhere, written whole or not at all, and proven in a clean process."""
 
 import json
 import os
@@ -21,7 +17,7 @@ from training import clean_process
 from training.files import staged_folder, write_checksums
 
 
-# What a clean process inherits: where programs and libraries are, and what may change the last bit of a sum.
+# What a clean process inherits: the paths of programs and libraries, and what may change the last bit of a sum.
 _CLEAN_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_", "TMP", "TEMP", "SYSTEMROOT", "OMP_", "MKL_", "ATEN_")
 
 
@@ -30,76 +26,48 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     state_dict: dict[str, torch.Tensor] | None = None,
-    listed: bool = False,
+    checksums: bool = False,
 ) -> None:
     """Write weights, configuration, generation settings, tokenizer and, where it has its own, code.
 
     Args:
         model: any causal language model; it is left with its key-value cache switched on.
-        tokenizer: saved beside it, if there is one; its special tokens are taken to be the model's already.
+        tokenizer: saved beside it, if there is one; the model has to have its special tokens already.
         folder: written atomically; what was there is replaced.
         state_dict: the weights, where the model holds only a shard of them.
-        listed: with the list of its checksums in it: for what a run goes on with, not for readers.
+        checksums: whether the folder gets a list of its checksums: for what a run goes on with, not for readers.
     """
     model.config.use_cache = True  # Trainer switches it off, and generating from the folder would be slow for ever
     with staged_folder(Path(folder)) as staged:
         model.save_pretrained(staged, state_dict=state_dict)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
-        if listed:
+        if checksums:
             write_checksums(staged)
 
 
-def verify_export(
-    folder: Path,
-    prompts: list[str],
-    max_new_tokens: int = 128,
-    seed: int = 0,
-    model: PreTrainedModel | None = None,
-    adapter: Path | None = None,
-    **sampling: Any,
-) -> list[str]:
-    """Load an exported folder as a stranger would, and generate from it.
-
-    A new Python process, isolated from this clone, offline and with an empty cache, loads the folder through
-    `pipeline("text-generation", trust_remote_code=True)`. Its logits on fixed input must equal ours bit for bit.
+def run_isolated(
+    arguments: list[str], input: str = "", cached: Callable[[Path], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python as on a stranger's machine: isolated from this clone, offline, with an empty cache.
 
     Args:
-        folder: what `export_model` wrote, or a checkpoint.
-        prompts: one text is generated for each.
-        max_new_tokens: length of each continuation, in tokens.
-        seed: of the sampling.
-        model: whose logits count as ours; by default the folder, loaded with this clone's code.
-        adapter: a folder of PEFT's that the process puts on top of the model.
-        sampling: further arguments of `generate`, such as `temperature`.
-
-    Returns:
-        Prompt and continuation, for each prompt.
-
-    Raises:
-        RuntimeError: the process failed (with what it printed), or its logits differ.
+        arguments: of the interpreter: a script, or `-c` and code.
+        input: for its standard input.
+        cached: puts what is to count as downloaded into the folder of the cache; by default the cache stays empty.
     """
-    folder = Path(folder)
-    if model is None:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-    model = model.to("cpu")
-    job = {
-        "folder": str(folder.resolve()),
-        "adapter": None if adapter is None else str(adapter.resolve()),
-        "prompts": prompts,
-        "generation": {"max_new_tokens": max_new_tokens, **sampling},
-        "seed": seed,
-        "threads": torch.get_num_threads(),  # the order of summation, and so the last bit, may depend on it
-        "ids": _fixed_input(model.config.vocab_size),
-    }
-    answer = _run_clean_process(job)
-    ours = clean_process.logits_hash(model, job["ids"])
-    if answer["logits"] != ours:
-        raise RuntimeError(
-            f"{folder} loads in a clean process, but computes other logits than the model it was made from "
-            f"(sha256 {answer['logits']}, expected {ours}): do not use it"
+    environment = {name: value for name, value in os.environ.items() if name.startswith(_CLEAN_ENVIRONMENT)}
+    with tempfile.TemporaryDirectory() as home:
+        if cached is not None:
+            cached(Path(home))
+        return subprocess.run(
+            [sys.executable, "-I", "-B", *arguments],  # without bytecode: it would lie in what is looked at
+            input=input,
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env=environment | {"HF_HOME": home, "HF_HUB_OFFLINE": "1"},
         )
-    return answer["texts"]
 
 
 def _fixed_input(vocab_size: int) -> list[list[int]]:
@@ -114,25 +82,55 @@ def _run_clean_process(job: dict[str, Any]) -> dict[str, Any]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def run_isolated(
-    arguments: list[str], input: str = "", cached: Callable[[Path], None] | None = None
-) -> subprocess.CompletedProcess:
-    """Run Python as on a stranger's machine: isolated from this clone, offline, with a cache of its own.
+def verify_export(
+    folder: Path,
+    prompts: list[str],
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    model: PreTrainedModel | None = None,
+    adapter: Path | None = None,
+    **sampling: Any,
+) -> list[str]:
+    """Load an exported folder as on a stranger's machine, and generate from it.
+
+    A new Python process, isolated from this clone, offline and with an empty cache, loads the folder through
+    `pipeline("text-generation", trust_remote_code=True)`. Its logits on fixed input must equal
+    those of `model` bit for bit.
 
     Args:
-        arguments: of the interpreter: a script, or `-c` and code.
-        input: for its standard input.
-        cached: puts into that cache, whose folder it is given, what the stranger has downloaded; nothing by default.
+        folder: what `export_model` wrote, or a checkpoint.
+        prompts: one text is generated for each.
+        max_new_tokens: length of each continuation, in tokens.
+        seed: of the sampling.
+        model: the model whose logits are expected; by default the folder, loaded with this clone's code.
+        adapter: a folder of PEFT that the process puts on top of the model.
+        **sampling: further arguments of `generate`, such as `temperature`.
+
+    Returns:
+        Prompt and continuation, for each prompt.
+
+    Raises:
+        RuntimeError: the process failed (with what it printed), or its logits differ.
     """
-    environment = {name: value for name, value in os.environ.items() if name.startswith(_CLEAN_ENVIRONMENT)}
-    with tempfile.TemporaryDirectory() as home:
-        if cached is not None:
-            cached(Path(home))
-        return subprocess.run(
-            [sys.executable, "-I", "-B", *arguments],  # without bytecode: it would lie in what is looked at
-            input=input,
-            capture_output=True,
-            text=True,
-            cwd="/",
-            env=environment | {"HF_HOME": home, "HF_HUB_OFFLINE": "1"},
+    folder = Path(folder)
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    model.cpu()
+    ids = _fixed_input(model.config.vocab_size)
+    job = {
+        "folder": str(folder.resolve()),
+        "adapter": None if adapter is None else str(adapter.resolve()),
+        "prompts": prompts,
+        "generation": {"max_new_tokens": max_new_tokens, **sampling},
+        "seed": seed,
+        "threads": torch.get_num_threads(),  # the order of summation, and so the last bit, may depend on it
+        "ids": ids,
+    }
+    answer = _run_clean_process(job)
+    expected = clean_process.logits_hash(model, ids)
+    if answer["logits"] != expected:
+        raise RuntimeError(
+            f"{folder} loads in a clean process, but computes other logits than the model it was made from "
+            f"(sha256 {answer['logits']}, expected {expected}): do not use it"
         )
+    return answer["texts"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation: continue prompts with an exported folder or a checkpoint."""
+"""Generation: continuing prompts with an exported folder or a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def generate_texts(folder: str | Path, prompts: list[str], seed: int = 0, **opti
         folder: an exported folder or a checkpoint.
         prompts: non-empty texts.
         seed: of the sampling; the same seed, folder and prompts give the same texts.
-        options: arguments of `generate`, such as `max_new_tokens`, `do_sample`, `temperature` and `top_p`.
+        **options: arguments of `generate`, such as `max_new_tokens`, `do_sample`, `temperature` and `top_p`.
 
     Returns:
         Prompt and continuation, for each prompt.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from training.files import STAGED_PREFIX, faults, move_into_place, set_aside, write_checksums
@@ -29,7 +29,7 @@ def build_training_arguments(settings: dict[str, Any], folder: Path, seed: int, 
 
     Args:
         settings: the recipe's `training` section, by name.
-        folder: of the run, where checkpoints go.
+        folder: where checkpoints go.
         seed: initialises the model and orders the data.
         fixed: further arguments, which no recipe may set.
     """
@@ -46,6 +46,84 @@ def build_training_arguments(settings: dict[str, Any], folder: Path, seed: int, 
     )
 
 
+class _Clock(TrainerCallback):
+    """Seconds of training, in this session and those that it continues."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._started = time.monotonic()
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        self._started = time.monotonic()
+
+
+class _Meter(TrainerCallback):
+    """Tokens per second since the last reading, without the time in which training was paused."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._tokens = 0
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Not when training begins: a resumed run first goes past the batches that it has seen.
+        if self._since is None:
+            self._since, self._tokens = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._since = None
+
+    def tokens_per_second(self, state: TrainerState) -> float:
+        assert self._since is not None  # a loss is logged only after a step has begun
+        now = time.perf_counter()
+        speed = (state.num_input_tokens_seen - self._tokens) / (now - self._since)
+        self._since, self._tokens = now, state.num_input_tokens_seen
+        return speed
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self._since is not None:
+            self._since += time.perf_counter() - began
+
+
+class _LogWhenSaving(TrainerCallback):
+    """Logs at each checkpoint and at the end.
+
+    The loss summed since the last log is no part of a checkpoint, and would be lost on resume.
+    """
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save or state.global_step >= state.max_steps
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
+
+
+class _StopWhenDone(TrainerCallback):
+    """Ends a training that is resumed after its last step.
+
+    It goes through no more epochs. (`LanguageModelTrainer.get_batch_samples` keeps it from taking one more step.)
+    """
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= state.max_steps
+
+
+class _ReportProgress(TrainerCallback):
+    """Reports the share of the steps that is done, after each step."""
+
+    def __init__(self, report: Callable[[float], None]) -> None:
+        self._report = report
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._report(state.global_step / state.max_steps)
+
+
 class LanguageModelTrainer(Trainer):
     """`transformers.Trainer` for causal language models.
 
@@ -60,19 +138,24 @@ class LanguageModelTrainer(Trainer):
     Args:
         peak_tokens_per_second (`float`, *optional*): of all processes, if they did nothing but the model's matrix
             products, as fast as they can; without it there is no `mfu`.
-        tell (`Callable[[float], None]`, *optional*): is told after each step what share of the steps is done; by
-            default the one bar of several trainings at once.
+        report (`Callable[[float], None]`, *optional*): called after each step with the share of the steps that is
+            done; by default it moves the one bar of several trainings at once.
+
+    Raises:
+        ValueError: `load_best_model_at_end` is set; while training, if the loss is not a finite number or a checkpoint
+            does not fit the model.
+        OSError: while training, if a checkpoint cannot be saved.
     """
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         peak_tokens_per_second: float | None = None,
-        tell: Callable[[float], None] | None = None,
-        **kwargs,
-    ):
+        report: Callable[[float], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        tell = tell or functools.partial(report_progress, Path(self.args.output_dir))
+        report = report or functools.partial(report_progress, Path(self.args.output_dir))
         if self.args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end=True is not supported: checkpoints are removed by age, so the best one may be "
@@ -85,7 +168,7 @@ class LanguageModelTrainer(Trainer):
         self._clock = _Clock()
         self._meter = _Meter()
         self.peak_tokens_per_second = peak_tokens_per_second
-        for callback in (self._clock, self._meter, _LogWhenSaving, _StopWhenDone, _ReportProgress(tell)):
+        for callback in (self._clock, self._meter, _LogWhenSaving, _StopWhenDone, _ReportProgress(report)):
             self.add_callback(callback)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -111,7 +194,7 @@ class LanguageModelTrainer(Trainer):
         super().log(logs, start_time)
 
     def measure(self) -> dict[str, float] | None:
-        """Return the scores of an evaluation by their names; None for Trainer's own, the loss on `eval_dataset`.
+        """Return the scores of an evaluation by name; None for Trainer's own, the loss on `eval_dataset`.
 
         A subclass that measures something else overrides this. Each score is logged as `eval_NAME`.
         """
@@ -127,20 +210,21 @@ class LanguageModelTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         # Resumed after its very last step, Trainer would take one step more before it looks at the number of steps.
         if self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def _get_output_dir(self, trial) -> str:
+    def _get_output_dir(self, trial: Any) -> str:
+        # Trainer asks for this folder when it saves, and so writes into the staged one.
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._meter.paused():
             self._save_whole_checkpoint(model, trial)
 
-    def _save_whole_checkpoint(self, model, trial) -> None:
+    def _save_whole_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = Path(self.args.output_dir)
         final = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = run_folder / (STAGED_PREFIX + final.name)
@@ -159,11 +243,12 @@ class LanguageModelTrainer(Trainer):
             raise OSError(f"cannot save {final} ({error}); make room and start again: {resume}") from error
         finally:
             self._staging = None
+        # Trainer removed old checkpoints in the staged folder, where there are none: now it is their turn.
         if self.is_world_process_zero():
             rotate_checkpoints(str(run_folder), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def _issue_warnings_after_load(self, load_result) -> None:
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Tied weights are stored once, so their second name is missing by right; anything else is the wrong file.
         missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
         if missing or load_result.unexpected_keys:
@@ -171,77 +256,6 @@ class LanguageModelTrainer(Trainer):
                 f"the checkpoint does not fit the model: missing {sorted(missing)}, "
                 f"unexpected {sorted(load_result.unexpected_keys)}"
             )
-
-
-class _Clock(TrainerCallback):
-    """Seconds of training, this session and the ones it continues."""
-
-    def __init__(self):
-        self._before = 0.0
-        self._started = time.monotonic()
-
-    def seconds(self) -> float:
-        return self._before + time.monotonic() - self._started
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
-        self._started = time.monotonic()
-
-
-class _Meter(TrainerCallback):
-    """Tokens per second since they were last asked for, less the time in which training was paused."""
-
-    def __init__(self):
-        self._since: float | None = None
-        self._tokens = 0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        # Not when training begins: a resumed run first goes past the batches that it has seen.
-        if self._since is None:
-            self._since, self._tokens = time.perf_counter(), state.num_input_tokens_seen
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._since = None
-
-    def tokens_per_second(self, state) -> float:
-        now = time.perf_counter()
-        speed = (state.num_input_tokens_seen - self._tokens) / (now - self._since)
-        self._since, self._tokens = now, state.num_input_tokens_seen
-        return speed
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        if self._since is not None:
-            self._since += time.perf_counter() - began
-
-
-class _LogWhenSaving(TrainerCallback):
-    """The loss summed since the last log is no part of a checkpoint, and would be lost on resume or at the end."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_log = control.should_log or control.should_save or state.global_step >= state.max_steps
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_log = control.should_log or control.should_save
-
-
-class _StopWhenDone(TrainerCallback):
-    """The other half of `get_batch_samples`: with nothing left to do, go through no more epochs either."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= state.max_steps
-
-
-class _ReportProgress(TrainerCallback):
-    """For whoever waits for the training."""
-
-    def __init__(self, tell: Callable[[float], None]):
-        self._tell = tell
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._tell(state.global_step / state.max_steps)
 
 
 def set_aside_broken_checkpoints(run_folder: Path) -> None:
@@ -252,16 +266,18 @@ def set_aside_broken_checkpoints(run_folder: Path) -> None:
     """
     broken: dict[Path, str] = {}
     for path in map(Path, reversed(sort_checkpoints(str(run_folder)))):
-        found = faults(path)
-        if not found:
+        damage = faults(path)
+        if not damage:
             break
-        broken[path] = ", ".join(found)
+        broken[path] = ", ".join(damage)
     else:
         if not broken:
             return
-        told = "; ".join(f"{path.name}: {found}" for path, found in broken.items())
-        raise ValueError(f"no checkpoint in {run_folder} is complete ({told}): --restart trains from the beginning")
-    for damaged, found in broken.items():
+        details = "; ".join(f"{path.name}: {damage}" for path, damage in broken.items())
+        raise ValueError(f"no checkpoint in {run_folder} is complete ({details}): --restart trains from the beginning")
+    for damaged, reason in broken.items():
         aside = set_aside(damaged)
-        told = (damaged.name, found, path.name, aside.name)
-        logger.warning("%s is damaged (%s): continuing from %s, and keeping the damaged one as %s", *told)
+        logger.warning(
+            "%s is damaged (%s): continuing from %s, and keeping the damaged one as %s",
+            *(damaged.name, reason, path.name, aside.name),
+        )

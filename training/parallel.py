@@ -22,15 +22,6 @@ from tqdm import tqdm
 from training.recipe import BaseRecipe, task_module
 
 
-_messages: Any = None  # of a worker: the queue to the process that shows how far it is
-
-
-def report_progress(folder: Path, share: float) -> None:
-    """Let whoever waits for this process, if anyone, know what share of the run in `folder` is done."""
-    if _messages is not None:
-        _messages.put((str(folder), share))
-
-
 class Job(NamedTuple):
     """Work in a folder of its own, done by a function of a module."""
 
@@ -39,13 +30,133 @@ class Job(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+def _run_recipe(recipe: BaseRecipe) -> dict[str, Any]:
+    return task_module(recipe.task).run(recipe)
+
+
 def recipe_job(recipe: BaseRecipe) -> Job:
-    """A recipe's run; a finished one is only checked, and one that was interrupted goes on."""
+    """Return the job of a recipe's run. A finished run is only checked, and an interrupted one goes on."""
     return Job(recipe.folder, _run_recipe, (recipe,))
 
 
-def _run_recipe(recipe: BaseRecipe) -> dict[str, Any]:
-    return task_module(recipe.task).run(recipe)
+# What a worker does
+
+
+_messages: Any = None  # of a worker: the queue to its parent
+
+
+def report_progress(folder: Path, share: float) -> None:
+    """Report to the parent process, if there is one, what share of the run in `folder` is done."""
+    if _messages is not None:
+        _messages.put((str(folder), share))
+
+
+def run_logged(job: Job) -> Any:
+    """Do a job, with what it prints in a file beside its folder; returns its result."""
+    log = job.folder.with_name(f"{job.folder.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        log.open("a", encoding="utf-8", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        result = job.function(*job.arguments)
+    report_progress(job.folder, 1.0)
+    return result
+
+
+def _end_with_the_parent() -> None:
+    # A worker that outlived a killed parent would go on in a folder that the next start wants to resume.
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in workers only
+    parent.join()
+    os._exit(1)
+
+
+def _begin_worker(threads: int, messages: Any) -> None:
+    global _messages
+    _messages = messages
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+# Workers
+
+
+class _ThisProcess(Executor):
+    """An executor that does everything at once in this process."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future:
+        future: Future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def _gpus() -> list[str]:
+    number, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:number] if visible else [str(index) for index in range(number)]
+
+
+def _start_worker(threads: int, gpu: str | None, messages: Any) -> ProcessPoolExecutor:
+    """Start a process with so many threads; of several GPUs it sees one, else it would train on all of them."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # Not a fork, which would inherit locks of torch's threads.
+    worker = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin_worker, (threads, messages))
+    try:
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # a process reads it once, so it is set before this one starts
+        worker.submit(int)  # starts it
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        else:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    return worker
+
+
+@contextlib.contextmanager
+def start_workers(number: int, messages: Any = None) -> Iterator[list[Executor]]:
+    """Give executors that take one job at a time: this process, or so many others, which share threads and GPUs.
+
+    Each process is an executor of its own, so that one that dies fails only its own job. They end with the block; when
+    the block fails, they are stopped in the middle of their jobs.
+
+    Args:
+        number: how many executors; 1 is this process.
+        messages: the queue that `report_progress` of the other processes writes to.
+    """
+    if number == 1:
+        yield [_ThisProcess()]
+        return
+    others, gpus = set(multiprocessing.active_children()), _gpus()
+    threads = max(1, torch.get_num_threads() // number)
+    with contextlib.ExitStack() as stack:
+        started: list[Executor] = [
+            _start_worker(threads, gpus[index % len(gpus)] if gpus else None, messages) for index in range(number)
+        ]
+        for worker in started:
+            stack.enter_context(worker)
+        try:
+            yield list(started)
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
+
+
+# All jobs
+
+
+def _received(messages: Any) -> Iterator[tuple[str, float]]:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            yield messages.get_nowait()
+
+
+def _run_in_order(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        PartialState().print(f"{job.folder}:", flush=True)
+        job.function(*job.arguments)
 
 
 def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -> None:
@@ -53,20 +164,20 @@ def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -
 
     Args:
         jobs: in different folders.
-        workers: processes at once; each gets its share of the threads. 1, or under `accelerate launch`, whose
-            processes do each job together: here, one after the other.
+        workers: processes at once; each gets its share of the threads. With 1, and under `accelerate launch`, whose
+            processes do each job together, the jobs are done one after the other.
         description: what the bar calls them.
 
     Raises:
         Exception: the first one that a job raised; jobs that had begun are finished before, others are not begun.
     """
     if workers == 1 or len(jobs) < 2 or PartialState().num_processes > 1:
-        for job in jobs:
-            PartialState().print(f"{job.folder}:", flush=True)
-            job.function(*job.arguments)
+        _run_in_order(jobs)
         return
     messages = multiprocessing.get_context("spawn").Queue()
-    waiting, running, failure = list(jobs), {}, None
+    waiting = list(jobs)
+    running: dict[Future, Executor] = {}
+    failure: BaseException | None = None
     bar_format = "{desc}: {n:.2f} of {total} |{bar}| {elapsed}<{remaining}"
     bar = tqdm(total=len(jobs), desc=description, bar_format=bar_format)
     with bar, start_workers(min(workers, len(jobs)), messages) as idle:
@@ -85,96 +196,3 @@ def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -
             bar.refresh()
     if failure is not None:
         raise failure
-
-
-def _received(messages) -> Iterator[tuple[str, float]]:
-    with contextlib.suppress(queue.Empty):
-        while True:
-            yield messages.get_nowait()
-
-
-def run_logged(job: Job) -> Any:
-    """Do a job; what it prints goes into a file beside its folder."""
-    log = job.folder.with_name(f"{job.folder.name}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        log.open("a", encoding="utf-8", buffering=1) as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        result = job.function(*job.arguments)
-    report_progress(job.folder, 1.0)
-    return result
-
-
-class _ThisProcess(Executor):
-    """A worker that is no process of its own."""
-
-    def submit(self, function, /, *arguments):
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
-
-
-@contextlib.contextmanager
-def start_workers(number: int, messages: Any = None) -> Iterator[list[Executor]]:
-    """Workers that take one job at a time: this process, or so many others, which share threads and GPUs.
-
-    They end with the block; when it fails, with what they are doing.
-
-    Args:
-        number: of workers.
-        messages: the queue that `report_progress` of other processes writes to.
-    """
-    if number == 1:
-        yield [_ThisProcess()]
-        return
-    others, gpus = set(multiprocessing.active_children()), _gpus()
-    threads = max(1, torch.get_num_threads() // number)
-    with contextlib.ExitStack() as stack:
-        started = [
-            _start_worker(threads, gpus[index % len(gpus)] if gpus else None, messages) for index in range(number)
-        ]
-        for worker in started:
-            stack.enter_context(worker)
-        try:
-            yield list(started)
-        except BaseException:
-            for process in set(multiprocessing.active_children()) - others:
-                process.terminate()
-            raise
-
-
-def _gpus() -> list[str]:
-    number, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[:number] if named else [str(index) for index in range(number)]
-
-
-def _start_worker(threads: int, gpu: str | None, messages: Any) -> ProcessPoolExecutor:
-    """A process with so many threads; of several GPUs it sees one, else it would train on all of them together."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # Not a fork, which would inherit locks of torch's threads.
-    worker = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin_worker, (threads, messages))
-    try:
-        if gpu is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # a process reads it once, so it is set before this one starts
-        worker.submit(int)  # starts it
-    finally:
-        if before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
-        else:
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    return worker
-
-
-def _begin_worker(threads: int, messages: Any) -> None:
-    global _messages
-    _messages = messages
-    torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_the_others, daemon=True).start()
-
-
-def _end_with_the_others() -> None:
-    # A worker that outlived a killed parent would go on in a folder that the next start wants to resume.
-    multiprocessing.parent_process().join()
-    os._exit(1)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run may write: nowhere that belongs to the system, to the user's settings or to the source code."""
+"""Paths: where the parts of this clone lie, and where a run may write.
+
+A run may write nowhere that belongs to the system, to the user's settings or to the source code.
+"""
 
 import functools
 import os
@@ -34,18 +37,19 @@ _SYSTEM = (
     *("/var/cache", "/var/lib", "/var/log", "/var/spool", "/var/www"),
     *("/Applications", "/Library", "/System", "/private/etc"),
 )
+_SYSTEM_OF_WINDOWS = ("SYSTEMROOT", "PROGRAMFILES", "PROGRAMDATA")  # environment variables that hold paths
 # Below system folders, but made for all users to write to.
 _FREE = ("/dev/shm",)
 
 
 @functools.cache
 def _system_folders() -> list[Path]:
-    windows = [os.environ[name] for name in ("SYSTEMROOT", "PROGRAMFILES", "PROGRAMDATA") if name in os.environ]
-    return [Path(place).resolve() for place in (*_SYSTEM, *windows)]
+    windows = [os.environ[name] for name in _SYSTEM_OF_WINDOWS if name in os.environ]
+    return [Path(path).resolve() for path in (*_SYSTEM, *windows)]
 
 
 def refuse_system_folder(path: str) -> None:
-    """`ValueError` unless a run may write into a folder of this name, which need not exist.
+    """Raise `ValueError` unless a run may write into a folder of this name, which need not exist.
 
     Refused are the root of the file system, folders of the system and those that hold the home folder, the clone or
     the folder for temporary files; within the home folder what is hidden, as settings and keys are; and the clone's
@@ -58,6 +62,7 @@ def refuse_system_folder(path: str) -> None:
     folder, home, temporary = Path(path).resolve(), Path.home().resolve(), Path(tempfile.gettempdir()).resolve()
     if folder == Path(folder.anchor) or any(folder in (place, *place.parents) for place in (home, CLONE, temporary)):
         raise ValueError(f"{path!r} is {folder}, which holds more than runs: name a new folder")
+    # The order counts: a clone may lie in the folder for temporary files, where its sources stay refused.
     if any(folder.is_relative_to(CLONE / name) for name in _SOURCES):
         raise ValueError(f"{path!r} is among the sources of this clone: name another folder, such as runs/NAME")
     if folder.is_relative_to(temporary) or any(folder.is_relative_to(place) for place in _FREE):

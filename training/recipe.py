@@ -2,8 +2,8 @@
 """Recipes: one YAML file fixes everything that a run depends on; its `task` says what is done.
 
 A recipe is read strictly. A key that nothing would read, in the file or in a dotted override, is an error that names
-the nearest valid key; so is a field of the model that its configuration class does not have. What the fields mean, and
-which units they have, is told in `configuration/README.md`.
+the nearest valid key; so is a field of the model that its configuration class does not have. `configuration/README.md`
+says what the fields mean, and which units they have.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+from typing_extensions import Self
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
 import training.baselines.lstm  # noqa: F401  (likewise)
@@ -66,7 +67,7 @@ TASKS = {
     "memory_models": "training.experiments.memory_models",
 }
 
-# Fields of TrainingArguments that the run decides itself, and what to use instead.
+# Fields of TrainingArguments that a recipe cannot set, because the run decides them, and what to use instead.
 RESERVED_ARGUMENTS = {
     "auto_find_batch_size": "the batch is part of the recipe",
     "data_seed": "use `seed`: it also orders the data",
@@ -120,7 +121,7 @@ class TokenizerSection(Section):
     max_training_stories: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _one_origin(self):
+    def _check_origin(self) -> Self:
         if (self.pretrained is None) == (self.vocab_size is None):
             raise ValueError("give either `pretrained` or `vocab_size`, and not both")
         if self.pretrained is not None and self.max_training_stories is not None:
@@ -141,7 +142,7 @@ class GenerationSection(Section):
 class _TrainingFields(Section):
     @model_validator(mode="before")
     @classmethod
-    def _no_is_a_strategy(cls, values):
+    def _read_no_as_a_strategy(cls, values: Any) -> Any:
         # YAML takes the bare word `no` for False, and for these three it is a name.
         if isinstance(values, dict):
             strategies = {f"{kind}_strategy" for kind in ("logging", "eval", "save")}
@@ -149,18 +150,18 @@ class _TrainingFields(Section):
         return values
 
     @model_serializer
-    def _only_what_was_set(self):
+    def _dump_set_fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     @model_validator(mode="after")
-    def _positive_sizes(self):
+    def _check_sizes(self) -> Self:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if name in self.model_fields_set and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least 1")
         return self
 
     @model_validator(mode="after")
-    def _leave_the_run_its_own(self):
+    def _check_reserved_arguments(self) -> Self:
         taken = sorted(self.model_fields_set & RESERVED_ARGUMENTS.keys())
         if taken:
             raise ValueError("; ".join(f"`{name}` cannot be set here: {RESERVED_ARGUMENTS[name]}" for name in taken))
@@ -173,17 +174,20 @@ def _checkable(annotation: Any) -> Any:
     return annotation if set(typing.get_args(annotation) or [annotation]) <= plain else Any
 
 
-# Generated, so that a key is valid here exactly if the installed TrainingArguments has it.
-TrainingSection = create_model(
-    "TrainingSection",
-    __base__=_TrainingFields,
-    __doc__="Any fields of `transformers.TrainingArguments`, except those of `RESERVED_ARGUMENTS`.",
-    **{
-        field.name: (_checkable(typing.get_type_hints(TrainingArguments)[field.name]), None)
-        for field in dataclasses.fields(TrainingArguments)
-        if field.init
-    },
-)
+if typing.TYPE_CHECKING:
+    TrainingSection = Any  # a type checker cannot know generated fields
+else:
+    # Generated, so that a key is valid here exactly if the installed TrainingArguments has it.
+    TrainingSection = create_model(
+        "TrainingSection",
+        __base__=_TrainingFields,
+        __doc__="Any fields of `transformers.TrainingArguments`, except those of `RESERVED_ARGUMENTS`.",
+        **{
+            field.name: (_checkable(typing.get_type_hints(TrainingArguments)[field.name]), None)
+            for field in dataclasses.fields(TrainingArguments)
+            if field.init
+        },
+    )
 
 
 class BaseRecipe(Section):
@@ -195,7 +199,7 @@ class BaseRecipe(Section):
 
     @field_validator("output_dir")
     @classmethod
-    def _is_for_runs(cls, path):
+    def _check_output_dir(cls, path: str | None) -> str | None:
         if path is not None:
             refuse_system_folder(path)
         return path
@@ -207,17 +211,55 @@ class BaseRecipe(Section):
 
     @functools.cached_property
     def hash(self) -> str:
-        """sha256 of all that determines the run: not of `output_dir`."""
+        """The sha256 of all that determines the run; `output_dir` does not."""
         canonical = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def content(self) -> dict[str, Any]:
-        """All that determines the run, fit for JSON."""
+        """Return all that determines the run, fit for JSON."""
         return self.model_dump(exclude={"output_dir"})
 
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML; reading it gives a recipe of the same hash."""
+        """Return the resolved recipe as YAML; reading it gives a recipe of the same hash."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """Return what an error adds to an unknown name: the most similar valid one, in parentheses, if there are any."""
+    # Cutoff 0: the nearest name is worth showing even when it is far; sorted so that ties do not depend on hashing.
+    closest = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.0)
+    return f" (nearest valid name: {closest[0]!r})" if closest else ""
+
+
+def _model_file(name: str) -> Path:
+    """Return the path `configuration/model/NAME.json`; `ValueError` if there is no such file."""
+    folder = CONFIGURATION / "model"
+    path = folder / f"{name}.json"
+    # A name is no path, and a link could lead anywhere.
+    if not re.fullmatch(r"\w[\w.-]*", name) or not path.is_file() or path.resolve().parent != folder.resolve():
+        known = sorted(file.stem for file in folder.glob("*.json"))
+        raise ValueError(f"unknown model {name!r}{nearest(name, known)}")
+    return path
+
+
+def _refuse_endless_layers(architecture: dict[str, Any]) -> None:
+    """Raise `ValueError` for more layers than can be built: a configuration lists the type of each."""
+    for name, value in architecture.items():
+        if isinstance(value, dict):
+            _refuse_endless_layers(value)
+        elif name in ("num_hidden_layers", "n_layer") and type(value) is int and value > MOST_LAYERS:
+            raise ValueError(f"`{name}` is {value}: no model of over {MOST_LAYERS:,} layers is built here")
+
+
+def _refuse_unknown(where: str, settings: dict[str, Any], config: PreTrainedConfig) -> None:
+    """Raise `ValueError` for a setting that the configuration, or that of a backbone within it, does not have."""
+    known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
+    for name, value in settings.items():
+        if name not in known:
+            keys = [f"{where}.{key}" for key in known]
+            raise ValueError(f"unknown key '{where}.{name}'{nearest(f'{where}.{name}', keys)}")
+        if isinstance(value, dict) and isinstance(getattr(config, name), PreTrainedConfig):
+            _refuse_unknown(f"{where}.{name}", value, getattr(config, name))
 
 
 class TrainingRecipe(BaseRecipe):
@@ -229,17 +271,17 @@ class TrainingRecipe(BaseRecipe):
 
     @functools.cached_property
     def architecture(self) -> dict[str, Any]:
-        """Content of the model's JSON file, with `model_args` put in."""
+        """The content of the model's JSON file, with `model_args` put in."""
         content = read_json(_model_file(self.model))
         # `hidden_size` is the standard name of what GPT-2's own file calls `n_embd`: either may be given.
-        own_names = AutoConfig.for_model(content["model_type"]).attribute_map
-        given = {own_names.get(name, name): value for name, value in self.model_args.items()}
-        made = OmegaConf.to_container(OmegaConf.merge(content, given))  # a backbone within a model takes part
-        _refuse_endless_layers(made)
-        return made
+        aliases = AutoConfig.for_model(content["model_type"]).attribute_map
+        settings = {aliases.get(name, name): value for name, value in self.model_args.items()}
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(content, settings))  # a nested backbone is merged, too
+        _refuse_endless_layers(merged)
+        return merged
 
     def build_config(self) -> PreTrainedConfig:
-        """The model's configuration object; `ValueError` if `model_args` has a key that it does not know."""
+        """Return the model's configuration; `ValueError` if `model_args` has a key that it does not have."""
         try:
             config = AutoConfig.for_model(**self.architecture)
         except StrictDataclassError as error:
@@ -253,39 +295,8 @@ class TrainingRecipe(BaseRecipe):
         return Path(self.output_dir or f"runs/{self.name}/{self.model}-seed{self.seed}")
 
     def content(self) -> dict[str, Any]:
-        """All that determines the run: the recipe, and the architecture it names."""
+        """Return all that determines the run: the recipe, and the architecture that it names."""
         return super().content() | {"architecture": self.architecture}
-
-
-def _model_file(name: str) -> Path:
-    """`configuration/model/NAME.json`; `ValueError` for another name than that of a file there."""
-    folder = CONFIGURATION / "model"
-    path = folder / f"{name}.json"
-    # A name is no path, and a link could lead anywhere.
-    if not re.fullmatch(r"\w[\w.-]*", name) or not path.is_file() or path.resolve().parent != folder.resolve():
-        known = sorted(file.stem for file in folder.glob("*.json"))
-        raise ValueError(f"unknown model {name!r}{nearest(name, known)}")
-    return path
-
-
-def _refuse_endless_layers(architecture: dict[str, Any]) -> None:
-    """`ValueError` for more layers than can be built: configurations list the type of each."""
-    for name, value in architecture.items():
-        if isinstance(value, dict):
-            _refuse_endless_layers(value)
-        elif name in ("num_hidden_layers", "n_layer") and type(value) is int and value > MOST_LAYERS:
-            raise ValueError(f"`{name}` is {value}: no model of over {MOST_LAYERS:,} layers is built here")
-
-
-def _refuse_unknown(where: str, settings: dict[str, Any], config: PreTrainedConfig) -> None:
-    """`ValueError` if there is a setting that the configuration, or that of a backbone within it, does not know."""
-    known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
-    for name, value in settings.items():
-        if name not in known:
-            keys = [f"{where}.{key}" for key in known]
-            raise ValueError(f"unknown key '{where}.{name}'{nearest(f'{where}.{name}', keys)}")
-        if isinstance(value, dict) and isinstance(getattr(config, name), PreTrainedConfig):
-            _refuse_unknown(f"{where}.{name}", value, getattr(config, name))
 
 
 class TextRecipe(TrainingRecipe):
@@ -297,7 +308,7 @@ class TextRecipe(TrainingRecipe):
     generation: GenerationSection = GenerationSection()
 
     @model_validator(mode="after")
-    def _consistent(self):
+    def _check_lengths(self) -> Self:
         lengths = [self.tokens, *(getattr(self.training, name) for name in ("max_steps", "num_train_epochs"))]
         if sum(length is not None for length in lengths) != 1:
             raise ValueError("give exactly one of `tokens`, `training.max_steps` and `training.num_train_epochs`")
@@ -319,7 +330,7 @@ class Recipe(TextRecipe):
     tokenizer: TokenizerSection
 
     @model_validator(mode="after")
-    def _tokenizer_fits(self):
+    def _check_tokenizer(self) -> Self:
         config = self.build_config()
         if self.tokenizer.vocab_size is not None and self.tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
@@ -330,7 +341,7 @@ class Recipe(TextRecipe):
 
 
 def leaves(settings: dict[str, Any]) -> Iterator[str]:
-    """Names for what settings change: of a training's folder. The model's file goes by its bare name."""
+    """Yield the parts of a training's folder name: `KEY=VALUE` for each setting, and for `model` the value alone."""
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from leaves(value)
@@ -339,8 +350,96 @@ def leaves(settings: dict[str, Any]) -> Iterator[str]:
 
 
 def task_module(task: str) -> ModuleType:
-    """The module that does a task; imported only now, so that one task needs no library of another."""
+    """Return the module of a task. It is imported only now, so that one task needs no library of another."""
     return importlib.import_module(TASKS[task])
+
+
+def _unreadable(path: Path, overrides: list[str], error: Exception) -> ValueError:
+    return ValueError(f"cannot read recipe {str(path)!r} " + masked(f"with overrides {overrides}: {error}"))
+
+
+def _refuse_secrets_and_resolvers(values: Any, where: str) -> None:
+    """Raise `ValueError` for secrets, and for `${...}` with a colon, by which OmegaConf reads the environment.
+
+    A run must depend on nothing but its recipe, and its result, which may be published, must not describe the machine.
+    """
+    refuse_secrets(values, where)
+    for place, _, text in walk(values):
+        if isinstance(text, str) and "${" in re.sub(r"\$\{[\w.\[\]]+\}", "", text):
+            raise ValueError(
+                f"`{place}` in {where} has ${{...}} with more than the key of another setting: a recipe does not read "
+                "the environment or anything else of the machine; write the value itself"
+            )
+
+
+def _merged(path: Path, settings: list[dict[str, Any]], overrides: list[str]) -> Any:
+    """Return what a file, settings and overrides give together, with references to other settings followed."""
+    try:
+        check_yaml(path.read_text(encoding="utf-8"), "it")
+        parts = [OmegaConf.load(path), *map(OmegaConf.create, settings), OmegaConf.from_dotlist(overrides)]
+        containers = [OmegaConf.to_container(part) for part in parts]
+    except RecursionError:
+        raise ValueError(f"cannot read recipe {str(path)!r}: it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot read recipe {str(path)!r} with its overrides{yaml_fault(error)}") from None
+    except (OmegaConfBaseException, TypeError, OSError, ValueError) as error:
+        raise _unreadable(path, overrides, error) from None
+    for values in containers:  # before they are merged, which follows interpolations
+        _refuse_secrets_and_resolvers(values, f"recipe {str(path)!r}")
+    try:
+        return OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
+    except (OmegaConfBaseException, TypeError, RecursionError) as error:  # TypeError: nothing merges into a list
+        raise _unreadable(path, overrides, error) from None
+
+
+def _refuse_overrides(overrides: list[str]) -> None:
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override {masked(override)!r} has no '=': write it as key=value, such as seed=1")
+        # By its name alone, before any message could quote its value.
+        key = override.partition("=")[0]
+        if names_secret(key):
+            refuse_secrets({key: None}, "an override")
+
+
+def _sections(field: FieldInfo) -> list[type[BaseModel]]:
+    """Return the section that a field holds, or those that it may hold."""
+    types = typing.get_args(field.annotation) or [field.annotation]
+    return [each for each in types if isinstance(each, type) and issubclass(each, BaseModel)]
+
+
+def _dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        for section in _sections(field):
+            yield from _dotted_keys(section, f"{prefix}{name}.")
+
+
+def _without_tags(location: tuple, schema: type[BaseModel]) -> Iterator[str]:
+    """Yield the keys that lead to a place in a recipe. pydantic's location also has the tag of a tagged section."""
+    parts = list(location)
+    while parts:
+        part = str(parts.pop(0))
+        yield part
+        field = schema.model_fields.get(part)
+        sections = _sections(field) if field else []
+        if field is not None and len(sections) > 1 and parts:
+            tag, tag_name = parts.pop(0), str(field.discriminator)
+            sections = [each for each in sections if typing.get_args(each.model_fields[tag_name].annotation) == (tag,)]
+        if sections:
+            schema = sections[0]
+
+
+def _explain(problem: Mapping[str, Any], schema: type[BaseModel]) -> str:
+    key = ".".join(_without_tags(problem["loc"], schema))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{nearest(key, list(_dotted_keys(schema)))}"
+    if problem["type"] == "missing":
+        return f"missing key {key!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, not {problem['input']!r}"
 
 
 def load_recipe(
@@ -374,100 +473,3 @@ def load_recipe(
     except ValidationError as error:
         problems = [f"  {_explain(problem, schema)}" for problem in error.errors()]
         raise ValueError(invalid + "\n".join(problems)) from None
-
-
-def _merged(path: Path, settings: list[dict[str, Any]], overrides: list[str]) -> Any:
-    """What a file, settings and overrides say together, with every reference to another setting followed."""
-    try:
-        check_yaml(path.read_text(encoding="utf-8"), "it")
-        parts = [OmegaConf.load(path), *map(OmegaConf.create, settings), OmegaConf.from_dotlist(overrides)]
-        said = [OmegaConf.to_container(part) for part in parts]
-    except RecursionError:
-        raise ValueError(f"cannot read recipe {str(path)!r}: it is nested too deeply") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"cannot read recipe {str(path)!r} with its overrides{yaml_fault(error)}") from None
-    except (OmegaConfBaseException, TypeError, OSError, ValueError) as error:
-        raise _unreadable(path, overrides, error) from None
-    for values in said:  # before they meet, for merging follows interpolations
-        _refuse_what_a_recipe_must_not_hold(values, f"recipe {str(path)!r}")
-    try:
-        return OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
-    except (OmegaConfBaseException, TypeError, RecursionError) as error:  # TypeError: nothing merges into a list
-        raise _unreadable(path, overrides, error) from None
-
-
-def _unreadable(path: Path, overrides: list[str], error: Exception) -> ValueError:
-    return ValueError(f"cannot read recipe {str(path)!r} " + masked(f"with overrides {overrides}: {error}"))
-
-
-def _refuse_overrides(overrides: list[str]) -> None:
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"override {masked(override)!r} has no '=': write it as key=value, such as seed=1")
-        # By its name alone, before anything could quote its value.
-        key = override.partition("=")[0]
-        if names_secret(key):
-            refuse_secrets({key: None}, "an override")
-
-
-def _refuse_what_a_recipe_must_not_hold(values: Any, where: str) -> None:
-    """`ValueError` for secrets, and for `${...}` with a colon, by which OmegaConf reads the environment and more.
-
-    A run must depend on nothing but its recipe, and its result, which may be published, must not tell of the machine.
-    """
-    refuse_secrets(values, where)
-    for place, _, text in walk(values):
-        if isinstance(text, str) and "${" in re.sub(r"\$\{[\w.\[\]]+\}", "", text):
-            raise ValueError(
-                f"`{place}` in {where} has ${{...}} with more than the key of another setting: a recipe does not read "
-                "the environment or anything else of the machine; write the value itself"
-            )
-
-
-def _explain(problem: dict[str, Any], schema: type[BaseModel]) -> str:
-    key = ".".join(_without_tags(problem["loc"], schema))
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{nearest(key, list(_dotted_keys(schema)))}"
-    if problem["type"] == "missing":
-        return f"missing key {key!r}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message}, not {problem['input']!r}"
-
-
-def nearest(name: str, candidates: list[str]) -> str:
-    """What an error adds to an unknown name: the most similar of the known ones, in parentheses; of none, nothing."""
-    # Cutoff 0: the nearest name is worth showing even when it is far; sorted so that ties do not depend on hashing.
-    closest = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.0)
-    return f" (nearest valid name: {closest[0]!r})" if closest else ""
-
-
-def _dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in schema.model_fields.items():
-        yield prefix + name
-        for section in _sections(field):
-            yield from _dotted_keys(section, f"{prefix}{name}.")
-
-
-def _sections(field: FieldInfo) -> list[type[BaseModel]]:
-    """The section that a field is, or the kinds of section that it may be."""
-    kinds = typing.get_args(field.annotation) or [field.annotation]
-    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-
-
-def _without_tags(location: tuple, schema: type[BaseModel]) -> Iterator[str]:
-    """A place in a recipe as its keys lead to it: pydantic also names the kind of a section that has several."""
-    parts = list(location)
-    while parts:
-        part = str(parts.pop(0))
-        yield part
-        field = schema.model_fields.get(part)
-        sections = _sections(field) if field else []
-        if len(sections) > 1 and parts:
-            tag = parts.pop(0)
-            sections = [
-                s for s in sections if typing.get_args(s.model_fields[field.discriminator].annotation) == (tag,)
-            ]
-        if sections:
-            schema = sections[0]

@@ -18,7 +18,7 @@ from training.result import read_result, write_result
 from training.run_folder import claim_folder, only_run_in
 
 
-TASKS["searched"] = "searched_task"
+TASKS["searched"] = "searched_task" if __name__ == "__main__" else __name__
 
 
 class Inner(Section):

@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning with LoRA: a trained model is adapted by few numbers, and exported as an adapter and merged.
+"""Fine-tuning with LoRA: a trained model is adapted by few parameters, and exported as an adapter and merged.
 
 A run leaves `adapter/`, which PEFT loads on top of the base, and `merged/`, a model like any other; its `result.json`
-has the loss of the base on the same windows, too.
+also has the loss of the base on the same windows.
 """
 
 import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, PositiveInt, model_validator
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+from typing_extensions import Self
 
 from training import hub
 from training.bounded import read_object
@@ -32,6 +41,11 @@ from training.text.tokenizer import added_tokens, load_tokenizer
 plan, summary = language_modeling.plan, language_modeling.summary
 
 
+def weights_checksums(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file of weights in a model's folder."""
+    return {path.name: checksum(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
 class LoraSection(Section):
     """What is adapted, and how much: fields of `peft.LoraConfig`."""
 
@@ -42,7 +56,7 @@ class LoraSection(Section):
     target_parameters: list[str] = []
 
     @model_validator(mode="after")
-    def _peft_can(self):
+    def _check_dropout(self) -> Self:
         if self.target_parameters and self.lora_dropout:
             raise ValueError(
                 f"PEFT adapts parameters without dropout only: set `lora_dropout`={self.lora_dropout} to 0"
@@ -69,11 +83,10 @@ class Recipe(TextRecipe):
     lora: LoraSection = LoraSection()
 
     @model_validator(mode="after")
-    def _the_base_decides(self):
+    def _check_base(self) -> Self:
         if self.model_args:
             raise ValueError(f"`model_args` is {self.model_args}, but the base has its architecture: leave it out")
-        if self.base is not None and Path(self.model) != self.base_recipe.folder / "model":
-            exported = self.base_recipe.folder / "model"
+        if self.base_recipe is not None and Path(self.model) != (exported := self.base_recipe.folder / "model"):
             raise ValueError(
                 f"`model` is {self.model!r}, but `base` is exported to {exported}: name that, or base=null"
             )
@@ -84,11 +97,12 @@ class Recipe(TextRecipe):
         """The recipe that trains the base, if one is named."""
         if self.base is None:
             return None
-        return load_recipe(CONFIGURATION / "recipe" / f"{self.base.recipe}.yaml", settings=[self.base.settings])
+        path = CONFIGURATION / "recipe" / f"{self.base.recipe}.yaml"
+        return cast(TextRecipe, load_recipe(path, settings=[self.base.settings]))
 
     @functools.cached_property
     def base_folder(self) -> Path:
-        """The base on this machine; one on the Hub is downloaded."""
+        """The folder of the base on this machine; a base on the Hub is downloaded."""
         if self.base is not None:
             return Path(self.model)
         if (Path(self.model) / "config.json").is_file():
@@ -102,13 +116,13 @@ class Recipe(TextRecipe):
 
     @functools.cached_property
     def architecture(self) -> dict[str, Any]:
-        """Content of the base's `config.json`, or of the file that its recipe names."""
-        if self.base is not None:
+        """The content of the base's `config.json`, or of the file that its recipe names."""
+        if self.base_recipe is not None:
             return self.base_recipe.architecture
         return read_object(self.base_folder / "config.json")
 
     def build_config(self) -> PreTrainedConfig:
-        if self.base is not None:
+        if self.base_recipe is not None:
             return self.base_recipe.build_config()
         return AutoConfig.from_pretrained(self.base_folder, trust_remote_code=False)
 
@@ -118,46 +132,45 @@ class Recipe(TextRecipe):
         return Path(self.output_dir or f"runs/{self.name}/seed{self.seed}")
 
     def content(self) -> dict[str, Any]:
-        """All that determines the run: the recipe, and the base's weights, or the recipe that they come from."""
-        base = weights_checksums(self.base_folder) if self.base is None else self.base_recipe.hash
+        """Return all that determines the run: the recipe, and the base's weights, or the recipe that trains them."""
+        base = weights_checksums(self.base_folder) if self.base_recipe is None else self.base_recipe.hash
         return super().content() | {"base_made_of": base}
 
 
-def weights_checksums(folder: Path) -> dict[str, str]:
-    """sha256 of each file of weights in a model's folder."""
-    return {path.name: checksum(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Adapt as the recipe says; arguments, result and errors as of `training.tasks.language_modeling.run`."""
-    language_modeling.training_arguments(recipe)  # settles devices and processes
-    distribution = PartialState().distributed_type
-    if distribution not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise ValueError(f"fine-tuning under {distribution.value} has not been tried: use one process or DDP")
-    if recipe.base is not None:
-        language_modeling.run(recipe.base_recipe)
-    return language_modeling.run(recipe, restart, LORA)
+def _base_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """Return the base's tokenizer; `ValueError` if it adds tokens of itself."""
+    folder = str(recipe.base_folder)
+    if added := added_tokens(load_tokenizer(folder, keep_added=True)):
+        raise ValueError(
+            f"the tokenizer of the base {recipe.model!r} adds {' and '.join(added)} of each text by itself, but the "
+            "windows of training have none: an adapter made of them would be used on other text than it was trained "
+            "on. If the base was trained without, save its tokenizer so: "
+            "load_tokenizer(FOLDER).save_pretrained(FOLDER), of training.text.tokenizer"
+        )
+    return load_tokenizer(folder)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
-    """The base in training mode with new adapters, initialised from the recipe's seed; nothing else is trained."""
+    """Return the base with new adapters, initialised from the recipe's seed; nothing else is trained."""
     base = load_causal_lm(recipe.base_folder)
     base.loss_type = "ForCausalLM"
     set_seed(recipe.seed)
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()))
 
 
-def export(recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, state_dict: dict):
-    """Write `adapter/` and, with the tokenizer, `merged/`; the merged model is what is evaluated."""
+def export(
+    recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, state_dict: dict[str, torch.Tensor]
+) -> tuple[Path, PreTrainedModel]:
+    """Write `adapter/` and, with the tokenizer, `merged/`; returns the merged folder and model, to be evaluated."""
     with staged_folder(recipe.folder / "adapter") as staged:
-        model.save_pretrained(staged, save_embedding_layers=False)
+        model.save_pretrained(str(staged), save_embedding_layers=False)
     merged = model.merge_and_unload()
     export_model(merged, tokenizer, recipe.folder / "merged")
     return recipe.folder / "merged", merged
 
 
 def describe(recipe: Recipe, windows: Dataset, batch_size: int) -> dict[str, Any]:
-    """What was adapted, by how many numbers, and how good it was before."""
+    """Return what was adapted, by how many parameters, and how good the base is on the same windows."""
     base = load_causal_lm(recipe.base_folder)
     loss = mean_loss(base, windows, batch_size)
     adapter = load_file(recipe.folder / "adapter" / "adapter_model.safetensors")
@@ -171,17 +184,18 @@ def describe(recipe: Recipe, windows: Dataset, batch_size: int) -> dict[str, Any
     }
 
 
-def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The base's own; refused if it adds tokens, which readers of the adapter would have and its training not."""
-    folder = str(recipe.base_folder)
-    if added := added_tokens(load_tokenizer(folder, keep_added=True)):
-        raise ValueError(
-            f"the tokenizer of the base {recipe.model!r} adds {' and '.join(added)} of each text by itself, but the "
-            "windows of training have none: an adapter made of them would be used on other text than it was trained "
-            "on. If the base was trained without, save its tokenizer so: "
-            "load_tokenizer(FOLDER).save_pretrained(FOLDER), of training.text.tokenizer"
-        )
-    return load_tokenizer(folder)
+LORA = language_modeling.TrainingMode(_base_tokenizer, build_model, export, describe, ("adapter", "merged"))
 
 
-LORA = language_modeling.TrainingMode(_tokenizer, build_model, export, describe, ("adapter", "merged"))
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Adapt as the recipe says; arguments, result and errors are those of `training.tasks.language_modeling.run`.
+
+    The base is trained first, if its recipe is named and not finished.
+    """
+    language_modeling.training_arguments(recipe)  # settles devices and processes
+    distribution = PartialState().distributed_type
+    if distribution not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(f"fine-tuning under {distribution.value} has not been tried: use one process or DDP")
+    if recipe.base_recipe is not None:
+        language_modeling.run(recipe.base_recipe)
+    return language_modeling.run(recipe, restart, LORA)

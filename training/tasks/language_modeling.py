@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run: claim a folder, prepare tokenizer and windows, build, train or resume, export, report."""
+"""Training of a language model: tokenizer and windows are prepared, the model is trained, exported and measured.
+
+`training.tasks.fine_tuning` goes through the same steps with another `TrainingMode`.
+"""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from training.cost import (
@@ -28,7 +39,7 @@ from training.figures import draw_learning_curve
 from training.files import faults, staged_folder, write_checksums
 from training.loop import LanguageModelTrainer, build_training_arguments
 from training.metrics.mean_loss import bits_per_byte, perplexity
-from training.recipe import Recipe
+from training.recipe import DataSection, Recipe, TextRecipe, TrainingRecipe
 from training.result import header, learning_curve, tokens_per_second
 from training.run_folder import run_once
 from training.text.sources import load_stories, source_provenance
@@ -36,57 +47,318 @@ from training.text.tokenizer import load_tokenizer, train_tokenizer
 from training.text.windows import collate_windows, pack_windows
 
 
-class TrainingMode(NamedTuple):
-    """In which a training from scratch and one that adapts a model differ.
+class ReadsText(Protocol):
+    """The part of a recipe that tokenizer and windows are made from."""
+
+    model: str
+    data: DataSection
+
+    @property
+    def folder(self) -> Path: ...
+
+    def build_config(self) -> PreTrainedConfig: ...
+
+
+def num_devices(arguments: TrainingArguments) -> int:
+    """Return the number of devices that train together: one a process, or all that a single process has."""
+    return arguments.world_size * max(1, arguments.n_gpu)
+
+
+def windows_per_step(arguments: TrainingArguments) -> int:
+    """Return the windows that one optimizer step sees, over all processes and accumulated micro-batches."""
+    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+
+
+def tokens_per_step(recipe: ReadsText, arguments: TrainingArguments) -> int:
+    """Return the tokens that one optimizer step sees, over all processes and accumulated micro-batches."""
+    return windows_per_step(arguments) * recipe.data.context_length
+
+
+def training_arguments(recipe: TextRecipe) -> TrainingArguments:
+    """Return the recipe's `training` section as `TrainingArguments`, with what the run decides itself.
+
+    Counting the steps of a token budget sets up the processes: only after this is `PartialState` that of the run.
+    """
+    settings = {"ddp_find_unused_parameters": False} | recipe.training.model_dump()
+    arguments = build_training_arguments(settings, recipe.folder, recipe.seed)
+    per_step = tokens_per_step(recipe, arguments)
+    if recipe.tokens is not None:
+        arguments.max_steps = math.ceil(recipe.tokens / per_step)
+    return arguments
+
+
+def num_parameters(recipe: TrainingRecipe) -> int:
+    """Count the trainable parameters of the recipe's model, tied ones once, without allocating them."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(recipe.build_config()).num_parameters()
+
+
+def _estimate_cost(recipe: TextRecipe, arguments: TrainingArguments, tokens: int | None) -> dict[str, Any]:
+    # The memory of one device with a whole copy of the model. DDP adds a copy of the gradients; FSDP divides all.
+    config, context_length = recipe.build_config(), recipe.data.context_length
+    per_token = flops_per_token(config, context_length)
+    activations = activation_bytes(
+        config,
+        arguments.per_device_train_batch_size,
+        context_length,
+        arguments.mixed_precision,
+        bool(arguments.activation_checkpointing),
+        arguments.activation_checkpointing_kwargs,
+    )
+    is_adamw = arguments.optim.startswith("adamw_torch") and "bit" not in arguments.optim
+    state = round(STATE_BYTES_PER_PARAMETER * num_parameters(recipe) / 1e9, 3)
+    return {
+        "flops_per_token": round(per_token),
+        "training_flops": f"{per_token:.3e} times the tokens" if tokens is None else round(per_token * tokens),
+        "memory_parameters_gb": state if is_adamw else f"known of AdamW only, which takes {state}",
+        "memory_activations_gb": round(activations / 1e9, 3),
+        "precision": arguments.mixed_precision,
+    }
+
+
+def plan(
+    recipe: TextRecipe,
+    teraflops: float | None = None,
+    utilisation: float | None = None,
+    devices: int | None = None,
+) -> dict[str, Any]:
+    """Return the size and the cost of a run, known without reading data: `dry-run` prints it.
 
     Args:
-        tokenizer: that the recipe asks for.
-        build: the model to train, of a recipe and its tokenizer.
+        recipe: the recipe of the run.
+        teraflops (`float`, *optional*): peak rate of one device in the training precision, in 10^12 operations a
+            second; gives `hours`.
+        utilisation (`float`, *optional*): share of the peak that training reaches; 0.4 by default.
+        devices (`int`, *optional*): how many train; by default those that this command would use.
+
+    Raises:
+        ValueError: a rate, share or number that no machine has, or `utilisation` without `teraflops`.
+    """
+    if utilisation is not None and teraflops is None:
+        raise ValueError(f"utilisation is {utilisation}, but a share of what? Give teraflops, the peak of one device")
+    arguments = training_arguments(recipe)
+    available = num_devices(arguments)
+    devices = available if devices is None else devices
+    check_devices(devices)
+    per_step = tokens_per_step(recipe, arguments) // available * devices
+    steps = arguments.max_steps if recipe.tokens is None else math.ceil(recipe.tokens / per_step)
+    known, epochs = steps > 0, f"{arguments.num_train_epochs:g}"
+    result: dict[str, Any] = {
+        "parameters": num_parameters(recipe),
+        "tokens_per_step": per_step,
+        "steps": steps if known else f"as many as {epochs} epochs of the data make",
+        "tokens": steps * per_step if known else f"{epochs} times those in the data",
+        "warmup_steps": arguments.get_warmup_steps(steps) if known else arguments.warmup_steps,
+        **_estimate_cost(recipe, arguments, steps * per_step if known else None),
+    }
+    if teraflops is not None:
+        share = DEFAULT_UTILISATION if utilisation is None else utilisation
+        flops = result["training_flops"] if known else 0
+        estimate = round(hours(flops, teraflops, share, devices), 3)
+        result["hours"] = estimate if known else "unknown, as the number of tokens is"
+    return result | {"folder": str(recipe.folder), "hash": recipe.hash}
+
+
+def _make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    section = recipe.tokenizer
+    if section.pretrained is not None:
+        tokenizer = load_tokenizer(section.pretrained)
+        # In training a story follows the end token of the one before; a begin token of its own occurs in no window.
+        tokenizer.bos_token = tokenizer.eos_token
+        return tokenizer
+    source = recipe.data.train.model_dump()
+    if section.max_training_stories is not None:
+        limits = [limit for limit in (section.max_training_stories, source["num_stories"]) if limit is not None]
+        source["num_stories"] = min(limits)
+    stories = load_stories(**source, streaming=recipe.data.streaming)
+    return train_tokenizer((row["text"] for row in stories), section.vocab_size)
+
+
+def prepare_tokenizer(
+    recipe: ReadsText, state: PartialState, make: Callable[..., PreTrainedTokenizerFast] = _make_tokenizer
+) -> PreTrainedTokenizerFast:
+    """Make and save the tokenizer of a run, unless it is saved already, and return the saved one.
+
+    So every process and every resumed session uses the same tokenizer.
+
+    Raises:
+        ValueError: the saved tokenizer is damaged, or larger than the model's vocabulary.
+    """
+    saved = recipe.folder / "tokenizer"
+    with state.main_process_first():
+        if state.is_main_process and not saved.is_dir():
+            with staged_folder(saved) as staged:
+                make(recipe).save_pretrained(staged)
+                write_checksums(staged)
+        if damage := faults(saved):
+            raise ValueError(
+                f"{saved} is damaged ({'; '.join(damage)}): restore it, for what was trained so far reads by it, or "
+                "train again with --restart"
+            )
+    tokenizer = load_tokenizer(str(saved))
+    config = recipe.build_config()
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries, but the model {recipe.model!r} has embeddings for "
+            f"{config.vocab_size}: raise model_args.vocab_size, or use a smaller tokenizer"
+        )
+    return tokenizer
+
+
+def prepare_windows(
+    recipe: ReadsText, tokenizer: PreTrainedTokenizerFast, state: PartialState
+) -> dict[str, Dataset | IterableDataset]:
+    """Cut the stories of a recipe into windows, `train` and `validation`; other processes read what the main one made.
+
+    A stream for training begins again when it ends.
+    """
+    data = recipe.data
+    windows: dict[str, Dataset | IterableDataset] = {}
+    with state.main_process_first():
+        for split, source in (("train", data.train), ("validation", data.validation)):
+            streaming = data.streaming and split == "train"
+            stories = load_stories(**source.model_dump(), streaming=streaming)
+            windows[split] = pack_windows(stories, tokenizer, data.context_length, data.num_proc)
+            if streaming:
+                windows[split] = windows[split].repeat(None)  # the budget ends the run, not the stream
+    return windows
+
+
+def whole_steps(
+    windows: Dataset | IterableDataset, arguments: TrainingArguments, state: PartialState
+) -> Dataset | IterableDataset:
+    """Leave out the last windows that do not fill an optimizer step; `ValueError` if there are too few for one.
+
+    A last step of fewer windows would see fewer tokens than the budget counts. A stream stays as it is.
+    """
+    if isinstance(windows, IterableDataset):
+        return windows
+    per_step = windows_per_step(arguments)
+    whole = len(windows) - len(windows) % per_step
+    if whole == 0:
+        raise ValueError(
+            f"the training data fill {len(windows)} windows, but one optimizer step takes {per_step}: give more "
+            "stories, or lower the batch"
+        )
+    left_out = len(windows) - whole
+    state.print(f"{whole:,} training windows make {whole // per_step:,} steps an epoch; {left_out} are left out")
+    return windows.select(range(whole))
+
+
+def build_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Build a new model, initialised from the recipe's seed, with the special tokens of the tokenizer."""
+    config = recipe.build_config()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    set_seed(recipe.seed)
+    model = AutoModelForCausalLM.from_config(config)
+    model.loss_type = "ForCausalLM"  # GPT-2's class name does not say it, and each forward would warn
+    return model
+
+
+class TrainingMode(NamedTuple):
+    """The steps in which a training from scratch differs from one that adapts a model.
+
+    Args:
+        tokenizer: returns the tokenizer of a recipe.
+        build: returns the model to train, given the recipe and its tokenizer.
         export: writes what was trained, given the recipe, the model, the tokenizer and the state dict if the model
             holds only a shard of it; returns the folder of the whole model, and that model.
-        describe: what the result says besides, of a recipe and its validation windows.
-        exports: the folders that `export` writes.
+        describe: returns what the result holds besides, given the recipe, its validation windows and their batch size.
+        exports: names the folders that `export` writes.
     """
 
-    tokenizer: Callable[..., PreTrainedTokenizerBase]
+    tokenizer: Callable[..., PreTrainedTokenizerFast]
     build: Callable[..., PreTrainedModel]
     export: Callable[..., tuple[Path, PreTrainedModel]]
     describe: Callable[..., dict[str, Any]]
     exports: tuple[str, ...]
 
 
-def run(recipe: Recipe, restart: bool = False, mode: TrainingMode | None = None) -> dict[str, Any]:
-    """Train as the recipe says, from wherever an earlier start of the same recipe got to.
+def _export(
+    recipe: TextRecipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state_dict: dict[str, torch.Tensor],
+) -> tuple[Path, PreTrainedModel]:
+    folder = recipe.folder / "model"
+    export_model(model, tokenizer, folder, state_dict)
+    return folder, model
 
-    Args:
-        recipe: what to do.
-        restart: move what an earlier run left in the folder aside and begin anew.
-        mode: of training; by default from scratch.
 
-    Returns:
-        The content of `result.json`; of the earlier one, if the recipe was already finished.
+FROM_SCRATCH = TrainingMode(_make_tokenizer, build_model, _export, lambda recipe, windows, batch_size: {}, ("model",))
 
-    Raises:
-        ValueError: the folder belongs to another recipe, the data are empty, the tokenizer is too large, the loss
-            diverged, or no checkpoint is usable.
-        OSError: a checkpoint could not be saved; earlier ones are intact.
-    """
-    arguments = training_arguments(recipe)
-    state = PartialState()  # after the arguments, which settle devices and processes
-    mode = mode or FROM_SCRATCH
-    return run_once(
-        recipe,
-        state,
-        restart,
-        identity=lambda: _identity(recipe, state),
-        make=lambda data: _train(recipe, arguments, state, mode, data),
-        kept=mode.exports,
-        again="trains again",
-    )
+
+def _result(
+    recipe: TextRecipe,
+    trainer: LanguageModelTrainer,
+    loss: float,
+    samples: list[tuple[str, str]],
+    data: dict[str, Any],
+    cost: dict[str, float],
+) -> dict[str, Any]:
+    history = trainer.state.log_history
+    curve = learning_curve(history)
+    speed = tokens_per_second(history)
+    peak, tokenizer = trainer.peak_tokens_per_second, trainer.processing_class
+    utilisation = None if speed is None or peak is None else round(speed / peak, 5)
+    size = tokens_and_bytes(load_stories(**recipe.data.validation.model_dump()), tokenizer)
+    return {
+        **header(recipe),
+        "model": recipe.model,
+        "seed": recipe.seed,
+        "architecture": recipe.architecture,
+        "num_processes": trainer.args.world_size,
+        "precision": trainer.accelerator.mixed_precision,
+        "data": data,
+        "parameters": num_parameters(recipe),
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "seconds": max(entry.get("seconds", 0.0) for entry in history),
+        "throughput": {"tokens_per_second": speed, "utilisation": utilisation, **cost},
+        "metrics": {
+            "training_loss": curve["training"][-1]["loss"],
+            "validation_loss": loss,
+            "validation_perplexity": perplexity(loss),
+            "validation_bits_per_byte": bits_per_byte(loss, *size),
+        },
+        "learning_curve": curve,
+        "samples": [{"prompt": prompt, "text": text} for prompt, text in samples],
+    }
+
+
+def _finish(
+    recipe: TextRecipe,
+    trainer: LanguageModelTrainer,
+    mode: TrainingMode,
+    data: dict[str, Any],
+    cost: dict[str, float],
+) -> dict[str, Any]:
+    """Export and measure what was trained; returns the content of `result.json`, on the main process alone."""
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    # So torch.compile names what is inside its wrapper; a folder has the model's own names.
+    state_dict = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state_dict or {}).items()}
+    if not trainer.is_world_process_zero():
+        return {}
+    # Without autocast: what is evaluated and exported is the model in float32.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    folder, model = mode.export(recipe, model, trainer.processing_class, state_dict)
+    sampling = recipe.generation.model_dump()
+    prompts = sampling.pop("prompts")
+    # Of a sharded model no process holds the whole, and a compiled one rounds in another order: there the exported
+    # folder itself is the reference.
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.torch_compile:
+        model = load_model(folder)[0]
+    loss = mean_loss(model, trainer.eval_dataset, trainer.args.eval_batch_size)
+    texts = verify_export(folder, prompts, seed=recipe.seed, model=model, **sampling)
+    result = _result(recipe, trainer, loss, list(zip(prompts, texts, strict=True)), data, cost)
+    result |= mode.describe(recipe, trainer.eval_dataset, trainer.args.eval_batch_size)
+    draw_learning_curve(result, recipe.folder / "loss.png")
+    return result
 
 
 def _train(
-    recipe: Recipe, arguments: TrainingArguments, state: PartialState, mode: TrainingMode, data: dict[str, Any]
+    recipe: TextRecipe, arguments: TrainingArguments, state: PartialState, mode: TrainingMode, data: dict[str, Any]
 ) -> dict[str, Any]:
     tokenizer = prepare_tokenizer(recipe, state, mode.tokenizer)
     windows = prepare_windows(recipe, tokenizer, state)
@@ -112,107 +384,7 @@ def _train(
     return _finish(recipe, trainer, mode, data, cost)
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The recipe's `training` section as `TrainingArguments`, with what the run decides itself.
-
-    Counting the steps of a token budget sets up the processes: from here on `PartialState` is what this run needs.
-    """
-    settings = {"ddp_find_unused_parameters": False} | recipe.training.model_dump()
-    arguments = build_training_arguments(settings, recipe.folder, recipe.seed)
-    per_step = tokens_per_step(recipe, arguments)
-    if recipe.tokens is not None:
-        arguments.max_steps = math.ceil(recipe.tokens / per_step)
-    return arguments
-
-
-def tokens_per_step(recipe: Recipe, arguments: TrainingArguments) -> int:
-    """Tokens that one optimizer step sees, over all processes and accumulated micro-batches."""
-    return windows_per_step(arguments) * recipe.data.context_length
-
-
-def num_devices(arguments: TrainingArguments) -> int:
-    """Devices that train together: one a process, or all those that a single process was left to find."""
-    return arguments.world_size * max(1, arguments.n_gpu)
-
-
-def windows_per_step(arguments: TrainingArguments) -> int:
-    """Windows that one optimizer step sees, likewise."""
-    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-
-
-def plan(
-    recipe: Recipe,
-    teraflops: float | None = None,
-    utilisation: float | None = None,
-    devices: int | None = None,
-) -> dict[str, Any]:
-    """What a run would amount to, known without reading data: `dry-run` prints it.
-
-    Args:
-        recipe: of the run.
-        teraflops (`float`, *optional*): peak rate of one device in the training precision, in 10^12 operations a
-            second; gives `hours`.
-        utilisation (`float`, *optional*): share of the peak that training reaches; 0.4 by default.
-        devices (`int`, *optional*): that train; by default those that this command would use.
-
-    Raises:
-        ValueError: a rate, share or number that no machine has, or `utilisation` without `teraflops`.
-    """
-    if utilisation is not None and teraflops is None:
-        raise ValueError(f"utilisation is {utilisation}, but a share of what? Give teraflops, the peak of one device")
-    arguments = training_arguments(recipe)
-    here = num_devices(arguments)
-    devices = here if devices is None else devices
-    check_devices(devices)
-    per_step = tokens_per_step(recipe, arguments) // here * devices
-    steps = arguments.max_steps if recipe.tokens is None else math.ceil(recipe.tokens / per_step)
-    known, epochs = steps > 0, f"{arguments.num_train_epochs:g}"
-    result = {
-        "parameters": num_parameters(recipe),
-        "tokens_per_step": per_step,
-        "steps": steps if known else f"as many as {epochs} epochs of the data make",
-        "tokens": steps * per_step if known else f"{epochs} times those in the data",
-        "warmup_steps": arguments.get_warmup_steps(steps) if known else arguments.warmup_steps,
-        **_cost(recipe, arguments, steps * per_step if known else None),
-    }
-    if teraflops is not None:
-        share = DEFAULT_UTILISATION if utilisation is None else utilisation
-        flops = result["training_flops"] if known else 0
-        estimate = round(hours(flops, teraflops, share, devices), 3)
-        result["hours"] = estimate if known else "unknown, as the number of tokens is"
-    return result | {"folder": str(recipe.folder), "hash": recipe.hash}
-
-
-def _cost(recipe: Recipe, arguments: TrainingArguments, tokens: int | None) -> dict[str, Any]:
-    # Memory is that of one device with a whole copy of the model. DDP adds one of the gradients; FSDP shares out.
-    config, context_length = recipe.build_config(), recipe.data.context_length
-    per_token = flops_per_token(config, context_length)
-    activations = activation_bytes(
-        config,
-        arguments.per_device_train_batch_size,
-        context_length,
-        arguments.mixed_precision,
-        bool(arguments.activation_checkpointing),
-        arguments.activation_checkpointing_kwargs,
-    )
-    is_adamw = arguments.optim.startswith("adamw_torch") and "bit" not in arguments.optim
-    state = round(STATE_BYTES_PER_PARAMETER * num_parameters(recipe) / 1e9, 3)
-    return {
-        "flops_per_token": round(per_token),
-        "training_flops": f"{per_token:.3e} times the tokens" if tokens is None else round(per_token * tokens),
-        "memory_parameters_gb": state if is_adamw else f"known of AdamW only, which takes {state}",
-        "memory_activations_gb": round(activations / 1e9, 3),
-        "precision": arguments.mixed_precision,
-    }
-
-
-def num_parameters(recipe: Recipe) -> int:
-    """Trainable parameters of the recipe's model, tied ones once; counted without allocating them."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(recipe.build_config()).num_parameters()
-
-
-def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
+def _identity(recipe: TextRecipe, state: PartialState) -> dict[str, Any]:
     return {
         "hash": recipe.hash,
         "num_processes": state.num_processes,
@@ -225,166 +397,37 @@ def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
     }
 
 
-def prepare_tokenizer(
-    recipe: Recipe, state: PartialState, make: Callable[..., PreTrainedTokenizerBase] | None = None
-) -> PreTrainedTokenizerBase:
-    # Every process and every resumed session reads the saved one, so that all use the very same.
-    saved = recipe.folder / "tokenizer"
-    with state.main_process_first():
-        if state.is_main_process and not saved.is_dir():
-            with staged_folder(saved) as staged:
-                (make or _make_tokenizer)(recipe).save_pretrained(staged)
-                write_checksums(staged)
-        if found := faults(saved):
-            raise ValueError(
-                f"{saved} is damaged ({'; '.join(found)}): restore it, for what was trained so far reads by it, or "
-                "train again with --restart"
-            )
-    tokenizer = load_tokenizer(str(saved))
-    config = recipe.build_config()
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} entries, but the model {recipe.model!r} has embeddings for "
-            f"{config.vocab_size}: raise model_args.vocab_size, or use a smaller tokenizer"
-        )
-    return tokenizer
+def run(recipe: TextRecipe, restart: bool = False, mode: TrainingMode = FROM_SCRATCH) -> dict[str, Any]:
+    """Train as the recipe says, from wherever an earlier start of the same recipe got to.
 
+    Args:
+        recipe: what to do.
+        restart: move what an earlier run left in the folder aside, and train from the beginning.
+        mode: how the model is built and exported; by default a new model is trained.
 
-def _make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    section = recipe.tokenizer
-    if section.pretrained is not None:
-        tokenizer = load_tokenizer(section.pretrained)
-        # What stands before a story in training, not a begin token of its own that no window holds.
-        tokenizer.bos_token = tokenizer.eos_token
-        return tokenizer
-    source = recipe.data.train.model_dump()
-    if section.max_training_stories is not None:
-        limits = [limit for limit in (section.max_training_stories, source["num_stories"]) if limit is not None]
-        source["num_stories"] = min(limits)
-    stories = load_stories(**source, streaming=recipe.data.streaming)
-    return train_tokenizer((row["text"] for row in stories), section.vocab_size)
+    Returns:
+        The content of `result.json`; of the earlier one, if the recipe was already finished.
 
-
-def prepare_windows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, state: PartialState
-) -> dict[str, Dataset | IterableDataset]:
-    data, windows = recipe.data, {}
-    with state.main_process_first():
-        for split, source in (("train", data.train), ("validation", data.validation)):
-            streaming = data.streaming and split == "train"
-            stories = load_stories(**source.model_dump(), streaming=streaming)
-            windows[split] = pack_windows(stories, tokenizer, data.context_length, data.num_proc)
-            if streaming:
-                windows[split] = windows[split].repeat(None)  # the budget ends the run, not the stream
-    return windows
-
-
-def whole_steps(windows: Dataset | IterableDataset, arguments: TrainingArguments, state: PartialState):
-    # A last step of fewer windows would see fewer tokens than the budget counts.
-    if isinstance(windows, IterableDataset):
-        return windows
-    per_step = windows_per_step(arguments)
-    whole = len(windows) - len(windows) % per_step
-    if whole == 0:
-        raise ValueError(
-            f"the training data fill {len(windows)} windows, but one optimizer step takes {per_step}: give more "
-            "stories, or lower the batch"
-        )
-    left_out = len(windows) - whole
-    state.print(f"{whole:,} training windows make {whole // per_step:,} steps an epoch; {left_out} are left out")
-    return windows.select(range(whole))
-
-
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A new model, initialised from the recipe's seed, whose special tokens are the tokenizer's."""
-    config = recipe.build_config()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
-    set_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_config(config)
-    model.loss_type = "ForCausalLM"  # GPT-2's class name does not say it, and each forward would warn
-    return model
-
-
-def _export(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state_dict: dict):
-    folder = recipe.folder / "model"
-    export_model(model, tokenizer, folder, state_dict)
-    return folder, model
-
-
-FROM_SCRATCH = TrainingMode(_make_tokenizer, build_model, _export, lambda recipe, windows, batch_size: {}, ("model",))
-
-
-def _finish(
-    recipe: Recipe,
-    trainer: LanguageModelTrainer,
-    mode: TrainingMode,
-    data: dict[str, Any],
-    cost: dict[str, float],
-) -> dict[str, Any]:
-    """Export and measure what was trained; returns the content of `result.json`, on other processes nothing."""
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    # So torch.compile names what is inside its wrapper; a folder has the model's own names.
-    state_dict = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state_dict or {}).items()}
-    if not trainer.is_world_process_zero():
-        return {}
-    # Without autocast: what is evaluated and exported is the model in float32.
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    folder, model = mode.export(recipe, model, trainer.processing_class, state_dict)
-    sampling = recipe.generation.model_dump()
-    prompts = sampling.pop("prompts")
-    # Of a sharded model no process holds the whole, and a compiled one rounds in another order: there the exported
-    # folder itself is the reference.
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.torch_compile:
-        model = load_model(folder)[0]
-    loss = mean_loss(model, trainer.eval_dataset, trainer.args.eval_batch_size)
-    texts = verify_export(folder, prompts, seed=recipe.seed, model=model, **sampling)
-    result = _result(recipe, trainer, loss, list(zip(prompts, texts, strict=True)), data, cost)
-    result |= mode.describe(recipe, trainer.eval_dataset, trainer.args.eval_batch_size)
-    draw_learning_curve(result, recipe.folder / "loss.png")
-    return result
-
-
-def _result(
-    recipe: Recipe,
-    trainer: LanguageModelTrainer,
-    loss: float,
-    samples: list[tuple[str, str]],
-    data: dict[str, Any],
-    cost: dict[str, float],
-) -> dict[str, Any]:
-    history = trainer.state.log_history
-    curve = learning_curve(history)
-    speed = tokens_per_second(history)
-    utilisation = None if speed is None else round(speed / trainer.peak_tokens_per_second, 5)
-    validation = load_stories(**recipe.data.validation.model_dump())
-    size = tokens_and_bytes(validation, trainer.processing_class)
-    return {
-        **header(recipe),
-        "model": recipe.model,
-        "seed": recipe.seed,
-        "architecture": recipe.architecture,
-        "num_processes": trainer.args.world_size,
-        "precision": trainer.accelerator.mixed_precision,
-        "data": data,
-        "parameters": num_parameters(recipe),
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.num_input_tokens_seen,
-        "seconds": max(entry.get("seconds", 0.0) for entry in history),
-        "throughput": {"tokens_per_second": speed, "utilisation": utilisation, **cost},
-        "metrics": {
-            "training_loss": curve["training"][-1]["loss"],
-            "validation_loss": loss,
-            "validation_perplexity": perplexity(loss),
-            "validation_bits_per_byte": bits_per_byte(loss, *size),
-        },
-        "learning_curve": curve,
-        "samples": [{"prompt": prompt, "text": text} for prompt, text in samples],
-    }
+    Raises:
+        ValueError: the folder belongs to another recipe, the data are empty, the tokenizer is too large, the loss
+            diverged, or no checkpoint is usable.
+        OSError: a checkpoint could not be saved; earlier ones are intact.
+    """
+    arguments = training_arguments(recipe)
+    state = PartialState()  # after the arguments, which settle devices and processes
+    return run_once(
+        recipe,
+        state,
+        restart,
+        identity=lambda: _identity(recipe, state),
+        make=lambda data: _train(recipe, arguments, state, mode, data),
+        kept=mode.exports,
+        again="trains again",
+    )
 
 
 def summary(result: dict[str, Any], folder: Path) -> str:
-    """The end of a run in words: samples, metrics, and where everything is."""
+    """Return the end of a run in words: samples, metrics, and where everything is."""
     samples = [f"{sample['text'].strip()}\n" for sample in result["samples"]]
     metrics = result["metrics"]
     lines = [

@@ -1,24 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A memory model trained in stages: one training of the experiments `memory_models`.
+"""Training of a memory model in stages: one training of the experiments `memory_models`.
 
-Each stage has objectives with their weights, and may freeze the encoder or begin a new decoder. It goes on from the
-model of the stage before, in a folder of its own, so a run resumes within the stage where it was interrupted.
+Each stage has objectives with their weights, and may freeze the encoder or start with a new decoder. It goes on from
+the model of the stage before, in a folder of its own, so a run resumes within the stage where it was interrupted.
 """
 
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from pydantic import Field, PositiveInt, model_validator
-from transformers import AutoModelForCausalLM, PreTrainedConfig, TrainingArguments, set_seed
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
+from typing_extensions import Self
 
 from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 from modeling_memory_mosaic.layout_memory_model import pack_text
+from training.cost import count_flops
 from training.evaluate import load_causal_lm, tokens_and_bytes
 from training.export import export_model
 from training.figures import draw_stages
@@ -45,12 +55,12 @@ from training.text.windows import collate_windows
 
 
 STAGE = "stage.json"  # marks a stage as done
-# Added to the seed of a new decoder, which had better not begin as the one did that the encoder was trained with.
+# Added to the seed of a new decoder, so that it does not repeat the one that the encoder was trained with.
 NEW_DECODER = 10_000
 
 
 class StageSection(Section):
-    """What is trained for so many steps; objectives that are not named have no weight."""
+    """A number of training steps with weighted objectives; an objective that is not named has no weight."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     objectives: dict[Literal["causal", "autoencoding", "copy", "blank_copy"], float] = Field(min_length=1)
@@ -60,16 +70,16 @@ class StageSection(Section):
     learning_rate: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
-    def _something_is_wanted(self):
+    def _check_weights(self) -> Self:
         if min(self.objectives.values()) <= 0:
             raise ValueError(f"stage {self.name!r}: weights are {self.objectives}, but have to be positive")
         return self
 
 
 class EncoderSection(Section):
-    """Where the encoder comes from: the model that another recipe trains, with the same seed and the same stories.
+    """The origin of the encoder: the model that another recipe trains, with the same seed and the same stories.
 
-    `untrained` takes the architecture alone.
+    With `untrained` it has the architecture of that model, but not its weights.
     """
 
     recipe: str
@@ -88,7 +98,7 @@ class Recipe(TrainingRecipe):
     training: TrainingSection
 
     @model_validator(mode="after")
-    def _consistent(self):
+    def _check_stages(self) -> Self:
         config = self.build_config()
         if not isinstance(config, MemoryModelConfig):
             raise ValueError(f"the model {self.model!r} is a {config.model_type}: name a memory_model")
@@ -110,59 +120,37 @@ class Recipe(TrainingRecipe):
         return self
 
     def build_config(self) -> PreTrainedConfig:
-        """The model's configuration; of a backbone that comes from elsewhere, as it is there."""
+        """Return the model's configuration; a backbone from another recipe has the configuration of that."""
         config = super().build_config()
         if self.encoder is None or not isinstance(config, MemoryModelConfig):
             return config
         source = self.encoder_source().build_config()
-        own = source.encoder if isinstance(source, MemoryModelConfig) else source
-        return type(config)(**config.to_dict() | {"encoder": own.to_dict()})
+        backbone = source.encoder if isinstance(source, MemoryModelConfig) else source
+        settings: dict[str, Any] = config.to_dict() | {"encoder": backbone.to_dict()}
+        return type(config)(**settings)
 
     def encoder_source(self) -> TrainingRecipe:
-        """The recipe that trains the encoder's model."""
+        """Return the recipe that trains the encoder's model; only if `encoder` names one."""
+        assert self.encoder is not None
         name, settings = self.encoder.recipe, self.encoder.settings
         folder = f"runs/{name}/{'-'.join([*leaves(settings), f'seed{self.seed}'])}"
-        # It learns from the same stories.
+        # It learns from the same stories, unless its settings name others.
         data = {split: getattr(self.data, split).model_dump() for split in ("train", "validation")}
-        settings = [{"data": data}, settings, {"seed": self.seed, "output_dir": folder}]
-        return load_recipe(CONFIGURATION / "recipe" / f"{name}.yaml", settings=settings)
+        layers = [{"data": data}, settings, {"seed": self.seed, "output_dir": folder}]
+        return cast(TrainingRecipe, load_recipe(CONFIGURATION / "recipe" / f"{name}.yaml", settings=layers))
 
     def content(self) -> dict[str, Any]:
         source = {} if self.encoder is None else {"encoder_hash": self.encoder_source().hash}
         return super().content() | source
 
 
-class MemoryModelTrainer(LanguageModelTrainer):
-    """Logs each part of the loss by its name, and evaluates what the memories hold."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        for objective in OBJECTIVES:
-            if model.training and outputs.get(f"{objective}_loss") is not None:
-                self._parts[f"{objective}_loss"].append(outputs[f"{objective}_loss"].detach())
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs:
-            # Gradient accumulation adds the parts of a step up, as it does with the loss.
-            steps = self.args.gradient_accumulation_steps
-            logs |= {n: round(torch.stack(p).mean().item() * steps, 4) for n, p in self._parts.items()}
-            self._parts.clear()
-        super().log(logs, start_time)
-
-    def measure(self) -> dict[str, float]:
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        measures = measure(model, self.eval_dataset, self.args.eval_batch_size)
-        return {name: value for name, value in measures.items() if isinstance(value, float)}
+def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.movedim(-1, 1).float(), targets, reduction="none").double()
 
 
 @torch.no_grad()
 def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) -> dict[str, Any]:
-    """What a memory model does on windows, whatever it was trained for; it is left as it was.
+    """Measure a memory model on windows by all objectives, whatever it was trained for; it is left as it was.
 
     Returns:
         `causal_loss`, and for each way to reconstruct (see `MemoryModelForCausalLM.reconstruct`) `NAME_loss`, both in
@@ -171,7 +159,8 @@ def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) ->
     """
     was_training = model.training
     model.eval()
-    causal, recalled = [], defaultdict(list)
+    causal: list[torch.Tensor] = []
+    recalled: dict[str, list[torch.Tensor]] = defaultdict(list)
     for start in range(0, len(windows), batch_size):
         rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
         ids = collate_windows(rows)["input_ids"].to(model.device)
@@ -196,29 +185,111 @@ def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) ->
     return measures
 
 
+class MemoryModelTrainer(LanguageModelTrainer):
+    """Logs each part of the loss by its name, and measures what the memories hold."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        outputs: Any
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        for objective in OBJECTIVES:
+            if model.training and outputs.get(f"{objective}_loss") is not None:
+                self._parts[f"{objective}_loss"].append(outputs[f"{objective}_loss"].detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            # Gradient accumulation adds up the parts of a step, as it does with the loss.
+            steps = self.args.gradient_accumulation_steps
+            logs |= {n: round(torch.stack(p).mean().item() * steps, 4) for n, p in self._parts.items()}
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    def measure(self) -> dict[str, float]:
+        model: Any = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        measures = measure(model, self.eval_dataset, self.args.eval_batch_size)
+        return {name: value for name, value in measures.items() if isinstance(value, float)}
+
+
 def unigram(windows: dict[str, Dataset], vocab_size: int) -> dict[str, float]:
-    """What a guess by the frequencies of the training tokens alone reaches on the validation tokens."""
+    """Measure a guess by the frequencies of the training tokens alone on the validation tokens."""
     ids = {split: windows[split].with_format("numpy")["input_ids"][:] for split in ("train", "validation")}
     counts, tokens = Counter(ids["train"].ravel().tolist()), ids["validation"].ravel().tolist()
-    found = entropy_ratio(
+    guess = entropy_ratio(
         predictions=[0.0],  # of a model; only the guess beside it is asked for
         references=[tokens],
         vocab_size=vocab_size,
         frequencies=[counts[token] for token in range(vocab_size)],
     )
     return {
-        "loss": found["unigram_cross_entropy"],
+        "loss": guess["unigram_cross_entropy"],
         "accuracy": tokens.count(counts.most_common(1)[0][0]) / len(tokens),
-        "entropy_ratio": found["unigram_entropy_ratio"],
+        "entropy_ratio": guess["unigram_entropy_ratio"],
     }
 
 
-def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits.movedim(-1, 1).float(), targets, reduction="none").double()
+def _stage_folder(recipe: Recipe, stage: StageSection) -> Path:
+    return recipe.folder / f"{recipe.stages.index(stage) + 1}-{stage.name}"
+
+
+def training_arguments(recipe: Recipe, stage: StageSection | None = None) -> TrainingArguments:
+    """Return the recipe's `training` section for a stage, by default the first, with what the run decides itself."""
+    stage = stage or recipe.stages[0]
+    # Not every objective uses every parameter: hidden tokens need no token table.
+    settings = {"ddp_find_unused_parameters": True} | recipe.training.model_dump()
+    if stage.learning_rate is not None:
+        settings["learning_rate"] = stage.learning_rate
+    return build_training_arguments(settings, _stage_folder(recipe, stage), recipe.seed, max_steps=stage.steps)
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MemoryModelForCausalLM:
+    """Build a new model from the recipe's seed; if another recipe trains its encoder, with those weights."""
+    model = cast(MemoryModelForCausalLM, language_modeling.build_model(recipe, tokenizer))
+    if recipe.encoder is not None and not recipe.encoder.untrained:
+        source: Any = load_causal_lm(recipe.encoder_source().folder / "model").to(model.device)
+        # Of a memory model all of the encoder is taken, of another model the backbone is all there is.
+        if isinstance(source, MemoryModelForCausalLM):
+            model.encoder.load_state_dict(source.encoder.state_dict())
+        else:
+            model.encoder.backbone.load_state_dict(source.base_model.state_dict())
+    return model
+
+
+def begin_stage(model: MemoryModelForCausalLM, stage: StageSection, seed: int) -> None:
+    """Set the objectives of a stage, and what of the model it trains; start a new decoder if it asks for one."""
+    weights: dict[str, float] = {**stage.objectives}
+    for objective in OBJECTIVES:
+        setattr(model.config, f"{objective}_weight", weights.get(objective, 0.0))
+    model.freeze_encoder(stage.freeze_encoder)
+    if stage.new_decoder:
+        set_seed(seed + NEW_DECODER)
+        model.reset_decoder()
+
+
+def training_flops(recipe: Recipe) -> list[int]:
+    """Return the operations of the matrix products of each stage, counted on one window and a new model."""
+    model: Any = AutoModelForCausalLM.from_config(recipe.build_config())
+    ids = torch.zeros(1, recipe.data.context_length, dtype=torch.long)
+    flops = []
+    for stage in recipe.stages:
+        begin_stage(model, stage, recipe.seed)
+        arguments = training_arguments(recipe, stage)
+        per_window = count_flops(lambda: model.train()(ids, labels=ids).loss.backward())
+        flops.append(per_window * language_modeling.windows_per_step(arguments) * stage.steps)
+    return flops
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What a training would amount to, known without reading data."""
+    """Return the size and the cost of a training, known without reading data."""
     per_step = language_modeling.tokens_per_step(recipe, training_arguments(recipe))
     stages = {
         f"stage {stage.name}": f"{stage.steps:,} steps, {stage.steps * per_step:,} tokens, {flops:.3e} operations, "
@@ -230,55 +301,60 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     return sizes | source | stages | {"folder": str(recipe.folder), "hash": recipe.hash}
 
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Train from wherever an earlier start got to; returns the content of `result.json`.
+def _share_done(recipe: Recipe, stage: StageSection, share: float) -> float:
+    """Return the share of all steps that is done when this share of a stage is done."""
+    before = sum(earlier.steps for earlier in recipe.stages[: recipe.stages.index(stage)])
+    return (before + share * stage.steps) / sum(each.steps for each in recipe.stages)
 
-    The model that the encoder comes from is trained first, if it is not yet.
-    """
-    if recipe.encoder is not None and not recipe.encoder.untrained:
-        source = recipe.encoder_source()
-        task_module(source.task).run(source)
-    training_arguments(recipe)  # settles devices and processes
-    state = PartialState()
-    return run_once(
-        recipe,
-        state,
-        restart,
-        identity=lambda: _identity(recipe, state),
-        make=lambda data: _train(recipe, state, data),
-        kept=["model"],
+
+def _is_measure(name: str) -> bool:
+    return name == "step" or name.endswith(("loss", "_accuracy", "_exact"))
+
+
+def _train_stage(
+    recipe: Recipe,
+    stage: StageSection,
+    before: Path | None,
+    tokenizer: PreTrainedTokenizerFast,
+    windows: dict[str, Any],
+    state: PartialState,
+) -> dict[str, Any]:
+    arguments, folder = training_arguments(recipe, stage), _stage_folder(recipe, stage)
+    if state.is_main_process:
+        (folder / CHECKSUMS).unlink(missing_ok=True)  # of a stage whose `stage.json` is gone
+        set_aside_broken_checkpoints(folder)
+    state.wait_for_everyone()
+    model: Any = build_model(recipe, tokenizer) if before is None else load_causal_lm(before)
+    begin_stage(model, stage, recipe.seed)
+    trainer = MemoryModelTrainer(
+        model=model,
+        args=arguments,
+        data_collator=collate_windows,
+        train_dataset=language_modeling.whole_steps(windows["train"], arguments, state),
+        eval_dataset=windows["validation"],
+        report=lambda share: report_progress(recipe.folder, _share_done(recipe, stage, share)),
     )
-
-
-def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if state.is_main_process:
+        export_model(model, tokenizer, folder / "model")
+    history = trainer.state.log_history
     return {
-        "hash": recipe.hash,
-        "num_processes": state.num_processes,
-        "recipe": recipe.content(),
-        "data": {
-            name: source_provenance(**getattr(recipe.data, name).model_dump()) for name in ("train", "validation")
-        },
+        "name": stage.name,
+        "objectives": stage.objectives,
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "seconds": max(entry.get("seconds", 0.0) for entry in history),
+        "metrics": measure(model, windows["validation"], arguments.eval_batch_size),
+        "learning_curve": [{k: v for k, v in entry.items() if _is_measure(k)} for entry in history],
     }
-
-
-def training_arguments(recipe: Recipe, stage: StageSection | None = None) -> TrainingArguments:
-    """The recipe's `training` section for one stage, by default the first, with what the run decides itself."""
-    stage = stage or recipe.stages[0]
-    # Not every objective uses every parameter: hidden tokens need no token table.
-    settings = {"ddp_find_unused_parameters": True} | recipe.training.model_dump()
-    if stage.learning_rate is not None:
-        settings["learning_rate"] = stage.learning_rate
-    return build_training_arguments(settings, _stage_folder(recipe, stage), recipe.seed, max_steps=stage.steps)
-
-
-def _stage_folder(recipe: Recipe, stage: StageSection) -> Path:
-    return recipe.folder / f"{recipe.stages.index(stage) + 1}-{stage.name}"
 
 
 def _train(recipe: Recipe, state: PartialState, data: dict[str, Any]) -> dict[str, Any]:
     tokenizer = language_modeling.prepare_tokenizer(recipe, state)
     windows = language_modeling.prepare_windows(recipe, tokenizer, state)
-    stages, before = [], None
+    stages: list[Any] = []
+    before: Path | None = None
     for stage in recipe.stages:
         folder = _stage_folder(recipe, stage)
         if read_result(folder, STAGE) is None:
@@ -312,86 +388,39 @@ def _train(recipe: Recipe, state: PartialState, data: dict[str, Any]) -> dict[st
     return result
 
 
-def build_model(recipe: Recipe, tokenizer) -> MemoryModelForCausalLM:
-    """A new model, initialised from the recipe's seed; its encoder as the other recipe trained it, if one is named."""
-    model = language_modeling.build_model(recipe, tokenizer)
-    if recipe.encoder is not None and not recipe.encoder.untrained:
-        source = load_causal_lm(recipe.encoder_source().folder / "model").to(model.device)
-        into, trained = model.encoder.backbone, source.base_model
-        if isinstance(source, MemoryModelForCausalLM):
-            into, trained = model.encoder, source.encoder
-        into.load_state_dict(trained.state_dict())
-    return model
-
-
-def _train_stage(
-    recipe: Recipe, stage: StageSection, before: Path | None, tokenizer, windows, state
-) -> dict[str, Any]:
-    arguments = training_arguments(recipe, stage)
-    if state.is_main_process:
-        (Path(arguments.output_dir) / CHECKSUMS).unlink(missing_ok=True)  # of a stage whose `stage.json` is gone
-        set_aside_broken_checkpoints(Path(arguments.output_dir))
-    state.wait_for_everyone()
-    model = build_model(recipe, tokenizer) if before is None else load_causal_lm(before)
-    begin_stage(model, stage, recipe.seed)
-    trainer = MemoryModelTrainer(
-        model=model,
-        args=arguments,
-        data_collator=collate_windows,
-        train_dataset=language_modeling.whole_steps(windows["train"], arguments, state),
-        eval_dataset=windows["validation"],
-        tell=lambda share: report_progress(recipe.folder, _share_done(recipe, stage, share)),
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    if state.is_main_process:
-        export_model(model, tokenizer, _stage_folder(recipe, stage) / "model")
-    history = trainer.state.log_history
+def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
     return {
-        "name": stage.name,
-        "objectives": stage.objectives,
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.num_input_tokens_seen,
-        "seconds": max(entry.get("seconds", 0.0) for entry in history),
-        "metrics": measure(model, windows["validation"], arguments.eval_batch_size),
-        "learning_curve": [{k: v for k, v in entry.items() if _is_measure(k)} for entry in history],
+        "hash": recipe.hash,
+        "num_processes": state.num_processes,
+        "recipe": recipe.content(),
+        "data": {
+            name: source_provenance(**getattr(recipe.data, name).model_dump()) for name in ("train", "validation")
+        },
     }
 
 
-def _share_done(recipe: Recipe, stage: StageSection, share: float) -> float:
-    """Of all steps, what is done when this share of a stage is."""
-    before = sum(earlier.steps for earlier in recipe.stages[: recipe.stages.index(stage)])
-    return (before + share * stage.steps) / sum(each.steps for each in recipe.stages)
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train from wherever an earlier start got to; returns the content of `result.json`.
 
-
-def _is_measure(name: str) -> bool:
-    return name == "step" or name.endswith(("loss", "_accuracy", "_exact"))
-
-
-def begin_stage(model: MemoryModelForCausalLM, stage: StageSection, seed: int) -> None:
-    """Set what the stage trains."""
-    for objective in OBJECTIVES:
-        setattr(model.config, f"{objective}_weight", stage.objectives.get(objective, 0.0))
-    model.freeze_encoder(stage.freeze_encoder)
-    if stage.new_decoder:
-        set_seed(seed + NEW_DECODER)
-        model.reset_decoder()
-
-
-def training_flops(recipe: Recipe) -> list[int]:
-    """Operations of the matrix products of each stage, forward and backward: counted on one step of a new model."""
-    model, flops = AutoModelForCausalLM.from_config(recipe.build_config()), []
-    for stage in recipe.stages:
-        begin_stage(model, stage, recipe.seed)
-        arguments = training_arguments(recipe, stage)
-        ids = torch.zeros(1, recipe.data.context_length, dtype=torch.long)
-        per_window = count_flops(lambda ids=ids: model.train()(ids, labels=ids).loss.backward())
-        flops.append(per_window * language_modeling.windows_per_step(arguments) * stage.steps)
-    return flops
+    The model that the encoder comes from is trained first, if it is not trained yet.
+    """
+    if recipe.encoder is not None and not recipe.encoder.untrained:
+        source = recipe.encoder_source()
+        task_module(source.task).run(source)
+    training_arguments(recipe)  # settles devices and processes
+    state = PartialState()
+    return run_once(
+        recipe,
+        state,
+        restart,
+        identity=lambda: _identity(recipe, state),
+        make=lambda data: _train(recipe, state, data),
+        kept=["model"],
+    )
 
 
 def summary(result: dict[str, Any], folder: Path) -> str:
-    """The end of a training in words: its stages, what the model does, and where it is."""
+    """Return the end of a training in words: its stages, what the model does, and where it is."""
     lines = [
         f"{stage['name']} ({stage['steps']:,} steps, {stage['seconds']:,.0f} s): "
         + ", ".join(f"{name} {value:.4f}" for name, value in stage["metrics"].items() if isinstance(value, float))

@@ -3,11 +3,11 @@
 
 import math
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
+from transformers.utils.generic import flatten_dict
 
 from training.parallel import recipe_job, run_logged
 from training.recipe import BaseRecipe, nearest
@@ -46,17 +46,14 @@ def run_trial(recipe: BaseRecipe, metric: str) -> Outcome:
     return Outcome(float(value), None, seconds) if finite else Outcome(None, f"{metric} is {value}", seconds)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _look_up(result: dict[str, Any], metric: str) -> float | None:
     # An error here ends the search: every other trial would end in it too.
-    numbers = dict(_numbers(result))
+    values = flatten_dict(result).items()
+    numbers = {key: value for key, value in values if _is_number(value) or value is None}
     if metric not in numbers:
         raise ValueError(f"the result of a trial has no number {metric!r}{nearest(metric, list(numbers))}")
     return numbers[metric]
-
-
-def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif value is None or isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{prefix}{key}", value

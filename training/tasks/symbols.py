@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model trained on an artificial language: one training of the experiments `regbench` and `induction`.
+"""Training on an artificial language: one training of the experiments `regbench` and `induction`.
 
-A language is a module with a section of settings, `draw_splits`, `collate` and `score`. The measure that counts is
-the accuracy that `score` tells; of all evaluations on validation data, the model of the best is kept, as the number of
-epochs is chosen in RegBench.
+A language is a module with a section of settings, `provenance`, `draw_splits`, `collate` and `score`. What counts is
+the accuracy that `score` returns: the model of the best evaluation on validation data is kept, as RegBench chooses the
+number of epochs.
 """
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from accelerate import PartialState
 from pydantic import Field, PositiveInt, model_validator
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from typing_extensions import Self
 
 from training.evaluate import load_causal_lm
 from training.export import export_model
@@ -38,7 +40,7 @@ class Recipe(TrainingRecipe):
     batch_size: PositiveInt = 50
 
     @model_validator(mode="after")
-    def _the_model_fits(self):
+    def _check_model_and_training(self) -> Self:
         config, language = self.build_config(), LANGUAGES[self.data.language]
         if config.vocab_size < language.VOCAB_SIZE:
             raise ValueError(
@@ -52,25 +54,31 @@ class Recipe(TrainingRecipe):
         return self
 
 
-class SymbolTrainer(LanguageModelTrainer):
-    """Evaluates by the language's own measures, and keeps the model of the best accuracy so far in `best`."""
-
-    def __init__(self, *args, recipe: Recipe, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._recipe = recipe
-
-    def measure(self) -> dict[str, float]:
-        scores = score(self._recipe, self.model, self.eval_dataset)
-        # Not by `save_strategy="best"`: it saves checkpoints of the best steps only, so that an interrupted training
-        # would go back to one of them. The checkpoints here are those that the recipe asks for.
-        history = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
-        if scores["accuracy"] > max(history, default=-math.inf):
-            export_model(self.model, None, self._recipe.folder / "best", listed=True)
-        return scores
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Return the recipe's `training` section as `TrainingArguments`, with what the run decides itself."""
+    return build_training_arguments(
+        recipe.training.model_dump(), recipe.folder, recipe.seed, remove_unused_columns=False
+    )
 
 
-def score(recipe: Recipe, model: PreTrainedModel, split) -> dict[str, Any]:
-    """The language's measures of a model on one split; the model is left as it was."""
+def build_model(recipe: Recipe) -> PreTrainedModel:
+    """Build a new model, initialised from the recipe's seed."""
+    set_seed(recipe.seed)
+    model = AutoModelForCausalLM.from_config(recipe.build_config())
+    model.loss_type = "ForCausalLM"  # not every class name says it
+    return model
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """Return the size of a training, known without drawing data."""
+    arguments = training_arguments(recipe)
+    steps = arguments.max_steps if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
+    sizes = {"parameters": language_modeling.num_parameters(recipe), "steps": steps}
+    return sizes | {"folder": str(recipe.folder), "hash": recipe.hash}
+
+
+def score(recipe: Recipe, model: PreTrainedModel, split: Any) -> dict[str, Any]:
+    """Measure a model on one split in the language's own measures; the model is left as it was."""
     was_training = model.training
     try:
         return LANGUAGES[recipe.data.language].score(model.eval(), split, recipe.batch_size)
@@ -78,50 +86,26 @@ def score(recipe: Recipe, model: PreTrainedModel, split) -> dict[str, Any]:
         model.train(was_training)
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """What a training would amount to, known without drawing data."""
-    arguments = training_arguments(recipe)
-    steps = arguments.max_steps if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
-    sizes = {"parameters": language_modeling.num_parameters(recipe), "steps": steps}
-    return sizes | {"folder": str(recipe.folder), "hash": recipe.hash}
+class SymbolTrainer(LanguageModelTrainer):
+    """Evaluates in the language's own measures, and keeps the model of the best accuracy so far in `best`."""
 
+    def __init__(self, *args: Any, recipe: Recipe, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._recipe = recipe
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Train from wherever an earlier start got to; returns the content of `result.json`."""
-    arguments = training_arguments(recipe)
-    state = PartialState()
-    if state.num_processes > 1:
-        raise ValueError(
-            f"{state.num_processes} processes would share one small model: start this without `accelerate launch`; "
-            "the experiments train several models at once with `workers`"
-        )
-    return run_once(
-        recipe, state, restart, lambda: _identity(recipe), lambda data: _train(recipe, arguments, data), kept=["best"]
-    )
-
-
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    data = LANGUAGES[recipe.data.language].provenance(recipe.data)
-    return {"hash": recipe.hash, "num_processes": 1, "recipe": recipe.content(), "data": data}
-
-
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The recipe's `training` section as `TrainingArguments`, with what the run decides itself."""
-    return build_training_arguments(
-        recipe.training.model_dump(), recipe.folder, recipe.seed, remove_unused_columns=False
-    )
-
-
-def build_model(recipe: Recipe) -> PreTrainedModel:
-    """A new model, initialised from the recipe's seed."""
-    set_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_config(recipe.build_config())
-    model.loss_type = "ForCausalLM"  # not every class name says it
-    return model
+    def measure(self) -> dict[str, float]:
+        model: Any = self.model
+        scores = score(self._recipe, model, self.eval_dataset)
+        # Not by `save_strategy="best"`: it saves checkpoints of the best steps only, so that an interrupted training
+        # would go back to one of them. The checkpoints here are those that the recipe asks for.
+        history = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
+        if scores["accuracy"] > max(history, default=-math.inf):
+            export_model(model, None, self._recipe.folder / "best", checksums=True)
+        return scores
 
 
 def _train(recipe: Recipe, arguments: TrainingArguments, data: dict[str, Any]) -> dict[str, Any]:
-    language = LANGUAGES[recipe.data.language]
+    language: Any = LANGUAGES[recipe.data.language]
     splits = language.draw_splits(recipe.data)
     trainer = SymbolTrainer(
         model=build_model(recipe),
@@ -133,7 +117,7 @@ def _train(recipe: Recipe, arguments: TrainingArguments, data: dict[str, Any]) -
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(recipe.folder)))
     curve = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    best = max(curve, key=lambda entry: entry["eval_accuracy"])  # of equals the first, as `evaluate` keeps it
+    best = max(curve, key=lambda entry: entry["eval_accuracy"])  # of equals the first, as `measure` keeps it
     model = load_causal_lm(recipe.folder / "best")
     return {
         **header(recipe),
@@ -157,10 +141,28 @@ def _train(recipe: Recipe, arguments: TrainingArguments, data: dict[str, Any]) -
     }
 
 
-def summary(result: dict[str, Any], folder) -> str:
-    """The end of a training in words."""
-    scores = {name: value["accuracy"] for name, value in result["metrics"].items() if isinstance(value, dict)}
-    told = ", ".join(f"{name} {accuracy:.4f}" for name, accuracy in scores.items())
-    return (
-        f"{result['model']} ({result['parameters']:,} parameters): accuracy {told}\nthe model is in {folder / 'best'}"
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    data = LANGUAGES[recipe.data.language].provenance(recipe.data)
+    return {"hash": recipe.hash, "num_processes": 1, "recipe": recipe.content(), "data": data}
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train from wherever an earlier start got to; returns the content of `result.json`."""
+    arguments = training_arguments(recipe)
+    state = PartialState()
+    if state.num_processes > 1:
+        raise ValueError(
+            f"{state.num_processes} processes would share one small model: start this without `accelerate launch`; "
+            "the experiments train several models at once with `workers`"
+        )
+    return run_once(
+        recipe, state, restart, lambda: _identity(recipe), lambda data: _train(recipe, arguments, data), kept=["best"]
     )
+
+
+def summary(result: dict[str, Any], folder: Path) -> str:
+    """Return the end of a training in words."""
+    scores = {name: value["accuracy"] for name, value in result["metrics"].items() if isinstance(value, dict)}
+    accuracies = ", ".join(f"{name} {accuracy:.4f}" for name, accuracy in scores.items())
+    size = f"{result['model']} ({result['parameters']:,} parameters)"
+    return f"{size}: accuracy {accuracies}\nthe model is in {folder / 'best'}"
