@@ -2,8 +2,8 @@
 """Comparisons of trained models: the part that all experiments on them share.
 
 An experiment names a `base` recipe and, for each model, the settings that differ from it. Trainings live in
-`runs/BASE/...`, outside the experiment's own folder, so that experiments on the same models train them once. A training
-that is not finished is started or resumed before anything is measured.
+`runs/BASE/...`, outside the experiment's own folder, so that experiments on the same models train them once. A
+training that is not finished is started or resumed before anything is measured.
 """
 
 import functools
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from training.evaluate import load_model
 from training.parallel import recipe_job, run_all
 from training.paths import CONFIGURATION
-from training.recipe import BaseRecipe, TrainingRecipe, leaves, load_recipe, task_module
+from training.recipe import BaseRecipe, leaves, load_recipe, task_module
 from training.result import SHOWN, header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
 from training.tasks import language_modeling
@@ -31,7 +31,7 @@ class Trained(NamedTuple):
     label: str
     depth: int
     seed: int
-    recipe: TrainingRecipe
+    recipe: Any  # a `TrainingRecipe`, whose fields depend on its task
 
     @property
     def name(self) -> str:
@@ -89,10 +89,10 @@ class ComparisonRecipe(BaseRecipe):
 
     def _training(self, label: str, variant: dict[str, Any], seed: int) -> Trained:
         path = CONFIGURATION / "recipe" / f"{self.base}.yaml"
-        without_variant = load_recipe(path, settings=[self.common, self.runs[label], {"seed": seed}])
+        without_variant: Any = load_recipe(path, settings=[self.common, self.runs[label], {"seed": seed}])
         settings = _merged(self.runs[label], _changed_settings(variant, without_variant))
         folder = f"runs/{self.base}/{'-'.join([*leaves(settings), f'seed{seed}'])}"
-        recipe = load_recipe(path, settings=[self.common, settings, {"seed": seed, "output_dir": folder}])
+        recipe: Any = load_recipe(path, settings=[self.common, settings, {"seed": seed, "output_dir": folder}])
         return Trained(label, recipe.build_config().num_hidden_layers, seed, recipe)
 
     def content(self) -> dict[str, Any]:
@@ -112,11 +112,11 @@ class DepthComparisonRecipe(ComparisonRecipe):
         return [{"model_args": {"num_hidden_layers": depth}} for depth in self.depths]
 
 
-def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def _merged(settings: dict[str, Any], more: dict[str, Any]) -> Any:
     return OmegaConf.to_container(OmegaConf.merge(settings, more))
 
 
-def _changed_settings(variant: dict[str, Any], recipe: BaseRecipe) -> dict[str, Any]:
+def _changed_settings(variant: dict[str, Any], recipe: Any) -> dict[str, Any]:
     """Return what a variant changes in a recipe.
 
     A setting that the recipe has already is left out: it would give the same training another folder.
@@ -138,8 +138,8 @@ def plan(
 ) -> dict[str, Any]:
     """Return what the experiment would do: each training, and whether it is finished. Reads no data.
 
-    The arguments are those of `training.tasks.language_modeling.plan`. With `teraflops`, the lines include the hours of
-    each training and of all that are not finished.
+    The arguments are those of `training.tasks.language_modeling.plan`. With `teraflops`, the lines include the hours
+    of each training and of all that are not finished.
     """
     lines: dict[str, Any] = {}
     remaining_hours = 0.0
@@ -163,7 +163,7 @@ def run_comparison(
     recipe: ComparisonRecipe,
     restart: bool,
     data: dict[str, Any],
-    measure: Callable[[ComparisonRecipe], dict[str, Any]],
+    measure: Callable[[Any], dict[str, Any]],
 ) -> dict[str, Any]:
     """Train what is not trained yet, measure, and write `result.json`.
 
@@ -195,8 +195,8 @@ def run_comparison(
 
 def _training_summary(training: Trained) -> dict[str, Any]:
     result = training.result()
-    kept = ("model", "recipe_hash", "commit", "versions", "data")
-    kept += ("parameters", "steps", "tokens", "seconds", "metrics")
+    kept = ["model", "recipe_hash", "commit", "versions", "data"]
+    kept += ["parameters", "steps", "tokens", "seconds", "metrics"]
     place = {"label": training.label, "depth": training.depth, "seed": training.seed}
     return place | {name: result[name] for name in kept if name in result}
 

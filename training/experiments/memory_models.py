@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory models (arXiv 2602.13466): what embeddings hold of a text, and how a decoder learns to read them.
 
-Each experiment compares trainings of `tasks/memory_model.py` and asks one `question` of them. `memory_questions.py` has
-the questions, this file has the recipe, the table and the picture that they share.
+Each experiment compares trainings of `tasks/memory_model.py` and asks one `question` of them. `memory_questions.py`
+has the questions, this file has the recipe, the table and the picture that they share.
 """
 
 from typing import Any, Literal
@@ -46,7 +46,7 @@ class Recipe(ComparisonRecipe):
         folder = f"runs/{self.base}/{''.join(c if c.isalnum() else '-' for c in label.lower())}-seed{seed}"
         path = CONFIGURATION / "recipe" / f"{self.base}.yaml"
         settings = [self.common, self.runs[label], {"seed": seed, "output_dir": folder}]
-        recipe = load_recipe(path, settings=settings)
+        recipe: Any = load_recipe(path, settings=settings)
         return Trained(label, recipe.build_config().num_hidden_layers, seed, recipe)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from accelerate import PartialState
+from matplotlib.axes import Axes
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ from training.recipe import BaseRecipe
 from training.result import header, read_result, write_result
 from training.run_folder import claim_folder, only_run_in
 from training.synthetic import moons
-from training.tables import Claim, markdown_table
+from training.tables import Claim, Verdict, markdown_table
 from training.tasks.moon_model import (
     EVALUATION_SEED,
     PART,
@@ -100,7 +101,7 @@ class Recipe(BaseRecipe):
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What the experiment would do: each training, and whether it is finished."""
-    lines = {}
+    lines: dict[str, Any] = {}
     for (heads, seed), folder in recipe.parts.items():
         finished = "finished" if (folder / PART).is_file() else "to be trained"
         parameters = build_model(recipe, heads).num_parameters()
@@ -224,7 +225,7 @@ def _claims(parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> li
     return [*claims, _claim_on_the_identity(identities)]
 
 
-def _verdict(successes: int, count: int) -> str:
+def _verdict(successes: int, count: int) -> Verdict:
     """Most seeds decide; if only a few do what the paper says, what it says is possible, but not reliable here."""
     return "reproduced" if 2 * successes > count else "not at this size" if successes else "contradicted"
 
@@ -323,7 +324,7 @@ def _draw_curves(recipe: Recipe, parts: list[dict[str, Any]], identities: list[d
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 
-def _mark_periods(axis, marks: list[float]) -> None:
+def _mark_periods(axis: Axes, marks: list[float]) -> None:
     for name, mark in zip(("p1", "p2", "p3", "lcm"), marks, strict=True):
         axis.axvline(mark, color="grey", lw=0.8, alpha=0.7)
         axis.text(mark, 1.01, name, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=7)
@@ -337,7 +338,7 @@ def _draw_weights(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
         block, column = divmod(index, len(recipe.seeds))
         for offset, name in enumerate(names):
             axis = axes[block * len(names) + offset, column]
-            _picture(axis, np.array(part["weights"][name]))
+            _draw_matrix(axis, np.array(part["weights"][name]))
             if offset == 0:
                 axis.set_title(f"{heads_in_words(part['heads'])}\nseed {part['seed']}", fontsize=7)
             if column == 0:
@@ -345,7 +346,7 @@ def _draw_weights(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
     save_figure(figure, recipe.folder / f"{recipe.name}_weights.png")
 
 
-def _picture(axis, matrix: np.ndarray) -> None:
+def _draw_matrix(axis: Axes, matrix: np.ndarray) -> None:
     axis.imshow(matrix, cmap="Blues", vmin=0, vmax=matrix.max() or 1)
     axis.grid(False)
     for (row, column), value in np.ndenumerate(matrix):
@@ -388,8 +389,8 @@ def _late_deviation(part: dict[str, Any]) -> float:
     return part["sections"]["validation"]["p3 to lcm"] + part["sections"]["validation"]["after lcm"]
 
 
-def _draw_moons_by_head(axis, matrix: np.ndarray) -> None:
-    _picture(axis, matrix.round(2) + 0.0)  # no minus before a zero
+def _draw_moons_by_head(axis: Axes, matrix: np.ndarray) -> None:
+    _draw_matrix(axis, matrix.round(2) + 0.0)  # no minus before a zero
     axis.set_aspect("auto")
     axis.set_xticks(range(moons.NUM_MOONS), [f"period {period:g}" for period in moons.VALIDATION_TRIPLE])
     axis.set_yticks(range(len(matrix)))
