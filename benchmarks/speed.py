@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed and memory beside transformers' GPT-2 and Llama of equal size: `make bench`, or see `--help`.
 
-Two models at a time run in one process, in turn, so that a machine whose speed drifts slows both alike; what counts is
+Two models at a time run in one process, in turn, so that a machine whose speed drifts slows both alike. The measure is
 the ratio of each pair of runs, and the median over the pairs. Dropout is off and attention is sdpa. Peak memory is the
-largest resident size of a process of its own, above what it had before the model was built.
+largest resident size of a new process, above its size before the model was built.
 """
 
 import json
@@ -12,6 +12,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,17 +27,18 @@ from training.result import cpu_name
 from training.tables import markdown_table
 
 
-SIZES = {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
+SIZES: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
 TOKENS_PER_STEP = 2048
-DECODED = 32
-# Of 32 tokens each: GPT-2's position table must reach beyond the longest context.
-MAX_LENGTH = 2048 + DECODED
+# Tokens that a measurement decodes.
+NUM_DECODED = 32
+# GPT-2's position table must reach beyond the longest context.
+MAX_LENGTH = 2048 + NUM_DECODED
 PEERS = {"gpt2": "GPT-2", "llama": "Llama"}
 UNITS = {"training step": "s", "prefill": "s", "decode": "tokens/s", "leaky average": "ms"}
 
 
 def build(name: str) -> torch.nn.Module:
-    """The benchmarked model: `mosaic`, or `gpt2` or `llama` whose blocks have equally many parameters."""
+    """Return the benchmarked model: `mosaic`, or `gpt2` or `llama` whose blocks have equally many parameters."""
     torch.manual_seed(0)
     if name == "mosaic":
         return MemoryMosaicForCausalLM(MemoryMosaicConfig(**SIZES, attention_dropout=0.0, hidden_dropout=0.0))
@@ -62,7 +64,7 @@ def random_ids(batch_size: int, num_tokens: int) -> torch.Tensor:
 
 
 def training_step(model: torch.nn.Module, num_tokens: int) -> Callable[[], float]:
-    """Seconds of forward and backward over 2,048 tokens in rows of `num_tokens`."""
+    """Return a measurement: seconds of forward and backward over 2,048 tokens in rows of `num_tokens`."""
     ids = random_ids(TOKENS_PER_STEP // num_tokens, num_tokens)
 
     def run() -> float:
@@ -75,7 +77,7 @@ def training_step(model: torch.nn.Module, num_tokens: int) -> Callable[[], float
 
 
 def prefill(model: torch.nn.Module, num_tokens: int) -> Callable[[], float]:
-    """Seconds to read one text of `num_tokens` into a cache."""
+    """Return a measurement: seconds to read one text of `num_tokens` into a cache."""
     ids = random_ids(1, num_tokens)
 
     @torch.no_grad()
@@ -89,7 +91,7 @@ def prefill(model: torch.nn.Module, num_tokens: int) -> Callable[[], float]:
 
 
 def decode(model: torch.nn.Module, num_tokens: int) -> Callable[[], float]:
-    """Tokens per second when one at a time is read behind `num_tokens` in the cache."""
+    """Return a measurement: tokens per second when one at a time is read after `num_tokens` in the cache."""
     ids = random_ids(1, num_tokens)
 
     @torch.no_grad()
@@ -97,22 +99,27 @@ def decode(model: torch.nn.Module, num_tokens: int) -> Callable[[], float]:
         cache = DynamicCache(config=model.config)
         model.eval()(input_ids=ids, past_key_values=cache, logits_to_keep=1)
         start = time.perf_counter()
-        for _ in range(DECODED):
+        for _ in range(NUM_DECODED):
             model(input_ids=ids[:, :1], past_key_values=cache, logits_to_keep=1)
-        return DECODED / (time.perf_counter() - start)
+        return NUM_DECODED / (time.perf_counter() - start)
 
     return run
 
 
 def dense_leaky_average(states: torch.Tensor, leak: torch.Tensor) -> torch.Tensor:
-    """The same sums by a T x T table of decays for each head, as the authors' regular version computes them."""
+    """Return the sums of `leaky_average` by a T x T table of decays for each head, as the authors' code computes them.
+
+    Args:
+        states: `(B, H, T, D)`.
+        leak: `(H,)`.
+    """
     positions = torch.arange(states.shape[2], dtype=states.dtype)
     lags = (positions[:, None] - positions).clamp(min=0)
     return torch.exp(-leak[:, None, None] * lags).tril() @ states
 
 
-def leaky_step(average: Callable, num_tokens: int) -> Callable[[], float]:
-    """Milliseconds of forward and backward of one leaky average over 2,048 tokens in rows of `num_tokens`."""
+def leaky_step(average: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], num_tokens: int) -> Callable[[], float]:
+    """Return a measurement: milliseconds of forward and backward of a leaky average in rows of `num_tokens`."""
     heads, width = SIZES["num_attention_heads"], SIZES["hidden_size"] // SIZES["num_attention_heads"]
     states = torch.randn(TOKENS_PER_STEP // num_tokens, heads, num_tokens, width, requires_grad=True)
     leak = torch.linspace(0.5, 5.0, heads).requires_grad_()
@@ -126,12 +133,17 @@ def leaky_step(average: Callable, num_tokens: int) -> Callable[[], float]:
     return run
 
 
-def compare(ours: Callable[[], float], theirs: Callable[[], float], rounds: int, larger_is_better: bool) -> dict:
-    """Medians of both, and of how many times faster ours is, over `rounds` interleaved pairs after one warm-up."""
+def compare(
+    ours: Callable[[], float], theirs: Callable[[], float], rounds: int, larger_is_better: bool
+) -> dict[str, Any]:
+    """Return the medians of both and of their ratio over `rounds` interleaved pairs, after one warm-up.
+
+    A ratio above 1 means that ours is faster.
+    """
     ours(), theirs()
     pairs = []
     for index in range(rounds):
-        # Whoever runs second finds warmer caches: take turns.
+        # The second of a pair has warmer caches: take turns.
         pair = (ours(), theirs()) if index % 2 else (theirs(), ours())[::-1]
         pairs.append(pair)
     ratios = sorted((a / b if larger_is_better else b / a) for a, b in pairs)
@@ -144,12 +156,13 @@ def compare(ours: Callable[[], float], theirs: Callable[[], float], rounds: int,
 
 
 def peak_resident() -> float:
-    """MiB; from Linux's own account, as `getrusage` counts what a parent process held before."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    """Return the largest resident size of this process so far, in MiB. Linux only."""
+    # Not `getrusage`, which counts what the parent process held too.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
 
 
-def _peak_of_training(name: str, num_tokens: int, threads: int, pipe) -> None:
+def _peak_of_training(name: str, num_tokens: int, threads: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
     before = peak_resident()
     step = training_step(build(name), num_tokens)
@@ -158,12 +171,17 @@ def _peak_of_training(name: str, num_tokens: int, threads: int, pipe) -> None:
 
 
 def peak_memory(name: str, num_tokens: int) -> float:
-    """MiB that two training steps, model included, add to a fresh process at its largest."""
+    """Return the MiB that two training steps, model included, add to a new process at its largest."""
     return in_process_of_its_own(_peak_of_training, name, num_tokens)
 
 
-def in_process_of_its_own(function: Callable, *arguments):
-    """What a function sends that is called with arguments, the number of threads and where to send it."""
+def in_process_of_its_own(function: Callable[..., None], *arguments: Any) -> Any:
+    """Run a function in a new process and return the object that it sends.
+
+    Args:
+        function: takes the arguments, the number of torch's threads and the pipe to send to.
+        arguments: picklable.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=function, args=(*arguments, torch.get_num_threads(), sender))
@@ -174,10 +192,10 @@ def in_process_of_its_own(function: Callable, *arguments):
     return sent
 
 
-def measure(rounds: int) -> list[dict]:
-    """One row per measurement, printed as it is taken."""
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """Return one row per measurement, printed as it is taken."""
     models = {name: build(name) for name in ("mosaic", *PEERS)}
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def note(what: str, peer: str, num_tokens: int, unit: str, figures: dict[str, Any]) -> None:
         rows.append({"what": what, "peer": peer, "tokens": num_tokens, "unit": unit, **figures})
@@ -208,8 +226,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [row["what"], row["peer"], str(row["tokens"]), *figures]
 
 
-def table(report: dict) -> str:
-    """Markdown table of a report as `main` writes it, with its setting above."""
+def table(report: dict[str, Any]) -> str:
+    """Return the Markdown table of a report as `main` writes it, with its setting above."""
     names = {"mosaic": "Memory Mosaic", **PEERS}
     models = [f"{names[name]} ({count / 1e6:.1f} M parameters)" for name, count in report["parameters"].items()]
     setting = (
@@ -219,8 +237,8 @@ def table(report: dict) -> str:
     return "\n".join([setting, markdown_table(COLUMNS, "llrrrlr", map(cells, report["rows"]))])
 
 
-def machine(rounds: int) -> dict:
-    """What figures depend on besides the models."""
+def machine(rounds: int) -> dict[str, Any]:
+    """Return what the figures depend on besides the models."""
     return {
         "threads": torch.get_num_threads(),
         "rounds": rounds,
@@ -231,10 +249,10 @@ def machine(rounds: int) -> dict:
 
 def main(
     rounds: Annotated[int, typer.Option(help="Interleaved pairs per measurement.")] = 11,
-    threads: Annotated[int, typer.Option(help="Of torch.")] = torch.get_num_threads(),
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = torch.get_num_threads(),
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> None:
-    """Measure and print; a ratio above 1 means ours is faster, except for memory, where below 1 is better."""
+    """Measure and print. A ratio above 1 means that ours is faster; of memory it is the share that ours takes."""
     torch.set_num_threads(threads)
     parameters = {name: build(name).num_parameters() for name in ("mosaic", *PEERS)}
     setting = {"sizes": SIZES, "parameters": parameters, **machine(rounds)}

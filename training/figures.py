@@ -18,7 +18,7 @@ from modeling_memory_mosaic import MemoryMosaicUnits, summarize_units
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "figure.constrained_layout.use": True,
     "grid.alpha": 0.3,

@@ -39,7 +39,7 @@ SHOWN = (".png", ".md")
 
 
 def header(recipe: BaseRecipe) -> dict[str, Any]:
-    """What every `result.json` says of its recipe, and of when and where it was run."""
+    """Return the part of `result.json` that all tasks share: the recipe, and when and where it was run."""
     return {
         "name": recipe.name,
         "task": recipe.task,
@@ -51,7 +51,7 @@ def header(recipe: BaseRecipe) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and commit of this process; what cannot be known is None."""
+    """Return versions, hardware and commit of this process, None for those that cannot be known."""
     return {
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
@@ -83,6 +83,8 @@ def cpu_name() -> str | None:
 
 
 def _commit() -> dict[str, Any] | None:
+    """Return the commit of the clone and whether its files differ from it; None outside a git repository."""
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(CLONE), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -94,40 +96,50 @@ def _commit() -> dict[str, Any] | None:
 
 
 def learning_curve(log_history: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Training and validation losses (nats per token) with the steps and tokens after which they were seen."""
-    curve = {"training": [], "validation": []}
+    """Return training and validation losses with the steps and tokens after which they were logged.
+
+    Args:
+        log_history: of the trainer's state.
+
+    Returns:
+        `training` and `validation`, lists of points in the order of the log; losses are in nats per token.
+    """
+    curve: dict[str, list[dict[str, Any]]] = {"training": [], "validation": []}
     for entry in log_history:
-        at = {"step": entry["step"], "tokens": entry.get("num_input_tokens_seen")}
+        place = {"step": entry["step"], "tokens": entry.get("num_input_tokens_seen")}
         if "loss" in entry:
-            curve["training"].append(at | {"loss": entry["loss"]})
+            curve["training"].append(place | {"loss": entry["loss"]})
         if "eval_loss" in entry:
-            curve["validation"].append(at | {"loss": entry["eval_loss"], "perplexity": entry["eval_perplexity"]})
+            curve["validation"].append(place | {"loss": entry["eval_loss"], "perplexity": entry["eval_perplexity"]})
     return curve
 
 
 def tokens_per_second(log_history: list[dict[str, Any]]) -> float | None:
-    """Mean speed of training, over all resumed sessions, without evaluating and saving; None if none was logged.
+    """Return the mean speed of training over all resumed sessions, without the time of evaluating and saving.
 
-    A run that was killed between two checkpoints has done some steps twice: they count once, as they were last done.
+    A run that was killed between two checkpoints has done some steps twice: they count once, as the log of the last
+    session has them. None if no speed was logged.
     """
-    tokens = seconds = before = 0
+    tokens = tokens_before = 0
+    seconds = 0.0
     for entry in log_history:
         if "loss" not in entry:
             continue
         if "tokens_per_second" in entry:
-            done = entry["num_input_tokens_seen"] - before
-            tokens, seconds = tokens + done, seconds + done / entry["tokens_per_second"]
-        before = entry["num_input_tokens_seen"]
+            new_tokens = entry["num_input_tokens_seen"] - tokens_before
+            tokens += new_tokens
+            seconds += new_tokens / entry["tokens_per_second"]
+        tokens_before = entry["num_input_tokens_seen"]
     return round(tokens / seconds, 3) if seconds else None
 
 
 def write_result(result: dict[str, Any], folder: Path, kept: Sequence[str] = (), name: str = "result.json") -> None:
-    """Write what marks a run as done, and before it the checksums of it and of what others read of the folder.
+    """Write the file that marks a run as done, and before it the checksums of the files that others read.
 
     Args:
         result: the content.
         folder: of the run, or of a part of it that is done by itself.
-        kept: files and folders besides that later runs use, such as `model`.
+        kept: files and folders of it that later runs use, such as `model`; pictures and tables are listed anyway.
         name: of the file.
     """
     text = json_text(result)
@@ -138,24 +150,25 @@ def write_result(result: dict[str, Any], folder: Path, kept: Sequence[str] = (),
 
 
 def read_result(folder: Path, name: str = "result.json") -> dict[str, Any] | None:
-    """What `write_result` has written; None if it has not.
+    """Return the content that `write_result` wrote; None if there is no such file.
 
     Raises:
-        ValueError: it is not what was written.
+        ValueError: the file has changed since.
     """
     if not (folder / name).is_file():
         return None
-    if found := faults(folder, name):
+    if damage := faults(folder, name):
         raise ValueError(
-            f"{folder / name} is damaged ({'; '.join(found)}): restore it, or remove it and start again, which makes "
+            f"{folder / name} is damaged ({'; '.join(damage)}): restore it, or remove it and start again, which makes "
             "it from what else is there"
         )
     return read_json(folder / name)
 
 
 def refuse_change(folder: Path) -> None:
-    """`ValueError` if the folder of a finished run lacks what `write_result` has listed, or has it changed."""
-    if found := faults(folder, unlisted=False):
+    """Raise `ValueError` if a file that `write_result` listed in the folder is missing or changed."""
+    if damage := faults(folder, unlisted=False):
         raise ValueError(
-            f"{folder} is damaged ({'; '.join(found)}): restore it, or remove its result.json and run the recipe again"
+            f"{folder} is damaged ({'; '.join(damage)}): restore it, or remove its result.json and run the recipe "
+            "again"
         )

@@ -19,7 +19,7 @@ from cogapp import Cog
 from tabulate import DataRow, TableFormat, tabulate
 
 from training.files import read_json, staged_file
-from training.paths import RESULTS
+from training.paths import CLONE, RESULTS
 from training.result import SHOWN, read_result
 
 
@@ -72,7 +72,7 @@ def results_table(results: list[dict[str, Any]]) -> str:
     names = {result["name"] for result in results}
     if len(names) != 1:
         raise ValueError(f"a table compares results of one recipe, not of {sorted(names) or 'none'}")
-    by_model = defaultdict(list)
+    by_model: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         by_model[result["model"]].append(result)
     columns = ["model", "parameters", "seeds", "tokens"]
@@ -109,7 +109,7 @@ def fine_tuning_table(results: list[dict[str, Any]]) -> str:
     bases = [result["base"] for result in results]
     if any(base != bases[0] for base in bases):
         raise ValueError("a table compares fine-tunings of one base: these are of several")
-    by_adapter = defaultdict(list)
+    by_adapter: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         lora = result["recipe"]["lora"]
         targets = [name.rpartition(".")[2] for name in lora["target_modules"] + lora["target_parameters"]]
@@ -159,7 +159,7 @@ def table_of(name: str) -> str:
     if name in BENCHMARKS:
         # Imported only here: no training should depend on a benchmark.
         benchmark = importlib.import_module(f"benchmarks.{BENCHMARKS[name]}")
-        return benchmark.table(read_json(Path(benchmark.__file__).with_suffix(".json")))
+        return benchmark.table(read_json(CLONE / "benchmarks" / f"{BENCHMARKS[name]}.json"))
     results = committed_results()
     if name == "claims":
         return claims_table(results)

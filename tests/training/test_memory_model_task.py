@@ -12,7 +12,8 @@ from helpers.memory_recipes import SMALL, STAGES, read_memory_recipe
 
 from modeling_memory_mosaic.layout_memory_model import pack_text
 from training.evaluate import load_causal_lm
-from training.experiments import memory_models
+from training.experiments import memory_models, memory_questions
+from training.experiments.comparison import Trained
 from training.export import verify_export
 from training.metrics.token_accuracy.token_accuracy import token_accuracy
 from training.paths import CONFIGURATION
@@ -98,14 +99,15 @@ def test_a_changed_stage_is_refused(name, trained, tmp_path):
 def test_the_finished_model_loads_anywhere_and_measures_the_same(trained):
     recipe, result = trained
     assert len(verify_export(recipe.folder / "model", ["Once"], max_new_tokens=6)[0]) > len("Once")
-    again = measure(load_causal_lm(recipe.folder / "model"), memory_models._windows(_trained(recipe))["validation"], 3)
+    windows = memory_questions.prepare_windows(_trained(recipe))["validation"]
+    again = measure(load_causal_lm(recipe.folder / "model"), windows, 3)
     assert again.keys() == result["metrics"].keys()
     for name, value in again.items():
         assert value == pytest.approx(result["metrics"][name], rel=1e-5, abs=1e-6), name
 
 
 def _trained(recipe):
-    return memory_models.Trained("a model", 1, recipe.seed, recipe)
+    return Trained("a model", 1, recipe.seed, recipe)
 
 
 @pytest.mark.parametrize("stage, step", [(0, 2), (1, 2)])
@@ -132,7 +134,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(trained, tmp_path,
 def test_measures_are_means_over_all_targets(trained):
     recipe, _ = trained
     model = load_causal_lm(recipe.folder / "model")
-    windows = memory_models._windows(_trained(recipe))["validation"].select(range(5))
+    windows = memory_questions.prepare_windows(_trained(recipe))["validation"].select(range(5))
     ids = torch.tensor(windows["input_ids"][:])
     measures = measure(model, windows, 2)
     text = pack_text(ids)
@@ -234,7 +236,7 @@ COMPARISONS = [
 def test_a_comparison_tells_what_was_measured(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.tasks.language_modeling.verify_export", lambda folder, prompts, **options: prompts)
-    monkeypatch.setattr(memory_models, "NUM_CANDIDATES", 8)
+    monkeypatch.setattr(memory_questions, "NUM_CANDIDATES", 8)
     recipe = small_comparison(name, tmp_path)
     result = memory_models.run(recipe)
     labels = list(recipe.runs)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the experiments on trained models share: which models, their training, the result and its claims.
+"""Comparisons of trained models: the part that all experiments on them share.
 
-An experiment names a `base` recipe and, for each model of the comparison, what differs from it. Trainings live in
-`runs/BASE/...`, outside the experiment's own folder, so that experiments on the same models train them once. Whichever
-is not finished is trained, or resumed, before anything is measured.
+An experiment names a `base` recipe and, for each model, the settings that differ from it. Trainings live in
+`runs/BASE/...`, outside the experiment's own folder, so that experiments on the same models train them once. A
+training that is not finished is started or resumed before anything is measured.
 """
 
 import functools
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from training.evaluate import load_model
 from training.parallel import recipe_job, run_all
 from training.paths import CONFIGURATION
-from training.recipe import BaseRecipe, TrainingRecipe, leaves, load_recipe, task_module
-from training.result import header, read_result
+from training.recipe import BaseRecipe, leaves, load_recipe, task_module
+from training.result import SHOWN, header, read_result
 from training.run_folder import run_once
 from training.tasks import language_modeling
 
@@ -31,20 +31,28 @@ class Trained(NamedTuple):
     label: str
     depth: int
     seed: int
-    recipe: TrainingRecipe
+    recipe: Any  # a `TrainingRecipe`, whose fields depend on its task
 
     @property
     def name(self) -> str:
+        """Label and depth: all seeds have the same."""
         blocks = "1 block" if self.depth == 1 else f"{self.depth} blocks"
         return f"{self.label}, {blocks}"
 
     def load(self, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The finished model, in evaluation mode, and its tokenizer."""
+        """Return the finished model, in evaluation mode, and its tokenizer."""
         return load_model(self.recipe.folder / "model", **options)
 
     def result(self) -> dict[str, Any]:
-        """Content of the training's own `result.json`."""
-        return read_result(self.recipe.folder)
+        """Return the content of the training's own `result.json`.
+
+        Raises:
+            ValueError: it is not finished, or the file is damaged.
+        """
+        result = read_result(self.recipe.folder)
+        if result is None:
+            raise ValueError(f"{self.recipe.folder} holds no result.json: run the experiment, which trains it")
+        return result
 
 
 class ComparisonRecipe(BaseRecipe):
@@ -57,30 +65,38 @@ class ComparisonRecipe(BaseRecipe):
     workers: PositiveInt = 1
 
     @model_validator(mode="after")
-    def _trainings_are_valid(self):
+    def _check_trainings(self) -> "ComparisonRecipe":
         assert self.trainings  # building them is the check
         return self
 
     @functools.cached_property
     def trainings(self) -> list[Trained]:
-        """Every model, in every variant, with every seed; all models of one seed and variant next to each other."""
-        combinations = [(s, v, label) for s in self.seeds for v in self.variants for label in self.runs]
-        return [self._training(label, variant, seed) for seed, variant, label in combinations]
+        """Every model, in every variant, with every seed.
+
+        All models of one seed and variant stand next to each other.
+        """
+        return [
+            self._training(label, variant, seed)
+            for seed in self.seeds
+            for variant in self.variants
+            for label in self.runs
+        ]
 
     @property
     def variants(self) -> list[dict[str, Any]]:
-        """Settings, besides their own, with which all models are trained."""
+        """Settings with which each model is trained in turn, besides its own."""
         return [{}]
 
     def _training(self, label: str, variant: dict[str, Any], seed: int) -> Trained:
         path = CONFIGURATION / "recipe" / f"{self.base}.yaml"
-        settings = [self.common, self.runs[label], {"seed": seed}]
-        own = _merged(self.runs[label], _news(variant, load_recipe(path, settings=settings)))
-        folder = f"runs/{self.base}/{'-'.join([*leaves(own), f'seed{seed}'])}"
-        recipe = load_recipe(path, settings=[self.common, own, {"seed": seed, "output_dir": folder}])
+        without_variant: Any = load_recipe(path, settings=[self.common, self.runs[label], {"seed": seed}])
+        settings = _merged(self.runs[label], _changed_settings(variant, without_variant))
+        folder = f"runs/{self.base}/{'-'.join([*leaves(settings), f'seed{seed}'])}"
+        recipe: Any = load_recipe(path, settings=[self.common, settings, {"seed": seed, "output_dir": folder}])
         return Trained(label, recipe.build_config().num_hidden_layers, seed, recipe)
 
     def content(self) -> dict[str, Any]:
+        """Return what determines the result: the trainings too, but not how many run at once."""
         content = super().content() | {"trainings": [training.recipe.hash for training in self.trainings]}
         del content["workers"]
         return content
@@ -96,18 +112,22 @@ class DepthComparisonRecipe(ComparisonRecipe):
         return [{"model_args": {"num_hidden_layers": depth}} for depth in self.depths]
 
 
-def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def _merged(settings: dict[str, Any], more: dict[str, Any]) -> Any:
     return OmegaConf.to_container(OmegaConf.merge(settings, more))
 
 
-def _news(variant: dict[str, Any], recipe: BaseRecipe) -> dict[str, Any]:
-    """What a variant changes in a recipe: what it has already gives a training no name of its own."""
-    news = {}
+def _changed_settings(variant: dict[str, Any], recipe: Any) -> dict[str, Any]:
+    """Return what a variant changes in a recipe.
+
+    A setting that the recipe has already is left out: it would give the same training another folder.
+    """
+    changes = {}
     for section, settings in variant.items():
-        has = recipe.build_config() if section == "model_args" else getattr(recipe, section)
-        changed = {name: value for name, value in settings.items() if getattr(has, name) != value}
-        news |= {section: changed} if changed else {}
-    return news
+        current = recipe.build_config() if section == "model_args" else getattr(recipe, section)
+        changed = {name: value for name, value in settings.items() if getattr(current, name) != value}
+        if changed:
+            changes[section] = changed
+    return changes
 
 
 def plan(
@@ -116,25 +136,26 @@ def plan(
     utilisation: float | None = None,
     devices: int | None = None,
 ) -> dict[str, Any]:
-    """What the experiment would do: each training, and whether it is finished. Reads no data.
+    """Return what the experiment would do: each training, and whether it is finished. Reads no data.
 
-    The arguments are those of `training.tasks.language_modeling.plan`; given `teraflops`, the hours of each training
-    and of all that are not finished are among the lines.
+    The arguments are those of `training.tasks.language_modeling.plan`. With `teraflops`, the lines include the hours
+    of each training and of all that are not finished.
     """
-    lines, remaining = {}, 0.0
+    lines: dict[str, Any] = {}
+    remaining_hours = 0.0
     for training in recipe.trainings:
         finished = (training.recipe.folder / "result.json").is_file()
-        told = [
+        facts = [
             f"{language_modeling.num_parameters(training.recipe):,} parameters",
             "finished" if finished else "to be trained",
         ]
         if teraflops is not None:
             hours = language_modeling.plan(training.recipe, teraflops, utilisation, devices)["hours"]
-            told.append(f"{hours} hours")
-            remaining += 0 if finished else hours
-        lines[str(training.recipe.folder)] = ", ".join([f"{training.name}, seed {training.seed}", *told])
+            facts.append(f"{hours} hours")
+            remaining_hours += 0 if finished else hours
+        lines[str(training.recipe.folder)] = ", ".join([f"{training.name}, seed {training.seed}", *facts])
     if teraflops is not None:
-        lines["hours"] = round(remaining, 3)
+        lines["hours"] = round(remaining_hours, 3)
     return lines | {"trainings": len(recipe.trainings), "folder": str(recipe.folder), "hash": recipe.hash}
 
 
@@ -142,7 +163,7 @@ def run_comparison(
     recipe: ComparisonRecipe,
     restart: bool,
     data: dict[str, Any],
-    measure: Callable[[ComparisonRecipe], dict[str, Any]],
+    measure: Callable[[Any], dict[str, Any]],
 ) -> dict[str, Any]:
     """Train what is not trained yet, measure, and write `result.json`.
 
@@ -180,32 +201,23 @@ def _compare(
 
 def _training_summary(training: Trained) -> dict[str, Any]:
     result = training.result()
-    kept = (
-        "model",
-        "recipe_hash",
-        "commit",
-        "versions",
-        "data",
-        "parameters",
-        "steps",
-        "tokens",
-        "seconds",
-        "metrics",
-    )
-    own = {"label": training.label, "depth": training.depth, "seed": training.seed}
-    return own | {name: result[name] for name in kept if name in result}
+    kept = ["model", "recipe_hash", "commit", "versions", "data"]
+    kept += ["parameters", "steps", "tokens", "seconds", "metrics"]
+    place = {"label": training.label, "depth": training.depth, "seed": training.seed}
+    return place | {name: result[name] for name in kept if name in result}
 
 
 def summary(result: dict[str, Any], folder: Path) -> str:
-    """The end of an experiment in words: its table, its claims, and where everything is."""
+    """Return the table of a finished experiment, its claims, and where its files are."""
     claims = [
         f"{row['verdict']}: {row['claim']} (paper: {row['paper']}; ours: {row['ours']})" for row in result["claims"]
     ]
-    files = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".png", ".md")))
+    files = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in (".json", *SHOWN)))
     return "\n".join([result["table"], "", *claims, f"{files} are in {folder}"])
 
 
 def fits_context(model: PreTrainedModel, num_tokens: int) -> bool:
-    """Whether a model can read so many tokens: one that learns positions (GPT-2's `wpe`) has a row for each."""
+    """Return whether a model can read so many tokens."""
+    # A model that learns positions, such as GPT-2, has a row of a table for each.
     positions = getattr(model.base_model, "wpe", None)
     return positions is None or num_tokens <= positions.num_embeddings

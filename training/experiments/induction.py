@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Induction (Memory Mosaics, footnote 5): one block of a mosaic does what takes a transformer two."""
+"""The induction task (Memory Mosaics, footnote 5): one block of mosaic against two blocks of transformer."""
 
 import statistics
 from typing import Any, Literal
@@ -11,23 +11,23 @@ from training.experiments.comparison import ComparisonRecipe, summary
 from training.figures import new_figure, save_figure
 from training.synthetic import bigrams
 from training.synthetic.bigrams import InformedReader
-from training.tables import Claim, markdown_table, mean_and_deviation
+from training.tables import Claim, Verdict, markdown_table, mean_and_deviation
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]
 
-# From where on a model does the task, and from where on it has found it at all: shares of what an informed reader gets
-# right.
-SOLVED, FOUND = 0.95, 0.5
+# Shares of an informed reader's accuracy from which a model counts as having solved the task, and as having learnt it
+# at all.
+SOLVED, LEARNT = 0.95, 0.5
 
 
 class Recipe(ComparisonRecipe):
-    """In this order: a mosaic of one block, a transformer of one block, a transformer of two."""
+    """The first three runs are a mosaic of one block, a transformer of one block and a transformer of two."""
 
     task: Literal["induction"]
 
     @model_validator(mode="after")
-    def _three_models(self):
+    def _check_depths(self) -> "Recipe":
         depths = [training.depth for training in self.trainings[: len(self.runs)]]
         if depths[:3] != [1, 1, 2]:
             raise ValueError(
@@ -37,7 +37,7 @@ class Recipe(ComparisonRecipe):
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What the experiment would do: each training, and whether it is finished. Draws no data."""
+    """Return the trainings of the experiment and whether each is finished. Draws no data."""
     return comparison.plan(recipe)
 
 
@@ -65,7 +65,7 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
 
 
 def _informed(recipe: Recipe) -> dict[str, float]:
-    """How far a reader comes who knows all that training can teach, on the same test sequences."""
+    """Return the scores, on the same test sequences, of a reader who knows all that training can teach."""
     test = bigrams.draw_splits(recipe.trainings[0].recipe.data)["test"]
     return bigrams.score(InformedReader(test), test)
 
@@ -91,27 +91,29 @@ def _table(recipe: Recipe, results: dict[str, list[dict[str, Any]]], informed: d
 
 def _claim(results: dict[str, list[dict[str, Any]]], informed: float) -> Claim:
     mosaic, shallow, deep = (_accuracy(runs) for runs in list(results.values())[:3])
-    told = [f"{label} {mean_and_deviation(_accuracy(runs), 3)}" for label, runs in list(results.items())[:3]]
-    told.append(f"a reader who knows the bigrams {informed:.3f}")
-    if min(mosaic) >= SOLVED * informed and min(deep) >= FOUND * informed > max(shallow):
+    accuracies = [f"{label} {mean_and_deviation(_accuracy(runs), 3)}" for label, runs in list(results.items())[:3]]
+    accuracies.append(f"a reader who knows the bigrams {informed:.3f}")
+    verdict: Verdict
+    if min(mosaic) >= SOLVED * informed and min(deep) >= LEARNT * informed > max(shallow):
         verdict = "reproduced"
     else:
         verdict = "contradicted" if statistics.mean(mosaic) <= statistics.mean(shallow) else "not at this size"
     return Claim(
         "One block of mosaic solves the induction task, which takes two blocks of transformer",
         "stated in footnote 5",
-        f"accuracy on triggers seen before: {', '.join(told)}",
+        f"accuracy on triggers seen before: {', '.join(accuracies)}",
         verdict,
     )
 
 
 def _draw(recipe: Recipe, results: dict[str, list[dict[str, Any]]]) -> None:
-    figure, axes = new_figure(1, 1, width=6.5, height=4.2)
+    """Draw the accuracy of each seed over training."""
+    figure, ((axis,),) = new_figure(1, 1, width=6.5, height=4.2)
     for number, (label, runs) in enumerate(results.items()):
         for index, result in enumerate(runs):
             points = result["learning_curve"]
             steps, accuracy = [p["step"] for p in points], [p["accuracy"] for p in points]
-            axes[0, 0].plot(steps, accuracy, color=f"C{number}", lw=1.4, alpha=0.8, label=None if index else label)
-    axes[0, 0].set(xlabel="step", ylabel="accuracy on triggers seen before (validation)", ylim=(0, 1))
-    axes[0, 0].legend()
+            axis.plot(steps, accuracy, color=f"C{number}", lw=1.4, alpha=0.8, label=None if index else label)
+    axis.set(xlabel="step", ylabel="accuracy on triggers seen before (validation)", ylim=(0, 1))
+    axis.legend()
     save_figure(figure, recipe.folder / f"{recipe.name}.png")

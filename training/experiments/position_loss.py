@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss by position in the window, in and out of distribution (Memory Mosaics, Fig. 10) and beyond the training length.
 
-Windows are longer than, or as long as, those of the training. Each text gives windows of one kind: `stream` cuts all
+Windows are as long as those of the training, or longer. Each text gives windows of one kind: `stream` cuts all
 documents, joined by end-of-text, as the training does; `documents` takes windows that lie within one document each.
-Every model reads the same windows. Losses are averaged over `bin_width` neighbouring positions and over the seeds; the
-bands are bootstrap intervals over documents (over windows, where a window is no part of one document).
+Every model reads the same windows. Losses are averaged over `bin_width` neighbouring positions and over the seeds. The
+bands are bootstrap intervals over documents, and over windows where a window spans documents.
 """
 
 import math
@@ -33,6 +33,9 @@ from training.text.windows import pack_windows
 
 __all__ = ["Recipe", "plan", "run", "summary"]
 
+# A loss that rises by less counts as level, in nats.
+LEVEL = 0.02
+
 
 class TextSection(SourceSection):
     """A source of documents, and how windows are cut from them."""
@@ -54,7 +57,7 @@ class Recipe(DepthComparisonRecipe):
     flat_from: PositiveInt = 100
 
     @model_validator(mode="after")
-    def _positions_exist(self):
+    def _check_positions(self) -> "Recipe":
         if self.context_length % self.bin_width:
             raise ValueError(f"`context_length` {self.context_length} is no multiple of `bin_width` {self.bin_width}")
         if max(self.better_from, self.flat_from) >= self.context_length - self.bin_width:
@@ -66,6 +69,7 @@ class Recipe(DepthComparisonRecipe):
 
     @property
     def training_length(self) -> int:
+        """Tokens of a window of the training."""
         return self.trainings[0].recipe.data.context_length
 
 
@@ -88,13 +92,13 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
 
 def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any]:
     documents = load_stories(**_source(text))
-    losses: dict[str, dict[str, list[np.ndarray]]] = {}
-    groups, sizes = None, None
+    losses: dict[str, list[np.ndarray]] = {}
+    groups: list[int] = []
     for training in tqdm(recipe.trainings, desc=name):
         model, tokenizer = training.load()
         if not fits_context(model, recipe.context_length):
-            continue  # the result says so by its absence
-        if groups is None:
+            continue  # the model is absent from the result
+        if not groups:  # only now is a tokenizer at hand; all models have the same
             windows, groups = cut_windows(documents, tokenizer, recipe.context_length, text.windows, text.num_windows)
             sizes = tokens_and_bytes(documents, tokenizer)
         by_token = token_losses(model, windows, recipe.batch_size)
@@ -115,7 +119,7 @@ def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any
 def cut_windows(
     documents: Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int, kind: str, num_windows: int
 ) -> tuple[torch.Tensor, list[int]]:
-    """At most `num_windows` windows, spread evenly over the text, each of `context_length` tokens.
+    """Return at most `num_windows` windows, spread evenly over the text, each of `context_length` tokens.
 
     Args:
         documents: one column `text`.
@@ -125,27 +129,29 @@ def cut_windows(
         num_windows: how many at most.
 
     Returns:
-        ids `(N, T)`, and for each window the number of the document (of a stream, of the window) that it is from.
+        ids `(N, T)`, and for each window a number: that of its document, or in a stream its own.
 
     Raises:
         ValueError: no document is long enough for one window.
     """
     if kind == "stream":
-        rows = pack_windows(documents, tokenizer, context_length)["input_ids"]
-        found = list(enumerate(rows))
+        windows = list(enumerate(pack_windows(documents, tokenizer, context_length)["input_ids"]))
     else:
-        found = list(_windows_within(documents, tokenizer, context_length))
-    if not found:
+        windows = list(_windows_within(documents, tokenizer, context_length))
+    if not windows:
         raise ValueError(
             f"none of the {len(documents)} documents has {context_length} tokens: lower `context_length`, or cut this "
             "text with `windows: stream`"
         )
-    chosen = np.unique(np.linspace(0, len(found) - 1, min(num_windows, len(found))).round().astype(int))
-    ids = torch.tensor([list(found[index][1]) for index in chosen], dtype=torch.int64)
-    return ids, [found[index][0] for index in chosen]
+    chosen = np.unique(np.linspace(0, len(windows) - 1, min(num_windows, len(windows))).round().astype(int))
+    ids = torch.tensor([list(windows[index][1]) for index in chosen], dtype=torch.int64)
+    return ids, [windows[index][0] for index in chosen]
 
 
-def _windows_within(documents: Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int) -> Iterator:
+def _windows_within(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield for each window that lies within a document the document's number and the ids."""
     for number, text in enumerate(documents["text"]):
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         for start in range(0, len(ids) - context_length + 1, context_length):
@@ -154,7 +160,7 @@ def _windows_within(documents: Dataset, tokenizer: PreTrainedTokenizerBase, cont
 
 @torch.no_grad()
 def token_losses(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> np.ndarray:
-    """Loss in nats of each token of each window, `(N, T)`; NaN for the first, which nothing predicts."""
+    """Return the loss in nats of each token of each window, `(N, T)`; NaN for the first, which nothing predicts."""
     rows = []
     for batch in windows.split(batch_size):
         batch = batch.to(model.device)
@@ -164,36 +170,39 @@ def token_losses(model: PreTrainedModel, windows: torch.Tensor, batch_size: int)
 
 
 def _binned(by_token: np.ndarray, bin_width: int) -> np.ndarray:
+    """Return means `(N, T / bin_width)` over neighbouring positions."""
     return np.nanmean(by_token.reshape(len(by_token), -1, bin_width), axis=2)
 
 
 def _bands(values: np.ndarray, groups: list[int]) -> dict[str, list[float]]:
-    """Mean over windows and its 95 % band, for each column of `(N, bins)`."""
-    # As words, because the order in which documents are resampled is that of their names.
+    """Return the mean over windows and its 95 % band, for each column of `(N, bins)`."""
+    # As text, whose order decides which documents a seed draws: that of numbers would give other bands.
     bands = per_position_loss(values, [str(group) for group in groups])
     return {name: [round(float(number), 5) for number in bands[name]] for name in ("mean", "low", "high")}
 
 
-def _baselines(recipe: Recipe, means: dict[str, np.ndarray]) -> Iterator[tuple[str, str]]:
+def _pairs(recipe: Recipe, means: dict[str, np.ndarray]) -> Iterator[tuple[str, str]]:
+    """Yield the names of the first model and of each other one of its depth."""
     first = next(iter(recipe.runs))
-    ours = {t.depth: t.name for t in recipe.trainings if t.label == first and t.name in means}
-    theirs = {t.name: t.depth for t in recipe.trainings if t.label != first and t.name in means}
+    measured = [training for training in recipe.trainings if training.name in means]
+    ours = {training.depth: training.name for training in measured if training.label == first}
+    theirs = {training.name: training.depth for training in measured if training.label != first}
     for name, depth in theirs.items():
         yield ours[depth], name
 
 
 def _differences(recipe: Recipe, means: dict[str, np.ndarray], groups: list[int]) -> dict[str, dict[str, list[float]]]:
-    """Loss of the first model minus that of each other one of its depth, on the very same windows."""
-    pairs = _baselines(recipe, means)
+    """Return the loss of the first model minus that of each other one of its depth, on the same windows."""
+    pairs = _pairs(recipe, means)
     return {f"{ours} - {theirs}": _bands(means[ours] - means[theirs], groups) for ours, theirs in pairs}
 
 
 def _late_falls(recipe: Recipe, means: dict[str, np.ndarray], groups: list[int]) -> dict[str, dict[str, float]]:
-    """How much the loss still falls from the quarter of the rest that follows `flat_from` to the last quarter."""
+    """Return how much the loss falls after `flat_from`: from the first quarter of these positions to the last."""
     start = recipe.flat_from // recipe.bin_width
     quarter = max(1, (recipe.context_length // recipe.bin_width - start) // 4)
     falls = {key: mean[:, start : start + quarter].mean(1) - mean[:, -quarter:].mean(1) for key, mean in means.items()}
-    for ours, theirs in _baselines(recipe, means):
+    for ours, theirs in _pairs(recipe, means):
         falls[f"{ours} - {theirs}"] = falls[ours] - falls[theirs]
     bands = {key: _bands(fall[:, None], groups) for key, fall in falls.items()}
     return {key: {name: numbers[0] for name, numbers in band.items()} for key, band in bands.items()}
@@ -235,50 +244,52 @@ def _claims_out_of_distribution(recipe: Recipe, name: str, measured: dict[str, A
             f"above in {worse}",
             "reproduced" if better == past.sum() else "contradicted" if worse > better else "not at this size",
         )
-        ours, theirs = pair.split(" - ")
-        falls = measured["late_fall"]
-        own, other, gap = (falls[key] for key in (ours, theirs, pair))
-        told = {key: f"{fall['mean']:.3f} ({fall['low']:.3f} to {fall['high']:.3f})" for key, fall in falls.items()}
-        falls_more = own["low"] > 0 and (other["low"] <= 0 or gap["low"] > 0)
-        yield Claim(
-            f"Out of distribution ({name}), the mosaic's loss keeps falling where the transformer's is flat",
-            "transformer flat after 100 to 150 tokens, mosaic still falling (Fig. 10; plotted only)",
-            f"fall past {recipe.flat_from} tokens: {ours} {told[ours]}, {theirs} {told[theirs]}, "
-            f"difference {told[pair]} nats",
-            "reproduced" if falls_more else "contradicted" if gap["high"] < 0 else "not at this size",
-        )
+        yield _claim_on_late_fall(recipe, name, pair, measured["late_fall"])
+
+
+def _claim_on_late_fall(recipe: Recipe, name: str, pair: str, falls: dict[str, dict[str, float]]) -> Claim:
+    ours, theirs = pair.split(" - ")
+    fall, other_fall, difference = (falls[key] for key in (ours, theirs, pair))
+    bands = {key: f"{band['mean']:.3f} ({band['low']:.3f} to {band['high']:.3f})" for key, band in falls.items()}
+    falls_more = fall["low"] > 0 and (other_fall["low"] <= 0 or difference["low"] > 0)
+    return Claim(
+        f"Out of distribution ({name}), the mosaic's loss keeps falling where the transformer's is flat",
+        "transformer flat after 100 to 150 tokens, mosaic still falling (Fig. 10; plotted only)",
+        f"fall past {recipe.flat_from} tokens: {ours} {bands[ours]}, {theirs} {bands[theirs]}, "
+        f"difference {bands[pair]} nats",
+        "reproduced" if falls_more else "contradicted" if difference["high"] < 0 else "not at this size",
+    )
 
 
 def _claims_beyond(recipe: Recipe, name: str, measured: dict[str, Any]) -> Iterator[Claim]:
-    beyond = np.array(measured["positions"]) >= recipe.training_length
-    first = next(iter(recipe.runs))
-    late = ~beyond & (np.array(measured["positions"]) >= recipe.training_length // 2)
-    rises = {
-        key: float(np.array(band["mean"])[beyond].mean() - np.array(band["mean"])[late].mean())
-        for key, band in measured["loss"].items()
-    }
-    own = [rise for key, rise in rises.items() if key.startswith(f"{first},")]
-    told = ", ".join(f"{key} {rise:+.3f}" for key, rise in rises.items())
+    positions = np.array(measured["positions"])
+    is_beyond = positions >= recipe.training_length
+    is_before = ~is_beyond & (positions >= recipe.training_length // 2)
+    means = {key: np.array(band["mean"]) for key, band in measured["loss"].items()}
+    rises = {key: float(mean[is_beyond].mean() - mean[is_before].mean()) for key, mean in means.items()}
+    rises_of_mosaic = [rise for key, rise in rises.items() if key.startswith(f"{next(iter(recipe.runs))},")]
+    listed = ", ".join(f"{key} {rise:+.3f}" for key, rise in rises.items())
     yield Claim(
         f"Beyond the training length ({name}) the mosaic's loss does not rise",
         "attention maps carry over to three times the length (Fig. 13); no losses given",
-        f"loss beyond {recipe.training_length} tokens minus that of the second half before: {told} nats",
-        "reproduced" if max(own) < 0.02 else "contradicted",
+        f"loss beyond {recipe.training_length} tokens minus that of the second half before: {listed} nats",
+        "reproduced" if max(rises_of_mosaic) < LEVEL else "contradicted",
     )
 
 
 def _draw(recipe: Recipe, measured: dict[str, Any]) -> None:
-    keys = list(dict.fromkeys(training.name for training in recipe.trainings))
+    """Draw the losses of each text above, and the differences from the first model below."""
+    names = list(dict.fromkeys(training.name for training in recipe.trainings))
     rows = 2 if any(text["differences"] for text in measured.values()) else 1
     figure, axes = new_figure(rows, len(measured), sharex=True)
     for column, (name, text) in enumerate(measured.items()):
+        positions = text["positions"]
         for row, bands in zip(range(rows), (text["loss"], text["differences"]), strict=False):
             for key, band in bands.items():
-                color = f"C{keys.index(key.split(' - ')[-1])}"
-                axes[row, column].plot(text["positions"], band["mean"], color=color, label=key, lw=1.5)
-                axes[row, column].fill_between(
-                    text["positions"], band["low"], band["high"], color=color, alpha=0.2, lw=0
-                )
+                # A difference has the colour of the other model.
+                color = f"C{names.index(key.split(' - ')[-1])}"
+                axes[row, column].plot(positions, band["mean"], color=color, label=key, lw=1.5)
+                axes[row, column].fill_between(positions, band["low"], band["high"], color=color, alpha=0.2, lw=0)
             if recipe.context_length > recipe.training_length:
                 axes[row, column].axvline(recipe.training_length, color="black", ls=":", label="training length")
         axes[0, column].set_title(f"{name} ({text['num_windows']} windows)")
@@ -286,7 +297,6 @@ def _draw(recipe: Recipe, measured: dict[str, Any]) -> None:
     axes[0, 0].set_ylabel("loss (nats per token)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     if rows == 2:
-        # In the colour of the other.
         axes[1, 0].set_ylabel(f"{next(iter(recipe.runs))} minus the other (nats per token)")
         for axis in axes[1]:
             axis.axhline(0, color="black", lw=0.8)

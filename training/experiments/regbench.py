@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RegBench (Memory Mosaics, Fig. 11 and Table 4): learning a language that was never met from the strings just read.
+"""RegBench (Memory Mosaics, Fig. 11 and Table 4): learning a new language from the strings in the context.
 
-Models are trained on one sequence of each training automaton, and tested on sequences of automata that they have not
-met (out of distribution) and on new sequences of the same ones (in distribution).
+Models are trained on one sequence of each training automaton. They are tested on sequences of new automata (out of
+distribution) and on new sequences of the training automata (in distribution).
 """
 
 import statistics
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
+from matplotlib.axes import Axes
 from pydantic import Field, PositiveInt, model_validator
 
 from modeling_memory_mosaic import inspect_units, summarize_units
@@ -37,15 +38,16 @@ PAPER_TRANSFORMER = {
     2500: (0.925, 0.231),
     40000: (0.95, 0.144),
 }
-# Of the units: test sequences that are looked at, and tokens of the first that are drawn, as letters and bars.
+# Test sequences whose units are measured, and tokens of the first that are drawn.
 NUM_INSPECTED, NUM_DRAWN = 20, 80
+# How the tokens are written in the picture.
 SYMBOLS = "abcdefghijklmnopqr|."
-# From where on a model counts as having learnt to learn, and up to where as not.
+# The accuracy from which a model counts as having learnt to learn, and that up to which it counts as not.
 SOLVED, UNSOLVED = 0.90, 0.60
 
 
 class Recipe(ComparisonRecipe):
-    """The first of the runs is the mosaic; `transformer` is the label that the paper's claim is about, if any."""
+    """The first run is the mosaic; `transformers` are the labels that the paper's claims are about."""
 
     task: Literal["regbench"]
     num_automata: list[PositiveInt] = Field(min_length=1)
@@ -56,7 +58,7 @@ class Recipe(ComparisonRecipe):
         return [{"data": {"num_automata": number}} for number in self.num_automata]
 
     @model_validator(mode="after")
-    def _transformers_are_runs(self):
+    def _check_transformers(self) -> "Recipe":
         unknown = [label for label in self.transformers if label not in list(self.runs)[1:]]
         if unknown:
             raise ValueError(f"`transformers` names {unknown}, but the runs after the first are {list(self.runs)[1:]}")
@@ -71,11 +73,12 @@ class Series(NamedTuple):
     results: list[dict[str, Any]]
 
     def values(self, split: str, measure: str) -> list[float]:
+        """Return a measure on a split for each seed."""
         return [result["metrics"][split][measure] for result in self.results]
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What the experiment would do: each training, and whether it is finished. Draws no data."""
+    """Return the trainings of the experiment and whether each is finished. Draws no data."""
     return comparison.plan(recipe)
 
 
@@ -104,13 +107,16 @@ def _series(recipe: Recipe, trainings: Iterable[Trained]) -> list[Series]:
 
 
 def _numbers(series: Series) -> dict[str, Any]:
-    curves = [[(p["step"], round(p["accuracy"], 4)) for p in r["learning_curve"]] for r in series.results]
-    kept = [{"seed": r["seed"], "seconds": r["seconds"], **r["metrics"]} for r in series.results]
+    curves = [
+        [(point["step"], round(point["accuracy"], 4)) for point in result["learning_curve"]]
+        for result in series.results
+    ]
+    kept = [{name: result[name] for name in ("seed", "seconds")} | result["metrics"] for result in series.results]
     return {"label": series.label, "num_automata": series.num_automata, "seeds": kept, "validation_accuracy": curves}
 
 
 def _inspect(recipe: Recipe) -> list[dict[str, Any]]:
-    """Which unit of the first mosaic predicts what, on test sequences; the beginning of the first of them is drawn."""
+    """Measure the units of the first mosaic on test sequences, and draw them on the beginning of the first."""
     first = recipe.trainings[0].recipe
     model = load_causal_lm(first.folder / "best")
     rows = automata.draw_splits(first.data)["test"].to_list()[:NUM_INSPECTED]
@@ -120,7 +126,9 @@ def _inspect(recipe: Recipe) -> list[dict[str, Any]]:
     letters = [SYMBOLS[token] for token in beginning[0].tolist()]
     draw_units(inspect_units(model, beginning), recipe.folder / f"{recipe.name}_units.png", letters)
     table = summarize_units(units)
-    return [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in table]
+    return [
+        {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()} for row in table
+    ]
 
 
 def _table(series: list[Series]) -> str:
@@ -154,8 +162,9 @@ def _claims(recipe: Recipe, series: list[Series]) -> Iterable[Claim]:
         yield from _claims_on_number([by_name[mosaic, number] for number in sorted(recipe.num_automata)])
 
 
-def _paper(values: dict[int, tuple[float, float]], number: int, measure: int) -> str:
-    return f"{values[number][measure]:.3f}" if number in values else "not given"
+def _paper(values: dict[int, tuple[float, float]], num_automata: int, column: int) -> str:
+    """Return the paper's accuracy (column 0) or TVD (column 1)."""
+    return f"{values[num_automata][column]:.3f}" if num_automata in values else "not given"
 
 
 def _claim_out_of_distribution(mosaic: Series, transformer: Series) -> Claim:
@@ -176,19 +185,19 @@ def _claim_out_of_distribution(mosaic: Series, transformer: Series) -> Claim:
 
 def _claim_on_distance(mosaic: Series, transformer: Series) -> Claim:
     ours, theirs = (one.values("test", "tvd") for one in (mosaic, transformer))
-    lower, higher = max(ours) < min(theirs), min(ours) > max(theirs)
+    is_lower, is_higher = max(ours) < min(theirs), min(ours) > max(theirs)
     number = mosaic.num_automata
     return Claim(
         f"Of {number} training automata, the mosaic's distances to new automata are the smaller ({transformer.label})",
         f"TVD {_paper(PAPER_MOSAIC, number, 1)} against {_paper(PAPER_TRANSFORMER, number, 1)} (Fig. 11)",
         f"{mosaic.label} {mean_and_deviation(ours, 3)}, {transformer.label} {mean_and_deviation(theirs, 3)}",
-        "reproduced" if lower else "contradicted" if higher else "not at this size",
+        "reproduced" if is_lower else "contradicted" if is_higher else "not at this size",
     )
 
 
 def _claim_in_distribution(baseline: Series) -> Claim:
     inside, outside = (baseline.values(split, "accuracy") for split in ("test_iid", "test"))
-    gaps = [i - o for i, o in zip(inside, outside, strict=True)]
+    gaps = [accuracy - other for accuracy, other in zip(inside, outside, strict=True)]
     return Claim(
         f"{baseline.label} does far better on new sequences of its {baseline.num_automata} training automata: it has "
         "learnt them by heart",
@@ -201,55 +210,64 @@ def _claim_in_distribution(baseline: Series) -> Claim:
 def _claims_on_number(mosaics: list[Series]) -> Iterable[Claim]:
     fewest, most = mosaics[0], mosaics[-1]
     numbers = ", ".join(f"{one.num_automata:,}" for one in mosaics)
-    for measure, name, digit, better in (("accuracy", "accuracy", 0, 1), ("tvd", "TVD", 1, -1)):
-        told = [mean_and_deviation(one.values("test", measure), 3) for one in mosaics]
+    for measure, name, column, sign in (("accuracy", "accuracy", 0, 1), ("tvd", "TVD", 1, -1)):
+        means = [mean_and_deviation(one.values("test", measure), 3) for one in mosaics]
         first, last = (statistics.mean(one.values("test", measure)) for one in (fewest, most))
-        grows = (last - first) * better > 0
+        is_better = (last - first) * sign > 0
         yield Claim(
             f"More training automata ({numbers}) make the mosaic's {name} better",
-            ", ".join(_paper(PAPER_MOSAIC, one.num_automata, digit) for one in mosaics) + " (Fig. 11)",
-            ", ".join(told),
-            "reproduced" if grows else "contradicted",
+            ", ".join(_paper(PAPER_MOSAIC, one.num_automata, column) for one in mosaics) + " (Fig. 11)",
+            ", ".join(means),
+            "reproduced" if is_better else "contradicted",
         )
 
 
-def _draw(recipe: Recipe, series: list[Series]) -> None:
-    figure, axes = new_figure(1, 3, width=4.6)
-    for axis, measure in zip(axes[0], ("accuracy", "tvd"), strict=False):
-        _draw_measure(recipe, axis, series, measure)
-    for number, one in enumerate(series):
-        label = one.label if len(recipe.num_automata) == 1 else f"{one.label}, {one.num_automata}"
-        for index, result in enumerate(one.results):
-            points = result["learning_curve"]
-            steps, accuracy = [p["step"] for p in points], [p["accuracy"] for p in points]
-            axes[0, 2].plot(steps, accuracy, color=f"C{number}", lw=1, alpha=0.7, label=None if index else label)
-    axes[0, 2].set(xlabel="step", ylabel="validation accuracy", title="while training")
-    axes[0, 2].legend()
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+def _draw_bars(axis: Axes, series: list[Series], measure: str) -> None:
+    """Draw a measure of each model, out of and in distribution, for one number of automata."""
+    for shift, split, name in ((-0.2, "test", "new automata"), (0.2, "test_iid", "training automata")):
+        places = [number + shift for number in range(len(series))]
+        by_model = [one.values(split, measure) for one in series]
+        axis.barh(places, [statistics.mean(values) for values in by_model], height=0.4, label=name, alpha=0.7)
+        for place, values in zip(places, by_model, strict=True):
+            axis.plot(values, [place] * len(values), "k.", ms=3)
+    axis.set_yticks(range(len(series)), [one.label for one in series], fontsize=8)
+    axis.invert_yaxis()
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=2)
 
 
-def _draw_measure(recipe: Recipe, axis, series: list[Series], measure: str) -> None:
-    """Of one number of automata bars, in and out of distribution; of several, curves."""
-    axis.set_title({"accuracy": "accuracy", "tvd": "total variation distance"}[measure])
-    if len(recipe.num_automata) == 1:
-        for shift, split, name in ((-0.2, "test", "new automata"), (0.2, "test_iid", "training automata")):
-            places = [number + shift for number in range(len(series))]
-            values = [one.values(split, measure) for one in series]
-            axis.barh(places, [statistics.mean(v) for v in values], height=0.4, label=name, alpha=0.7)
-            for place, value in zip(places, values, strict=True):
-                axis.plot(value, [place] * len(value), "k.", ms=3)
-        axis.set_yticks(range(len(series)), [one.label for one in series], fontsize=8)
-        axis.invert_yaxis()
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=2)
-        return
+def _draw_over_automata(recipe: Recipe, axis: Axes, series: list[Series], measure: str) -> None:
+    """Draw a measure of each model, out of distribution, over the number of automata."""
     for number, label in enumerate(recipe.runs):
-        own = [one for one in series if one.label == label]
-        means = [statistics.mean(one.values("test", measure)) for one in own]
-        axis.semilogx([one.num_automata for one in own], means, "o-", color=f"C{number}", label=label)
-        for one in own:
+        of_label = [one for one in series if one.label == label]
+        means = [statistics.mean(one.values("test", measure)) for one in of_label]
+        axis.semilogx([one.num_automata for one in of_label], means, "o-", color=f"C{number}", label=label)
+        for one in of_label:
             values = one.values("test", measure)
             axis.plot([one.num_automata] * len(values), values, ".", color=f"C{number}", alpha=0.4)
     axis.set_xlabel("training automata")
     axis.set_xticks(recipe.num_automata, [f"{number:,}" for number in recipe.num_automata])
     axis.minorticks_off()
     axis.legend()
+
+
+def _draw(recipe: Recipe, series: list[Series]) -> None:
+    """Draw accuracy and distance of the finished models, and the accuracy of each seed over training."""
+    figure, ((accuracy_axis, tvd_axis, curves),) = new_figure(1, 3, width=4.6)
+    for axis, measure, title in (
+        (accuracy_axis, "accuracy", "accuracy"),
+        (tvd_axis, "tvd", "total variation distance"),
+    ):
+        axis.set_title(title)
+        if len(recipe.num_automata) == 1:
+            _draw_bars(axis, series, measure)
+        else:
+            _draw_over_automata(recipe, axis, series, measure)
+    for number, one in enumerate(series):
+        label = one.label if len(recipe.num_automata) == 1 else f"{one.label}, {one.num_automata}"
+        for index, result in enumerate(one.results):
+            points = result["learning_curve"]
+            steps, accuracy = [p["step"] for p in points], [p["accuracy"] for p in points]
+            curves.plot(steps, accuracy, color=f"C{number}", lw=1, alpha=0.7, label=None if index else label)
+    curves.set(xlabel="step", ylabel="validation accuracy", title="while training")
+    curves.legend()
+    save_figure(figure, recipe.folder / f"{recipe.name}.png")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples (Memory Mosaics, Tables 1 and 5): prompts continued by each model, side by side in a Markdown table."""
+"""Prompts continued by each model, side by side in a Markdown table (Memory Mosaics, Tables 1 and 5)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,13 +23,19 @@ from training.text.sources import checksum
 __all__ = ["Recipe", "plan", "run", "summary"]
 
 
+# Models count as similar if their measures differ by at most so much: shares of continuations, and nats.
+SIMILAR_REPETITION, SIMILAR_LOSS = 0.15, 0.3
+
+
 class Prompt(TypedDict):
+    """A beginning of a text, and what it asks for, such as `factual`."""
+
     kind: str
     prompt: str
 
 
 class DecodingSection(Section):
-    """How the continuations are chosen: arguments of `generate`."""
+    """Arguments of `generate` that choose the continuations."""
 
     max_new_tokens: PositiveInt = 40
     do_sample: bool = False
@@ -49,14 +55,18 @@ class Recipe(DepthComparisonRecipe):
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     """Continue all prompts with every model; returns the content of `result.json`."""
-    read_prompts(recipe.prompts, recipe.prompt_set)  # a mistake there must not come out after hours of training
+    read_prompts(recipe.prompts, recipe.prompt_set)  # a mistake there must not show after hours of training
     file = Path(recipe.prompts).expanduser()
     data = {"prompts": {"kind": "files", "files": {file.name: checksum(file)}}}
     return comparison.run_comparison(recipe, restart, data, _measure)
 
 
 def read_prompts(path: str, prompt_set: str | None = None) -> list[Prompt]:
-    """The prompts of a file, in its order.
+    """Return the prompts of a file, in its order.
+
+    Args:
+        path: a JSON file, a list of prompts or an object with such lists.
+        prompt_set: the field of the object.
 
     Raises:
         ValueError: no such file, not JSON, of another form, or without any prompt.
@@ -80,7 +90,7 @@ def read_prompts(path: str, prompt_set: str | None = None) -> list[Prompt]:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the whole"
         raise ValueError(f"{path}: {where}: {problem['msg']}: it has to hold {form}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits and lists within lists, too
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists nested too deeply
         raise ValueError(f"{path}: not JSON ({error}): it has to hold {form}") from error
     if not prompts or not all(prompt["prompt"].strip() for prompt in prompts):
         raise ValueError(f"{path}: there is no prompt, or an empty one: it has to hold {form}")
@@ -115,29 +125,37 @@ def continuations(
     seed: int,
     decoding: dict[str, Any],
 ) -> list[str]:
-    """What a model writes after each prompt, up to its end of text; each prompt is read alone."""
+    """Return the text that a model writes after each prompt, up to its end of text.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model.
+        prompts: each is read alone.
+        seed: of the sampling.
+        decoding: fields of `DecodingSection`.
+    """
     if not decoding["do_sample"]:
         decoding = {name: value for name, value in decoding.items() if name not in ("temperature", "top_p")}
     set_seed(seed)
-    found = []
+    texts = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
         ids = model.generate(**inputs, **decoding, pad_token_id=tokenizer.pad_token_id)
-        found.append(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
-    return found
+        texts.append(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+    return texts
 
 
 def _judge(
     training: Trained, trainings: list[Trained], prompts: list[str], samples: dict[str, list[str]]
 ) -> dict[str, float]:
-    """What can be counted of a model's continuations, and what the other models of its depth think of them."""
-    own = samples[training.name]
+    """Return counts of a model's continuations, and their loss under the other models of its depth."""
+    texts = samples[training.name]
     judges = [other for other in trainings if other.depth == training.depth and other.label != training.label]
-    losses = [continuation_loss(*judge.load(), prompts, own) for judge in judges]
+    losses = [continuation_loss(*judge.load(), prompts, texts) for judge in judges]
+    bigrams = [pair for text in texts for pair in _bigrams(text)]
     return {
-        "repetition": float(np.mean([_repeats(text) for text in own])),
-        "distinct_bigrams": len({pair for text in own for pair in _bigrams(text)})
-        / max(1, sum(len(list(_bigrams(text))) for text in own)),
+        "repetition": float(np.mean([_repeats(text) for text in texts])),
+        "distinct_bigrams": len(set(bigrams)) / max(1, len(bigrams)),
         "loss_under_others": float(np.mean(losses)) if losses else float("nan"),
     }
 
@@ -148,7 +166,7 @@ def _bigrams(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _repeats(text: str, length: int = 4) -> bool:
-    """Whether any run of four words occurs twice."""
+    """Return whether any run of `length` words occurs twice."""
     words = text.split()
     runs = [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
     return len(runs) > len(set(runs))
@@ -158,8 +176,8 @@ def _repeats(text: str, length: int = 4) -> bool:
 def continuation_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str]
 ) -> float:
-    """Mean loss in nats per token of the continuations, each after its prompt; of all their tokens together."""
-    total = count = 0
+    """Return the mean loss in nats over all tokens of the continuations, each read after its prompt."""
+    total, count = 0.0, 0
     for prompt, text in zip(prompts, texts, strict=True):
         before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         after = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -172,11 +190,11 @@ def continuation_loss(
 
 
 def _side_by_side(recipe: Recipe, prompts: list[Prompt], samples: dict[str, list[str]]) -> str:
-    how = ", ".join(f"{name} {value}" for name, value in recipe.decoding.model_dump(exclude_unset=True).items())
+    settings = ", ".join(f"{name} {value}" for name, value in recipe.decoding.model_dump(exclude_unset=True).items())
     lines = [
         f"# {recipe.name}: prompts continued side by side",
         "",
-        f"Seed {recipe.seeds[0]} of each training; {how or 'greedy'}. Written by `{recipe.name}.yaml`.",
+        f"Seed {recipe.seeds[0]} of each training; {settings or 'greedy'}. Written by `{recipe.name}.yaml`.",
         "",
     ]
     rows = [
@@ -188,6 +206,7 @@ def _side_by_side(recipe: Recipe, prompts: list[Prompt], samples: dict[str, list
 
 
 def _cell(text: str) -> str:
+    """Return a text on one line, with `|` escaped for Markdown."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -201,23 +220,24 @@ def _table(judged: dict[str, dict[str, float]]) -> str:
 
 
 def _claims(recipe: Recipe, judged: dict[str, dict[str, float]]) -> list[Claim]:
-    told = {
+    described = {
         name: f"{name}: {numbers['repetition']:.0%} repeat four words, loss under the other model "
         f"{numbers['loss_under_others']:.2f}"
         for name, numbers in judged.items()
     }
     claims = []
     for depth in recipe.depths:
-        names = [t.name for t in recipe.trainings if t.depth == depth and t.seed == recipe.seeds[0]]
+        trainings = [t for t in recipe.trainings if t.depth == depth and t.seed == recipe.seeds[0]]
+        names = [training.name for training in trainings]
         rates = [judged[name]["repetition"] for name in names]
         losses = [judged[name]["loss_under_others"] for name in names]
-        similar = max(rates) - min(rates) <= 0.15 and max(losses) - min(losses) <= 0.3
+        is_similar = max(rates) - min(rates) <= SIMILAR_REPETITION and max(losses) - min(losses) <= SIMILAR_LOSS
         claims.append(
             Claim(
                 f"Continuations of the prompts are of similar quality ({names[0].split(', ')[1]})",
                 "very similar (Tables 1 and 5)",
-                "; ".join(told[name] for name in names) + "; readers may judge the texts themselves",
-                "reproduced" if similar else "not at this size",
+                "; ".join(described[name] for name in names) + "; readers may judge the texts themselves",
+                "reproduced" if is_similar else "not at this size",
             )
         )
     return claims

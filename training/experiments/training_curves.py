@@ -16,15 +16,20 @@ from training.tables import Claim, markdown_table, mean_and_deviation
 
 __all__ = ["Recipe", "plan", "run", "summary"]
 
+# Mean losses that differ by less count as equal, in nats.
+CLOSED = 0.01
+# Contents of `result.json` by label, depth and seed.
+Results = dict[tuple[str, int, int], dict[str, Any]]
+
 
 class Recipe(DepthComparisonRecipe):
-    """Curves of a comparison; `baseline` is whom the first model is measured against, if anyone."""
+    """Curves of a comparison; `baseline` is the label of the run that the first is compared with."""
 
     task: Literal["training_curves"]
     baseline: str | None = None
 
     @model_validator(mode="after")
-    def _baseline_is_a_run(self):
+    def _check_baseline(self) -> "Recipe":
         if self.baseline is not None and self.baseline not in list(self.runs)[1:]:
             raise ValueError(
                 f"`baseline` is {self.baseline!r}, but the runs after the first are {list(self.runs)[1:]}"
@@ -38,13 +43,13 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
-    results = {(t.label, t.depth, t.seed): t.result() for t in recipe.trainings}
+    results = {(training.label, training.depth, training.seed): training.result() for training in recipe.trainings}
     curves = [
         {"label": label, "depth": depth, "seed": seed, "validation": result["learning_curve"]["validation"]}
         for (label, depth, seed), result in results.items()
     ]
     _draw(recipe, results, recipe.folder / f"{recipe.name}.png")
-    gaps = _gaps(recipe, results) if recipe.baseline else {}
+    gaps = _gaps(recipe, recipe.baseline, results) if recipe.baseline else {}
     return {
         "measured": {"gaps": gaps, "curves": curves},
         "table": _table(recipe, results),
@@ -52,17 +57,21 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _gaps(recipe: Recipe, results: dict[tuple[str, int, int], dict[str, Any]]) -> dict[int, list[float]]:
-    """By depth: the baseline's validation loss minus the first model's, for each seed (both saw the same batches)."""
+def _gaps(recipe: Recipe, baseline: str, results: Results) -> dict[int, list[float]]:
+    """Return by depth the baseline's validation loss minus the first model's, for each seed.
+
+    Both saw the same batches, so the difference of a seed has less noise than either loss.
+    """
     first = next(iter(recipe.runs))
 
-    def loss(label: str, depth: int, seed: int) -> float:
-        return results[label, depth, seed]["metrics"]["validation_loss"]
+    def gap(depth: int, seed: int) -> float:
+        losses = [results[label, depth, seed]["metrics"]["validation_loss"] for label in (baseline, first)]
+        return losses[0] - losses[1]
 
-    return {d: [loss(recipe.baseline, d, s) - loss(first, d, s) for s in recipe.seeds] for d in recipe.depths}
+    return {depth: [gap(depth, seed) for seed in recipe.seeds] for depth in recipe.depths}
 
 
-def _table(recipe: Recipe, results: dict[tuple[str, int, int], dict[str, Any]]) -> str:
+def _table(recipe: Recipe, results: Results) -> str:
     columns = ["model", "blocks", "parameters", "seeds", "tokens", "validation loss", "perplexity"]
     rows = []
     for depth in recipe.depths:
@@ -78,28 +87,28 @@ def _table(recipe: Recipe, results: dict[tuple[str, int, int], dict[str, Any]]) 
 
 def _claims(recipe: Recipe, gaps: dict[int, list[float]]) -> list[Claim]:
     shallow, deep = min(recipe.depths), max(recipe.depths)
-    at = {d: f"{mean_and_deviation(gaps[d], 3)} nats at depth {d}" for d in sorted(gaps)}
-    means = {depth: statistics.mean(gap) for depth, gap in gaps.items()}
-    small = "reproduced" if min(gaps[shallow]) > 0 else "contradicted"
-    closed = "reproduced" if abs(means[deep]) <= 0.01 else "contradicted" if means[deep] < 0 else "not at this size"
+    gap_at = {depth: f"{mean_and_deviation(gaps[depth], 3)} nats at depth {depth}" for depth in sorted(gaps)}
+    deep_gap = statistics.mean(gaps[deep])
+    is_closed = abs(deep_gap) <= CLOSED
     baseline = f"{recipe.baseline} - {next(iter(recipe.runs))}"
     return [
         Claim(
             "At small depth the mosaic's validation loss is below the transformer's of equal size",
             "slightly better, visible at depth 1 (Fig. 9; plotted only)",
-            f"{baseline}: {at[shallow]}; lower with every seed: {'yes' if min(gaps[shallow]) > 0 else 'no'}",
-            small,
+            f"{baseline}: {gap_at[shallow]}; lower with every seed: {'yes' if min(gaps[shallow]) > 0 else 'no'}",
+            "reproduced" if min(gaps[shallow]) > 0 else "contradicted",
         ),
         Claim(
             "As depth grows the two become indistinguishable",
             "gone at depth 8 (Fig. 9)",
-            f"{baseline}: {', '.join(at.values())}",
-            closed,
+            f"{baseline}: {', '.join(gap_at.values())}",
+            "reproduced" if is_closed else "contradicted" if deep_gap < 0 else "not at this size",
         ),
     ]
 
 
-def _draw(recipe: Recipe, results: dict[tuple[str, int, int], dict[str, Any]], path: Path) -> None:
+def _draw(recipe: Recipe, results: Results, path: Path) -> None:
+    """Draw the curve of each seed faint and the mean over the seeds strong, one column for each depth."""
     figure, axes = new_figure(1, len(recipe.depths), sharey=True)
     for column, depth in zip(axes[0], recipe.depths, strict=True):
         for number, label in enumerate(recipe.runs):

@@ -23,7 +23,7 @@ CITATION = """\
 """
 # Positions at a time, so that a long window does not need resamples x positions numbers at once.
 BLOCK = 1024
-Losses = Sequence[Sequence[float]]
+Losses = Sequence[Sequence[float]] | np.ndarray
 Documents = Sequence[str] | Sequence[int] | Sequence[None]
 
 
