@@ -22,9 +22,6 @@ from training.tasks.babistories import Recipe
 """BabiStories: the same stories on any number of processes and after any kill, clean ones only, and honest numbers."""
 
 
-
-
-
 RECIPE = str(CONFIGURATION / "recipe" / "babistories.yaml")
 LISTS = {
     "names": ["Anna", "Ben", "Lily"],

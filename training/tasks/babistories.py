@@ -24,11 +24,11 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from pydantic import Field, PositiveInt, model_validator
 
 from training.card import STORIES, render
-from training.tables import Claim
 from training.files import checksum, remove_leftovers, write_json, write_text
 from training.recipe import BaseRecipe, Section
 from training.result import header
 from training.run_folder import run_once
+from training.tables import Claim
 from training.text import story_prompts
 from training.text.generator import Generator, GeneratorSection, check_quantization
 from training.text.shards import ShardWriter, read_rows
