@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task that takes no time, for `test_search.py`: its loss is least at x = 3. Run as a script it is a search of it.
+"""A task that takes no time, for `test_search.py`: its loss is least at x = 3. As a script, this file searches it.
 
-Each start of a run leaves its settings in the file `starts` beside its folder. While there is a file `hold` in the
+Each start of a run writes its settings into the file `starts` beside its folder. While there is a file `hold` in the
 folder above, a run with x = 2 waits.
 """
 
@@ -18,7 +18,7 @@ from training.result import read_result, write_result
 from training.run_folder import claim_folder, only_run_in
 
 
-TASKS["searched"] = "searched_task" if __name__ == "__main__" else __name__
+TASKS["searched"] = "helpers.searched_task"
 
 
 class Inner(Section):

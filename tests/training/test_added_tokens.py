@@ -34,7 +34,8 @@ from training.export import export_model
 from training.generate import generate_texts
 from training.paths import CLONE, CONFIGURATION
 from training.recipe import load_recipe
-from training.tasks import babistories, fine_tuning, language_modeling
+from training.tasks import fine_tuning, language_modeling
+from training.text.generator import Generator, GeneratorSection
 from training.text.sources import load_stories
 from training.text.tokenizer import added_tokens, load_tokenizer, train_tokenizer
 from training.text.windows import pack_windows
@@ -179,13 +180,13 @@ def test_a_base_of_others_whose_tokenizer_adds_tokens_is_refused(kind, tmp_path)
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_generator_of_others_keeps_its_begin_and_must_not_end_a_prompt(kind, tmp_path):
-    section = babistories.GeneratorSection(model=str(save_tokenizer(kind, tmp_path)), batch_size=1)
+    section = GeneratorSection(model=str(save_tokenizer(kind, tmp_path)), batch_size=1)
     state = language_modeling.PartialState(cpu=True)
     if "</s>" in TEMPLATES[kind]:
         with pytest.raises(ValueError, match="adds '</s>' behind each prompt.*add_eos_token=false"):
-            babistories.Generator(section, state)
+            Generator(section, state)
     else:
-        ids = babistories.Generator(section, state).tokenizer(TEXT).input_ids
+        ids = Generator(section, state).tokenizer(TEXT).input_ids
         assert ids == [*([VOCABULARY["<s>"]] if kind == "begin" else []), *PLAIN]
 
 
@@ -218,7 +219,7 @@ def test_a_tokenizer_that_adds_nothing_is_left_as_it_is(tmp_path, caplog):
 # A new place that calls a tokenizer belongs into a test above, and then here.
 WALKED = {
     *("training/text/windows.py", "training/evaluate.py", "training/text/tokenizer.py"),
-    *("training/tasks/babistories.py", "training/experiments/position_loss.py"),
+    *("training/text/generator.py", "training/text/story_selection.py", "training/experiments/position_loss.py"),
     *("training/experiments/samples.py", "hub_cards/space/app.py"),
     "modeling_memory_mosaic/inspection_memory_mosaic.py",
 }

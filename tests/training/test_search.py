@@ -114,7 +114,7 @@ def killed(path, folder, *overrides):
     """Start a search as a process and kill it while a trial with x = 2 is going on, and one with x = 1 finished."""
     (folder.parent / "hold").touch()
     command = [sys.executable, str(CLONE / "tests" / "helpers" / "searched_task.py"), str(path), *overrides]
-    environment = os.environ | {"PYTHONPATH": str(CLONE)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CLONE), str(CLONE / "tests")])}
     with subprocess.Popen(command, cwd=CLONE, env=environment, stderr=subprocess.PIPE, text=True) as process:
         while not (folder / "starts").is_file() or {"1", "2"} - set(starts(folder)):
             assert process.poll() is None, process.stderr.read()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A search over settings: any `base` recipe, tried at points of a `space`, compared by a number of its result.
+"""A search over settings: any `base` recipe, run at points of a `space`, compared by a number of its result.
 
 A trial is a run of the base recipe in a folder of its own inside the search's, so that it resumes as any run does.
-What has been tried is kept by optuna in `study.db`; one process reads and writes it, however many `workers` run
-trials. A sampler is seeded anew for each trial, by the search's seed and the trial's number: a search that was killed
-and started again draws what it would have drawn.
+Optuna keeps what has been tried in `study.db`; one process reads and writes it, however many `workers` run trials. A
+sampler is seeded for each trial, by the search's seed and the trial's number: a search that was killed and started
+again draws what it would have drawn.
 """
 
 import contextlib
@@ -14,37 +14,39 @@ import json
 import logging
 import math
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import optuna
 import torch
 from accelerate import PartialState
+from filelock import FileLock
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 from sqlalchemy.pool import NullPool
 from tqdm import tqdm
+from transformers.utils.generic import flatten_dict
 
 from training.figures import new_figure, save_figure
 from training.files import checksum, read_sealed, sealed, set_aside, write_text
-from training.parallel import start_workers
+from training.parallel import recipe_job, run_logged, start_workers
 from training.paths import CONFIGURATION
-from training.recipe import BaseRecipe, Section, load_recipe
+from training.recipe import BaseRecipe, Section, load_recipe, nearest
 from training.result import header, read_result
-from training.run_folder import run_once
+from training.run_folder import TRIAL_LOCK, run_once
 from training.tables import markdown_table
-from training.tasks.search_trials import Outcome, run_trial
 
 
 logger = logging.getLogger(__name__)
 
 LONGEST_TABLE = 20
-DECIDED_BY_THE_SEARCH = ("name", "task", "output_dir")
+RESERVED_KEYS = ("name", "task", "output_dir")
 Settings = dict[str, Any]  # value by dotted key
 
 
@@ -56,7 +58,7 @@ class RangeSection(Section):
     log: bool = False
 
     @model_validator(mode="after")
-    def _ascending(self):
+    def _check_bounds(self) -> "RangeSection":
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"low is {self.low} and high is {self.high}: give two numbers, the lower as `low`")
         if self.log and self.low <= 0:
@@ -64,12 +66,46 @@ class RangeSection(Section):
         return self
 
 
-def _kind(values: Any) -> str:
+def _values_type(values: Any) -> str:
     return "range" if isinstance(values, (dict, RangeSection)) else "choices"
 
 
 Choices = Annotated[list[bool | int | float | str | None], Field(min_length=1)]
-Values = Annotated[Annotated[Choices, Tag("choices")] | Annotated[RangeSection, Tag("range")], Discriminator(_kind)]
+Values = Annotated[
+    Annotated[Choices, Tag("choices")] | Annotated[RangeSection, Tag("range")], Discriminator(_values_type)
+]
+
+
+def _flat(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    # No library does this: a range is a dictionary too, and stays one.
+    for key, values in space.items():
+        if isinstance(values, dict) and not values.keys() & RangeSection.model_fields.keys():
+            yield from _flat(values, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", values
+
+
+def _nested(settings: Settings) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        inner = functools.reduce(lambda inside, parent: inside.setdefault(parent, {}), parents, nested)
+        inner[last] = value
+    return nested
+
+
+def _format_value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+def _format_settings(settings: Settings) -> str:
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+
+
+def _folder_name(settings: Settings, digest: str) -> str:
+    # For readers the last word of each key and four digits; the hash tells apart what these leave out.
+    words = "-".join(f"{key.rpartition('.')[2]}={_format_value(value)}" for key, value in settings.items())
+    return f"trial-{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', words)[:80]}-{digest[:8]}"
 
 
 class Recipe(BaseRecipe):
@@ -88,12 +124,12 @@ class Recipe(BaseRecipe):
 
     @field_validator("space", mode="before")
     @classmethod
-    def _dotted(cls, space):
+    def _flatten_keys(cls, space: Any) -> Any:
         # An override such as space.training.learning_rate=[1e-3,2e-3] arrives nested.
         return dict(_flat(space)) if isinstance(space, dict) else space
 
     @model_validator(mode="after")
-    def _space_suits_the_sampler(self):
+    def _check_sampler(self) -> "Recipe":
         ranges = [key for key, values in self.space.items() if isinstance(values, RangeSection)]
         for key, values in self.space.items():
             if key not in ranges and any(value in values[:place] for place, value in enumerate(values)):
@@ -113,8 +149,8 @@ class Recipe(BaseRecipe):
         return self
 
     @model_validator(mode="after")
-    def _everything_tried_is_valid(self):
-        taken = sorted({*self.space, *self.common} & {*DECIDED_BY_THE_SEARCH})
+    def _check_points(self) -> "Recipe":
+        taken = sorted({*self.space, *self.common} & {*RESERVED_KEYS})
         if taken:
             raise ValueError(f"{', '.join(taken)} cannot be set by `space` or `common`: the search decides it")
         if isinstance(self.base_recipe, Recipe):
@@ -123,31 +159,31 @@ class Recipe(BaseRecipe):
             try:
                 self.trial(settings)
             except ValueError as error:
-                raise ValueError(f"the space has an invalid point, {_told(settings)}: {error}") from None
+                raise ValueError(f"the space has an invalid point, {_format_settings(settings)}: {error}") from None
         return self
 
     def _single_values(self) -> Iterator[Settings]:
-        # Of a range the ends; combinations are left to the trials, one of which may fail without ending the search.
+        # A range is tried at its ends. Combinations are left to the trials: one may fail without ending the search.
         for key, values in self.space.items():
             ends = [values.low, values.high] if isinstance(values, RangeSection) else values
             yield from ({key: value} for value in ends)
 
     @functools.cached_property
     def points(self) -> list[Settings]:
-        """Every point of a grid, the last key of the space changing fastest; of other samplers none."""
+        """Every point of a grid, the last key of the space changing fastest; none with other samplers."""
         if self.sampler != "grid":
             return []
         return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*self.space.values())]
 
     @property
     def num_points(self) -> float:
-        """How many points the space has; infinite with a range."""
+        """Number of points in the space; infinite with a range."""
         sizes = (math.inf if isinstance(values, RangeSection) else len(values) for values in self.space.values())
         return math.prod(sizes)
 
     @property
     def total(self) -> int:
-        """How many trials the search has."""
+        """Number of trials in the search."""
         return self.num_trials or len(self.points)
 
     @functools.cached_property
@@ -157,132 +193,36 @@ class Recipe(BaseRecipe):
 
     @functools.cached_property
     def base_recipe(self) -> BaseRecipe:
-        """What all trials have in common."""
+        """The recipe that all trials have in common."""
         return load_recipe(self.base_path, settings=[self.common])
 
     def trial(self, settings: Settings) -> BaseRecipe:
-        """The recipe of one trial, with its folder in the search's; `ValueError` if the settings are not valid."""
+        """Return the recipe of a trial, which has a folder in the search's; `ValueError` if settings are not valid."""
         recipe = load_recipe(self.base_path, settings=[self.common, _nested(settings)])
         return recipe.model_copy(update={"output_dir": str(self.folder / _folder_name(settings, recipe.hash))})
 
     def content(self) -> dict[str, Any]:
-        """All that determines the search: not how many processes share its trials."""
+        """Return all that determines the search: not how many processes share its trials."""
         content = super().content()
         del content["workers"]
         return content | {"base_recipe": self.base_recipe.content()}
 
 
-def _flat(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, values in space.items():
-        if isinstance(values, dict) and not values.keys() & RangeSection.model_fields.keys():
-            yield from _flat(values, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", values
-
-
-def _nested(settings: Settings) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in settings.items():
-        *parents, last = key.split(".")
-        inner = functools.reduce(lambda inside, parent: inside.setdefault(parent, {}), parents, nested)
-        inner[last] = value
-    return nested
-
-
-def _told(settings: Settings) -> str:
-    return " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-
-
-def _folder_name(settings: Settings, digest: str) -> str:
-    # For readers the last word of each key and four digits; the hash tells apart what these leave out.
-    words = "-".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in settings.items())
-    return f"trial-{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', words)[:80]}-{digest[:8]}"
-
-
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """What the search would do, and how far it is: a line for each trial that is known. Reads no data."""
-    known = []
-    if _is_as_written(recipe):
-        with contextlib.suppress(KeyError):  # the folder is another search's, which `run` will refuse
-            known = _whole(recipe, optuna.load_study(study_name=recipe.hash, storage=_storage(recipe)))
-    lines: dict[str, Any] = {f"trial {number}": _told(point) for number, point in enumerate(recipe.points)}
-    states = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed", TrialState.RUNNING: "begun"}
-    for number, trial in enumerate(known):
-        lines[f"trial {number}"] = f"{_told(_settings(recipe, trial))}, {states[trial.state]}"
-        if trial.value is not None:
-            lines[f"trial {number}"] += f", {recipe.metric} {trial.value:.6g}"
-    finished = sum(trial.state.is_finished() for trial in known)
-    return lines | {"trials": recipe.total, "done": finished, "folder": str(recipe.folder), "hash": recipe.hash}
-
-
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Search, from wherever an earlier start of the same recipe got to.
-
-    Args:
-        recipe: what to do.
-        restart: move what an earlier search left in the folder aside, its trials with it, and begin anew.
-
-    Returns:
-        The content of `result.json`; of the earlier one, if the search was already finished.
-
-    Raises:
-        ValueError: the folder belongs to another recipe, the results of the trials have no such metric, every trial
-            failed, or `accelerate launch` started several processes.
-    """
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    if state.num_processes > 1:
-        raise ValueError(
-            f"a search in {state.num_processes} processes would try everything as often: start it without "
-            f"`accelerate launch`, and set workers={state.num_processes} for as many trials at once"
-        )
-    identity = {"hash": recipe.hash, "data": {}, "recipe": recipe.content()}
-    return run_once(
-        recipe, state, restart, lambda: identity, make=lambda data: _search(recipe), again="searches again"
-    )
-
-
-def _search(recipe: Recipe) -> dict[str, Any]:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path = _study_path(recipe)
-    if path.is_file() and not _is_as_written(recipe):
-        aside = set_aside(path).name
-        logger.warning("%s is damaged: kept as %s; trials are drawn again, and what is finished is found", path, aside)
-    study = optuna.create_study(
-        storage=_storage(recipe), study_name=recipe.hash, direction=recipe.direction, load_if_exists=True
-    )
-    _remember_content(recipe)
-    _run_trials(recipe, study)
-    trials = [_row(recipe, study, number, trial) for number, trial in enumerate(_whole(recipe, study))]
-    ranking = _ranking(recipe, trials)
-    if not ranking:
-        raise ValueError(
-            f"all {len(trials)} trials failed, the first with: {trials[0]['error']} (mend it and start with --restart)"
-        )
-    _draw(recipe, ranking, recipe.folder / f"{recipe.name}.png")
-    return {
-        **header(recipe),
-        "data": _data(recipe, ranking),
-        "measured": {"best": ranking[0], "trials": trials},
-        "table": _table(recipe, ranking, trials),
-        "claims": [],
-    }
+# The study: what optuna has tried
 
 
 def _study_path(recipe: Recipe) -> Path:
     return recipe.folder / "study.db"
 
 
-def _is_as_written(recipe: Recipe) -> bool:
+def _is_intact(recipe: Recipe) -> bool:
+    """Return whether the study is what this search wrote last."""
     path = _study_path(recipe)
     return path.is_file() and read_sealed(path.with_suffix(".sha256")) == f"{checksum(path)}\n"
 
 
-def _remember_content(recipe: Recipe) -> None:
-    """State the checksum of the study beside it: after each of our own changes."""
+def _seal_study(recipe: Recipe) -> None:
+    """Write the checksum of the study beside it. Called after each change that the search makes to it."""
     path = _study_path(recipe)
     write_text(path.with_suffix(".sha256"), sealed(f"{checksum(path)}\n"))
 
@@ -292,52 +232,60 @@ def _storage(recipe: Recipe) -> optuna.storages.RDBStorage:
     return optuna.storages.RDBStorage(f"sqlite:///{_study_path(recipe)}", engine_kwargs={"poolclass": NullPool})
 
 
-def _whole(recipe: Recipe, study: optuna.Study) -> list[FrozenTrial]:
-    """The trials of a study, without those that a kill left with only some of their settings."""
+def _complete_trials(recipe: Recipe, study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials of a study, without those that a kill left with only some of their settings."""
     return [trial for trial in study.get_trials(deepcopy=False) if trial.params.keys() == recipe.space.keys()]
 
 
-def _settings(recipe: Recipe, trial: Trial | FrozenTrial) -> Settings:
+def _settings_of(recipe: Recipe, trial: Trial | FrozenTrial) -> Settings:
     return {key: trial.params[key] for key in recipe.space}
 
 
-def _run_trials(recipe: Recipe, study: optuna.Study) -> None:
-    drawn = _drawn(recipe, study)
-    finished = sum(trial.state.is_finished() for trial in _whole(recipe, study))
-    bar = tqdm(total=recipe.total, initial=finished, desc=recipe.name, unit="trial")
-    with bar, start_workers(min(recipe.workers, recipe.total)) as idle:
-        running: dict[Future, tuple[Trial | FrozenTrial, Executor]] = {}
-        while True:
-            while idle and (trial := next(drawn, None)) is not None:
-                _remember_content(recipe)
-                worker = idle.pop()
-                running[worker.submit(*_job(recipe, study, trial))] = (trial, worker)
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                trial, worker = running.pop(future)
-                idle.append(worker)
-                _tell(recipe, study, trial, future.result(), bar)
-                _remember_content(recipe)
+# Trials
 
 
-def _drawn(recipe: Recipe, study: optuna.Study) -> Iterator[Trial | FrozenTrial]:
-    """Trials to run: what a killed search left, then new ones, each drawn only when it is asked for."""
-    for left in study.get_trials(states=(TrialState.RUNNING,)):
-        if left.params.keys() == recipe.space.keys():
-            yield left
-        else:
-            study.tell(left.number, state=TrialState.FAIL)  # to be drawn again, whole
-    distributions = {key: _distribution(values) for key, values in recipe.space.items()}
-    while (number := len(_whole(recipe, study))) < recipe.total:
-        if recipe.sampler == "grid":
-            point = recipe.points[number]
-            begun = optuna.create_trial(state=TrialState.RUNNING, params=point, distributions=distributions)
-            study.add_trial(begun)
-            yield study.trials[-1]
-        else:
-            study.sampler = _sampler(recipe, number)
-            yield study.ask(distributions)
+class Outcome(NamedTuple):
+    """The outcome of a trial: its metric, or the message of its failure, and the seconds that it took."""
+
+    metric: float | None
+    error: str | None
+    seconds: float
+
+
+def _look_up(result: dict[str, Any], metric: str) -> float | None:
+    # An error here ends the search: every other trial would end in it too.
+    numbers = {
+        key: value
+        for key, value in flatten_dict(result).items()
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    }
+    if metric not in numbers:
+        raise ValueError(f"the result of a trial has no number {metric!r}{nearest(metric, list(numbers))}")
+    return numbers[metric]
+
+
+def run_trial(recipe: BaseRecipe, metric: str) -> Outcome:
+    """Run a recipe, or what is left of its run; what it prints goes into a file beside its folder.
+
+    Args:
+        recipe: of any task.
+        metric: dotted path of a number in its `result.json`.
+
+    Raises:
+        ValueError: there is no such number. A run that fails, or whose number is not finite, is an outcome.
+    """
+    folder, start = recipe.folder.resolve(), time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    # Another worker may have drawn the same settings: it waits here, and then finds the result.
+    with FileLock(folder / TRIAL_LOCK):
+        try:
+            result = run_logged(recipe_job(recipe))
+        except (ValueError, torch.OutOfMemoryError) as error:
+            return Outcome(None, f"{error}", round(time.monotonic() - start, 3))
+    value = _look_up(result, metric)
+    finite = value is not None and math.isfinite(value)
+    seconds = result.get("seconds", round(time.monotonic() - start, 3))
+    return Outcome(float(value), None, seconds) if finite else Outcome(None, f"{metric} is {value}", seconds)
 
 
 def _distribution(values: list[Any] | RangeSection) -> BaseDistribution:
@@ -352,35 +300,77 @@ def _sampler(recipe: Recipe, number: int) -> BaseSampler:
     return {"random": RandomSampler, "tpe": TPESampler}[recipe.sampler](seed=seed)
 
 
-def _job(recipe: Recipe, study: optuna.Study, trial: Trial | FrozenTrial) -> tuple[Any, ...]:
-    """The function that gives a trial's outcome, and its arguments."""
-    for twin in _whole(recipe, study):
-        if twin.state.is_finished() and twin.params == trial.params:
-            return Outcome, twin.value, _notes(study, twin)["error"], 0.0
-    try:
-        return run_trial, recipe.trial(_settings(recipe, trial)), recipe.metric
-    except ValueError as error:  # values that are valid one by one may contradict each other
-        return Outcome, None, str(error), 0.0
-
-
-def _tell(recipe: Recipe, study: optuna.Study, trial: Trial | FrozenTrial, outcome: Outcome, bar: tqdm) -> None:
-    # Notes before the state, so that a trial which is told as finished has them whatever kills the search.
-    study.set_user_attr(f"trial {trial.number}", outcome._asdict())
-    if outcome.error is None:
-        study.tell(trial.number, outcome.metric)
-        bar.set_postfix_str(f"best {study.best_value:.6g}")
-    else:
-        study.tell(trial.number, state=TrialState.FAIL)
-        bar.write(f"failed: {_told(_settings(recipe, trial))}: {outcome.error}")
-    bar.update()
+def _next_trials(recipe: Recipe, study: optuna.Study) -> Iterator[Trial | FrozenTrial]:
+    """Yield trials to run: those that a killed search left, then new ones, each drawn only when it is asked for."""
+    for left in study.get_trials(states=(TrialState.RUNNING,)):
+        if left.params.keys() == recipe.space.keys():
+            yield left
+        else:
+            study.tell(left.number, state=TrialState.FAIL)  # to be drawn again, whole
+    distributions = {key: _distribution(values) for key, values in recipe.space.items()}
+    while (number := len(_complete_trials(recipe, study))) < recipe.total:
+        if recipe.sampler == "grid":
+            point = recipe.points[number]
+            begun = optuna.create_trial(state=TrialState.RUNNING, params=point, distributions=distributions)
+            study.add_trial(begun)
+            yield study.trials[-1]
+        else:
+            study.sampler = _sampler(recipe, number)
+            yield study.ask(distributions)
 
 
 def _notes(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
     return study.user_attrs[f"trial {trial.number}"]
 
 
+def _job(recipe: Recipe, study: optuna.Study, trial: Trial | FrozenTrial) -> tuple[Any, ...]:
+    """Return the function that gives a trial's outcome, and its arguments; settings drawn twice are run once."""
+    for twin in _complete_trials(recipe, study):
+        if twin.state.is_finished() and twin.params == trial.params:
+            return Outcome, twin.value, _notes(study, twin)["error"], 0.0
+    try:
+        return run_trial, recipe.trial(_settings_of(recipe, trial)), recipe.metric
+    except ValueError as error:  # values that are valid one by one may contradict each other
+        return Outcome, None, str(error), 0.0
+
+
+def _record(recipe: Recipe, study: optuna.Study, trial: Trial | FrozenTrial, outcome: Outcome, bar: tqdm) -> None:
+    # Notes before the state: a trial that is recorded as finished then has them, even if the search is killed here.
+    study.set_user_attr(f"trial {trial.number}", outcome._asdict())
+    if outcome.error is None:
+        study.tell(trial.number, outcome.metric)
+        bar.set_postfix_str(f"best {study.best_value:.6g}")
+    else:
+        study.tell(trial.number, state=TrialState.FAIL)
+        bar.write(f"failed: {_format_settings(_settings_of(recipe, trial))}: {outcome.error}")
+    bar.update()
+
+
+def _run_trials(recipe: Recipe, study: optuna.Study) -> None:
+    drawn = _next_trials(recipe, study)
+    finished = sum(trial.state.is_finished() for trial in _complete_trials(recipe, study))
+    bar = tqdm(total=recipe.total, initial=finished, desc=recipe.name, unit="trial")
+    with bar, start_workers(min(recipe.workers, recipe.total)) as idle:
+        running: dict[Future, tuple[Trial | FrozenTrial, Executor]] = {}
+        while True:
+            while idle and (trial := next(drawn, None)) is not None:
+                _seal_study(recipe)
+                worker = idle.pop()
+                running[worker.submit(*_job(recipe, study, trial))] = (trial, worker)
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                trial, worker = running.pop(future)
+                idle.append(worker)
+                _record(recipe, study, trial, future.result(), bar)
+                _seal_study(recipe)
+
+
+# The result
+
+
 def _row(recipe: Recipe, study: optuna.Study, number: int, trial: FrozenTrial) -> dict[str, Any]:
-    settings, notes = _settings(recipe, trial), _notes(study, trial)
+    settings, notes = _settings_of(recipe, trial), _notes(study, trial)
     row = {"number": number, "settings": settings, **notes, "state": "failed" if notes["error"] else "finished"}
     try:
         run = recipe.trial(settings)
@@ -390,14 +380,14 @@ def _row(recipe: Recipe, study: optuna.Study, number: int, trial: FrozenTrial) -
 
 
 def _ranking(recipe: Recipe, trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Finished trials, best first; settings that were drawn several times once."""
+    """Return the finished trials, best first; settings that were drawn several times appear once."""
     first = {trial["recipe_hash"]: trial for trial in reversed(trials) if trial["metric"] is not None}
     sign = 1 if recipe.direction == "minimize" else -1
     return sorted(first.values(), key=lambda trial: (sign * trial["metric"], trial["number"]))
 
 
 def _data(recipe: Recipe, ranking: list[dict[str, Any]]) -> dict[str, Any]:
-    """Provenance of what the trials read, by the first trial that read it: one entry, if all read the same."""
+    """Return the provenance of the data, by the first trial that read them: one entry, if all trials read the same."""
     data: dict[str, Any] = {}
     for trial in sorted(ranking, key=lambda trial: trial["number"]):
         result = read_result(recipe.folder / trial["folder"])
@@ -408,7 +398,7 @@ def _data(recipe: Recipe, ranking: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _table(recipe: Recipe, ranking: list[dict[str, Any]], trials: list[dict[str, Any]]) -> str:
     rows = [
-        [*map(_short, trial["settings"].values()), f"{trial['metric']:.6g}", f"{trial['seconds']:,.0f}"]
+        [*map(_format_value, trial["settings"].values()), f"{trial['metric']:.6g}", f"{trial['seconds']:,.0f}"]
         for trial in ranking[:LONGEST_TABLE]
     ]
     table = markdown_table([*recipe.space, recipe.metric, "seconds"], "l" * len(recipe.space) + "rr", rows)
@@ -440,16 +430,88 @@ def _draw(recipe: Recipe, ranking: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
+# The search
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """Return what the search would do, and how far it is: a line for each trial that is known. Reads no data."""
+    known: list[FrozenTrial] = []
+    if _is_intact(recipe):
+        with contextlib.suppress(KeyError):  # the folder is another search's, and `run` will refuse it
+            known = _complete_trials(recipe, optuna.load_study(study_name=recipe.hash, storage=_storage(recipe)))
+    lines: dict[str, Any] = {f"trial {number}": _format_settings(point) for number, point in enumerate(recipe.points)}
+    states = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed", TrialState.RUNNING: "begun"}
+    for number, trial in enumerate(known):
+        lines[f"trial {number}"] = f"{_format_settings(_settings_of(recipe, trial))}, {states[trial.state]}"
+        if trial.value is not None:
+            lines[f"trial {number}"] += f", {recipe.metric} {trial.value:.6g}"
+    finished = sum(trial.state.is_finished() for trial in known)
+    return lines | {"trials": recipe.total, "done": finished, "folder": str(recipe.folder), "hash": recipe.hash}
+
+
+def _search(recipe: Recipe) -> dict[str, Any]:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = _study_path(recipe)
+    if path.is_file() and not _is_intact(recipe):
+        aside = set_aside(path).name
+        logger.warning("%s is damaged: kept as %s; trials are drawn again, and what is finished is found", path, aside)
+    study = optuna.create_study(
+        storage=_storage(recipe), study_name=recipe.hash, direction=recipe.direction, load_if_exists=True
+    )
+    _seal_study(recipe)
+    _run_trials(recipe, study)
+    trials = [_row(recipe, study, number, trial) for number, trial in enumerate(_complete_trials(recipe, study))]
+    ranking = _ranking(recipe, trials)
+    if not ranking:
+        raise ValueError(
+            f"all {len(trials)} trials failed, the first with: {trials[0]['error']} (mend it and start with --restart)"
+        )
+    _draw(recipe, ranking, recipe.folder / f"{recipe.name}.png")
+    return {
+        **header(recipe),
+        "data": _data(recipe, ranking),
+        "measured": {"best": ranking[0], "trials": trials},
+        "table": _table(recipe, ranking, trials),
+        "claims": [],
+    }
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Search, from wherever an earlier start of the same recipe got to.
+
+    Args:
+        recipe: what to do.
+        restart: move what an earlier search left in the folder aside, its trials with it, and begin again.
+
+    Returns:
+        The content of `result.json`; of the earlier one, if the search was already finished.
+
+    Raises:
+        ValueError: the folder belongs to another recipe, the results of the trials have no such metric, every trial
+            failed, or `accelerate launch` started several processes.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.num_processes > 1:
+        raise ValueError(
+            f"a search in {state.num_processes} processes would try everything as often: start it without "
+            f"`accelerate launch`, and set workers={state.num_processes} for as many trials at once"
+        )
+    identity = {"hash": recipe.hash, "data": {}, "recipe": recipe.content()}
+    return run_once(
+        recipe, state, restart, lambda: identity, make=lambda data: _search(recipe), again="searches again"
+    )
+
+
 def summary(result: dict[str, Any], folder: Path) -> str:
-    """The end of a search in words: its table, what failed, and the best settings as the command line takes them."""
+    """Return the end of a search in words: its table, failures, and the best settings as command-line arguments."""
     trials, best = result["measured"]["trials"], result["measured"]["best"]
-    failed = [f"failed: {_told(t['settings'])}: {t['error']}" for t in trials if t["state"] == "failed"]
+    failed = [f"failed: {_format_settings(t['settings'])}: {t['error']}" for t in trials if t["state"] == "failed"]
     return "\n".join(
         [
             result["table"],
             "",
             *failed,
-            f"best: {_told(best['settings'])} ({result['recipe']['metric']} {best['metric']:.6g})",
+            f"best: {_format_settings(best['settings'])} ({result['recipe']['metric']} {best['metric']:.6g})",
             f"its run is in {folder / best['folder']}; result.json and {result['name']}.png are in {folder}",
         ]
     )
