@@ -38,6 +38,7 @@ check: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mlinter modeling_memory_mosaic
+	$(BIN)/mypy
 	$(SUITE)
 
 bench: .venv/installed
