@@ -104,6 +104,7 @@ class AdaptableLayer(nn.Module):
             )
         if merge:
             self.check_added_adapters(adapter_names)
+        # `named_modules` lists outer modules before inner ones.
         for name, part in reversed(adapter_parts(self).items()):
             if hasattr(part, "unload_and_optionally_merge_module"):
                 module = part.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
@@ -253,6 +254,7 @@ def prepare_for_adapters(model: Any, inputs: dict[str, Any], memory_name: str, i
     memory = inputs.get(memory_name)
     if memory is not None:
         check_routers(model)
+    # PEFT puts a bound method of its model in place of this one while it generates.
     caller = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", model)
     config = getattr(caller, "active_peft_config", None)
     if config is None or not config.is_prompt_learning:

@@ -18,8 +18,8 @@
 holds the pair that completes when token t arrives, (key of token t-1, value of token t-1); slot 0 is empty. So the
 strict rule "a token retrieves earlier pairs only" is plain causality over slots, and there is one slot per token.
 
-The first layer also knows what was read (`ReadText`) and which weights read it (`MemoryWriter`), so that only its own
-text and its own model continue a memory.
+The first layer also knows what was read (`ReadText`) and which weights read it (`MemoryWriter`), so that no other
+text and no other model continue a memory.
 """
 
 import warnings
@@ -261,7 +261,7 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
             raise RuntimeError(
                 f"Cannot crop {num_tokens} tokens: the leaky sums and the pending value of only the last "
                 f"{recorded - 1} were recorded. Call `activate_past_recording()` on the cache before reading the "
-                "tokens you may want to take back, or read the shorter text anew."
+                "tokens you may want to take back, or read the shorter text again."
             )
         self._map_states(lambda trajectory: trajectory[:, :, :-num_tokens])
 

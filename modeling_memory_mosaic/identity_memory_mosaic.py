@@ -79,6 +79,8 @@ def acting_weights(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
     Yields:
         name without wrappers of PEFT and `torch.compile`, name in the state dict, and value.
     """
+    # A wrapper keeps the weights of its layer under `base_layer`, or under `original_module` beside a trained copy,
+    # and those of each adapter under the adapter's name.
     wrapped = [(f"{name}.", acting_adapters(layer)) for name, layer in adapted_layers(module)]
     for full_name, value in module.state_dict().items():
         for owner, acting in wrapped:
@@ -119,9 +121,9 @@ def plain_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """
     if is_meta(value):
         raise ValueError(f"{name} has no value (it lies on the meta device): load the weights before reading.")
-    if hasattr(value, "full_tensor"):
+    if hasattr(value, "full_tensor"):  # a `DTensor`
         value = value.full_tensor()
-    if hasattr(value, "__tensor_flatten__"):
+    if hasattr(value, "__tensor_flatten__"):  # a subclass made of other tensors, as quantizers use
         names, context = value.__tensor_flatten__()
         yield f"{name} {context}", torch.empty(0)
         for inner in names:
@@ -156,6 +158,7 @@ def weights_fingerprint(module: nn.Module, config: PreTrainedConfig | None = Non
         raise ValueError("DeepSpeed ZeRO-3 keeps the weights in parts: load the model on one process for this.")
     used: Any = config or module.config
     digest = hashlib.sha256(repr((settings(used), adapters_at_work(module))).encode())
+    # Sorted: wrappers change the order of names, but not what is computed.
     for name, full_name, value in sorted(acting_weights(module), key=lambda item: item[0]):
         value = offloaded_value(module, full_name) if is_meta(value) else value
         for part, tensor in plain_tensors(name, value):
@@ -174,6 +177,7 @@ def weights_state(module: nn.Module) -> tuple:
     is_moved = any(tensor.is_meta or hasattr(tensor, "full_tensor") for tensor in tensors)
     if is_moved or hasattr(module, "unshard") or any(hasattr(part, "_hf_hook") for part in module.modules()):
         return tuple(adapters_at_work(module))
+    # A tensor counts the writes to it; one made in inference mode has no counter.
     versions = [(id(tensor), tensor.dtype, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
     return (*versions, *adapters_at_work(module))
 
@@ -226,9 +230,11 @@ class MemoryWriter:
                 "compute the same, load the memory by `memory_from_state_dict(..., check_weights=False)`."
             )
 
+    # The weights that wrote a memory also wrote its copies.
     def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryWriter":
         return self
 
+    # A weak reference cannot be pickled.
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (None, self.fingerprint())
 

@@ -153,9 +153,9 @@ def check_offsets(cu_seq_lens_q: torch.Tensor, num_tokens: int) -> None:
     """Raise `ValueError` unless offsets rise from 0 to `num_tokens`, the number of tokens of all rows together."""
     if cu_seq_lens_q.ndim != 1:
         raise ValueError(f"cu_seq_lens_q has shape {tuple(cu_seq_lens_q.shape)}: it must be (documents + 1,).")
-    ends = cu_seq_lens_q[[0, -1]] != torch.tensor([0, num_tokens], device=cu_seq_lens_q.device)
+    is_wrong_end = cu_seq_lens_q[[0, -1]] != torch.tensor([0, num_tokens], device=cu_seq_lens_q.device)
     message = f"cu_seq_lens_q must rise from 0 to the number of all tokens, padding included, here {num_tokens}."
-    raise_where(ends, message, cu_seq_lens_q[[0, -1]])
+    raise_where(is_wrong_end, message, cu_seq_lens_q[[0, -1]])
     raise_where(cu_seq_lens_q.diff() < 0, message, cu_seq_lens_q[1:])
 
 
@@ -265,11 +265,13 @@ def create_memory_masks(
     num_tokens = inputs_embeds.shape[1]
     past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
     check_mask(attention_mask, inputs_embeds, past_length)
+    # Without a mask, new ids are all tokens, but the memory may have read padding.
     if attention_mask is None and past_key_values is not None:
         past_mask = memory_layer(past_key_values).past_mask()
         attention_mask = None if past_mask is None else F.pad(past_mask, (0, num_tokens), value=True)
     if attention_mask is not None:
         attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
+        # Without padding there is nothing to mask. A compiled graph cannot branch on this.
         if not is_torchdynamo_compiling() and attention_mask.all():
             attention_mask = None
     is_token = None if attention_mask is None else attention_mask[:, -num_tokens:]
@@ -288,6 +290,7 @@ def create_memory_masks(
         if by_shift_identity or reads_all_slots:
             return masks
 
+    # A static memory has slots for tokens yet to come.
     num_slots = num_tokens if past_key_values is None else past_key_values.get_mask_sizes(num_tokens, 0)[0]
     if attention_mask is None:
         attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], num_slots), dtype=torch.bool)

@@ -15,12 +15,12 @@
 """Memory Mosaics (arXiv 2405.06394): language models whose every layer is a set of associative memories.
 
 Notable features:
-- no positions, no query projection: a token's own key asks the pairs of keys and values stored before it
+- no positions and no query projection: a token's key is its query to the pairs of keys and values stored before it
 - keys are leaky averages of the past, values look one token ahead
 - persistent memories, of learnt pairs, in place of feed-forward layers
-- one per-head bandwidth, leak and scale each, kept from weight decay
-- reads on from a memory exactly, whatever the chunks; padding and packed documents change nothing
-- linear in T besides the attention function, which transformers supplies (sdpa, flex or eager)
+- one bandwidth, leak and value scale per head, without weight decay
+- exact continuation from a memory, by chunks of any length; padding and packed documents change nothing
+- attention functions of transformers (sdpa, flex or eager); all else is linear in T
 
 Shapes use B batch, T tokens, H heads (memories per layer), D head width, C = hidden size, N persistent slots per head,
 S slots of a memory (one per token). Per-head scalars are stored divided by 10, as in the authors' `Library`: Adam then

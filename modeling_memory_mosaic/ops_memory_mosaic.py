@@ -244,8 +244,8 @@ def kernel_smoothing(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Average stored values, weighted by how near their keys are to the query (paper, eq. 2 and 3).
 
-    y = sum_i softmax_i(query . key_i) value_i. With keys of one length this is a Gaussian kernel regression whose
-    bandwidth is that length. Scores and weights are computed in float32 at least.
+    y = sum_i softmax_i(query . key_i) value_i. With keys of one length this is a Gaussian kernel regression: the
+    longer the keys, the narrower the kernel. Scores and weights are computed in float32 at least.
 
     Args:
         query (`torch.Tensor` of shape `(B, H, T, D)`), key and value (`torch.Tensor` of shape `(B or 1, H, N, D)`).

@@ -80,6 +80,7 @@ def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str,
         if layer.is_initialized:
             tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
             tensors |= {f"layers.{index}.{name}": layer.get_state(name) for name in layer.state_names}
+    # Before anything was read there is neither a text nor a writer.
     if tensors:
         tensors |= _text_tensors(memory_layer(cache), model)
     # Storage of their own: safetensors refuses views that share memory.
