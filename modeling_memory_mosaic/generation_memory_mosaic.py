@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 
 from .adapters_memory_mosaic import prepare_for_adapters
-from .cache_memory_mosaic import MEMORY_NAME, ReadText, check_num_rows, one_memory, text_of
+from .cache_memory_mosaic import MEMORY_NAME, ReadText, check_num_rows, memory_layer, one_memory, text_of
 from .masking_memory_mosaic import create_memory_masks
 
 
@@ -245,11 +245,11 @@ class MemoryMosaicGenerationMixin(GenerationMixin):
         """
         memory = kwargs.get(MEMORY_NAME)
         if memory is None:
-            return super()._assisted_decoding(input_ids, *args, **kwargs)
-        check_assisted(memory.layers[0], input_ids, kwargs.get("attention_mask"))
+            return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
+        check_assisted(memory_layer(memory), input_ids, kwargs.get("attention_mask"))
         not_recording = [layer for layer in memory.layers if not layer.record_past]
         try:
-            return super()._assisted_decoding(input_ids, *args, **kwargs)
+            return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
         finally:
             for layer in not_recording:
                 layer.deactivate_past_recording()

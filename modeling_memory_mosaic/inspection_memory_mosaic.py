@@ -459,7 +459,7 @@ def trace_tokens(
             these arguments.
     """
     _check_readable(model)
-    causal = next((module for module in model.modules() if "lm_head" in dict(module.named_children())), None)
+    causal: Any = next((module for module in model.modules() if "lm_head" in dict(module.named_children())), None)
     if causal is None:
         raise ValueError(f"{type(model).__name__} has no head that predicts tokens: pass a MemoryMosaicForCausalLM.")
     traces: dict[tuple[int, str], dict[str, Any]] = {}

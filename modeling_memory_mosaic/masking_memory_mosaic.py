@@ -32,7 +32,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling
 
-from .cache_memory_mosaic import one_memory
+from .cache_memory_mosaic import memory_layer, one_memory
 from .ops_memory_mosaic import forward_fill
 
 
@@ -112,6 +112,33 @@ def check_packing_names(kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name} is not known: show where documents begin by position_ids that start again.")
     if kwargs.get("cu_seq_lens_k") is not None and kwargs.get("cu_seq_lens_q") is None:
         raise ValueError("cu_seq_lens_k is given without cu_seq_lens_q, which says where documents begin.")
+
+
+def check_inputs(config: PreTrainedConfig, inputs_embeds: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` for arguments of a model's forward that would fail later or be misread."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "`torch.jit.trace` would keep the padding of its example for ever: use `torch.export`, or "
+            "`torch.onnx.export` with `dynamo=True`."
+        )
+    if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape[:2]:
+        raise ValueError(
+            f"The ids or embeddings to read have shape {tuple(inputs_embeds.shape[:-1])}: it must be "
+            "(batch, tokens), with at least one of each."
+        )
+    check_packing_names(kwargs)
+    check_maps(config, kwargs)
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal=False is not supported: a memory holds only what came before.")
+
+
+def pop_packing(kwargs: dict[str, Any], position_ids: torch.Tensor | None) -> dict[str, Any]:
+    """Take all that describes packed documents out of the arguments of a forward, with `position_ids`.
+
+    The layers must not get it: an attention function would take it for documents of its own slots.
+    """
+    packing = {name: kwargs.pop(name, None) for name in (*PACKING_NAMES, *FOREIGN_PACKING_NAMES)}
+    return packing | {"position_ids": position_ids}
 
 
 def check_shape(name: str, tensor: torch.Tensor, batch_size: int, num_tokens: int) -> None:
@@ -239,7 +266,7 @@ def create_memory_masks(
     past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
     check_mask(attention_mask, inputs_embeds, past_length)
     if attention_mask is None and past_key_values is not None:
-        past_mask = past_key_values.layers[0].past_mask()
+        past_mask = memory_layer(past_key_values).past_mask()
         attention_mask = None if past_mask is None else F.pad(past_mask, (0, num_tokens), value=True)
     if attention_mask is not None:
         attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
@@ -256,7 +283,8 @@ def create_memory_masks(
     if attention_mask is None and document_ids is None and mask_function in (sdpa_mask, flash_attention_mask):
         is_first = isinstance(past_length, int) and past_length == 0
         by_shift_identity = is_first and num_tokens > 1
-        reads_all_slots = not is_first and num_tokens == 1 and not past_key_values.is_compileable
+        is_growing = past_key_values is not None and not past_key_values.is_compileable
+        reads_all_slots = not is_first and num_tokens == 1 and is_growing
         if by_shift_identity or reads_all_slots:
             return masks
 

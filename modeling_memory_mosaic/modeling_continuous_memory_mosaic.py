@@ -22,7 +22,7 @@ written by hand (TRF057): the library's generator of them knows only models with
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_memory_mosaic import AdaptableModel
-from .cache_memory_mosaic import MEMORY_NAME, check_memory, one_memory
+from .cache_memory_mosaic import MEMORY_NAME, check_memory, memory_layer, one_memory
 from .configuration_continuous_memory_mosaic import ContinuousMemoryMosaicConfig
 from .identity_memory_mosaic import note_writer
 from .masking_memory_mosaic import FOREIGN_PACKING_NAMES, PACKING_NAMES, create_memory_masks, raise_where
@@ -108,7 +108,7 @@ class ContinuousMemory(MemoryMosaicPairStore):
 
     def __init__(self, config: ContinuousMemoryMosaicConfig, layer_idx: int = 0):
         super().__init__(config, layer_idx)
-        inner_size = config.num_attention_heads * cast(int, config.head_dim)
+        inner_size = config.num_attention_heads * self.head_dim
         self.k_proj = linear_map(config, config.observation_size, inner_size)
         self.v_proj = linear_map(config, config.observation_size, inner_size)
         self.o_proj = linear_map(config, inner_size, config.observation_size)
@@ -195,8 +195,9 @@ def check_series(kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name} is not supported: each row is one series, so give each series its own row.")
 
 
+# `save_pretrained` of `AdaptableModel` passes most of the library's arguments on by name, which a type checker rejects.
 # trf-ignore: TRF057
-class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
+class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):  # type: ignore[misc]
     """Predicts each next observation: z_t = W_z concat_h y_t, where y_t is retrieved from the pairs stored before t.
 
     The first prediction is 0, as nothing is stored yet.
@@ -312,9 +313,8 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         slot_mask = create_memory_masks(self.config, observations, None, past_key_values)["slot_mask"]
         if past_key_values is not None:
-            states = self.memory.states(past_key_values)
-            note_writer(states, self, observations.shape[1])
-            states.note_text(None, None)
+            note_writer(memory_layer(past_key_values), self, observations.shape[1])
+            memory_layer(past_key_values).note_text(None, None)
         retrieved, _, predictions = self.memory(observations, slot_mask, past_key_values, **kwargs)
         memory: dict[str, Any] = {MEMORY_NAME: past_key_values}
         return ContinuousMemoryMosaicOutput(

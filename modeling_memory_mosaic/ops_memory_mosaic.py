@@ -50,6 +50,21 @@ def embed_ids(embedding: nn.Module, input_ids: torch.Tensor, vocab_size: int) ->
         ) from error
 
 
+def positions_to_keep(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
+    """Return the index of the positions whose logits are asked for: the last so many (0: all), or those indexed.
+
+    Raises:
+        ValueError: if the number is negative, or the index is not of shape `(tokens,)`.
+    """
+    if isinstance(logits_to_keep, torch.Tensor):
+        if logits_to_keep.ndim != 1:
+            raise ValueError(f"logits_to_keep has shape {tuple(logits_to_keep.shape)}: it must be (tokens,).")
+        return logits_to_keep
+    if logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative.")
+    return slice(-logits_to_keep, None)
+
+
 def chunk_decays(
     leak: torch.Tensor,
     elapsed: torch.Tensor | None,
