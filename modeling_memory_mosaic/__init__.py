@@ -8,10 +8,11 @@ from .cache_memory_mosaic import (
     MemoryMosaicCacheLayer,
     MemoryMosaicStaticCacheLayer,
 )
+from .configuration_continuous_memory_mosaic import ContinuousMemoryMosaicConfig
 from .configuration_memory_model import MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
-from .continuous_memory_mosaic import ContinuousMemoryMosaicConfig, ContinuousMemoryMosaicModel
 from .identity_memory_mosaic import weights_fingerprint
+from .inspection_continuous_memory_mosaic import ContinuousMemoryMosaicUnits, inspect_continuous_units
 from .inspection_memory_mosaic import (
     MemoryMosaicTrace,
     MemoryMosaicUnits,
@@ -19,6 +20,7 @@ from .inspection_memory_mosaic import (
     summarize_units,
     trace_tokens,
 )
+from .modeling_continuous_memory_mosaic import ContinuousMemoryMosaicModel
 from .modeling_memory_model import (
     MemoryModelEncoder,
     MemoryModelForCausalLM,
@@ -58,6 +60,7 @@ MemoryMosaicForSequenceClassification.register_for_auto_class("AutoModelForSeque
 __all__ = [
     "ContinuousMemoryMosaicConfig",
     "ContinuousMemoryMosaicModel",
+    "ContinuousMemoryMosaicUnits",
     "MemoryModelCache",
     "MemoryModelConfig",
     "MemoryModelEncoder",
@@ -72,6 +75,7 @@ __all__ = [
     "MemoryMosaicStaticCacheLayer",
     "MemoryMosaicTrace",
     "MemoryMosaicUnits",
+    "inspect_continuous_units",
     "inspect_units",
     "kernel_smoothing",
     "leaky_average",

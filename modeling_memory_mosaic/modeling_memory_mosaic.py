@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -78,24 +79,17 @@ MAX_LOG_KEY_SCALE = 5.0
 
 
 class MemoryMosaicAssociativeMemory(nn.Module):
-    """The key extractor, the retrieval and the combining layer of contextual and persistent memories."""
+    """Heads of keys and values, and the retrieval by them, in a memory of any kind."""
 
-    kind: str
-    # Name of the leaky sum in the memory's states.
+    # Name of the leaky sum of keys in the memory's states.
     sum_name: str
     is_causal: bool
+    key_leak: nn.Parameter
 
-    def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        num_heads, inner_size = config.num_attention_heads, config.num_attention_heads * self.head_dim
-        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
-        self.o_proj = nn.Linear(inner_size, config.hidden_size, bias=config.use_bias)
-        self.key_leak = nn.Parameter(torch.empty(num_heads))
-        self.key_scale = nn.Parameter(torch.empty(num_heads))
-        self.value_scale = nn.Parameter(torch.empty(num_heads))
-        self.dropout = nn.Dropout(config.hidden_dropout)
 
     @property
     def head_dim(self) -> int:
@@ -106,14 +100,6 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         """Return the decay of each head's leaky sum `(H,)`, in nats per token, in `dtype` at least."""
         key_leak = self.key_leak.to(torch.promote_types(self.key_leak.dtype, dtype))
         return (PARAMETER_SCALE * key_leak).abs()
-
-    def key_length(self, power: int = 1) -> torch.Tensor:
-        """Return the length of a key `(H,)`; its square is the inverse squared bandwidth of the kernel."""
-        return (power * (PARAMETER_SCALE * at_least_float32(self.key_scale)).clamp(max=MAX_LOG_KEY_SCALE)).exp()
-
-    def value_length(self) -> torch.Tensor:
-        """Return the length of a value `(H,)`."""
-        return (PARAMETER_SCALE * at_least_float32(self.value_scale)).exp()
 
     def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         """Reshape `(B, T, H * D)` to `(B, H, T, D)`, for the heads that this process holds."""
@@ -127,23 +113,6 @@ class MemoryMosaicAssociativeMemory(nn.Module):
     def states(self, past_key_values: Cache) -> MemoryMosaicStates:
         """Return this layer's part of the memory."""
         return memory_layer(past_key_values, self.layer_idx)
-
-    def sum_keys(
-        self,
-        hidden_states: torch.Tensor,
-        is_token: torch.Tensor | None,
-        document_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the leaky sums of projected keys `(B, H, T, D)`, and the sum before them `(B, H, 1, D)` or `None`."""
-        states = self.split_heads(self.k_proj(hidden_states))
-        if is_token is not None:
-            states = states * is_token[:, None, :, None]
-        previous = None if past_key_values is None else self.states(past_key_values).get_state(self.sum_name)
-        sums, _ = leaky_average(states, self.leak(), previous, is_token, document_ids)
-        if past_key_values is not None:
-            self.states(past_key_values).set_state(self.sum_name, sums)
-        return sums, previous
 
     def retrieve(
         self,
@@ -167,34 +136,11 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         return attention_function(self, query, key, value, attention_mask, dropout=dropout, scaling=1.0, **kwargs)
 
 
-class MemoryMosaicContextualMemory(MemoryMosaicAssociativeMemory):
-    """Stores each token's key with the value that follows it, and retrieves from the pairs stored before."""
+class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
+    """A memory that stores a pair for each token, and retrieves from the pairs stored before."""
 
-    kind = "contextual"
     sum_name = "contextual_sum"
     is_causal = True
-
-    def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.v_proj = nn.Linear(config.hidden_size, self.k_proj.out_features, bias=config.use_bias)
-        self.value_mix = nn.Parameter(torch.empty(config.num_attention_heads))
-
-    def pair_values(
-        self, hidden_states: torch.Tensor, is_token: torch.Tensor | None, past_key_values: Cache | None
-    ) -> torch.Tensor:
-        """Return values of the pairs that the new tokens complete, `(B, H, T, D)`; T - 1 if no token came before."""
-        projected = self.split_heads(self.v_proj(hidden_states))
-        pending = None if past_key_values is None else self.states(past_key_values).get_state("pending_value")
-        if is_token is not None:
-            projected = forward_fill(projected, is_token, pending)
-        if past_key_values is not None:
-            self.states(past_key_values).set_state("pending_value", projected)
-        if pending is not None:
-            projected = torch.cat([pending, projected], dim=2)
-        # float32 before the blend: in half precision it would round twice.
-        projected = at_least_float32(projected)
-        mix = self.value_mix.to(projected.dtype)[:, None, None]
-        return scale_to_length(torch.lerp(projected[:, :, 1:], projected[:, :, :-1], mix), self.value_length())
 
     def store(
         self, pair_keys: torch.Tensor, pair_values: torch.Tensor, past_key_values: Cache | None, is_first: bool
@@ -240,6 +186,76 @@ class MemoryMosaicContextualMemory(MemoryMosaicAssociativeMemory):
         keys, values = slots
         return self.retrieve(queries, keys[:, :, 1:], values[:, :, 1:], None, **kwargs)
 
+
+class MemoryMosaicTokenMemory(MemoryMosaicAssociativeMemory):
+    """The key extractor and the combining layer of contextual and persistent memories."""
+
+    kind: str
+    config: MemoryMosaicConfig
+
+    def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        num_heads, inner_size = config.num_attention_heads, config.num_attention_heads * self.head_dim
+        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
+        self.o_proj = nn.Linear(inner_size, config.hidden_size, bias=config.use_bias)
+        self.key_leak = nn.Parameter(torch.empty(num_heads))
+        self.key_scale = nn.Parameter(torch.empty(num_heads))
+        self.value_scale = nn.Parameter(torch.empty(num_heads))
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def key_length(self, power: int = 1) -> torch.Tensor:
+        """Return the length of a key `(H,)`; its square is the inverse squared bandwidth of the kernel."""
+        return (power * (PARAMETER_SCALE * at_least_float32(self.key_scale)).clamp(max=MAX_LOG_KEY_SCALE)).exp()
+
+    def value_length(self) -> torch.Tensor:
+        """Return the length of a value `(H,)`."""
+        return (PARAMETER_SCALE * at_least_float32(self.value_scale)).exp()
+
+    def sum_keys(
+        self,
+        hidden_states: torch.Tensor,
+        is_token: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the leaky sums of projected keys `(B, H, T, D)`, and the sum before them `(B, H, 1, D)` or `None`."""
+        states = self.split_heads(self.k_proj(hidden_states))
+        if is_token is not None:
+            states = states * is_token[:, None, :, None]
+        previous = None if past_key_values is None else self.states(past_key_values).get_state(self.sum_name)
+        sums, _ = leaky_average(states, self.leak(), previous, is_token, document_ids)
+        if past_key_values is not None:
+            self.states(past_key_values).set_state(self.sum_name, sums)
+        return sums, previous
+
+
+class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStore):
+    """Stores each token's key with the value that follows it, and retrieves from the pairs stored before."""
+
+    kind = "contextual"
+
+    def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.v_proj = nn.Linear(config.hidden_size, self.k_proj.out_features, bias=config.use_bias)
+        self.value_mix = nn.Parameter(torch.empty(config.num_attention_heads))
+
+    def pair_values(
+        self, hidden_states: torch.Tensor, is_token: torch.Tensor | None, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        """Return values of the pairs that the new tokens complete, `(B, H, T, D)`; T - 1 if no token came before."""
+        projected = self.split_heads(self.v_proj(hidden_states))
+        pending = None if past_key_values is None else self.states(past_key_values).get_state("pending_value")
+        if is_token is not None:
+            projected = forward_fill(projected, is_token, pending)
+        if past_key_values is not None:
+            self.states(past_key_values).set_state("pending_value", projected)
+        if pending is not None:
+            projected = torch.cat([pending, projected], dim=2)
+        # float32 before the blend: in half precision it would round twice.
+        projected = at_least_float32(projected)
+        mix = self.value_mix.to(projected.dtype)[:, None, None]
+        return scale_to_length(torch.lerp(projected[:, :, 1:], projected[:, :, :-1], mix), self.value_length())
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -276,7 +292,7 @@ class MemoryMosaicContextualMemory(MemoryMosaicAssociativeMemory):
         return self.dropout(self.o_proj(retrieved.flatten(2))), weights
 
 
-class MemoryMosaicPersistentMemory(MemoryMosaicAssociativeMemory):
+class MemoryMosaicPersistentMemory(MemoryMosaicTokenMemory):
     """Retrieves from learnt pairs: what the model knows before it reads. Takes the place of a feed-forward layer."""
 
     kind = "persistent"
@@ -382,7 +398,7 @@ class MemoryMosaicPreTrainedModel(AdaptableModel, PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             # Tied, the embedding is initialised as the head that it also is.
             init.normal_(module.weight, std=config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0)
-        elif isinstance(module, MemoryMosaicAssociativeMemory):
+        elif isinstance(module, MemoryMosaicTokenMemory):
             inner_size = module.o_proj.in_features
             init.normal_(module.o_proj.weight, std=(inner_size * config.num_hidden_layers) ** -0.5)
             leaks = torch.linspace(0.5, 5.0, config.num_attention_heads, device="cpu") / PARAMETER_SCALE

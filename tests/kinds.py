@@ -87,6 +87,16 @@ def make_continuous(seed=0, dtype=torch.float64, **config) -> ContinuousMemoryMo
     return model.to(dtype)
 
 
+# Fields of the configuration, for tests of each branch in the code of continuous models.
+CONTINUOUS_VARIANTS = {
+    "one head": {"num_attention_heads": 1},
+    "three heads": {},
+    "real": {"complex_weights": False, "observation_size": 5, "num_attention_heads": 2, "head_dim": 3},
+    "leak": {"key_leak": True},
+    "learnt beta": {"learnable_beta": True},
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Kind:
     """One kind of model.

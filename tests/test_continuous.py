@@ -1,57 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model for continuous observations: equal to its equations, through any memory, from any prefix."""
+"""The model for continuous observations equals its equations, read at once or in pieces through any memory."""
+
+from typing import Any
 
 import pytest
 import torch
 from conftest import checkpoint_activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import make_continuous
+from kinds import CONTINUOUS_VARIANTS, make_continuous
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from modeling_memory_mosaic import (
     ContinuousMemoryMosaicConfig,
     ContinuousMemoryMosaicModel,
     MemoryMosaicConfig,
+    inspect_continuous_units,
     leaky_average,
     memory_from_state_dict,
     memory_state_dict,
 )
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
-from modeling_memory_mosaic.continuous_memory_mosaic import ComplexLinear, ContinuousMemoryMosaicOutput
+from modeling_memory_mosaic.modeling_continuous_memory_mosaic import ComplexLinear, ContinuousMemoryMosaicOutput
 
 
-VARIANTS = {
-    "one head": {"num_attention_heads": 1},
-    "three heads": {},
-    "real": {"complex_weights": False, "observation_size": 5, "num_attention_heads": 2, "head_dim": 3},
-    "leak": {"key_leak": True},
-    "learnt beta": {"learnable_beta": True},
-}
-variants = pytest.mark.parametrize("variant", list(VARIANTS))
+variants = pytest.mark.parametrize("variant", list(CONTINUOUS_VARIANTS))
 
 
-def make_model(variant="three heads", **config):
-    return make_continuous(**VARIANTS[variant] | config)
+def make_model(variant: str = "three heads", **config: Any) -> ContinuousMemoryMosaicModel:
+    return make_continuous(**CONTINUOUS_VARIANTS[variant] | config)
 
 
-def observe(model, *shape, seed=0):
+def observe(model: ContinuousMemoryMosaicModel, *shape: int, seed: int = 0) -> torch.Tensor:
+    """Draw random observations `(*shape, C)`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, model.config.observation_size, generator=generator, dtype=torch.float64)
 
 
-def read(model, observations, memory=None):
+def read(
+    model: ContinuousMemoryMosaicModel, observations: torch.Tensor, memory: Cache | None = None
+) -> tuple[torch.Tensor, Cache]:
+    """Return the predictions of a model that reads on behind a memory, and its memory."""
     outputs = model(observations, past_key_values=memory, use_cache=True)
     return outputs.predictions, getattr(outputs, MEMORY_NAME)
 
 
-def real_matrix(projection):
+def real_matrix(projection: torch.nn.Module) -> torch.Tensor:
     return projection.real_matrix() if isinstance(projection, ComplexLinear) else projection.weight
 
 
-def by_the_equations(model, observations):
-    """Predictions `(B, T, C)` by loops over rows, heads and times; uses the parameters alone."""
+def by_the_equations(model: ContinuousMemoryMosaicModel, observations: torch.Tensor) -> torch.Tensor:
+    """Compute predictions `(B, T, C)` from the parameters, by loops over rows, heads and times."""
     config, memory = model.config, model.memory
     key_matrix, value_matrix, output_matrix = map(real_matrix, (memory.k_proj, memory.v_proj, memory.o_proj))
     rows = []
@@ -62,12 +62,14 @@ def by_the_equations(model, observations):
             retrieved = []
             for head in range(config.num_attention_heads):
                 part = slice(head * config.head_dim, (head + 1) * config.head_dim)
-                own = keys[:, part]
+                head_keys = keys[:, part]
                 if config.key_leak:
                     decay = torch.exp(-(10 * memory.key_leak[head]).abs())
-                    own = torch.stack([sum(own[i] * decay ** (n - i) for i in range(n + 1)) for n in range(len(row))])
+                    head_keys = torch.stack(
+                        [sum(head_keys[i] * decay ** (n - i) for i in range(n + 1)) for n in range(len(row))]
+                    )
                 beta = torch.exp(10 * memory.log_beta[head]) if config.learnable_beta else config.beta
-                weights = torch.stack([beta * own[t] @ own[i] for i in range(t)]).softmax(0)
+                weights = torch.stack([beta * head_keys[t] @ head_keys[i] for i in range(t)]).softmax(0)
                 retrieved.append(sum(weights[i] * values[i + 1, part] for i in range(t)))
             predictions.append(output_matrix @ torch.cat(retrieved))
         rows.append(torch.stack(predictions))
@@ -81,10 +83,10 @@ def test_predictions_and_gradients_are_those_of_the_equations(variant, implement
     model.set_attn_implementation(implementation)
     observations = observe(model, 2, 9).requires_grad_()
     inputs = [observations, *model.parameters()]
-    found, expected = model(observations).predictions, by_the_equations(model, observations)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    direction = torch.randn_like(found)
-    gradients = [torch.autograd.grad((output * direction).sum(), inputs) for output in (found, expected)]
+    predictions, expected = model(observations).predictions, by_the_equations(model, observations)
+    torch.testing.assert_close(predictions, expected, rtol=0, atol=1e-12)
+    direction = torch.randn_like(predictions)
+    gradients = [torch.autograd.grad((output * direction).sum(), inputs) for output in (predictions, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         assert theirs.abs().max() > 0
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
@@ -147,27 +149,16 @@ def test_a_saved_memory_reads_on(tmp_path):
 
 
 @variants
-def test_continuing_equals_reading_all_anew(variant):
+def test_continuing_equals_reading_everything_again(variant):
     model = make_model(variant)
     observations = observe(model, 2, 10)
-    text = observations
+    series = observations
     for _ in range(6):
-        text = torch.cat([text, model(text).predictions[:, -1:]], dim=1)
-    torch.testing.assert_close(model.predict(observations, 6), text[:, 10:], rtol=0, atol=1e-12)
+        series = torch.cat([series, model(series).predictions[:, -1:]], dim=1)
+    torch.testing.assert_close(model.predict(observations, 6), series[:, 10:], rtol=0, atol=1e-12)
     memory = read(model, observations[:, :4])[1]
-    torch.testing.assert_close(model.predict(observations[:, 4:], 6, memory), text[:, 10:], rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.predict(observations[:, 4:], 6, memory), series[:, 10:], rtol=0, atol=1e-12)
     assert memory.get_seq_length() == 15
-
-
-@variants
-def test_continuing_all_prefixes_together_equals_each_alone(variant):
-    model = make_model(variant)
-    observations, lengths = observe(model, 2, 14), torch.tensor([14, 1, 2, 7])
-    together = model.predict_from_prefixes(observations, lengths, 5)
-    assert together.shape == (2, 4, 5, model.config.observation_size)
-    for index, length in enumerate(lengths.tolist()):
-        alone = model.predict(observations[:, :length], 5)
-        torch.testing.assert_close(together[:, index], alone, rtol=0, atol=1e-12)
 
 
 def test_weights_name_the_observations_whose_pairs_they_read():
@@ -232,7 +223,7 @@ def test_initial_weights_have_the_variance_of_a_projected_real_matrix():
 def test_units_add_up_to_the_prediction(variant):
     model = make_model(variant)
     observations = observe(model, 2, 12)
-    units, outputs = model.units(observations), model(observations)
+    units, outputs = inspect_continuous_units(model, observations), model(observations)
     torch.testing.assert_close(units.contributions.sum(1), outputs.predictions, rtol=0, atol=1e-12)
     torch.testing.assert_close(units.share.sum(1)[:, 1:], torch.ones(2, 11).double())
     assert not units.share[..., 0].any() and not units.effective_pairs[..., 0].any()
@@ -289,9 +280,7 @@ def test_bad_requests_are_refused():
         (lambda: model(observations, past_key_values=DynamicCache()), "was not made for this model"),
         (lambda: model(observations[:1], past_key_values=read(model, observations)[1]), "holds 2 rows, but 1"),
         (lambda: model.predict(observations, 0), "num_steps=0 must be positive"),
-        (lambda: model.predict_from_prefixes(observations, torch.tensor([0, 3]), 2), "numbers from 1 to 5"),
-        (lambda: model.predict_from_prefixes(observations, torch.tensor([6]), 2), "numbers from 1 to 5"),
-        (lambda: model.units(observations[:, :1]), "at least two"),
+        (lambda: inspect_continuous_units(model, observations[:, :1]), "at least two"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -302,7 +291,7 @@ def test_bad_requests_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("request_of_texts", "error", "message"),
+    ("call", "error", "message"),
     [
         (
             lambda model, x: model(x, attention_mask=torch.ones(2, 5)),
@@ -323,11 +312,11 @@ def test_bad_requests_are_refused():
         (lambda model, x: model.set_attn_implementation("flash_attention_2"), ValueError, "does not support"),
     ],
 )
-def test_what_is_for_texts_is_refused(request_of_texts, error, message):
-    """Of padding, documents, tables of tokens and what saves memory in deep models, nothing is passed over."""
+def test_options_of_token_models_are_refused(call, error, message):
+    """The model refuses options that it would otherwise ignore: padding, documents, and tools of token models."""
     model = make_model()
     with pytest.raises(error, match=message):
-        request_of_texts(model, observe(model, 2, 5))
+        call(model, observe(model, 2, 5))
 
 
 @pytest.mark.parametrize(

@@ -232,12 +232,12 @@ AUTO_MAPS = {
         "AutoModelForDecision": "modeling_memory_model.MemoryModelForCausalLM",
     },
     "continuous": {
-        "AutoConfig": "continuous_memory_mosaic.ContinuousMemoryMosaicConfig",
-        "AutoModel": "continuous_memory_mosaic.ContinuousMemoryMosaicModel",
+        "AutoConfig": "configuration_continuous_memory_mosaic.ContinuousMemoryMosaicConfig",
+        "AutoModel": "modeling_continuous_memory_mosaic.ContinuousMemoryMosaicModel",
     },
 }
 CODE = {"mosaic": PAYLOAD, "classifier": PAYLOAD, "memory model": WHOLE_PAYLOAD}
-CODE["continuous"] = code_of("continuous_memory_mosaic.py")
+CODE["continuous"] = code_of("modeling_continuous_memory_mosaic.py")
 
 
 @for_kinds(*KINDS)

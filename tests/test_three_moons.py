@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three moons: the data, what is measured, exact resumption, and verdicts that follow from the numbers."""
+"""Three moons: data, predictions, measures, exact resumption, and verdicts that follow from the numbers."""
 
 import itertools
 import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import flip
+from kinds import CONTINUOUS_VARIANTS, make_continuous
 
 from training.experiments import moon_training, moons, three_moons
 from training.experiments.moon_training import (
@@ -20,6 +22,7 @@ from training.experiments.moon_training import (
     moons_by_head,
     nearness_to_permutation,
     permutation_measures,
+    predict_from_prefixes,
     section_means,
     train_part,
 )
@@ -33,7 +36,7 @@ TINY = ["length=108", "steps=12", "batch_size=3", "num_windows=3", "horizon=5", 
 
 @pytest.fixture
 def tiny(tmp_path):
-    """The shipped recipe, made small."""
+    """Load the shipped recipe with small sizes."""
 
     def read(*overrides):
         return load_recipe(RECIPE, [*TINY, f"output_dir={tmp_path / 'run'}", *overrides], [{"seeds": [0, 1]}])
@@ -92,18 +95,42 @@ def test_identity_weights_predict_from_the_periods_on(heads, beta, expected):
     windows = moons.draw_windows(moons.VALIDATION_TRIPLE, 16, 800, seed=0)
     curve = deviation_curve(identity_model(recipe, heads, beta), windows, lengths, 25)
     sections = section_means(curve, lengths, moons.landmarks(moons.VALIDATION_TRIPLE, 800))
-    for found, value in zip(sections.values(), expected, strict=True):
-        assert found == pytest.approx(value, rel=0.05, abs=0.01)
+    for deviation, value in zip(sections.values(), expected, strict=True):
+        assert deviation == pytest.approx(value, rel=0.05, abs=0.01)
 
 
-def test_deviation_is_that_of_continuing_each_beginning(tiny):
+@pytest.mark.parametrize("variant", list(CONTINUOUS_VARIANTS))
+def test_continuing_all_prefixes_together_equals_each_alone(variant):
+    model = make_continuous(**CONTINUOUS_VARIANTS[variant])
+    size, generator = model.config.observation_size, torch.Generator().manual_seed(0)
+    observations = torch.randn(2, 14, size, generator=generator, dtype=torch.float64)
+    lengths = torch.tensor([14, 1, 2, 7])
+    together = predict_from_prefixes(model, observations, lengths, 5)
+    assert together.shape == (2, 4, 5, size)
+    for index, length in enumerate(lengths.tolist()):
+        alone = model.predict(observations[:, :length], 5)
+        torch.testing.assert_close(together[:, index], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_steps", "message"),
+    [([0, 3], 2, "numbers from 1 to 5"), ([6], 2, "numbers from 1 to 5"), ([5], 0, "num_steps=0 must be positive")],
+)
+def test_impossible_prefixes_are_refused(lengths, num_steps, message):
+    model = make_continuous()
+    observations = torch.ones(2, 5, model.config.observation_size, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        predict_from_prefixes(model, observations, torch.tensor(lengths), num_steps)
+
+
+def test_deviation_is_that_of_continuing_each_prefix(tiny):
     model = moon_training.build_model(tiny(), 3)
     windows = moons.draw_windows(moons.VALIDATION_TRIPLE, 5, 108, seed=0)
     lengths = [1, 30, 103]
     curve = deviation_curve(model, windows, lengths, 5)
-    for length, found in zip(lengths, curve, strict=True):
+    for length, deviation in zip(lengths, curve, strict=True):
         expected = (model.predict(windows[:, :length], 5) - windows[:, length : length + 5]).abs().mean()
-        assert found == pytest.approx(expected.item(), rel=1e-5)
+        assert deviation == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_sections_lie_between_the_periods():
@@ -133,8 +160,8 @@ def test_three_permutations_are_one_only_if_they_agree():
     eye, turned = np.eye(3), np.eye(3)[[1, 2, 0]]
     agreeing = permutation_measures({"W_phi": turned, "W_psi": 3 * turned, "W_z": turned})
     assert set(agreeing.values()) == {1.0}
-    quarrelling = permutation_measures({"W_phi": eye, "W_psi": turned, "W_z": turned})
-    assert quarrelling["W_phi"] == quarrelling["W_psi"] == 1.0 and quarrelling["together"] == pytest.approx(0.5)
+    differing = permutation_measures({"W_phi": eye, "W_psi": turned, "W_z": turned})
+    assert differing["W_phi"] == differing["W_psi"] == 1.0 and differing["together"] == pytest.approx(0.5)
 
 
 def test_identity_weights_give_each_moon_a_head(tiny):
@@ -147,7 +174,7 @@ def test_weights_are_rows_of_heads_and_columns_of_moons(tiny):
     model = identity_model(tiny(), 3, 50.0)
     with torch.no_grad():
         model.memory.k_proj.weight[:, 0, 2] = torch.tensor([3.0, 4.0])  # head 0 also looks at moon 2
-        model.memory.o_proj.weight[:, 2, 0] = torch.tensor([0.0, 2.0])  # moon 2 is also told by head 0
+        model.memory.o_proj.weight[:, 2, 0] = torch.tensor([0.0, 2.0])  # head 0 also predicts moon 2
     weights = absolute_weights(model)
     assert weights["W_phi"][0].tolist() == [1.0, 0.0, 5.0]
     assert weights["W_z"][0].tolist() == [1.0, 0.0, 2.0]
@@ -248,28 +275,29 @@ def test_how_many_train_at_once_is_not_part_of_the_hash(tiny):
     assert tiny("workers=2", "save_steps=7").hash == tiny().hash != tiny("steps=13").hash
 
 
-def sections(*values):
+def sections(*values: float) -> dict[str, Any]:
     return {"sections": {"validation": dict(zip(SECTIONS, values, strict=True))}}
 
 
-def part(heads, seed, *values, together=1.0):
+def part(heads: int, seed: int, *values: float, together: float = 1.0) -> dict[str, Any]:
+    """Return what `part.json` says of deviations and weights, for these deviations by section."""
     return {"heads": heads, "seed": seed, "permutation": {"together": together}} | sections(*values)
 
 
 ONE_HEAD = (0.6, 0.6, 0.6, 0.6, 0.1)
 THREE_HEADS = (0.6, 0.4, 0.2, 0.1, 0.1)
 FAILED = (0.6, 0.6, 0.5, 0.5, 0.5)
-RAN_AWAY = (40.0, 8.0, 0.4, 0.2, 0.1)
+DIVERGED = (40.0, 8.0, 0.4, 0.2, 0.1)
 
 
 @pytest.mark.parametrize(
     ("values", "at_the_end", "at_each"),
-    [(ONE_HEAD, True, False), (THREE_HEADS, False, True), (FAILED, False, False), (RAN_AWAY, False, False)],
+    [(ONE_HEAD, True, False), (THREE_HEADS, False, True), (FAILED, False, False), (DIVERGED, False, False)],
 )
-def test_falls_are_told_from_levels(values, at_the_end, at_each):
-    found = sections(*values)["sections"]["validation"]
-    assert three_moons.falls_at_the_end_only(found) is at_the_end
-    assert three_moons.falls_at_each_period(found) is at_each
+def test_falls_are_distinguished_from_levels(values, at_the_end, at_each):
+    deviations = sections(*values)["sections"]["validation"]
+    assert three_moons.falls_at_the_end_only(deviations) is at_the_end
+    assert three_moons.falls_at_each_period(deviations) is at_each
 
 
 @pytest.mark.parametrize(

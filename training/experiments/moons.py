@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The moons of the paper's section on predictive disentanglement: what is observed, and where its periods lie.
+"""Observations of three moons, from the paper's section on predictive disentanglement, and their periods.
 
-A system has three moons on circles. An observation is the sine and cosine of each, `(6,)`; time is counted in
-observations. Every moon stands at the same phase when time begins, so a system is one trajectory, and a sample of it
-is a window that starts at random.
+A system has three moons on circles. An observation is the sine and cosine of each, `(6,)`; lengths are counted in
+observations. At time 0 every moon has the same phase, so a system is one trajectory. A sample is a window of it that
+starts at random.
 """
 
 import math
@@ -11,8 +11,8 @@ import math
 import torch
 
 
-# Of the 35 triples of the periods 0.5, 1, .. 3.5, nine with the smallest common periods (2, 3, 3, 3, 3, 5, 6, 6, 6).
-# Several more have 6: these three are a choice.
+# With the validation triple, nine triples of the periods 0.5, 1, .. 3.5 with the smallest common periods (2, 3, 3, 3,
+# 3, 5, 6, 6, 6). More triples have the common period 6: the three of them here are a choice.
 TRAINING_TRIPLES = (
     (0.5, 1.0, 2.0),
     (0.5, 1.0, 1.5),
@@ -25,34 +25,34 @@ TRAINING_TRIPLES = (
 )
 VALIDATION_TRIPLE = (1.0, 2.0, 3.0)
 LARGEST_COMMON_PERIOD = 6
-SYSTEMS_IN_A_WINDOW = 3  # so often a window shows even the largest common period
-FIRST_PHASE = 0.3  # of all moons when time begins, in radians
+CYCLES_IN_A_WINDOW = 3  # of the largest common period
+FIRST_PHASE = 0.3  # of all moons at time 0, in radians
 TRAJECTORY_LENGTH = 10_000  # observations; windows lie within
 NUM_MOONS = 3
 
 
 def common_period(periods: tuple[float, ...]) -> float:
-    """Time after which all moons stand as before; periods are multiples of one half."""
+    """Return the time after which all moons stand as before. Periods are multiples of one half."""
     return math.lcm(*(round(2 * period) for period in periods)) / 2
 
 
 def observations_per_unit(length: int) -> float:
-    """Observations per unit of time, such that a window of `length` shows the largest common period three times."""
-    return length / LARGEST_COMMON_PERIOD / SYSTEMS_IN_A_WINDOW
+    """Return observations per unit of time: a window of `length` then shows the largest common period three times."""
+    return length / LARGEST_COMMON_PERIOD / CYCLES_IN_A_WINDOW
 
 
 def landmarks(periods: tuple[float, ...], length: int) -> list[float]:
-    """The three periods and the common one, in observations."""
+    """Return the three periods, shortest first, and the common one, in observations."""
     return [time * observations_per_unit(length) for time in (*sorted(periods), common_period(periods))]
 
 
 def observe(periods: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
-    """Windows of trajectories.
+    """Return windows of trajectories.
 
     Args:
         periods (`torch.Tensor` of shape `(B, 3)`): of the moons of each row, in units of time.
-        starts (`torch.Tensor` of shape `(B,)`): first observation of each row, counted from when time begins.
-        length: observations of a window; it also sets how many there are in a unit of time.
+        starts (`torch.Tensor` of shape `(B,)`): first observation of each row, counted from time 0.
+        length: observations of a window; it also sets how many observations a unit of time has.
 
     Returns:
         observations `(B, length, 6)`: sine and cosine of the first moon, then of the second and third.
@@ -64,23 +64,23 @@ def observe(periods: torch.Tensor, starts: torch.Tensor, length: int) -> torch.T
 
 
 def draw_starts(shape: tuple[int, ...], length: int, generator: torch.Generator) -> torch.Tensor:
-    """Random starts of windows that lie within the trajectory."""
+    """Draw starts of windows that lie within the trajectory."""
     return torch.randint(TRAJECTORY_LENGTH - length + 1, shape, generator=generator)
 
 
 def draw_windows(periods: tuple[float, ...], num_windows: int, length: int, seed: int) -> torch.Tensor:
-    """Windows `(num_windows, length, 6)` of one system, always the same for a seed."""
+    """Draw windows `(num_windows, length, 6)` of one system, always the same for a seed."""
     starts = draw_starts((num_windows,), length, torch.Generator().manual_seed(seed))
     return observe(torch.tensor(periods).expand(num_windows, -1), starts, length)
 
 
 class TrainingWindows:
-    """The batches of a training: each row a window of a training system drawn at random.
+    """Batches of a training: each row is a random window of a random training system.
 
-    Everything is drawn in advance, so that batch n is the same whether training was interrupted or not.
+    Everything is drawn in advance, so that an interrupted training sees the same batches as an uninterrupted one.
     """
 
-    def __init__(self, num_batches: int, batch_size: int, length: int, seed: int):
+    def __init__(self, num_batches: int, batch_size: int, length: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         shape = (num_batches, batch_size)
         self.systems = torch.randint(len(TRAINING_TRIPLES), shape, generator=generator)
@@ -88,5 +88,5 @@ class TrainingWindows:
         self.length = length
 
     def __getitem__(self, step: int) -> torch.Tensor:
-        """Batch `(batch_size, length, 6)` of step `step`, from 0."""
+        """Return the batch `(batch_size, length, 6)` of step `step`, counted from 0."""
         return observe(torch.tensor(TRAINING_TRIPLES)[self.systems[step]], self.starts[step], self.length)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictive disentanglement (Memory Mosaics, Figs. 3 to 6): memories that share out three moons among themselves.
+"""Predictive disentanglement (Memory Mosaics, Figs. 3 to 6): each of three memories learns to predict one moon.
 
-One memory alone can only wait until all moons stand as before. Three memories that each store one moon predict it from
-its own period on. Models with one and with three heads are trained with several seeds, and each seed is told.
+One memory alone predicts well only after the common period of all moons. Three memories that store one moon each can
+predict it after its own period. Models with one and with three heads are trained with several seeds, and the result
+lists each seed.
 """
 
 import statistics
@@ -12,9 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 from accelerate import PartialState
+from matplotlib.axes import Axes
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from tqdm import tqdm
 
+from modeling_memory_mosaic import inspect_continuous_units
 from training.experiments import moons
 from training.experiments.comparison import Claim, new_figure, save_figure, summary
 from training.experiments.moon_training import (
@@ -38,10 +41,10 @@ from training.run_folder import claim_folder, only_run_in
 
 __all__ = ["Recipe", "plan", "run", "summary"]
 
-IDENTITY_BETAS = (5000.0, 50.0)  # nearly no blur, and that of the trained models
+IDENTITY_BETAS = (5000.0, 50.0)  # a kernel with nearly no blur, and the kernel of the trained models
 AMPLITUDE = 1.0  # of each coordinate of a moon
-FALL = 0.9  # a section lies below the one before it if it is at most so many times as large
-NEAR_PERMUTATION = 0.9
+FALL = 0.9  # a deviation falls if it is at most this times the one before
+NEAR_PERMUTATION = 0.9  # least measure of matrices that count as permutations
 SYSTEM_NAMES = {
     name: f"{name} moons, periods {', '.join(f'{period:g}' for period in periods)}"
     for name, periods in SYSTEMS.items()
@@ -68,7 +71,7 @@ class Recipe(BaseRecipe):
     workers: PositiveInt = 1
 
     @model_validator(mode="after")
-    def _each_model_once_and_room(self):
+    def _check_parts_and_lengths(self) -> "Recipe":
         for name in ("heads", "seeds"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise ValueError(f"`{name}` names one twice: {getattr(self, name)}")
@@ -77,9 +80,9 @@ class Recipe(BaseRecipe):
         longest = moons.landmarks(moons.VALIDATION_TRIPLE, self.length)[-1]
         if not longest + self.eval_stride < self.length - self.horizon or self.length > moons.TRAJECTORY_LENGTH:
             raise ValueError(
-                f"`length` {self.length}, `horizon` {self.horizon} and `eval_stride` {self.eval_stride}: from the "
-                f"common period of the moons, {longest:.0f}, on no prediction would be judged, or the length is over "
-                f"{moons.TRAJECTORY_LENGTH}"
+                f"`length` {self.length}, `horizon` {self.horizon} and `eval_stride` {self.eval_stride}: "
+                f"no prediction would be judged after the common period of the moons, {longest:.0f}, "
+                f"or the length is over {moons.TRAJECTORY_LENGTH}"
             )
         first = min(moons.landmarks(periods, self.length)[0] for periods in SYSTEMS.values())
         if self.eval_stride >= first:
@@ -87,17 +90,17 @@ class Recipe(BaseRecipe):
         return self
 
     def content(self) -> dict[str, Any]:
-        """All that determines the result: how many train at once, and how often they save, does not."""
+        """Return the settings that determine the result: parallel workers and the saving interval do not."""
         return self.model_dump(exclude={"output_dir", "workers", "save_steps"})
 
     @property
     def parts(self) -> dict[tuple[int, int], Path]:
-        """The folder of each training, by heads and seed."""
+        """Folder of each training, by heads and seed."""
         return {(h, s): self.folder / f"heads{h}-seed{s}" for h in self.heads for s in self.seeds}
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What the experiment would do: each training, and whether it is finished."""
+    """Return what the experiment would do: each training, and whether it is finished."""
     lines = {}
     for (heads, seed), folder in recipe.parts.items():
         finished = "finished" if (folder / PART).is_file() else "to be trained"
@@ -107,88 +110,56 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     return lines | {"folder": str(recipe.folder), "hash": recipe.hash}
 
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Train what is not trained yet, measure and draw; returns the content of `result.json`.
-
-    Raises:
-        ValueError: several processes were launched, which would each train everything.
-    """
-    state = PartialState()
-    if state.num_processes > 1:
-        raise ValueError(
-            f"{state.num_processes} processes were launched, but the models are too small to be spread: start one, "
-            "and train several at once by `workers`"
-        )
-    data = {name: list(periods) for name, periods in SYSTEMS.items()}
-    with only_run_in(recipe.folder, state):
-        claim_folder(recipe, {"hash": recipe.hash, "data": data, "recipe": recipe.content()}, state, restart)
-        if read_result(recipe.folder) is None:
-            jobs = [Job(folder, train_part, (recipe, *part, folder)) for part, folder in recipe.parts.items()]
-            run_all(jobs, recipe.workers)
-            write_result(header(recipe) | {"data": data} | _results(recipe), recipe.folder)
-        return read_result(recipe.folder)
-
-
-def _results(recipe: Recipe) -> dict[str, Any]:
-    parts = [read_result(folder, PART) for folder in recipe.parts.values()]
-    combinations = [(heads, beta) for beta in IDENTITY_BETAS for heads in recipe.heads]
-    identities = [
-        {"heads": heads, "beta": beta} | measure(identity_model(recipe, heads, beta), recipe)
-        for heads, beta in tqdm(combinations, desc="identity weights")
-    ]
-    _draw_curves(recipe, parts, identities)
-    _draw_weights(recipe, parts)
-    _draw_units(recipe, parts)
-    measured = {
-        "context_lengths": context_lengths(recipe),
-        "landmarks": {name: _rounded_landmarks(recipe, name) for name in SYSTEMS},
-        "trained": parts,
-        "identity": [{k: row[k] for k in ("heads", "beta", "curves", "sections")} for row in identities],
-    }
-    claims = [claim._asdict() for claim in _claims(parts, identities)]
-    return {"measured": measured, "table": _table(parts, identities), "claims": claims}
-
-
 def _rounded_landmarks(recipe: Recipe, system: str) -> list[float]:
     return [round(mark, 1) for mark in moons.landmarks(SYSTEMS[system], recipe.length)]
 
 
 def falls(sections: dict[str, float]) -> list[bool]:
-    """Whether each section after the first lies below the one before it, in the order of `SECTIONS`."""
+    """Return whether the deviation falls from each section to the next, in the order of `SECTIONS`."""
     values = [sections[name] for name in SECTIONS]
     return [after <= FALL * before for before, after in zip(values, values[1:], strict=False)]
 
 
 def falls_at_the_end_only(sections: dict[str, float]) -> bool:
-    """What one memory does: level until all moons stand as before, then a fall."""
+    """Return whether the deviation is level up to the common period and falls after it, as with one memory."""
     *early, last = [sections[name] for name in SECTIONS]
     return min(early) >= FALL * max(early) and last <= FALL * min(early)
 
 
 def falls_at_each_period(sections: dict[str, float]) -> bool:
-    """What one memory for each moon does: a fall at each period, so that the common one is not waited for.
+    """Return whether the deviation falls at the period of each moon, as with one memory for each.
 
-    Predictions that ran away, beyond the moons' own circles, are none to begin with.
+    Deviations above `AMPLITUDE` fail: such predictions diverge, so that a fall from there shows nothing.
     """
     return all(falls(sections)[:3]) and max(sections.values()) <= AMPLITUDE
 
 
+def _number(value: float, digits: int) -> str:
+    """Format a number; large ones without decimals."""
+    return f"{value:.{digits}f}" if value < 10 else f"{value:,.0f}"
+
+
 def _median_and_range(values: list[float], digits: int) -> str:
-    # Not a mean: predictions in a row can run away, and one seed that does would hide all others.
+    """Format the median of values with their range in brackets."""
+    # Not a mean: predictions in a row can diverge, and the mean would then show that one seed alone.
     median, low, high = (_number(value, digits) for value in (statistics.median(values), min(values), max(values)))
     return median if len(values) == 1 else f"{median} ({low} to {high})"
-
-
-def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if value < 10 else f"{value:,.0f}"
 
 
 def _by_heads(rows: list[dict[str, Any]], heads: int) -> list[dict[str, Any]]:
     return [row for row in rows if row["heads"] == heads]
 
 
+def _table_line(model: str, seeds: str, system: str, rows: list[dict[str, Any]]) -> str:
+    cells = [_median_and_range([row["sections"][system][name] for row in rows], 3) for name in SECTIONS]
+    # One head can mix the moons in any way without any change of its predictions: there the measure has no meaning.
+    together = [row["permutation"]["together"] for row in rows]
+    nearness = _median_and_range(together, 2) if rows[0]["heads"] > 1 else "-"
+    return f"| {model} | {rows[0]['heads']} | {seeds} | {system} | {' | '.join(cells)} | {nearness} |"
+
+
 def _table(parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> str:
-    """Deviations between the landmarks; the trained models of each number of heads as one line, then each seed."""
+    """Return a Markdown table of deviations by section: trained models of each size in one line, then each seed."""
     head = ["model", "heads", "seeds", "moons", *SECTIONS, "near a permutation"]
     lines = [f"| {' | '.join(head)} |", "| --- | ---: | --- | --- | " + " | ".join(["---:"] * 6) + " |"]
     groups = [(f"identity, beta {row['beta']:g}", "-", [row]) for row in identities]
@@ -205,31 +176,13 @@ def _table(parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> str
     return "\n".join(lines)
 
 
-def _table_line(model: str, seeds: str, system: str, rows: list[dict[str, Any]]) -> str:
-    cells = [_median_and_range([row["sections"][system][name] for row in rows], 3) for name in SECTIONS]
-    # One head may mix the moons in any way and predict the same: there the number would say nothing.
-    together = [row["permutation"]["together"] for row in rows]
-    nearness = _median_and_range(together, 2) if rows[0]["heads"] > 1 else "-"
-    return f"| {model} | {rows[0]['heads']} | {seeds} | {system} | {' | '.join(cells)} | {nearness} |"
-
-
-def _claims(parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> list[Claim]:
-    claims = []
-    if one := _by_heads(parts, 1):
-        claims.append(_claim_on_one_head(one))
-    if three := _by_heads(parts, 3):
-        claims += [_claim_on_three_heads(three), _claim_on_weights(three)]
-    if one and three:
-        claims.append(_claim_before_the_common_period(one, three))
-    return [*claims, _claim_on_the_identity(identities)]
-
-
 def _verdict(successes: int, count: int) -> str:
-    """Most seeds decide; if only a few do what the paper says, what it says is possible, but not reliable here."""
+    """Return the verdict of a majority of seeds. Fewer successes show that a claim can hold, but not reliably."""
     return "reproduced" if 2 * successes > count else "not at this size" if successes else "contradicted"
 
 
-def _told(rows: list[dict[str, Any]], hold: list[bool]) -> str:
+def _format_seeds(rows: list[dict[str, Any]], hold: list[bool]) -> str:
+    """Format for how many seeds a claim holds, for which it fails, and the deviations of all seeds by section."""
     sections = [_median_and_range([row["sections"]["validation"][name] for row in rows], 2) for name in SECTIONS]
     failed = ", ".join(str(row["seed"]) for row, holds in zip(rows, hold, strict=True) if not holds)
     count = f"{sum(hold)} of {len(hold)} seeds" + (f" (not {failed})" if failed else "")
@@ -241,7 +194,7 @@ def _claim_on_one_head(rows: list[dict[str, Any]]) -> Claim:
     return Claim(
         "With one head the prediction of unseen moons is no better than a guess until all stand as before, then good",
         "a sharp fall at the common period alone (Fig. 4)",
-        f"{_told(rows, hold)} (deviation in the five sections between the periods)",
+        f"{_format_seeds(rows, hold)} (deviation in the five sections between the periods)",
         _verdict(sum(hold), len(hold)),
     )
 
@@ -251,7 +204,7 @@ def _claim_on_three_heads(rows: list[dict[str, Any]]) -> Claim:
     return Claim(
         "With three heads the deviation falls at each moon's own period",
         "three falls, before the common period (Fig. 5)",
-        _told(rows, hold),
+        _format_seeds(rows, hold),
         _verdict(sum(hold), len(hold)),
     )
 
@@ -288,20 +241,38 @@ def _claim_on_the_identity(identities: list[dict[str, Any]]) -> Claim:
     sharp = [row for row in identities if row["beta"] == max(IDENTITY_BETAS)]
     rules = {1: falls_at_the_end_only, 3: falls_at_each_period}
     hold = [rules[row["heads"]](row["sections"]["validation"]) for row in sharp]
-    found = {
+    deviations = {
         row["heads"]: ", ".join(f"{row['sections']['validation'][name]:.3g}" for name in SECTIONS) for row in sharp
     }
     return Claim(
         "Identity matrices solve the task without training: the memory alone predicts",
         "stated with the training (section on three moons)",
         f"beta {max(IDENTITY_BETAS):g}: "
-        + "; ".join(f"{heads_in_words(heads)} {values}" for heads, values in found.items()),
+        + "; ".join(f"{heads_in_words(heads)} {values}" for heads, values in deviations.items()),
         _verdict(sum(hold), len(hold)),
     )
 
 
+def _claims(parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> list[Claim]:
+    claims = []
+    if one := _by_heads(parts, 1):
+        claims.append(_claim_on_one_head(one))
+    if three := _by_heads(parts, 3):
+        claims += [_claim_on_three_heads(three), _claim_on_weights(three)]
+    if one and three:
+        claims.append(_claim_before_the_common_period(one, three))
+    return [*claims, _claim_on_the_identity(identities)]
+
+
+def _mark_periods(axis: Axes, marks: list[float]) -> None:
+    """Draw a vertical line at each period and at the common one."""
+    for name, mark in zip(("p1", "p2", "p3", "lcm"), marks, strict=True):
+        axis.axvline(mark, color="grey", lw=0.8, alpha=0.7)
+        axis.text(mark, 1.01, name, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=7)
+
+
 def _draw_curves(recipe: Recipe, parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> None:
-    """Figs. 4 and 5: one picture for each number of heads and each system."""
+    """Draw the curves of Figs. 4 and 5: one panel for each number of heads and each system."""
     figure, axes = new_figure(len(SYSTEMS), len(recipe.heads), width=5.4, height=3.4, sharey=True, sharex=True)
     lengths = context_lengths(recipe)
     for row, system in zip(axes, SYSTEMS, strict=True):
@@ -313,7 +284,7 @@ def _draw_curves(recipe: Recipe, parts: list[dict[str, Any]], identities: list[d
                 axis.plot(lengths, identity["curves"][system], style, lw=1, color="black", label=label)
             _mark_periods(axis, _rounded_landmarks(recipe, system))
             axis.set_title(f"{heads_in_words(heads)}, {SYSTEM_NAMES[system]}", fontsize=9, pad=16)
-            axis.set_ylim(0, AMPLITUDE)  # a model that runs away leaves the picture
+            axis.set_ylim(0, AMPLITUDE)  # diverging predictions leave the panel
     for axis in axes[:, 0]:
         axis.set_ylabel(f"mean absolute deviation,\n{recipe.horizon} predictions in a row", fontsize=8)
     for axis in axes[-1]:
@@ -323,29 +294,8 @@ def _draw_curves(recipe: Recipe, parts: list[dict[str, Any]], identities: list[d
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 
-def _mark_periods(axis, marks: list[float]) -> None:
-    for name, mark in zip(("p1", "p2", "p3", "lcm"), marks, strict=True):
-        axis.axvline(mark, color="grey", lw=0.8, alpha=0.7)
-        axis.text(mark, 1.01, name, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=7)
-
-
-def _draw_weights(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
-    """Fig. 6 for every seed: the matrices below each other, each row a head and each column a moon."""
-    names = list(parts[0]["weights"])
-    figure, axes = new_figure(len(names) * len(recipe.heads), len(recipe.seeds), width=1.15, height=1.15)
-    for index, part in enumerate(parts):
-        block, column = divmod(index, len(recipe.seeds))
-        for offset, name in enumerate(names):
-            axis = axes[block * len(names) + offset, column]
-            _picture(axis, np.array(part["weights"][name]))
-            if offset == 0:
-                axis.set_title(f"{heads_in_words(part['heads'])}\nseed {part['seed']}", fontsize=7)
-            if column == 0:
-                axis.set_ylabel(("$W_\\phi$", "$W_\\psi$", "$W_z^T$")[offset], fontsize=9)
-    save_figure(figure, recipe.folder / f"{recipe.name}_weights.png")
-
-
-def _picture(axis, matrix: np.ndarray) -> None:
+def _draw_matrix(axis: Axes, matrix: np.ndarray) -> None:
+    """Draw a matrix as colours with its numbers."""
     axis.imshow(matrix, cmap="Blues", vmin=0, vmax=matrix.max() or 1)
     for (row, column), value in np.ndenumerate(matrix):
         color = "white" if value > matrix.max() / 2 else "black"
@@ -354,14 +304,44 @@ def _picture(axis, matrix: np.ndarray) -> None:
     axis.set_yticks([])
 
 
+def _draw_weights(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
+    """Draw the matrices of Fig. 6 for every seed, below each other: a row for each head, a column for each moon."""
+    names = list(parts[0]["weights"])
+    figure, axes = new_figure(len(names) * len(recipe.heads), len(recipe.seeds), width=1.15, height=1.15)
+    for index, part in enumerate(parts):
+        block, column = divmod(index, len(recipe.seeds))
+        for offset, name in enumerate(names):
+            axis = axes[block * len(names) + offset, column]
+            _draw_matrix(axis, np.array(part["weights"][name]))
+            if offset == 0:
+                axis.set_title(f"{heads_in_words(part['heads'])}\nseed {part['seed']}", fontsize=7)
+            if column == 0:
+                axis.set_ylabel(("$W_\\phi$", "$W_\\psi$", "$W_z^T$")[offset], fontsize=9)
+    save_figure(figure, recipe.folder / f"{recipe.name}_weights.png")
+
+
+def _late_deviation(part: dict[str, Any]) -> float:
+    """Return the deviation after the longest period of a moon, by which the best model is chosen."""
+    return part["sections"]["validation"]["p3 to lcm"] + part["sections"]["validation"]["after lcm"]
+
+
+def _draw_moons_by_head(axis: Axes, matrix: np.ndarray) -> None:
+    """Draw the share `[H][3]` of each head in the prediction of each moon."""
+    _draw_matrix(axis, matrix.round(2) + 0.0)  # + 0.0 turns -0.0 into 0.0
+    axis.set_aspect("auto")
+    axis.set_xticks(range(moons.NUM_MOONS), [f"period {period:g}" for period in moons.VALIDATION_TRIPLE])
+    axis.set_yticks(range(len(matrix)))
+    axis.set_xlabel("whose prediction it is")
+
+
 def _draw_units(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
-    """Which memory predicts which moon, in the best model of each number of heads."""
+    """Draw the measures of each memory in the best model of each number of heads."""
     best = [min(_by_heads(parts, heads), key=_late_deviation) for heads in recipe.heads]
     figure, axes = new_figure(4, len(best), width=5.4, height=2.3)
     windows = moons.draw_windows(moons.VALIDATION_TRIPLE, 1, recipe.length, EVALUATION_SEED)
     for column, part in zip(axes.T, best, strict=True):
         model, _ = load_part(recipe.parts[part["heads"], part["seed"]])
-        units = model.units(windows)
+        units = inspect_continuous_units(model, windows)
         for axis, rows in zip(column, (units.error, units.effective_pairs, units.share), strict=False):
             for head, values in enumerate(rows[0].tolist()):
                 axis.plot(range(1, len(values) + 1), values, lw=0.8, label=f"head {head}")
@@ -383,13 +363,44 @@ def _draw_units(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
     save_figure(figure, recipe.folder / f"{recipe.name}_units.png")
 
 
-def _late_deviation(part: dict[str, Any]) -> float:
-    return part["sections"]["validation"]["p3 to lcm"] + part["sections"]["validation"]["after lcm"]
+def _results(recipe: Recipe) -> dict[str, Any]:
+    """Measure the identity models, draw all figures and judge the claims, from finished parts."""
+    parts = [read_result(folder, PART) for folder in recipe.parts.values()]
+    combinations = [(heads, beta) for beta in IDENTITY_BETAS for heads in recipe.heads]
+    identities = [
+        {"heads": heads, "beta": beta} | measure(identity_model(recipe, heads, beta), recipe)
+        for heads, beta in tqdm(combinations, desc="identity weights")
+    ]
+    _draw_curves(recipe, parts, identities)
+    _draw_weights(recipe, parts)
+    _draw_units(recipe, parts)
+    measured = {
+        "context_lengths": context_lengths(recipe),
+        "landmarks": {name: _rounded_landmarks(recipe, name) for name in SYSTEMS},
+        "trained": parts,
+        "identity": [{k: row[k] for k in ("heads", "beta", "curves", "sections")} for row in identities],
+    }
+    claims = [claim._asdict() for claim in _claims(parts, identities)]
+    return {"measured": measured, "table": _table(parts, identities), "claims": claims}
 
 
-def _draw_moons_by_head(axis, matrix: np.ndarray) -> None:
-    _picture(axis, matrix.round(2) + 0.0)  # no minus before a zero
-    axis.set_aspect("auto")
-    axis.set_xticks(range(moons.NUM_MOONS), [f"period {period:g}" for period in moons.VALIDATION_TRIPLE])
-    axis.set_yticks(range(len(matrix)))
-    axis.set_xlabel("whose prediction it is")
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train the missing models, measure and draw; return the content of `result.json`.
+
+    Raises:
+        ValueError: if several processes were launched, as each of them would train everything.
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        raise ValueError(
+            f"{state.num_processes} processes were launched, but the models are too small to be spread: start one, "
+            "and train several at once by `workers`"
+        )
+    data = {name: list(periods) for name, periods in SYSTEMS.items()}
+    with only_run_in(recipe.folder, state):
+        claim_folder(recipe, {"hash": recipe.hash, "data": data, "recipe": recipe.content()}, state, restart)
+        if read_result(recipe.folder) is None:
+            jobs = [Job(folder, train_part, (recipe, *part, folder)) for part, folder in recipe.parts.items()]
+            run_all(jobs, recipe.workers)
+            write_result(header(recipe) | {"data": data} | _results(recipe), recipe.folder)
+        return read_result(recipe.folder)
