@@ -195,7 +195,7 @@ def check_series(kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name} is not supported: each row is one series, so give each series its own row.")
 
 
-# `save_pretrained` of `AdaptableModel` passes most of the library's arguments on by name, which a type checker rejects.
+# `save_pretrained` of `AdaptableModel` passes most of the library's arguments on by name, which type checkers reject.
 # trf-ignore: TRF057
 class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):  # type: ignore[misc]
     """Predicts each next observation: z_t = W_z concat_h y_t, where y_t is retrieved from the pairs stored before t.

@@ -115,21 +115,15 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         return memory_layer(past_key_values, self.layer_idx)
 
     def retrieve(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Smooth over pairs by the configured attention function.
 
         Returns:
             retrieved values `(B, T, H, D)`, and weights `(B, H, T, N)` if the function returns them.
         """
-        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         # The caller's `is_causal` would win over the module's, and persistent memories are not causal.
         kwargs["is_causal"] = self.is_causal
