@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory Mosaics for transformers. Importing this package makes `AutoModel` and its kin know them."""
+"""Memory Mosaics for transformers. Importing this package registers them with the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 

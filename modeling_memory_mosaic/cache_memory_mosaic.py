@@ -18,8 +18,8 @@
 holds the pair that completes when token t arrives, (key of token t-1, value of token t-1); slot 0 is empty. So the
 strict rule "a token retrieves earlier pairs only" is plain causality over slots, and there is one slot per token.
 
-The first layer also knows what was read (`ReadText`) and which weights read it (`MemoryWriter`), so that only its own
-text and its own model continue a memory.
+The first layer also knows what was read (`ReadText`) and which weights read it (`MemoryWriter`), so that no other
+text and no other model continue a memory.
 """
 
 import warnings
@@ -61,6 +61,11 @@ def one_memory(past_key_values: Cache | None, cache: Cache | None, warn: bool = 
             stacklevel=2,
         )
     return past_key_values if cache is None else cache
+
+
+def memory_kwargs(memory: Cache | None) -> dict[str, Any]:
+    """Return the memory as a keyword argument of models and outputs, by the name that this transformers uses."""
+    return {MEMORY_NAME: memory}
 
 
 class ReadText:
@@ -165,7 +170,7 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
         )
 
     def check_room(self, num_tokens: int) -> None:
-        """Raise `ValueError` if so many more tokens do not fit. A layer that grows has room for any."""
+        """Raise `ValueError` if a static layer cannot take so many more tokens. One that grows always can."""
 
     def num_rows(self) -> int:
         """Return the number of rows of the text; 0 before anything was read."""
@@ -256,7 +261,7 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
             raise RuntimeError(
                 f"Cannot crop {num_tokens} tokens: the leaky sums and the pending value of only the last "
                 f"{recorded - 1} were recorded. Call `activate_past_recording()` on the cache before reading the "
-                "tokens you may want to take back, or read the shorter text anew."
+                "tokens you may want to take back, or read the shorter text again."
             )
         self._map_states(lambda trajectory: trajectory[:, :, :-num_tokens])
 
@@ -274,6 +279,11 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
     _layer_type = "memory_mosaic"
 
     def check_room(self, num_tokens: int) -> None:
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "`torch.export` of a static memory is not supported: its states would be constants of the program. "
+                "Export with `use_cache=False`, or compile the model, which static memories are for."
+            )
         # Compiled, the length is not known before the graph runs.
         if is_torchdynamo_compiling():
             return
@@ -297,7 +307,8 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
 
     def note_text(self, input_ids: torch.Tensor | None, is_token: torch.Tensor | None) -> None:
         self.knows_ids = self.knows_ids and input_ids is not None
-        for name, new in (("read_ids", input_ids.long() if self.knows_ids else None), ("read_mask", is_token)):
+        new_ids = input_ids.long() if input_ids is not None and self.knows_ids else None
+        for name, new in (("read_ids", new_ids), ("read_mask", is_token)):
             if new is not None and getattr(self, name) is None:
                 setattr(self, name, new.new_ones(new.shape[0], self.max_cache_len))
             if new is not None:
@@ -314,7 +325,7 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
 
     def _map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Other rows have other addresses: a compiled step compiles again."""
-        if self.is_initialized:
+        if self.keys is not None and self.values is not None and self.is_initialized:
             self.keys, self.values = function(self.keys), function(self.values)
             self.batch_size = self.keys.shape[0]
             for tensor in (self.keys, self.values):
@@ -326,6 +337,12 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
             "A static memory cannot be cropped. Use a dynamic one: `DynamicCache(config=model.config)`, or leave "
             "`cache_implementation` unset in `generate`."
         )
+
+
+def memory_layer(memory: Cache, index: int = 0) -> MemoryMosaicStates:
+    """Return one layer of a memory of this model. The first one also keeps the text."""
+    layer: Any = memory.layers[index]
+    return layer
 
 
 def text_of(memory: Any) -> Any:
@@ -360,7 +377,7 @@ def check_memory(memory: Cache, config: PreTrainedConfig, num_rows: int) -> None
     Raises:
         ValueError: if the memory has too few layers or layers of another kind, or another number of rows.
     """
-    layers = getattr(memory, "layers", ())  # a tuple of tensors, as older code made them, has none
+    layers: Any = getattr(memory, "layers", ())  # a tuple of tensors, as older code made them, has none
     # By name, as a model loaded with `trust_remote_code=True` has classes of its own. More layers than the model uses
     # are in order: decoding with an early exit lowers num_hidden_layers.
     is_of_kind = all(getattr(layer, "_layer_type", None) == config.model_type for layer in layers)

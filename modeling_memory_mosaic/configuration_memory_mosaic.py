@@ -12,7 +12,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configuration of Memory Mosaics: sizes, dropout and the few choices the architecture leaves open."""
+"""Configuration of Memory Mosaics: sizes, dropout and the few choices that the architecture leaves open."""
+
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -23,8 +25,8 @@ from transformers.utils.versions import require_version
 logger = logging.get_logger(__name__)
 
 
-def warn_of_untested_versions():
-    """Outside the versions it was tested with, the library may call a memory in ways that give wrong answers."""
+def warn_of_untested_versions() -> None:
+    """Log a warning outside the tested versions of transformers, which may call a memory in ways that go wrong."""
     try:
         require_version("transformers>=5.18,<6")
     except ImportError as error:
@@ -35,30 +37,31 @@ warn_of_untested_versions()
 
 
 class DerivedSizes:
-    """Of a configuration: fields that are derived from others where they are not chosen, and follow them.
+    """Part of a configuration some of whose fields are derived from others, and follow them, unless they are chosen.
 
-    A field that has the value that it would be given by default counts as derived, also in files, where all are
-    written down. So `from_pretrained(folder, hidden_size=256)` and `config.hidden_size = 256` change what depends on
-    it; what was chosen otherwise stays. `None` assigned to such a field means that it is derived.
-    What is assigned within a part, as in `config.encoder.hidden_size = 64`, is not noticed: assign the part.
+    A field that has its default value counts as derived, also in files, where all fields are written down. So
+    `from_pretrained(folder, hidden_size=256)` and `config.hidden_size = 256` change the fields that depend on it; a
+    field with another value stays. Assigning `None` makes a field derived again. An assignment within a part, as
+    `config.encoder.hidden_size = 64`, is not noticed: assign the part.
     """
 
     # In an order in which each depends on earlier ones at most.
-    derived_fields = ()
+    derived_fields: tuple[str, ...] = ()
 
-    def derived_value(self, name: str):
-        """What a derived field is by default; `None` if the others leave no value that fits."""
+    def derived_value(self, name: str) -> Any:
+        """Return the default of a derived field; `None` if the other fields leave no value that fits."""
         raise NotImplementedError
 
     def derive_missing(self) -> None:
-        """To be called in `__post_init__`, ahead of the library's."""
+        """Set all fields that are `None`. Call it in `__post_init__`, before the library's."""
         for name in self.derived_fields:
             if getattr(self, name) is None:
                 setattr(self, name, self.derived_value(name))
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field, and all fields that were derived from it."""
         is_built = "_name_or_path" in self.__dict__  # the library's `__post_init__` sets it
-        followers = []
+        followers: list[str] = []
         if is_built:
             followers = [
                 field
@@ -72,22 +75,23 @@ class DerivedSizes:
             super().__setattr__(follower, self.derived_value(follower))
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        """As the library's; a derived field among `kwargs` is chosen, whatever else is given with it."""
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build as the library does; a derived field among `kwargs` keeps that value, whatever else is given."""
         chosen = {name: kwargs[name] for name in cls.derived_fields if kwargs.get(name) is not None}
-        loaded = super().from_dict(config_dict, **kwargs)
+        # `PreTrainedConfig` comes next in the order of classes.
+        loaded = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         for name, value in chosen.items():
             setattr(loaded[0] if isinstance(loaded, tuple) else loaded, name, value)
         return loaded
 
 
 def width_of_heads(size: int, num_heads: int) -> int | None:
-    """Width of a head where so many share a size; `None` if they cannot."""
+    """Return the width of each of `num_heads` heads that share a size; `None` if it is not a whole number."""
     return size // num_heads if num_heads > 0 and size % num_heads == 0 else None
 
 
-def check_heads(config, size_name: str) -> None:
-    """Refuses heads that do not divide the size that they share, where no `head_dim` is chosen."""
+def check_heads(config: Any, size_name: str) -> None:
+    """Raise `ValueError` if no `head_dim` is chosen and the heads do not divide the size that they share."""
     size, num_heads = getattr(config, size_name), config.num_attention_heads
     if config.head_dim is None and num_heads > 0 and size > 0:
         raise ValueError(
@@ -106,7 +110,7 @@ class MemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
 
     Args:
         vocab_size (`int`, defaults to 50257):
-            Number of token ids the embedding and the head know. The authors pad GPT-2's 50257 to 50304.
+            Number of token ids that the embedding and the head know. The authors pad GPT-2's 50257 to 50304.
         hidden_size (`int`, defaults to 768):
             Width of the residual stream.
         num_hidden_layers (`int`, defaults to 12):
@@ -133,7 +137,7 @@ class MemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
         tie_word_embeddings (`bool`, defaults to `True`):
             Whether the head uses the embedding's matrix.
         use_cache (`bool`, defaults to `True`):
-            Whether the model returns its memory as `past_key_values`.
+            Whether the model returns its memory, as `cache` or `past_key_values`.
 
     Raises:
         ValueError: if the heads do not divide `hidden_size` and no `head_dim` is given.
@@ -192,12 +196,12 @@ class MemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.derive_missing()
         check_heads(self, "hidden_size")
         super().__post_init__(**kwargs)
 
-    def derived_value(self, name: str):
+    def derived_value(self, name: str) -> Any:
         if name == "num_persistent_slots":
             return 7 * self.hidden_size // 2
         if name == "logits_scaling":
@@ -209,11 +213,14 @@ class MemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
         """Cache layer of each block. A property: `config.json` must stay readable without this package."""
         return [self.model_type] * self.num_hidden_layers
 
-    def validate_layer_type(self):
-        """Every block is alike, so there is nothing to compare with the library's list of layer types."""
+    def validate_layer_type(self) -> None:
+        """Skip the library's comparison with its list of layer types: every block is alike."""
 
-    def validate_architecture(self):
-        """Part of `@strict` validation: runs after `__init__`, before saving, and when a model is built."""
+    def validate_architecture(self) -> None:
+        """Raise `ValueError` for sizes that no model can have.
+
+        `@strict` calls it after `__init__` and before saving; a model calls it when it is built.
+        """
         check_heads(self, "hidden_size")
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")
         for name in (*sizes, "num_persistent_slots", "logits_scaling"):

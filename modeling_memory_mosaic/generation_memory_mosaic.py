@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 
 from .adapters_memory_mosaic import prepare_for_adapters
-from .cache_memory_mosaic import MEMORY_NAME, ReadText, check_num_rows, one_memory, text_of
+from .cache_memory_mosaic import MEMORY_NAME, ReadText, check_num_rows, memory_layer, one_memory, text_of
 from .masking_memory_mosaic import create_memory_masks
 
 
@@ -68,6 +68,7 @@ def repeated_rows(memory: Cache | None, settings: dict[str, Any]) -> Iterator[No
     if memory is None or times == 1 or num_read == 0:
         yield
         return
+    # The library repeats the ids, but only those memories that it made itself.
     num_rows = text.num_rows()
     memory.batch_repeat_interleave(times)
     try:
@@ -111,6 +112,7 @@ def begins_with(ids: torch.Tensor, mask: torch.Tensor, past_ids: torch.Tensor | 
             f"The memory of {num_read} tokens does not know their ids: these {num_ids} may be new, or the whole text. "
             f"{SAY_THAT_IDS_ARE_NEW}"
         )
+    # Compared without padding first: a row may begin with the memory's text, but stand elsewhere in the batch.
     past_ids = past_ids.to(ids.device)
     texts = [row[is_token.bool()] for row, is_token in zip(ids, mask.to(ids.device), strict=True)]
     pasts = [row[is_token] for row, is_token in zip(past_ids, past_mask, strict=True)]
@@ -183,6 +185,7 @@ def continue_from(inputs: torch.Tensor | None, settings: dict[str, Any], kwargs:
         return kwargs
     ids = check_new_ids(inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     check_num_rows(text.num_rows(), ids.shape[0])
+    # With a mask over past and new ids the caller has said that all ids are new.
     mask = kwargs.get("attention_mask")
     if mask is None or mask.shape[-1] != num_read + ids.shape[1]:
         kwargs = kwargs | {"attention_mask": whole_mask(text, ids, mask, settings)}
@@ -214,6 +217,7 @@ def check_assisted(text: ReadText, input_ids: torch.Tensor, attention_mask: torc
 class MemoryMosaicGenerationMixin(GenerationMixin):
     """The library's `GenerationMixin`, with a memory in place of a key-value cache."""
 
+    # `generate` makes the masks of a compiled step by this.
     create_masks_for_generate = staticmethod(create_memory_masks)
 
     @functools.wraps(GenerationMixin.generate)
@@ -245,11 +249,12 @@ class MemoryMosaicGenerationMixin(GenerationMixin):
         """
         memory = kwargs.get(MEMORY_NAME)
         if memory is None:
-            return super()._assisted_decoding(input_ids, *args, **kwargs)
-        check_assisted(memory.layers[0], input_ids, kwargs.get("attention_mask"))
+            return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
+        check_assisted(memory_layer(memory), input_ids, kwargs.get("attention_mask"))
+        # The library records the past of the memory to take tokens back, and would leave recording on.
         not_recording = [layer for layer in memory.layers if not layer.record_past]
         try:
-            return super()._assisted_decoding(input_ids, *args, **kwargs)
+            return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
         finally:
             for layer in not_recording:
                 layer.deactivate_past_recording()

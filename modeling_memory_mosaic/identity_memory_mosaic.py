@@ -12,11 +12,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""By which weights something was written: their fingerprint, and the mark that a memory bears of them."""
+"""Identity of weights: their fingerprint, and the signature that a memory carries of the weights that wrote it."""
 
 import dataclasses
 import hashlib
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,79 +42,45 @@ _NOT_COMPUTED = (
 )
 
 
-def weights_fingerprint(module: nn.Module, config: PreTrainedConfig | None = None) -> bytes:
-    """sha256 of all weights of a module as it computes now, and of the settings that they are used with.
-
-    Adapters count if they act at this moment, so that a model with all adapters disabled has the fingerprint of its
-    base. Quantized, sharded (`DTensor`) and offloaded weights are read where they are, at every call.
-
-    Args:
-        config (`PreTrainedConfig`, *optional*): the settings; the module's own when absent.
-
-    Returns:
-        `bytes`: 32 of them.
-
-    Raises:
-        ValueError: if the weights have no values here (meta device, shards of DeepSpeed ZeRO-3).
-    """
-    if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in module.parameters()):
-        raise ValueError("DeepSpeed ZeRO-3 keeps the weights in parts: load the model on one process for this.")
-    digest = hashlib.sha256(repr((settings(config or module.config), adapters_at_work(module))).encode())
-    for name, full_name, value in sorted(acting_weights(module), key=lambda item: item[0]):
-        value = offloaded_value(module, full_name) if is_meta(value) else value
-        for part, tensor in plain_tensors(name, value):
-            digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.digest()
-
-
-def settings(config: PreTrainedConfig) -> list[tuple]:
-    """Names and values of the fields of a configuration that say how weights are used."""
+def settings(config: PreTrainedConfig) -> list[tuple[str, Any]]:
+    """Return names and values of the fields of a configuration that determine how weights are used."""
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = {field.name for field in dataclasses.fields(config)} - common
     values = [(name, getattr(config, name)) for name in sorted(names) if not name.endswith(_NOT_COMPUTED)]
     return [(name, settings(value) if isinstance(value, PreTrainedConfig) else value) for name, value in values]
 
 
-def weights_state(module: nn.Module) -> tuple:
-    """What shows cheaply that weights were written or adapters switched since; no value is read.
-
-    It does not show what is written past torch's counters (`parameter.data`). Weights that come and go with each
-    forward, as sharded and offloaded ones do, have no counters that last: of them only adapters are compared.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    is_moved = any(tensor.is_meta or hasattr(tensor, "full_tensor") for tensor in tensors)
-    if is_moved or hasattr(module, "unshard") or any(hasattr(part, "_hf_hook") for part in module.modules()):
-        return tuple(adapters_at_work(module))
-    versions = [(id(tensor), tensor.dtype, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-    return (*versions, *adapters_at_work(module))
-
-
-def adapters_at_work(module: nn.Module) -> list[tuple]:
-    """Of each layer that PEFT wraps: its name, and the adapters in it that act, with their scaling; or are merged."""
-    found = []
-    for name, layer in adapted_layers(module):
-        scaling = getattr(layer, "scaling", {})
-        at_work = [(adapter, scaling.get(adapter)) for adapter in acting_adapters(layer)]
-        merged = tuple(getattr(layer, "merged_adapters", ()))
-        found += [(name, merged, *at_work)] if at_work or merged else []
-    return found
-
-
-def adapted_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the layers that PEFT wraps, or keeps a trained copy of."""
+def adapted_layers(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return names and modules of the layers that PEFT wraps, or keeps a trained copy of."""
     return [(name, layer) for name, layer in adapter_parts(module).items() if hasattr(layer, "active_adapters")]
 
 
-def acting_adapters(layer: nn.Module) -> list[str]:
-    """Names of the adapters of a wrapped layer that it applies; those merged into its weights are not applied."""
+def acting_adapters(layer: Any) -> list[str]:
+    """Return names of the adapters that a wrapped layer applies; those merged into its weights are not applied."""
     if getattr(layer, "disable_adapters", False):
         return []
     return [name for name in layer.active_adapters if name not in getattr(layer, "merged_adapters", ())]
 
 
-def acting_weights(module: nn.Module):
-    """Names, own names and tensors of a module's state; what is wrapped, under the name that it has unwrapped."""
+def adapters_at_work(module: nn.Module) -> list[tuple]:
+    """Return name, merged adapters and acting adapters with their scaling, for each layer that has any of these."""
+    layers: list[tuple] = []
+    for name, layer in adapted_layers(module):
+        scaling = getattr(layer, "scaling", {})
+        at_work = [(adapter, scaling.get(adapter)) for adapter in acting_adapters(layer)]
+        merged = tuple(getattr(layer, "merged_adapters", ()))
+        layers += [(name, merged, *at_work)] if at_work or merged else []
+    return layers
+
+
+def acting_weights(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """Yield the weights of a module that act at this moment.
+
+    Yields:
+        name without wrappers of PEFT and `torch.compile`, name in the state dict, and value.
+    """
+    # A wrapper keeps the weights of its layer under `base_layer`, or under `original_module` beside a trained copy,
+    # and those of each adapter under the adapter's name.
     wrapped = [(f"{name}.", acting_adapters(layer)) for name, layer in adapted_layers(module)]
     for full_name, value in module.state_dict().items():
         for owner, acting in wrapped:
@@ -126,12 +94,17 @@ def acting_weights(module: nn.Module):
             yield name.replace(COMPILED_PREFIX, ""), full_name, value
 
 
-def is_meta(value) -> bool:
+def is_meta(value: Any) -> bool:
+    """Return whether a value is a tensor without numbers."""
     return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def offloaded_value(module: nn.Module, name: str) -> torch.Tensor:
-    """The value of a weight that `accelerate` keeps elsewhere, on the CPU or on disk."""
+    """Return the value of a weight that `accelerate` keeps elsewhere, on the CPU or on disk.
+
+    Raises:
+        ValueError: if it is not kept anywhere.
+    """
     owner_name, _, own_name = name.rpartition(".")
     attached = getattr(module.get_submodule(owner_name), "_hf_hook", None)
     for hook in getattr(attached, "hooks", [attached]):
@@ -140,13 +113,17 @@ def offloaded_value(module: nn.Module, name: str) -> torch.Tensor:
     raise ValueError(f"{name} has no value (it lies on the meta device): load the weights before reading.")
 
 
-def plain_tensors(name: str, value):
-    """A value of a state dict as plain dense tensors with names: sharded and quantized ones taken apart."""
-    if isinstance(value, torch.Tensor) and value.is_meta:
+def plain_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a value of a state dict as plain dense tensors with names: sharded and quantized ones taken apart.
+
+    Raises:
+        ValueError: if it has no numbers.
+    """
+    if is_meta(value):
         raise ValueError(f"{name} has no value (it lies on the meta device): load the weights before reading.")
-    if hasattr(value, "full_tensor"):
+    if hasattr(value, "full_tensor"):  # a `DTensor`
         value = value.full_tensor()
-    if hasattr(value, "__tensor_flatten__"):
+    if hasattr(value, "__tensor_flatten__"):  # a subclass made of other tensors, as quantizers use
         names, context = value.__tensor_flatten__()
         yield f"{name} {context}", torch.empty(0)
         for inner in names:
@@ -162,8 +139,56 @@ def plain_tensors(name: str, value):
         yield f"{name} {value!r}", torch.empty(0)
 
 
+def weights_fingerprint(module: nn.Module, config: PreTrainedConfig | None = None) -> bytes:
+    """Return the sha256 of all weights of a module as it computes now, and of the settings that they are used with.
+
+    Adapters count if they act at this moment, so that a model with all adapters disabled has the fingerprint of its
+    base. Quantized, sharded (`DTensor`) and offloaded weights are read where they are, at every call.
+
+    Args:
+        config (`PreTrainedConfig`, *optional*): the settings; the module's own when absent.
+
+    Returns:
+        `bytes`: 32 of them.
+
+    Raises:
+        ValueError: if the weights have no values here (meta device, shards of DeepSpeed ZeRO-3).
+    """
+    if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in module.parameters()):
+        raise ValueError("DeepSpeed ZeRO-3 keeps the weights in parts: load the model on one process for this.")
+    used: Any = config or module.config
+    digest = hashlib.sha256(repr((settings(used), adapters_at_work(module))).encode())
+    # Sorted: wrappers change the order of names, but not what is computed.
+    for name, full_name, value in sorted(acting_weights(module), key=lambda item: item[0]):
+        value = offloaded_value(module, full_name) if is_meta(value) else value
+        for part, tensor in plain_tensors(name, value):
+            digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def weights_state(module: nn.Module) -> tuple:
+    """Return what changes when weights are written or adapters switched, without reading any value.
+
+    Writing past torch's counters (`parameter.data`) does not change it. Weights that come and go with each forward, as
+    sharded and offloaded ones do, have no counters that last: for them only adapters are compared.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    is_moved = any(tensor.is_meta or hasattr(tensor, "full_tensor") for tensor in tensors)
+    if is_moved or hasattr(module, "unshard") or any(hasattr(part, "_hf_hook") for part in module.modules()):
+        return tuple(adapters_at_work(module))
+    # A tensor counts the writes to it; one made in inference mode has no counter.
+    versions = [(id(tensor), tensor.dtype, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    return (*versions, *adapters_at_work(module))
+
+
 class MemoryWriter:
-    """The weights that wrote a memory: a module while it lives, or only their fingerprint once it was saved."""
+    """The weights that wrote a memory: a module while it exists, or only their fingerprint once they were saved.
+
+    Args:
+        module (`nn.Module`, *optional*): held weakly.
+        fingerprint (`bytes`, *optional*): in its place.
+    """
 
     def __init__(self, module: nn.Module | None = None, fingerprint: bytes | None = None):
         self.module = None if module is None else weakref.ref(module)
@@ -172,31 +197,32 @@ class MemoryWriter:
         self.known_fingerprint = fingerprint
 
     def is_module(self, module: nn.Module) -> bool:
+        """Return whether this very module wrote the memory."""
         return self.module is not None and self.module() is module
 
     def fingerprint(self) -> bytes:
-        """Of the weights that wrote the memory.
+        """Return the fingerprint of the weights that wrote the memory.
 
         Raises:
             ValueError: if they have changed since, or are gone.
         """
-        if self.known_fingerprint is None:
-            module = self.module()
-            if module is None:
-                raise ValueError(
-                    "The model that read this memory does not exist any more, so its weights cannot be compared: read "
-                    "the text again."
-                )
-            if weights_state(module) != self.state:
-                raise ValueError(
-                    "The model's weights, or the adapters in use, have changed since it read this memory: read the "
-                    "text again."
-                )
-            return weights_fingerprint(module)
-        return self.known_fingerprint
+        if self.known_fingerprint is not None:
+            return self.known_fingerprint
+        module = None if self.module is None else self.module()
+        if module is None:
+            raise ValueError(
+                "The model that read this memory does not exist any more, so its weights cannot be compared: read "
+                "the text again."
+            )
+        if weights_state(module) != self.state:
+            raise ValueError(
+                "The model's weights, or the adapters in use, have changed since it read this memory: read the "
+                "text again."
+            )
+        return weights_fingerprint(module)
 
     def check_reader(self, module: nn.Module) -> None:
-        """Refuses a module that has other weights than those that wrote the memory."""
+        """Raise `ValueError` if a module has other weights than those that wrote the memory."""
         if self.fingerprint() != weights_fingerprint(module):
             raise ValueError(
                 "Other weights wrote this memory than this model's: those of another model, with another adapter, of "
@@ -204,21 +230,28 @@ class MemoryWriter:
                 "compute the same, load the memory by `memory_from_state_dict(..., check_weights=False)`."
             )
 
-    def __deepcopy__(self, memo):
+    # The weights that wrote a memory also wrote its copies.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryWriter":
         return self
 
-    def __reduce__(self):
+    # A weak reference cannot be pickled.
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (None, self.fingerprint())
 
 
-def note_writer(layer, module: nn.Module, num_tokens: int) -> None:
-    """Sign the memory, of which `layer` is the first, by the module that is about to read on; refuse another's.
+def note_writer(layer: Any, module: nn.Module, num_tokens: int) -> None:
+    """Sign a memory by the module that is about to read on; raise if other weights wrote it.
 
     Adapters of the same module are compared where several tokens are read at once, as a new turn is. Compiled code
     leaves out comparison and signature: it cannot take fingerprints.
 
+    Args:
+        layer: the first layer of the memory, which holds the signature as `writer`.
+        module: a whole model.
+        num_tokens (`int`): how many tokens it is about to read.
+
     Raises:
-        ValueError: if other weights wrote the memory, or other adapters were in use then.
+        ValueError: if other weights wrote the memory, or if other adapters were in use then.
     """
     if torch.compiler.is_compiling():
         return

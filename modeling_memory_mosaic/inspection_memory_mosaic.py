@@ -170,6 +170,7 @@ def _next_token(is_token: torch.Tensor, document_ids: torch.Tensor | None) -> tu
     """Return where the next token of the same text stands, and whether there is one, both `(B, T)`."""
     num_tokens = is_token.shape[1]
     places = torch.arange(num_tokens, device=is_token.device).expand_as(is_token)
+    # The nearest token at or behind each place: a running minimum from the end.
     at_or_behind = places.masked_fill(~is_token, num_tokens).flip(1).cummin(1).values.flip(1)
     following = F.pad(at_or_behind[:, 1:], (0, 1), value=num_tokens)
     is_followed = following < num_tokens
@@ -432,6 +433,7 @@ def _look_through_head(
     row, final = at_least_float32(row), at_least_float32(final)
     bias_of_norm = torch.zeros_like(final[0, 0]) if norm.bias is None else norm.bias
     biases = relative_logit(torch.zeros_like(normed))[0] + (bias_of_norm * row).sum(-1)
+    # Through the final norm, with its scale held: first its weight, then its centring and its scale.
     row = row * norm.weight
     scale = (final.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
     direction = (row - row.mean(-1, keepdim=True)) / scale  # a norm takes the mean off its input
@@ -459,7 +461,7 @@ def trace_tokens(
             these arguments.
     """
     _check_readable(model)
-    causal = next((module for module in model.modules() if "lm_head" in dict(module.named_children())), None)
+    causal: Any = next((module for module in model.modules() if "lm_head" in dict(module.named_children())), None)
     if causal is None:
         raise ValueError(f"{type(model).__name__} has no head that predicts tokens: pass a MemoryMosaicForCausalLM.")
     traces: dict[tuple[int, str], dict[str, Any]] = {}

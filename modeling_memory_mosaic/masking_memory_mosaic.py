@@ -32,7 +32,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling
 
-from .cache_memory_mosaic import one_memory
+from .cache_memory_mosaic import memory_layer, one_memory
 from .ops_memory_mosaic import forward_fill
 
 
@@ -114,6 +114,33 @@ def check_packing_names(kwargs: dict[str, Any]) -> None:
         raise ValueError("cu_seq_lens_k is given without cu_seq_lens_q, which says where documents begin.")
 
 
+def check_inputs(config: PreTrainedConfig, inputs_embeds: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` for arguments of a model's forward that would fail later or be misread."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "`torch.jit.trace` would keep the padding of its example for ever: use `torch.export`, or "
+            "`torch.onnx.export` with `dynamo=True`."
+        )
+    if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape[:2]:
+        raise ValueError(
+            f"The ids or embeddings to read have shape {tuple(inputs_embeds.shape[:-1])}: it must be "
+            "(batch, tokens), with at least one of each."
+        )
+    check_packing_names(kwargs)
+    check_maps(config, kwargs)
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal=False is not supported: a memory holds only what came before.")
+
+
+def pop_packing(kwargs: dict[str, Any], position_ids: torch.Tensor | None) -> dict[str, Any]:
+    """Take all that describes packed documents out of the arguments of a forward, with `position_ids`.
+
+    The layers must not get it: an attention function would take it for documents of its own slots.
+    """
+    packing = {name: kwargs.pop(name, None) for name in (*PACKING_NAMES, *FOREIGN_PACKING_NAMES)}
+    return packing | {"position_ids": position_ids}
+
+
 def check_shape(name: str, tensor: torch.Tensor, batch_size: int, num_tokens: int) -> None:
     """Raise `ValueError` unless there is one number for each new token, of all rows together or of each row."""
     if tensor.ndim != 2 or tensor.shape[1] != num_tokens or tensor.shape[0] not in (1, batch_size):
@@ -126,9 +153,9 @@ def check_offsets(cu_seq_lens_q: torch.Tensor, num_tokens: int) -> None:
     """Raise `ValueError` unless offsets rise from 0 to `num_tokens`, the number of tokens of all rows together."""
     if cu_seq_lens_q.ndim != 1:
         raise ValueError(f"cu_seq_lens_q has shape {tuple(cu_seq_lens_q.shape)}: it must be (documents + 1,).")
-    ends = cu_seq_lens_q[[0, -1]] != torch.tensor([0, num_tokens], device=cu_seq_lens_q.device)
+    is_wrong_end = cu_seq_lens_q[[0, -1]] != torch.tensor([0, num_tokens], device=cu_seq_lens_q.device)
     message = f"cu_seq_lens_q must rise from 0 to the number of all tokens, padding included, here {num_tokens}."
-    raise_where(ends, message, cu_seq_lens_q[[0, -1]])
+    raise_where(is_wrong_end, message, cu_seq_lens_q[[0, -1]])
     raise_where(cu_seq_lens_q.diff() < 0, message, cu_seq_lens_q[1:])
 
 
@@ -238,11 +265,13 @@ def create_memory_masks(
     num_tokens = inputs_embeds.shape[1]
     past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
     check_mask(attention_mask, inputs_embeds, past_length)
+    # Without a mask, new ids are all tokens, but the memory may have read padding.
     if attention_mask is None and past_key_values is not None:
-        past_mask = past_key_values.layers[0].past_mask()
+        past_mask = memory_layer(past_key_values).past_mask()
         attention_mask = None if past_mask is None else F.pad(past_mask, (0, num_tokens), value=True)
     if attention_mask is not None:
         attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
+        # Without padding there is nothing to mask. A compiled graph cannot branch on this.
         if not is_torchdynamo_compiling() and attention_mask.all():
             attention_mask = None
     is_token = None if attention_mask is None else attention_mask[:, -num_tokens:]
@@ -256,10 +285,12 @@ def create_memory_masks(
     if attention_mask is None and document_ids is None and mask_function in (sdpa_mask, flash_attention_mask):
         is_first = isinstance(past_length, int) and past_length == 0
         by_shift_identity = is_first and num_tokens > 1
-        reads_all_slots = not is_first and num_tokens == 1 and not past_key_values.is_compileable
+        is_growing = past_key_values is not None and not past_key_values.is_compileable
+        reads_all_slots = not is_first and num_tokens == 1 and is_growing
         if by_shift_identity or reads_all_slots:
             return masks
 
+    # A static memory has slots for tokens yet to come.
     num_slots = num_tokens if past_key_values is None else past_key_values.get_mask_sizes(num_tokens, 0)[0]
     if attention_mask is None:
         attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], num_slots), dtype=torch.bool)

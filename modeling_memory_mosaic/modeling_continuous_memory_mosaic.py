@@ -22,7 +22,7 @@ written by hand (TRF057): the library's generator of them knows only models with
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_memory_mosaic import AdaptableModel
-from .cache_memory_mosaic import MEMORY_NAME, check_memory, one_memory
+from .cache_memory_mosaic import MEMORY_NAME, check_memory, memory_layer, one_memory
 from .configuration_continuous_memory_mosaic import ContinuousMemoryMosaicConfig
 from .identity_memory_mosaic import note_writer
 from .masking_memory_mosaic import FOREIGN_PACKING_NAMES, PACKING_NAMES, create_memory_masks, raise_where
@@ -90,6 +90,13 @@ class ComplexLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def linear_map(config: ContinuousMemoryMosaicConfig, in_features: int, out_features: int) -> nn.Module:
+    """Return a real or complex map, without a bias."""
+    if config.complex_weights:
+        return ComplexLinear(in_features, out_features)
+    return nn.Linear(in_features, out_features, bias=False)
+
+
 class ContinuousMemory(MemoryMosaicPairStore):
     """Associative memories that pair each observation's key with the next observation's value.
 
@@ -101,17 +108,30 @@ class ContinuousMemory(MemoryMosaicPairStore):
 
     def __init__(self, config: ContinuousMemoryMosaicConfig, layer_idx: int = 0):
         super().__init__(config, layer_idx)
-        inner_size = config.num_attention_heads * cast(int, config.head_dim)
-        self.k_proj = self._projection(config.observation_size, inner_size)
-        self.v_proj = self._projection(config.observation_size, inner_size)
-        self.o_proj = self._projection(inner_size, config.observation_size)
+        inner_size = config.num_attention_heads * self.head_dim
+        self.k_proj = linear_map(config, config.observation_size, inner_size)
+        self.v_proj = linear_map(config, config.observation_size, inner_size)
+        self.o_proj = linear_map(config, inner_size, config.observation_size)
         for name, is_learnt in (("key_leak", config.key_leak), ("log_beta", config.learnable_beta)):
             self.register_parameter(name, nn.Parameter(torch.empty(config.num_attention_heads)) if is_learnt else None)
 
-    def _projection(self, in_features: int, out_features: int) -> nn.Module:
-        if self.config.complex_weights:
-            return ComplexLinear(in_features, out_features)
-        return nn.Linear(in_features, out_features, bias=False)
+    def keys_and_values(
+        self, observations: torch.Tensor, previous: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values `(B, H, T, D)` of observations `(B, T, C)` after a key `previous` `(B, H, 1, D)`.
+
+        The value at t is that of observation t itself: it completes the pair of the key at t - 1.
+        """
+        keys, values = self.split_heads(self.k_proj(observations)), self.split_heads(self.v_proj(observations))
+        if self.key_leak is not None:
+            keys = leaky_average(keys, self.leak(), previous)[0].to(keys.dtype)
+        return keys, values
+
+    def queries(self, keys: torch.Tensor) -> torch.Tensor:
+        """Return keys `(B, H, T, D)` times the inverse temperature: stored keys are not scaled."""
+        if self.log_beta is None:
+            return self.config.beta * keys
+        return (PARAMETER_SCALE * at_least_float32(self.log_beta)).exp()[:, None, None].to(keys.dtype) * keys
 
     def forward(
         self,
@@ -141,6 +161,7 @@ class ContinuousMemory(MemoryMosaicPairStore):
         if pairs_only:
             return self.queries(keys), keys, values
         if past_key_values is not None:
+            # With or without a leak: the newest key waits for the next observation, which completes its pair.
             self.states(past_key_values).set_state(self.sum_name, keys)
         queries = self.queries(keys)
         # The next observation completes a pair. So the newest observation has no pair yet, and the first observation
@@ -151,24 +172,6 @@ class ContinuousMemory(MemoryMosaicPairStore):
         retrieved, weights = self.attend(queries, pairs, slot_mask, past_key_values, previous is None, **kwargs)
         retrieved = retrieved.flatten(2)
         return retrieved, weights, self.o_proj(retrieved)  # here, as FSDP2 gathers weights for `forward` alone
-
-    def keys_and_values(
-        self, observations: torch.Tensor, previous: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values `(B, H, T, D)` of observations `(B, T, C)` after a key `previous` `(B, H, 1, D)`.
-
-        The value at t is that of observation t itself: it completes the pair of the key at t - 1.
-        """
-        keys, values = self.split_heads(self.k_proj(observations)), self.split_heads(self.v_proj(observations))
-        if self.key_leak is not None:
-            keys = leaky_average(keys, self.leak(), previous)[0].to(keys.dtype)
-        return keys, values
-
-    def queries(self, keys: torch.Tensor) -> torch.Tensor:
-        """Return keys `(B, H, T, D)` times the inverse temperature: stored keys are not scaled."""
-        if self.log_beta is None:
-            return self.config.beta * keys
-        return (PARAMETER_SCALE * at_least_float32(self.log_beta)).exp()[:, None, None].to(keys.dtype) * keys
 
 
 def check_observations(observations: torch.Tensor, size: int) -> None:
@@ -192,8 +195,9 @@ def check_series(kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name} is not supported: each row is one series, so give each series its own row.")
 
 
+# `save_pretrained` of `AdaptableModel` passes most of the library's arguments on by name, which type checkers reject.
 # trf-ignore: TRF057
-class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
+class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):  # type: ignore[misc]
     """Predicts each next observation: z_t = W_z concat_h y_t, where y_t is retrieved from the pairs stored before t.
 
     The first prediction is 0, as nothing is stored yet.
@@ -242,6 +246,38 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError(f"{type(self).__name__} reads observations: it has no table of tokens.")
 
+    def clipped_loss(
+        self,
+        predictions: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return the mean over rows, positions and coordinates of clip(z_t - x_(t+1))^2, of shape `()`.
+
+        Args:
+            predictions (`torch.Tensor` of shape `(B, T, C)`).
+            labels (`torch.Tensor` of shape `(B, T, C)`): the observations themselves, at least two.
+            num_items_in_batch (*optional*): numbers in the labels of the whole batch, if this is a part of it. The
+                part then counts by its share. `Trainer` leaves out -100 when it counts, so this method does too.
+
+        Raises:
+            ValueError: if labels have another shape than predictions, are fewer than two, or are not finite.
+        """
+        if labels.shape != predictions.shape or labels.shape[1] < 2:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}, predictions {tuple(predictions.shape)}: pass the "
+                "observations themselves, at least two of them."
+            )
+        raise_where(~torch.isfinite(labels), "labels must be finite.", labels)
+        # Half precision would round small errors away.
+        errors = at_least_float32(predictions[:, :-1]) - at_least_float32(labels[:, 1:])
+        if self.config.loss_clip is not None:
+            errors = errors.clamp(-self.config.loss_clip, self.config.loss_clip)
+        loss = errors.square().mean()
+        if num_items_in_batch is not None:
+            loss = loss * (labels != -100).sum() / num_items_in_batch
+        return loss
+
     # trf-ignore: TRF057
     @merge_with_config_defaults
     @capture_outputs
@@ -277,9 +313,8 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         slot_mask = create_memory_masks(self.config, observations, None, past_key_values)["slot_mask"]
         if past_key_values is not None:
-            states = self.memory.states(past_key_values)
-            note_writer(states, self, observations.shape[1])
-            states.note_text(None, None)
+            note_writer(memory_layer(past_key_values), self, observations.shape[1])
+            memory_layer(past_key_values).note_text(None, None)
         retrieved, _, predictions = self.memory(observations, slot_mask, past_key_values, **kwargs)
         memory: dict[str, Any] = {MEMORY_NAME: past_key_values}
         return ContinuousMemoryMosaicOutput(
@@ -288,38 +323,6 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):
             predictions=predictions,
             **memory,
         )
-
-    def clipped_loss(
-        self,
-        predictions: torch.Tensor,
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """Return the mean over rows, positions and coordinates of clip(z_t - x_(t+1))^2, of shape `()`.
-
-        Args:
-            predictions (`torch.Tensor` of shape `(B, T, C)`).
-            labels (`torch.Tensor` of shape `(B, T, C)`): the observations themselves, at least two.
-            num_items_in_batch (*optional*): numbers in the labels of the whole batch, if this is a part of it. The
-                part then counts by its share. `Trainer` leaves out -100 when it counts, so this method does too.
-
-        Raises:
-            ValueError: if labels have another shape than predictions, are fewer than two, or are not finite.
-        """
-        if labels.shape != predictions.shape or labels.shape[1] < 2:
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)}, predictions {tuple(predictions.shape)}: pass the "
-                "observations themselves, at least two of them."
-            )
-        raise_where(~torch.isfinite(labels), "labels must be finite.", labels)
-        # Half precision would round small errors away.
-        errors = at_least_float32(predictions[:, :-1]) - at_least_float32(labels[:, 1:])
-        if self.config.loss_clip is not None:
-            errors = errors.clamp(-self.config.loss_clip, self.config.loss_clip)
-        loss = errors.square().mean()
-        if num_items_in_batch is not None:
-            loss = loss * (labels != -100).sum() / num_items_in_batch
-        return loss
 
     @torch.no_grad()
     def predict(

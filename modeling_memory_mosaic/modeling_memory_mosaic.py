@@ -15,12 +15,12 @@
 """Memory Mosaics (arXiv 2405.06394): language models whose every layer is a set of associative memories.
 
 Notable features:
-- no positions, no query projection: a token's own key asks the pairs of keys and values stored before it
+- no positions and no query projection: a token's key is its query to the pairs of keys and values stored before it
 - keys are leaky averages of the past, values look one token ahead
 - persistent memories, of learnt pairs, in place of feed-forward layers
-- one per-head bandwidth, leak and scale each, kept from weight decay
-- reads on from a memory exactly, whatever the chunks; padding and packed documents change nothing
-- linear in T besides the attention function, which transformers supplies (sdpa, flex or eager)
+- one bandwidth, leak and value scale per head, without weight decay
+- exact continuation from a memory, by chunks of any length; padding and packed documents change nothing
+- attention functions of transformers (sdpa, flex or eager); all else is linear in T
 
 Shapes use B batch, T tokens, H heads (memories per layer), D head width, C = hidden size, N persistent slots per head,
 S slots of a memory (one per token). Per-head scalars are stored divided by 10, as in the authors' `Library`: Adam then
@@ -29,7 +29,7 @@ moves them ten times faster.
 Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,25 +50,25 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_memory_mosaic import AdaptableLayer, AdaptableModel
-from .cache_memory_mosaic import MEMORY_NAME, MemoryMosaicStates, check_memory, one_memory
+from .cache_memory_mosaic import (
+    MEMORY_NAME,
+    MemoryMosaicStates,
+    check_memory,
+    memory_kwargs,
+    memory_layer,
+    one_memory,
+)
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .generation_memory_mosaic import MemoryMosaicGenerationMixin
 from .identity_memory_mosaic import note_writer
-from .masking_memory_mosaic import (
-    FOREIGN_PACKING_NAMES,
-    PACKING_NAMES,
-    check_maps,
-    check_packing_names,
-    create_memory_masks,
-    find_documents,
-    raise_where,
-)
+from .masking_memory_mosaic import check_inputs, create_memory_masks, find_documents, pop_packing, raise_where
 from .ops_memory_mosaic import (
     at_least_float32,
     eager_attention_forward,
     embed_ids,
     forward_fill,
     leaky_average,
+    positions_to_keep,
     scale_to_length,
 )
 
@@ -91,6 +91,11 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
 
+    @property
+    def head_dim(self) -> int:
+        """Width of a key and of a value."""
+        return cast(int, self.config.head_dim)  # never None in a configuration that was made
+
     def leak(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the decay of each head's leaky sum `(H,)`, in nats per token, in `dtype` at least."""
         key_leak = self.key_leak.to(torch.promote_types(self.key_leak.dtype, dtype))
@@ -98,33 +103,27 @@ class MemoryMosaicAssociativeMemory(nn.Module):
 
     def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         """Reshape `(B, T, H * D)` to `(B, H, T, D)`, for the heads that this process holds."""
-        if projected.shape[-1] % self.config.head_dim:
+        if projected.shape[-1] % self.head_dim:
             raise ValueError(
-                f"{projected.shape[-1]} features are not whole heads of {self.config.head_dim}: spread the model over "
+                f"{projected.shape[-1]} features are not whole heads of {self.head_dim}: spread the model over "
                 f"a number of processes that divides num_attention_heads={self.config.num_attention_heads}."
             )
-        return projected.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def states(self, past_key_values: Cache) -> MemoryMosaicStates:
         """Return this layer's part of the memory."""
-        return past_key_values.layers[self.layer_idx]
+        return memory_layer(past_key_values, self.layer_idx)
 
     def retrieve(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Smooth over pairs by the configured attention function.
 
         Returns:
             retrieved values `(B, T, H, D)`, and weights `(B, H, T, N)` if the function returns them.
         """
-        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         # The caller's `is_causal` would win over the module's, and persistent memories are not causal.
         kwargs["is_causal"] = self.is_causal
@@ -190,7 +189,7 @@ class MemoryMosaicTokenMemory(MemoryMosaicAssociativeMemory):
 
     def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        num_heads, inner_size = config.num_attention_heads, config.num_attention_heads * config.head_dim
+        num_heads, inner_size = config.num_attention_heads, config.num_attention_heads * self.head_dim
         self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
         self.o_proj = nn.Linear(inner_size, config.hidden_size, bias=config.use_bias)
         self.key_leak = nn.Parameter(torch.empty(num_heads))
@@ -296,7 +295,7 @@ class MemoryMosaicPersistentMemory(MemoryMosaicTokenMemory):
 
     def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        shape = (config.num_attention_heads, config.num_persistent_slots, config.head_dim)
+        shape = (config.num_attention_heads, cast(int, config.num_persistent_slots), self.head_dim)
         self.slot_keys = nn.Parameter(torch.empty(shape))
         self.slot_values = nn.Parameter(torch.empty(shape))
 
@@ -343,10 +342,10 @@ class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
         # PEFT has put a wrapper around the memory, whose slots it adapts.
         if not isinstance(self.persistent_memory, MemoryMosaicPersistentMemory):
             self.check_added_adapters()
-        kwargs |= {"is_token": is_token, "document_ids": document_ids, "past_key_values": past_key_values}
-        retrieved, _ = self.contextual_memory(self.contextual_norm(hidden_states), slot_mask=slot_mask, **kwargs)
+        shared = {"is_token": is_token, "document_ids": document_ids, "past_key_values": past_key_values, **kwargs}
+        retrieved, _ = self.contextual_memory(self.contextual_norm(hidden_states), slot_mask=slot_mask, **shared)
         hidden_states = hidden_states + retrieved
-        return hidden_states + self.persistent_memory(self.persistent_norm(hidden_states), **kwargs)
+        return hidden_states + self.persistent_memory(self.persistent_norm(hidden_states), **shared)
 
 
 # trf-ignore: TRF057
@@ -403,8 +402,8 @@ class MemoryMosaicPreTrainedModel(AdaptableModel, PreTrainedModel):
             if isinstance(module, MemoryMosaicContextualMemory):
                 init.uniform_(module.value_mix, 0.0, 1.0)
             elif isinstance(module, MemoryMosaicPersistentMemory):
-                init.normal_(module.slot_keys, std=config.head_dim**-0.5)
-                init.normal_(module.slot_values, std=config.head_dim**-0.5)
+                init.normal_(module.slot_keys, std=module.head_dim**-0.5)
+                init.normal_(module.slot_values, std=module.head_dim**-0.5)
         else:
             super()._init_weights(module)
 
@@ -439,10 +438,10 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
     # trf-ignore: TRF057
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # `TransformersKwargs` has position_ids too
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -455,18 +454,21 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         `attention_mask` may also be what [`create_memory_masks`] returns.
         """
         past_key_values = one_memory(past_key_values, cache)
-        if (input_ids is None) ^ (inputs_embeds is not None):
+        if input_ids is not None and inputs_embeds is None:
+            embeds = embed_ids(self.embed_tokens, input_ids, self.config.vocab_size)
+        elif input_ids is None and inputs_embeds is not None:
+            embeds = inputs_embeds
+        else:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = embed_ids(self.embed_tokens, input_ids, self.config.vocab_size)
-        self.check_inputs(inputs_embeds, past_key_values, kwargs)
-        # Not for the layers: an attention function would take it for documents of its own slots.
-        packing = {name: kwargs.pop(name, None) for name in (*PACKING_NAMES, *FOREIGN_PACKING_NAMES)}
-        packing["position_ids"] = position_ids
+        check_inputs(self.config, embeds, kwargs)
+        if past_key_values is not None:
+            self.check_memory(embeds, past_key_values)
+        packing = pop_packing(kwargs, position_ids)
 
+        # `generate` makes the masks itself where it compiles the model.
         masks = attention_mask
         if not isinstance(masks, dict):
-            masks = create_memory_masks(self.config, inputs_embeds, attention_mask, past_key_values, **packing)
+            masks = create_memory_masks(self.config, embeds, masks, past_key_values, **packing)
         # A memory holds one text: packed documents leave none.
         if use_cache and past_key_values is None and masks["document_ids"] is None:
             past_key_values = DynamicCache(config=self.config)
@@ -476,55 +478,28 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
                 "pass `use_cache=False`, a memory of your own, or no position_ids."
             )
         if past_key_values is not None:
-            note_writer(past_key_values.layers[0], self, inputs_embeds.shape[1])
-            past_key_values.layers[0].note_text(input_ids, masks["is_token"])
-        hidden_states = inputs_embeds
+            note_writer(memory_layer(past_key_values), self, embeds.shape[1])
+            memory_layer(past_key_values).note_text(input_ids, masks["is_token"])
+        hidden_states = embeds
         if masks["is_token"] is not None:
             # Padding behind a text repeats its last token in all layers: there `generate` asks what comes next.
-            hidden_states = forward_fill(inputs_embeds[:, None], masks["is_token"], None)[:, 0]
+            hidden_states = forward_fill(embeds[:, None], masks["is_token"], None)[:, 0]
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, **masks, past_key_values=past_key_values, **kwargs)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            **{MEMORY_NAME: past_key_values},
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **memory_kwargs(past_key_values))
 
-    def check_inputs(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None, kwargs: dict[str, Any]) -> None:
-        """Raise `ValueError` for arguments that would fail later or be misread."""
-        if torch.jit.is_tracing():
-            raise ValueError(
-                "`torch.jit.trace` would keep the padding of its example for ever: use `torch.export`, or "
-                "`torch.onnx.export` with `dynamo=True`."
-            )
-        if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape[:2]:
-            raise ValueError(
-                f"The ids or embeddings to read have shape {tuple(inputs_embeds.shape[:-1])}: it must be "
-                "(batch, tokens), with at least one of each."
-            )
-        check_packing_names(kwargs)
-        check_maps(self.config, kwargs)
-        if kwargs.get("is_causal") is False:
-            raise ValueError("is_causal=False is not supported: a memory holds only what came before.")
-        if past_key_values is not None:
-            self.check_memory(inputs_embeds, past_key_values)
-
-    def check_memory(self, inputs_embeds: torch.Tensor, past_key_values: Cache) -> None:
-        """Raise `ValueError` if the model cannot read these inputs behind a memory."""
+    def check_memory(self, embeds: torch.Tensor, past_key_values: Cache) -> None:
+        """Raise `ValueError` if the model cannot read these embeddings `(B, T, C)` behind a memory."""
         if self.gradient_checkpointing and self.training:
             raise ValueError(
                 "A memory cannot be read or written under gradient checkpointing, which reads everything twice: call "
                 "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
             )
-        if torch.compiler.is_exporting() and getattr(past_key_values, "is_compileable", False):
-            raise ValueError(
-                "`torch.export` of a static memory is not supported: its states would be constants of the program. "
-                "Export with `use_cache=False`, or compile the model, which static memories are for."
-            )
-        check_memory(past_key_values, self.config, num_rows=inputs_embeds.shape[0])
-        layer = past_key_values.layers[0]
-        is_autocast = torch.is_autocast_enabled(inputs_embeds.device.type)
-        layer.check_precision(torch.float32 if is_autocast else inputs_embeds.dtype)
-        layer.check_room(inputs_embeds.shape[1])
+        check_memory(past_key_values, self.config, num_rows=embeds.shape[0])
+        layer = memory_layer(past_key_values)
+        # Under autocast norms return float32, whatever the embeddings are.
+        layer.check_precision(torch.float32 if torch.is_autocast_enabled(embeds.device.type) else embeds.dtype)
+        layer.check_room(embeds.shape[1])
 
 
 # trf-ignore: TRF057
@@ -543,7 +518,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
 
     # trf-ignore: TRF057
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # `TransformersKwargs` has position_ids too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -589,19 +564,12 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **{MEMORY_NAME: one_memory(past_key_values, cache)},
+            **memory_kwargs(one_memory(past_key_values, cache)),
             **kwargs,
         )
-        if not isinstance(logits_to_keep, torch.Tensor):
-            if logits_to_keep < 0:
-                raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative.")
-            kept = slice(-logits_to_keep, None)
-        elif logits_to_keep.ndim == 1:
-            kept = logits_to_keep
-        else:
-            raise ValueError(f"logits_to_keep has shape {tuple(logits_to_keep.shape)}: it must be (tokens,).")
+        kept = outputs[0][:, positions_to_keep(logits_to_keep), :]
         # Scaling the hidden states costs C operations a token, scaling the logits vocab_size.
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :] / self.config.logits_scaling)
+        logits = self.lm_head(kept / cast(float, self.config.logits_scaling))
 
         loss = None
         if labels is not None:
@@ -611,7 +579,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{MEMORY_NAME: getattr(outputs, MEMORY_NAME)},
+            **memory_kwargs(getattr(outputs, MEMORY_NAME)),
         )
 
 
@@ -623,12 +591,12 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = MemoryMosaicModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, cast(int, config.num_labels), bias=False)
         self.post_init()
 
     # trf-ignore: TRF057
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # `TransformersKwargs` has position_ids too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -656,24 +624,25 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
                 it holds several documents.
         """
         past_key_values = one_memory(past_key_values, cache)
-        if attention_mask is None and past_key_values is None and input_ids is not None and self.can_tell_padding():
-            attention_mask = input_ids != self.config.pad_token_id
+        padding_id, has_ids_alone = self.padding_id(), attention_mask is None and past_key_values is None
+        if has_ids_alone and input_ids is not None and padding_id is not None:
+            attention_mask = input_ids != padding_id
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **{MEMORY_NAME: past_key_values},
+            **memory_kwargs(past_key_values),
             **kwargs,
         )
-        packing = {"position_ids": position_ids, **kwargs}
-        if (
-            not is_torchdynamo_compiling()
-            and find_documents(outputs.last_hidden_state, attention_mask, past_key_values, **packing) is not None
+        hidden_states, packing = outputs[0], {"position_ids": position_ids, **kwargs}
+        # Compiled, the answer is not known.
+        if not is_torchdynamo_compiling() and (
+            find_documents(hidden_states, attention_mask, past_key_values, **packing) is not None
         ):
             raise ValueError("Several documents are packed in one row, which has one verdict: give each its own row.")
-        logits = self.score(self.last_token(outputs.last_hidden_state, attention_mask))
+        logits = self.score(self.last_token(hidden_states, attention_mask))
 
         loss = None
         if labels is not None:
@@ -687,13 +656,13 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{MEMORY_NAME: getattr(outputs, MEMORY_NAME)},
+            **memory_kwargs(getattr(outputs, MEMORY_NAME)),
         )
 
-    def can_tell_padding(self) -> bool:
-        """Return whether ids equal to `pad_token_id` are padding: not if it ends texts too, as it may stand within."""
+    def padding_id(self) -> int | None:
+        """Return `pad_token_id`; `None` if that id also ends texts, as it may then stand within one."""
         ends = self.config.eos_token_id if isinstance(self.config.eos_token_id, list) else [self.config.eos_token_id]
-        return self.config.pad_token_id is not None and self.config.pad_token_id not in ends
+        return None if self.config.pad_token_id in ends else self.config.pad_token_id
 
     def last_token(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Select from hidden states `(B, T, C)` each row's at its last token, `(B, C)`."""

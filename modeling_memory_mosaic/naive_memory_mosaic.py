@@ -1,53 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory Mosaics as the paper writes them: one token, one head, one stored pair at a time.
 
-Read beside arXiv 2405.06394. Nothing here is fast and nothing is shared with `modeling_memory_mosaic.py`, which must
-equal it in value and in gradient: this file is the statement, that one the implementation. Every function takes plain
-tensors of any floating dtype (float64 for comparisons) and is differentiable. Not part of what the Hub receives.
+Read it beside arXiv 2405.06394. Nothing here is fast and nothing is shared with `modeling_memory_mosaic.py`, which
+must equal it in value and in gradient: this file is the statement, that one the implementation. Every function takes
+plain tensors of any floating dtype (float64 for comparisons) and is differentiable. This file does not travel to the
+Hub.
 """
+
+from typing import Any
 
 import torch
 
 
 def naive_leaky_average(states: torch.Tensor, leak: torch.Tensor) -> torch.Tensor:
-    """Eq. 7: s_t = states_t + exp(-leak) s_(t-1), s_(-1) = 0. `states` is `(T, D)`, `leak` a scalar >= 0."""
-    sums = []
+    """Return the leaky sums `(T, D)` of states `(T, D)`, for a scalar leak >= 0.
+
+    Eq. 7: s_t = states_t + exp(-leak) s_(t-1), s_(-1) = 0.
+    """
+    sums: list[torch.Tensor] = []
     for t, state in enumerate(states):
         sums.append(state if t == 0 else state + torch.exp(-leak) * sums[t - 1])
     return torch.stack(sums)
 
 
 def naive_norm(vector: torch.Tensor) -> torch.Tensor:
-    """A vector `(D,)` at unit length; zero stays zero."""
+    """Scale a vector `(D,)` to unit length; zero stays zero."""
     length = vector.norm()
     return vector / length if length > 0 else vector
 
 
-def naive_kernel_smoothing(query: torch.Tensor, keys: list, values: list, value_width: int) -> torch.Tensor:
-    """Eq. 2 and 3: stored values weighted by exp(query . key), weights summing to one. No pair stored: zero."""
+def naive_kernel_smoothing(
+    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], value_width: int
+) -> torch.Tensor:
+    """Return the mean `(value_width,)` of stored values, weighted by exp(query . key); zero if no pair is stored.
+
+    Eq. 2 and 3.
+    """
     if not keys:
         return query.new_zeros(value_width)
     scores = torch.stack([query @ key for key in keys])
     # Subtracting the largest score changes no weight and keeps exp() finite.
     weights = torch.exp(scores - scores.max())
     weights = weights / weights.sum()
-    return sum(weight * value for weight, value in zip(weights, values, strict=True))
+    weighted = [weight * value for weight, value in zip(weights, values, strict=True)]
+    return sum(weighted, query.new_zeros(value_width))
 
 
 def naive_keys(states: torch.Tensor, key_leak: torch.Tensor, key_scale: torch.Tensor, power: int = 1) -> torch.Tensor:
-    """Keys `(T, D)` of one memory: leaky sums of projected inputs `(T, D)` at length exp(min(10 a, 5)) ** power."""
+    """Return the keys `(T, D)` of one memory: leaky sums of projected inputs at length exp(min(10 a, 5)) ** power."""
     length = torch.exp((10 * key_scale).clamp(max=5)) ** power
     return torch.stack([length * naive_norm(s) for s in naive_leaky_average(states, (10 * key_leak).abs())])
 
 
-def naive_contextual_memory(k_states, v_states, key_leak, key_scale, value_scale, value_mix) -> torch.Tensor:
-    """Outputs `(T, D)` of one contextual memory with projected inputs `(T, D)` (eq. 7 and 8).
+def naive_contextual_memory(
+    k_states: torch.Tensor,
+    v_states: torch.Tensor,
+    key_leak: torch.Tensor,
+    key_scale: torch.Tensor,
+    value_scale: torch.Tensor,
+    value_mix: torch.Tensor,
+) -> torch.Tensor:
+    """Return the outputs `(T, D)` of one contextual memory with projected inputs `(T, D)` (eq. 7 and 8).
 
     Token t retrieves from the pairs of tokens before it, then stores its own. A pair's value looks one token ahead,
     so it completes when that token arrives: token t completes the pair of token t - 1, then reads.
     """
     keys = naive_keys(k_states, key_leak, key_scale)
-    stored_keys, stored_values, outputs = [], [], []
+    stored_keys: list[torch.Tensor] = []
+    stored_values: list[torch.Tensor] = []
+    outputs = []
     for t in range(len(keys)):
         if t > 0:
             blend = value_mix * v_states[t - 1] + (1 - value_mix) * v_states[t]
@@ -57,8 +78,15 @@ def naive_contextual_memory(k_states, v_states, key_leak, key_scale, value_scale
     return torch.stack(outputs)
 
 
-def naive_persistent_memory(k_states, slot_keys, slot_values, key_leak, key_scale, value_scale) -> torch.Tensor:
-    """Outputs `(T, D)` of one persistent memory: smoothing over N learnt pairs, keys and values both `(N, D)`.
+def naive_persistent_memory(
+    k_states: torch.Tensor,
+    slot_keys: torch.Tensor,
+    slot_values: torch.Tensor,
+    key_leak: torch.Tensor,
+    key_scale: torch.Tensor,
+    value_scale: torch.Tensor,
+) -> torch.Tensor:
+    """Return the outputs `(T, D)` of one persistent memory: smoothing over N learnt pairs, keys and values `(N, D)`.
 
     The learnt keys carry no scale, so the query carries the scale of both.
     """
@@ -67,35 +95,42 @@ def naive_persistent_memory(k_states, slot_keys, slot_values, key_leak, key_scal
     return torch.exp(10 * value_scale) * torch.stack(outputs)
 
 
-def naive_layer_norm(hidden_states: torch.Tensor, weight: torch.Tensor, bias, eps: float) -> torch.Tensor:
-    """Zero mean, unit variance over the last axis, then a learnt scale and, where there is one, a shift."""
+def naive_layer_norm(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """Normalise to zero mean and unit variance over the last axis, then apply a learnt scale and, if any, a shift."""
     centred = hidden_states - hidden_states.mean(-1, keepdim=True)
     normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
     return normed * weight + (0 if bias is None else bias)
 
 
-def naive_logits(state_dict: dict[str, torch.Tensor], config, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits `(T, vocab_size)` of one unpadded text `(T,)`, without dropout, from a causal model's `state_dict`."""
+def naive_logits(state_dict: dict[str, torch.Tensor], config: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits `(T, vocab_size)` of one unpadded text `(T,)`, without dropout.
 
-    def linear(name, inputs):
+    Args:
+        state_dict: of a `MemoryMosaicForCausalLM`.
+        config: its configuration.
+    """
+
+    def linear(name: str, inputs: torch.Tensor) -> torch.Tensor:
         outputs = inputs @ state_dict[f"{name}.weight"].T
         return outputs + state_dict[f"{name}.bias"] if f"{name}.bias" in state_dict else outputs
 
-    def norm(name, inputs):
+    def norm(name: str, inputs: torch.Tensor) -> torch.Tensor:
         return naive_layer_norm(
             inputs, state_dict[f"{name}.weight"], state_dict.get(f"{name}.bias"), config.layer_norm_eps
         )
 
-    def heads(inputs):
+    def heads(inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return inputs.split(config.head_dim, dim=-1)
 
-    def contextual(name, inputs):
+    def contextual(name: str, inputs: torch.Tensor) -> torch.Tensor:
         scalars = [state_dict[f"{name}.{s}"] for s in ("key_leak", "key_scale", "value_scale", "value_mix")]
         k_states, v_states = heads(linear(f"{name}.k_proj", inputs)), heads(linear(f"{name}.v_proj", inputs))
         memories = zip(k_states, v_states, *scalars, strict=True)
         return linear(f"{name}.o_proj", torch.cat([naive_contextual_memory(*memory) for memory in memories], dim=-1))
 
-    def persistent(name, inputs):
+    def persistent(name: str, inputs: torch.Tensor) -> torch.Tensor:
         per_head = ("slot_keys", "slot_values", "key_leak", "key_scale", "value_scale")
         memories = zip(
             heads(linear(f"{name}.k_proj", inputs)), *(state_dict[f"{name}.{p}"] for p in per_head), strict=True

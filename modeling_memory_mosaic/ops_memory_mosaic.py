@@ -50,6 +50,21 @@ def embed_ids(embedding: nn.Module, input_ids: torch.Tensor, vocab_size: int) ->
         ) from error
 
 
+def positions_to_keep(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
+    """Return the index of the positions whose logits are asked for: the last so many (0: all), or those indexed.
+
+    Raises:
+        ValueError: if the number is negative, or the index is not of shape `(tokens,)`.
+    """
+    if isinstance(logits_to_keep, torch.Tensor):
+        if logits_to_keep.ndim != 1:
+            raise ValueError(f"logits_to_keep has shape {tuple(logits_to_keep.shape)}: it must be (tokens,).")
+        return logits_to_keep
+    if logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative.")
+    return slice(-logits_to_keep, None)
+
+
 def chunk_decays(
     leak: torch.Tensor,
     elapsed: torch.Tensor | None,
@@ -229,8 +244,8 @@ def kernel_smoothing(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Average stored values, weighted by how near their keys are to the query (paper, eq. 2 and 3).
 
-    y = sum_i softmax_i(query . key_i) value_i. With keys of one length this is a Gaussian kernel regression whose
-    bandwidth is that length. Scores and weights are computed in float32 at least.
+    y = sum_i softmax_i(query . key_i) value_i. With keys of one length this is a Gaussian kernel regression: the
+    longer the keys, the narrower the kernel. Scores and weights are computed in float32 at least.
 
     Args:
         query (`torch.Tensor` of shape `(B, H, T, D)`), key and value (`torch.Tensor` of shape `(B or 1, H, N, D)`).

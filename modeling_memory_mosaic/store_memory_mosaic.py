@@ -17,12 +17,14 @@
 A model does not need this file, and folders written by `save_pretrained` do not hold it.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
-from .cache_memory_mosaic import MemoryMosaicCacheLayer, MemoryMosaicStates
+from .cache_memory_mosaic import MemoryMosaicCacheLayer, MemoryMosaicStates, memory_layer
 from .identity_memory_mosaic import MemoryWriter, note_writer
 
 
@@ -30,13 +32,18 @@ from .identity_memory_mosaic import MemoryWriter, note_writer
 TEXT_NAMES = ("fingerprint", "input_ids", "attention_mask")
 
 
+def _unwrapped(model: Any) -> nn.Module:
+    """Return the model without its head and without what adapters and data parallelism put around it."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of adapters
+    while isinstance(getattr(model, "module", None), nn.Module):  # of data parallelism
+        model = model.module
+    return model.base_model
+
+
 def _text_tensors(layer: MemoryMosaicStates, model: nn.Module | None) -> dict[str, torch.Tensor]:
     """Return the tensors named in `TEXT_NAMES` of a memory's first layer, those that there are."""
     if model is not None:
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of adapters
-        while isinstance(getattr(model, "module", None), nn.Module):  # of data parallelism
-            model = model.module
-        note_writer(layer, model.base_model, num_tokens=1)
+        note_writer(layer, _unwrapped(model), num_tokens=1)
     if layer.writer is None:
         raise ValueError(
             "This memory does not tell which weights wrote it, as compiled code does not sign it: pass the model "
@@ -64,7 +71,7 @@ def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str,
         ValueError: if a layer is not one of a `DynamicCache` of this model, or if the weights that wrote it are gone
             or have changed since.
     """
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, MemoryMosaicCacheLayer):
             raise ValueError(
@@ -73,8 +80,9 @@ def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str,
         if layer.is_initialized:
             tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
             tensors |= {f"layers.{index}.{name}": layer.get_state(name) for name in layer.state_names}
+    # Before anything was read there is neither a text nor a writer.
     if tensors:
-        tensors |= _text_tensors(cache.layers[0], model)
+        tensors |= _text_tensors(memory_layer(cache), model)
     # Storage of their own: safetensors refuses views that share memory.
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
@@ -83,8 +91,8 @@ def check_names(cache: Cache, tensors: dict[str, torch.Tensor]) -> None:
     """Raise `ValueError` if tensors are not those of all layers of a cache."""
     expected = {
         f"layers.{index}.{name}"
-        for index, layer in enumerate(cache.layers)
-        for name in ("keys", "values", *layer.state_names)
+        for index in range(len(cache.layers))
+        for name in ("keys", "values", *memory_layer(cache, index).state_names)
     }
     if expected != set(tensors):
         missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
@@ -176,12 +184,13 @@ def memory_from_state_dict(
         check_numbers(config, tensors)  # they may not fit the other precision
         check_pairs(tensors)
     check_text(text, tensors["layers.0.keys"], check_weights)
-    for index, layer in enumerate(cache.layers):
+    for index in range(len(cache.layers)):
+        layer = memory_layer(cache, index)
         parts = {name: tensors[f"layers.{index}.{name}"] for name in ("keys", "values", *layer.state_names)}
         layer.update(parts["keys"], parts["values"])
         for name in layer.state_names:
             layer.set_state(name, parts[name])
-    first = cache.layers[0]
+    first = memory_layer(cache)
     first.read_ids, first.read_mask = text.get("input_ids"), text.get("attention_mask")
     first.knows_ids = first.read_ids is not None
     if check_weights:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of PEFT on every model: off whole in one call or refused, never half saved; soft prompts are read once."""
+"""Adapters of PEFT come off completely or are refused, and are never saved in part; soft prompts are read once."""
 
 import copy
 import warnings
@@ -35,7 +35,7 @@ from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 
 
 pytestmark = [
-    # PEFT says so at every `generate` of every model; documents cannot be marked there anyway.
+    # PEFT warns so at every `generate` of every model, which cannot take packed documents anyway.
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
 ]
 
@@ -68,7 +68,7 @@ def reader(name, **inputs):
     return lambda model: getattr(model(make_ids(2, 10), **inputs), name)
 
 
-# Of each class: its configuration, what it computes, and what nests adapters within adapters in it.
+# For each class: its configuration, what it computes, and targets that nest adapters within adapters.
 MODELS = {
     "base": (MemoryMosaicModel, mosaic_config, reader("last_hidden_state"), SLOTS),
     "causal": (MemoryMosaicForCausalLM, mosaic_config, reader("logits"), SLOTS),
@@ -87,7 +87,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def shake(model, seed=0, only="", scale=0.1):
-    """Move the parameters whose names hold `only`, so that none is where it started."""
+    """Move the parameters whose names hold `only` away from their start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -116,12 +116,12 @@ def read(name, model):
     return MODELS[name][2](model)
 
 
-def assert_near(found, expected, tolerance=2e-5):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+def assert_near(actual, expected, tolerance=2e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 def assert_is_whole(name, model, expected, folder):
-    """No part of an adapter is left in it, and what is saved and loaded is what it computes."""
+    """Check that no part of an adapter is left in a model, and that it computes the same after saving and loading."""
     assert_near(read(name, model), expected)
     assert model.state_dict().keys() == build(name).state_dict().keys()
     model.save_pretrained(folder)
@@ -188,7 +188,7 @@ PASSED_OVER = {
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """A folder with an adapter of each kind of targets, and what each computes alone."""
+    """Make a folder with an adapter for each kind of targets, and return what each computes alone."""
     folder, alone = tmp_path_factory.mktemp("adapters"), {}
     for seed, (kind, targets) in enumerate(TARGETS.items()):
         adapted = shake(get_peft_model(build("causal"), LoraConfig(r=2, **targets)), seed, "lora_")
@@ -242,7 +242,7 @@ def test_a_model_with_adapters_in_it_is_not_saved(name, settings, tmp_path):
 @pytest.mark.filterwarnings("ignore:target_modules=.* were set but no module was matched")
 @pytest.mark.parametrize("name", ["base", "causal", "classifier", "memory_model", "encoder"])
 def test_what_one_call_leaves_is_refused_until_nothing_is_left(name, tmp_path):
-    """Trained copies of layers that hold adapters: PEFT takes the copies out of their wrapper, adapters and all."""
+    """PEFT takes trained copies of layers out of their wrapper, with the adapters in them."""
     settings = {"modules_to_save": ["layers.0"]}
     expected, adapted = read(name, adapt(name, **settings)), adapt(name, **settings)
     with pytest.raises(ValueError, match="taken the outer adapters off, but"):
@@ -319,7 +319,7 @@ def test_merging_into_a_table_that_is_also_the_head_is_warned_of(name):
         adapted.merge_and_unload()
 
 
-# What a kind of PEFT's needs to know of so small a model.
+# Settings that a method of PEFT needs for so small a model.
 KINDS = dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING, {}) | {
     "ADALORA": {"total_step": 10},
     "C3A": {"block_size": 4},
@@ -339,14 +339,14 @@ KINDS = dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING, {}) | {
     "WAVEFT": {"n_frequency": 20},
 }
 SOFT_PROMPTS = ("CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING", "P_TUNING")
-# Refused by PEFT, which knows the layers of other models only, or fails in it before there is a model.
+# Methods that PEFT refuses, as it knows the layers of other models only, or that fail before there is a model.
 NOT_ATTACHED = {"ADAPTION_PROMPT": "Unsupported model type", "SHADOW": "layer_types"}
 REFUSED = {"LILY": "pass `use_cache=False`"} | dict.fromkeys(PREFIX_TYPES, "use prompt tuning or LoRA")
 NEEDS_TASKS = ("MULTITASK_PROMPT_TUNING", "POLY")
 
 
 def attach(kind, model, folder, task_type="CAUSAL_LM"):
-    """A model with an adapter of a kind of PEFT's registry, moved away from its start."""
+    """Make a model with an adapter by a method of PEFT's registry, moved away from its start."""
     if kind == "XLORA":
         get_peft_model(build("causal"), LoraConfig(target_modules=PROJECTIONS)).save_pretrained(folder)
         model.config.use_cache = False  # which it asks for
@@ -374,21 +374,21 @@ def padded_batch():
 
 
 def write(model, **settings):
-    """Four tokens written greedily for each row, with the logits that they were taken from."""
+    """Write four tokens greedily for each row; return them with their logits."""
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | settings
     return model.generate(return_dict_in_generate=True, output_logits=True, **padded_batch() | settings)
 
 
 @torch.no_grad()
 def assert_is_read_anew(model, written, attention_mask, **inputs):
-    """Logits of generation are those of one pass over what was written, so also those of reading it at each token."""
+    """Logits of generation equal those of one pass over the written text."""
     ids, num_new = written.sequences, len(written.logits)
     mask = torch.nn.functional.pad(attention_mask, (0, num_new), value=1)
     expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits[:, -num_new - 1 : -1]
     assert_near(torch.stack(written.logits, dim=1), expected, 1e-4)
 
 
-# Kinds that change what layers compute, and nothing that `generate` does. A kind that is not named here is always run.
+# Methods that change what layers compute, and nothing that `generate` does. Any method not named here is always run.
 OF_LAYERS = set(
     "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR MISS OFT "
     "OSF PEANUT PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA "
@@ -399,7 +399,7 @@ ALL_KINDS = [
 ]
 
 
-# PEFT draws some of its adapters with the help of progress bars and casts; none of it is about this model.
+# PEFT initialises some adapters with warnings that do not concern this model.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 @pytest.mark.parametrize(
     "kind",
@@ -409,7 +409,7 @@ ALL_KINDS = [
     ],
 )
 def test_every_kind_of_adapter_is_decoded_as_it_is_read_or_refused(kind, tmp_path):
-    """All that PEFT has registered, so that no new kind is passed over."""
+    """Run all methods that PEFT has registered, so that no new one is passed over."""
     model = make_model(num_hidden_layers=1, pad_token_id=0)
     if kind in NOT_ATTACHED:
         with pytest.raises((ValueError, AttributeError), match=NOT_ATTACHED[kind]):
@@ -458,11 +458,11 @@ def test_two_soft_prompts_are_each_read_once():
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING"])
 def test_no_outdated_name_of_a_memory_is_warned_of_and_none_too_many_given(kind):
     adapted, ids = soft_prompt(kind), make_ids(1, 4)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         write(adapted)
-    assert not [str(warning.message) for warning in told if "past_key_values" in str(warning.message)]
-    # Without a soft prompt, `generate` gets the memory under the name of this transformers alone.
+    assert not [str(warning.message) for warning in caught if "past_key_values" in str(warning.message)]
+    # Without a soft prompt, `generate` gets the memory only by the name that this transformers uses.
     model = adapted.get_base_model()
     inputs = model.prepare_inputs_for_generation(ids, **{MEMORY_NAME: DynamicCache(config=model.config)})
     assert {"past_key_values", "cache"} & inputs.keys() == {MEMORY_NAME}
@@ -496,7 +496,7 @@ def test_what_a_soft_prompt_cannot_precede_is_refused():
 
 @pytest.mark.parametrize("kind", [*SOFT_PROMPTS[1:], *PREFIX_TYPES])
 def test_a_soft_prompt_of_a_memory_model_is_refused(kind):
-    # What PEFT cannot read off the configuration.
+    # PEFT cannot read this off the configuration.
     sizes = {"token_dim": 24, "num_layers": 1, "num_attention_heads": 3}
     settings = {"num_virtual_tokens": NUM_VIRTUAL_TOKENS} | KINDS[kind] | sizes
     config = PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type="CAUSAL_LM", **settings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory: any way of reading a text, through any batch operation, gives the logits of one pass over it."""
+"""Any way of reading a text into a memory, through any batch operation, gives the logits of one pass over it."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ STATES = MemoryMosaicStates.state_names
 
 
 def read(model, ids, cache=None, mask=None):
-    """Logits of `ids`, and the memory after them."""
+    """Return the logits of `ids`, and the memory after them."""
     with torch.no_grad():
         outputs = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
     return outputs.logits, outputs.past_key_values
@@ -68,7 +68,7 @@ def test_token_by_token_equals_one_pass(model, static):
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("prompt_length", [1, 2, 7, 16])
 def test_padded_prompts_read_token_by_token_equal_rows_alone(model, prompt_length, side, static):
-    """Four rows of unequal prompts in one batch, then eight more tokens each, against each row alone without cache."""
+    """Read unequal prompts in one batch, then eight more tokens each; compare with each row alone without cache."""
     lengths, new_tokens = [prompt_length, 1, 16, 9], 8
     width = max(lengths)
     prompts, more = [make_ids(n, seed=n) for n in lengths], make_ids(4, new_tokens, seed=99)
@@ -91,7 +91,7 @@ def test_padded_prompts_read_token_by_token_equal_rows_alone(model, prompt_lengt
 
 
 def test_a_second_padded_turn_equals_rows_alone(model):
-    """Padding between two turns: the value that waits, waits through it, and the leaky sums do not age."""
+    """Padding between two turns leaves the pending value as it is, and does not age the leaky sums."""
     first, second = [make_ids(5, seed=1), make_ids(3, seed=2)], [make_ids(2, seed=3), make_ids(6, seed=4)]
     ids, mask = torch.zeros(2, 11, dtype=torch.long), torch.zeros(2, 11, dtype=torch.long)
     for row in range(2):
@@ -129,7 +129,7 @@ def test_batch_operations_equal_reading_anew(model, name, static):
     operation(cache)
     whole, whole_mask = torch.cat([ids[rows], more], dim=1), torch.cat([mask[rows], torch.ones_like(more)], dim=1)
     expected = read(model, whole, mask=whole_mask)[0][:, 10:]
-    # The memory knows its own padding, so a mask is not needed to read on.
+    # The memory knows its padding, so a mask is not needed to read on.
     assert_near(read(model, more, cache)[0], expected)
     assert torch.equal(cache.layers[0].past_ids(), whole) and torch.equal(cache.layers[0].past_mask(), whole_mask == 1)
 
@@ -208,7 +208,7 @@ def test_unrecorded_tokens_cannot_be_taken_back(model):
 
 @pytest.mark.parametrize("is_recorded", [False, True])
 def test_all_tokens_can_be_taken_back(model, is_recorded):
-    """Assisted decoding asks for it where the first guess behind a prompt of one token is wrong."""
+    """Assisted decoding crops everything if the first guess behind a prompt of one token is wrong."""
     ids = make_ids(1, 6)
     cache = DynamicCache(config=model.config)
     if is_recorded:
@@ -260,7 +260,7 @@ def test_a_full_static_memory_says_what_to_do(model):
 
 
 def test_padding_that_a_memory_holds_needs_no_mask(model):
-    """Without it, slots at padding would be read as pairs."""
+    """Without this, slots at padding would be read as pairs."""
     ids, mask = make_ids(2, 9), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 1]])
     expected = read(model, ids, mask=torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], dim=1))[0][:, 5:]
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=9)):
@@ -295,22 +295,22 @@ def test_a_memory_has_two_names(model, head):
 
 @pytest.mark.skipif(MEMORY_NAME != "cache", reason="it is no old name yet")
 def test_the_old_name_of_a_memory_is_warned_of_where_a_caller_uses_it(model):
-    """Once for each use, and not where models hand it on to each other."""
+    """The warning comes once for each use, and not where models pass the memory on to each other."""
     ids = make_ids(2, 5)
     classifier = MemoryMosaicForSequenceClassification(model.config)
     for each in (model, model.model, classifier):
-        with warnings.catch_warnings(record=True) as found:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             given = {"attention_mask": torch.ones_like(ids)}
             each(ids, past_key_values=DynamicCache(config=model.config), **given)
-            assert [str(warning.message)[:38] for warning in found] == ["`past_key_values` is deprecated, as in"]
+            assert [str(warning.message)[:38] for warning in caught] == ["`past_key_values` is deprecated, as in"]
             each(ids, cache=DynamicCache(config=model.config), **given)
             each(ids, past_key_values=None, **given)
-            assert len(found) == 1
+            assert len(caught) == 1
 
 
 def test_masks_know_both_names_of_a_memory(model):
-    """`generate` makes the masks ahead of a compiled step, and hands the memory over under the name of its version."""
+    """`generate` makes the masks before a compiled step, and passes the memory by the name that its version uses."""
     memory = StaticCache(config=model.config, max_cache_len=8)
     read(model, make_ids(1, 3), memory)
     inputs = {"config": model.config, "inputs_embeds": torch.zeros(1, 2, 24), "attention_mask": torch.ones(1, 5)}
@@ -322,7 +322,7 @@ def test_masks_know_both_names_of_a_memory(model):
 
 
 def test_no_outdated_name_is_used_within(model, monkeypatch):
-    """Whoever calls the memory by the name of the installed version reads no warning that it is deprecated."""
+    """The name that the installed version uses gives no warning of deprecation."""
 
     def fail(message, *args, **kwargs):
         raise AssertionError(message)

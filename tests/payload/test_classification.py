@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts are classified by what stands at their last token, wherever the padding is."""
+"""Texts are classified by the state at their last token, wherever the padding is."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_every_kind_of_label_gives_a_gradient(config, labels):
 
 
 def test_a_classifier_starts_from_a_language_model_learns_and_loads(tmp_path):
-    """Class 1: the first token comes again somewhere."""
+    """Make texts of two classes: in class 1 the first token comes again somewhere."""
     language_model = make_model(pad_token_id=60, attention_dropout=0.0, hidden_dropout=0.0)
     language_model.save_pretrained(tmp_path / "lm")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "lm", num_labels=2)

@@ -31,7 +31,7 @@ def test_derived_sizes():
     assert config.num_key_value_heads == 12
 
 
-# No field has its default.
+# Configurations in which no field has its default.
 FILLED = {
     MemoryMosaicConfig: {
         "vocab_size": 11,
@@ -97,10 +97,10 @@ by_class = pytest.mark.parametrize("config_class", FILLED)
 def test_round_trip_of_every_field(tmp_path, config_class):
     config = config_class(**FILLED[config_class])
     default = config_class().to_dict()
-    own = {name for name in config_class.__annotations__ if name in default}
+    fields = {name for name in config_class.__annotations__ if name in default}
     if config_class is MemoryModelConfig:  # with three vectors, a memory is pooled by summaries
-        own.remove("memory_pooling")
-    assert all(config.to_dict()[name] != default[name] for name in own), "the test must set every field"
+        fields.remove("memory_pooling")
+    assert all(config.to_dict()[name] != default[name] for name in fields), "the test must set every field"
     config.save_pretrained(tmp_path)
     for loader in (config_class, AutoConfig):
         loaded = loader.from_pretrained(tmp_path)
@@ -183,7 +183,7 @@ def test_other_versions_of_transformers_give_one_clear_warning(version, warns, m
 
 
 def test_tools_find_the_names_they_look_for():
-    """`num_key_value_heads` is another name of the heads: read, written, never saved."""
+    """`num_key_value_heads` is another name of the heads, which is read and written but never saved."""
     config = MemoryMosaicConfig(num_attention_heads=6)
     assert config.num_key_value_heads == 6
     config.num_key_value_heads = 4
@@ -196,7 +196,7 @@ def test_tools_find_the_names_they_look_for():
 
 SMALL = {"vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 PARTS = {"encoder": SMALL, "decoder": SMALL}
-# Of each class: fields that it is made of, other ones, and the derived fields that follow them.
+# For each class: fields to make it from, changed fields, and the derived fields that follow them.
 FOLLOWING = {
     "mosaic": (MemoryMosaicConfig, SMALL, {"hidden_size": 96}, ["head_dim", "num_persistent_slots", "logits_scaling"]),
     "heads": (MemoryMosaicConfig, SMALL, {"num_attention_heads": 8}, ["head_dim"]),
@@ -226,7 +226,7 @@ FOLLOWING = {
 
 @pytest.mark.parametrize("case", FOLLOWING)
 def test_derived_sizes_follow_the_others(case, tmp_path):
-    """However the others are changed: while a folder is loaded, in any order, or by assignment."""
+    """Other fields may change while a folder is loaded, in any order, or by assignment."""
     config_class, fields, changed, followers = FOLLOWING[case]
     config_class(**fields).save_pretrained(tmp_path)
     fresh = config_class(**{**fields, **changed})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever is passed is answered rightly or refused: random shapes, masks, dtypes, documents and splits."""
+"""Random shapes, masks, dtypes, documents and splits get the right answer or an error."""
 
 import functools
 
@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 
 
-# How far rounding alone takes the logits, which are of order one, from those of float64 with the same weights.
+# Largest error of logits of order one by rounding alone, against float64 with the same weights.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.2, torch.float16: 0.03}
 MASK_DTYPES = [torch.long, torch.bool, torch.int32, torch.float32, torch.uint8]
 
@@ -28,7 +28,7 @@ def cached_model(implementation="sdpa", dtype=torch.float32):
 
 @functools.cache
 def exact_model(dtype):
-    """The model of this dtype, weights rounded as they are there, computing in float64."""
+    """Return the model with weights rounded to this dtype, computing in float64."""
     return make_model(dtype=dtype).double()
 
 
@@ -94,7 +94,7 @@ def exact_kind(name, dtype):
 )
 @torch.no_grad()
 def test_every_text_is_read_as_if_alone(name, implementation, dtype, mask_dtype, kept, cuts):
-    """As above of memory models on any backbones, which read on at `cuts`, and of classifiers."""
+    """The same for memory models on any backbone, which read on at `cuts`, and for classifiers."""
     kind, length = KINDS[name], max(map(len, kept))
     mask = torch.tensor([row + [not any(row)] + [False] * (length - len(row)) for row in kept])  # no row is empty
     ids, width = make_ids(*mask.shape), mask.shape[1]
@@ -130,7 +130,7 @@ LENGTHS = st.integers(0, 4)
 )
 @torch.no_grad()
 def test_a_misfit_is_refused(ids_shape, mask_shape, mask_values, position_shape, num_seen, packed):
-    """Of arbitrary shapes and values, what fits is answered with finite logits, all else is an error that says so."""
+    """Inputs of any shapes and values that fit get finite logits; all others get an error that says so."""
     model = cached_model()
     ids = make_ids(*ids_shape)
     cache = DynamicCache(config=model.config)

@@ -23,7 +23,7 @@ from training.text.tokenizer import train_tokenizer
 
 @pytest.fixture
 def kind():
-    """Tests of both kinds that write name them by `@writers`."""
+    """Return a parametrisation over the kinds that write text, as `@writers`."""
     return KINDS["mosaic"]
 
 
@@ -32,7 +32,7 @@ writers = for_kinds("mosaic", "memory model")
 
 @pytest.fixture
 def model(kind):
-    """Ids 59 and 60 stand for padding and the end; without an end the texts have full length."""
+    """Generate greedily; ids 59 and 60 stand for padding and the end. Without an end the texts have full length."""
     return kind.make(pad_token_id=59, bos_token_id=60, eos_token_id=60)
 
 
@@ -43,7 +43,7 @@ def shared_tokenizer():
 
 @pytest.fixture
 def tokenizer(shared_tokenizer, model):
-    """Makes `model` know as many ids as the tokenizer."""
+    """Resize `model` to the ids of the tokenizer."""
     model.resize_token_embeddings(len(shared_tokenizer))
     tokenizer = copy.deepcopy(shared_tokenizer)
     for settings in (model.config, model.generation_config):
@@ -98,7 +98,7 @@ def test_left_padded_batch_equals_each_prompt_alone(model, mode):
 
 @writers
 def test_a_second_turn_on_a_warm_memory(model):
-    """A conversation: the next turn passes the whole text and the memory of its beginning."""
+    """In a conversation, the next turn passes the whole text and the memory of its beginning."""
     first = generate(model, make_ids(2, 5), return_dict_in_generate=True, eos_token_id=None)
     turn = torch.cat([first.sequences, make_ids(2, 4, seed=8)], dim=1)
     # The last token was chosen but not read yet.
@@ -121,7 +121,7 @@ WARM_TEXTS = {  # rows, tokens in the memory, new tokens, padding in both
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("case", WARM_TEXTS)
 def test_new_text_behind_a_memory_is_read_whole(model, case, static):
-    """Whatever the mask covers: none given, that of the new ids, or that of all."""
+    """The mask may be absent, cover the new ids, or cover all."""
     rows, num_read, num_new, is_padded = WARM_TEXTS[case]
     past, new = make_ids(rows, num_read, seed=1), make_ids(rows, num_new, seed=2)
     past_mask, new_mask = torch.ones_like(past), torch.ones_like(new)
@@ -191,7 +191,7 @@ def test_what_might_not_be_new_is_refused(model):
 
 
 def test_a_configuration_leaves_the_model_its_defaults_behind_a_memory(model):
-    """As without one: padding is known by the model's `pad_token_id`, also if another configuration is given."""
+    """Padding is known by the model's `pad_token_id`, also if another configuration is given."""
     past, new = make_ids(1, 4), torch.tensor([[59, 59, 7, 8]])
     memory = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_a_configuration_leaves_the_model_its_defaults_behind_a_memory(model):
 
 
 def test_a_text_that_a_memory_holds_is_not_read_twice_by_prompt_lookup(model):
-    """The library passes the whole text again there: the memory would hold its beginning twice."""
+    """The library would pass the whole text again there, and the memory would hold its beginning twice."""
     first = generate(model, make_ids(1, 8), return_dict_in_generate=True, eos_token_id=None)
     turn = torch.cat([first.sequences, make_ids(1, 4)], dim=1)
     with pytest.raises(ValueError, match="must not be passed again: pass the new ids alone"):

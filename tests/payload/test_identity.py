@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A memory is read on by the weights that wrote it, adapters included, and by no others."""
+"""Only the weights that wrote a memory, adapters included, continue it."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ from modeling_memory_mosaic import (
 
 
 def read(model, ids, cache=None):
-    """Logits of `ids`, and the memory after them."""
+    """Return the logits of `ids`, and the memory after them."""
     with torch.no_grad():
         outputs = model(input_ids=ids, past_key_values=cache, use_cache=True)
     return outputs.logits, outputs.past_key_values
@@ -68,7 +68,7 @@ def test_a_memory_is_read_on_by_its_own_weights_alone(model):
 
 
 def test_a_memory_knows_the_adapters_that_wrote_it(model):
-    """Disabled they are the base, merged they are other weights, and two adapters are two models."""
+    """Disabled adapters are the base, merged ones are other weights, and two adapters are two models."""
     ids = make_ids(1, 9)
     base = memory_state_dict(read(model, ids[:, :5])[1])
     adapted = lora(model)
@@ -93,7 +93,7 @@ def test_a_memory_knows_the_adapters_that_wrote_it(model):
 
 
 def test_a_memory_in_use_is_its_readers(model):
-    """Handed from model to model without being saved, it is compared as well; so is one that was copied or pickled."""
+    """A memory is compared also if it was never saved, and if it was copied or pickled."""
     ids = make_ids(1, 9)
     _, cache = read(model, ids[:, :5])
     for memory in (cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
@@ -148,7 +148,7 @@ def test_numbers_that_do_not_fit_a_precision_are_refused(model):
 
 
 def test_fingerprints_of_stored_weights(model, tmp_path):
-    """Sharded into files, kept on disk or quantized: equal weights have one fingerprint, others another."""
+    """Equal weights have one fingerprint, others another, sharded into files, kept on disk or quantized."""
     fingerprint = weights_fingerprint(model.model)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len([*tmp_path.glob("*.safetensors")]) > 1
@@ -214,7 +214,7 @@ def test_memories_of_quantized_and_adapted_weights_are_read_by_these_alone(chang
 
 
 def test_a_fingerprint_of_sharded_weights_is_that_of_the_whole(model):
-    """As FSDP2 and tensor parallelism keep them, here on one process."""
+    """Shard weights as FSDP2 and tensor parallelism do, here on one process."""
     fingerprint = weights_fingerprint(model.model)
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units are measured as the paper's equations say, whatever surrounds them, and only what a unit did is its own.
+"""Units are measured as the paper's equations say, whatever surrounds them, and each unit apart from the others.
 
 So are their parts of the logit of each token that follows.
 """
@@ -39,13 +39,16 @@ SCALARS = ("key_leak", "key_scale", "value_scale")
 
 
 def assert_same(units, others, tolerance=1e-9):
-    """Equal, and NaN in the same places. `others` may be indexed: `(name, tensor)` pairs."""
+    """Check that measures are equal, and NaN in the same places, as `(name, tensor)` pairs say."""
     for name, expected in others:
         torch.testing.assert_close(getattr(units, name), expected, rtol=0, atol=tolerance, equal_nan=True, msg=name)
 
 
 def naive_entropy(queries, keys_before):
-    """Of the weights that each query `(T, D)` gives its list of keys, found by storing what tells the keys apart."""
+    """Return the entropy of the weights that each query `(T, D)` gives its list of keys.
+
+    Storing unit vectors as values makes the weights themselves the retrieved value.
+    """
     entropies = []
     for query, keys in zip(queries, keys_before, strict=True):
         weights = naive_kernel_smoothing(query, keys, list(torch.eye(len(keys), dtype=query.dtype)), len(keys))
@@ -54,9 +57,9 @@ def naive_entropy(queries, keys_before):
 
 
 def naive_contextual(memory, inputs):
-    """Retrievals `(H, T, D)`, entropies and errors `(H, T)` of the units of one memory, by the loops of the paper."""
+    """Return retrievals `(H, T, D)`, entropies and errors `(H, T)` of the units of one memory, by loops."""
     width = memory.config.head_dim
-    found = {"retrieved": [], "entropy": [], "error": []}
+    measures = {"retrieved": [], "entropy": [], "error": []}
     projected = zip(memory.k_proj(inputs).split(width, -1), memory.v_proj(inputs).split(width, -1), strict=True)
     for head, (k_states, v_states) in enumerate(projected):
         leak, scale, value_scale = (getattr(memory, name)[head] for name in SCALARS)
@@ -67,34 +70,34 @@ def naive_contextual(memory, inputs):
         for t in range(len(inputs) - 1):
             value = (10 * value_scale).exp() * naive_norm(mix * v_states[t] + (1 - mix) * v_states[t + 1])
             errors.append((retrieved[t] - value).square().sum() / value.square().sum())
-        found["retrieved"].append(retrieved)
-        found["entropy"].append(naive_entropy(keys, [list(keys[:t]) for t in range(len(keys))]))
-        found["error"].append(torch.stack([*errors, torch.full_like(retrieved[0, 0], torch.nan)]))
-    return {name: torch.stack(rows) for name, rows in found.items()}
+        measures["retrieved"].append(retrieved)
+        measures["entropy"].append(naive_entropy(keys, [list(keys[:t]) for t in range(len(keys))]))
+        measures["error"].append(torch.stack([*errors, torch.full_like(retrieved[0, 0], torch.nan)]))
+    return {name: torch.stack(rows) for name, rows in measures.items()}
 
 
 def naive_persistent(memory, inputs):
-    found = {"retrieved": [], "entropy": []}
+    measures = {"retrieved": [], "entropy": []}
     for head, k_states in enumerate(memory.k_proj(inputs).split(memory.config.head_dim, -1)):
         leak, scale, value_scale = (getattr(memory, name)[head] for name in SCALARS)
         slots = memory.slot_keys[head], memory.slot_values[head]
         queries = naive_keys(k_states, leak, scale, power=2)
-        found["retrieved"].append(naive_persistent_memory(k_states, *slots, leak, scale, value_scale))
-        found["entropy"].append(naive_entropy(queries, [list(slots[0])] * len(queries)))
-    return {name: torch.stack(rows) for name, rows in found.items()}
+        measures["retrieved"].append(naive_persistent_memory(k_states, *slots, leak, scale, value_scale))
+        measures["entropy"].append(naive_entropy(queries, [list(slots[0])] * len(queries)))
+    return {name: torch.stack(rows) for name, rows in measures.items()}
 
 
 def naive_parts(memory, retrieved):
-    """What each unit adds, `(H, T, C)`: the columns of `o_proj` that are its own, times its retrievals."""
+    """Return what each unit adds, `(H, T, C)`: its columns of `o_proj`, times its retrievals."""
     columns = memory.o_proj.weight.split(memory.config.head_dim, dim=1)
-    return torch.stack([own @ part.T for own, part in zip(columns, retrieved, strict=True)]).transpose(1, 2)
+    return torch.stack([column @ part.T for column, part in zip(columns, retrieved, strict=True)]).transpose(1, 2)
 
 
 @torch.no_grad()
 def naive_units(model, ids):
-    """`(name, tensor)` pairs for one text `(T,)`: what `inspect_units` says, by the paper's loops alone."""
+    """Return `(name, tensor)` pairs of what `inspect_units` measures on one text `(T,)`, by the paper's loops."""
     stream = model.model.embed_tokens.weight[ids]
-    found = {name: [] for name in NAMES}
+    measures = {name: [] for name in NAMES}
     for layer in model.model.layers:
         rows = {"entropy": [], "share": [], "norm": []}
         for kind, read in (("contextual", naive_contextual), ("persistent", naive_persistent)):
@@ -106,11 +109,11 @@ def naive_units(model, ids):
             rows["share"].append((parts * output).sum(-1) / output.square().sum(-1))
             rows["norm"].append(parts.norm(dim=-1) / stream.norm(dim=-1))
             if kind == "contextual":
-                found["error"].append(units["error"][None])
+                measures["error"].append(units["error"][None])
             stream = stream + output + (0 if memory.o_proj.bias is None else memory.o_proj.bias)
         for name, kinds in rows.items():
-            found[name].append(torch.stack(kinds)[:, None])
-    return [(name, torch.stack(layers)) for name, layers in found.items()]
+            measures[name].append(torch.stack(kinds)[:, None])
+    return [(name, torch.stack(layers)) for name, layers in measures.items()]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +138,7 @@ def test_numbers_are_float32_on_the_cpu_and_a_half_precision_model_is_close():
 
 
 def capture(model, kind):
-    """Residual streams and outputs without bias of all memories of a kind, filled by the next read."""
+    """Record residual streams and outputs without bias of all memories of a kind, at the next read."""
     streams, outputs = [], []
     for layer in model.model.layers:
         getattr(layer, f"{kind}_norm").register_forward_pre_hook(lambda _, args: streams.append(args[0]))
@@ -181,12 +184,12 @@ def test_a_silenced_unit_adds_nothing_and_leaves_the_others_as_they_are():
     after = inspect_units(model, ids)
     assert not after.norm[0, 0, :, 1].any() and not after.share[0, 0, :, 1, 1:].any()
     others = [0, 2]
-    assert_same(after, [("error", before.error)])  # the unit predicts as before; nobody listens
+    assert_same(after, [("error", before.error)])  # the unit predicts as before, but nothing reads it
     assert torch.equal(after.norm[0, 0, :, others], before.norm[0, 0, :, others])
 
 
 def test_one_who_reads_equal_pairs_is_undecided_between_all_of_them():
-    """One token repeated, keys without a past: all pairs are alike, so the weights are uniform and the error is 0."""
+    """One token repeated makes all pairs alike if keys have no past: the weights are uniform and the error is 0."""
     model = make_model(dtype=torch.float64, num_hidden_layers=1)
     with torch.no_grad():
         model.model.layers[0].contextual_memory.key_leak.fill_(100.0)
@@ -208,7 +211,7 @@ def test_an_unexpected_token_is_the_surprise_of_the_token_before_it(implementati
     changed = ids.clone()
     changed[0, 7] = 50
     before, after = inspect_units(model, ids), inspect_units(model, changed)
-    # What was known at token 6 is as it was; only how well it predicted is not.
+    # At token 6 the measures are as before, except how well it predicted.
     assert torch.equal(after.error[..., :6], before.error[..., :6])
     assert (after.error[..., 6] != before.error[..., 6]).all()
     for name in ("entropy", "share", "norm"):
@@ -230,7 +233,7 @@ def test_entropies_are_those_of_the_weights_that_the_model_returns():
 
 
 def padded_rows():
-    """Four rows: without padding, padded left, padded right, with padding inside."""
+    """Return four rows: without padding, padded left, padded right, with padding inside."""
     mask = torch.ones(4, 12, dtype=torch.long)
     mask[1, :5] = 0
     mask[2, 7:] = 0
@@ -279,9 +282,9 @@ def test_any_head_and_any_adapter_is_read_as_it_computes():
     slots = ["persistent_memory.slot_keys", "persistent_memory.slot_values"]
     lora = LoraConfig(target_modules="all-linear", target_parameters=slots, init_lora_weights=False)
     adapted = get_peft_model(model, lora).eval()
-    found = [(name, getattr(inspect_units(adapted, ids), name)) for name in NAMES]
-    assert not any(torch.allclose(a[1], b[1], equal_nan=True) for a, b in zip(found, expected, strict=True))
-    assert_same(inspect_units(adapted.merge_and_unload(), ids), found)
+    measured = [(name, getattr(inspect_units(adapted, ids), name)) for name in NAMES]
+    assert not any(torch.allclose(a[1], b[1], equal_nan=True) for a, b in zip(measured, expected, strict=True))
+    assert_same(inspect_units(adapted.merge_and_unload(), ids), measured)
 
 
 def test_virtual_tokens_of_an_adapter_are_measured_too(model):
@@ -307,7 +310,7 @@ def test_inspection_leaves_no_hooks_and_no_gradients(model):
 
 @pytest.mark.parametrize("read", [inspect_units, trace_tokens])
 def test_what_another_thread_reads_meanwhile_is_not_observed(model, read):
-    """A server answers several users by one model. The texts are of one length, so that nothing would not fit."""
+    """A server answers several users by one model. The texts have one length, so that shapes alone reveal nothing."""
     ids, expected = make_ids(1, 9), read(model, make_ids(1, 9))
     another = threading.Thread(target=model, args=(make_ids(1, 9, seed=1),))
 
@@ -317,9 +320,9 @@ def test_what_another_thread_reads_meanwhile_is_not_observed(model, read):
             another.join()
 
     with model.model.layers[1].register_forward_pre_hook(meanwhile):
-        found = read(model, ids)
+        measured = read(model, ids)
     assert another.ident is not None
-    assert_same(found, vars(expected).items(), tolerance=0)
+    assert_same(measured, vars(expected).items(), tolerance=0)
 
 
 def test_one_token_has_no_error_and_nothing_to_read(model):
@@ -362,12 +365,15 @@ def test_summaries_are_means_over_tokens_that_have_something_to_read():
 
 
 def following_logits(model, ids):
-    """Of the token that follows each, `(B, T - 1)`: logit less the mean over the vocabulary, and log probability."""
+    """Return relative logit and log probability of the token that follows each, `(B, T - 1)`."""
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits[:, :-1]
     following = ids[:, 1:, None]
-    own = (logits - logits.mean(-1, keepdim=True)).gather(-1, following), logits.log_softmax(-1).gather(-1, following)
-    return [numbers[..., 0] for numbers in own]
+    chosen = (
+        (logits - logits.mean(-1, keepdim=True)).gather(-1, following),
+        logits.log_softmax(-1).gather(-1, following),
+    )
+    return [numbers[..., 0] for numbers in chosen]
 
 
 @pytest.mark.parametrize(
@@ -385,7 +391,7 @@ def test_parts_of_a_logit_sum_to_it(implementation, config):
         torch.testing.assert_close(numbers[:, :-1], expected, rtol=0, atol=1e-12)
         assert torch.isnan(numbers[:, -1]).all()
     assert trace.biases[:, :-1].any() == model.config.use_bias
-    # The first token has nothing to read: what is said of the second is said by persistent units alone.
+    # The first token has nothing to read, so persistent units alone predict the second.
     assert not trace.contribution[:, 0, :, :, 0].any()
     assert (trace.persistent_share[:, 0] == 1).all() and (trace.persistent_share[:, 1:-1] < 1).all()
 
@@ -410,8 +416,8 @@ def test_a_contribution_is_what_the_logit_loses_without_the_unit(kind):
             return (logits - logits.mean(-1, keepdim=True))[:-1].gather(-1, ids[1:, None])[:, 0]
 
         lost = torch.stack([logit(final[0]) - logit(final[0] - part) for part in parts])
-    found = trace.contribution[0, ["contextual", "persistent"].index(kind), 0, :, :-1]
-    torch.testing.assert_close(found, lost, rtol=0, atol=1e-12)
+    contribution = trace.contribution[0, ["contextual", "persistent"].index(kind), 0, :, :-1]
+    torch.testing.assert_close(contribution, lost, rtol=0, atol=1e-12)
 
 
 def test_weights_are_those_that_the_model_returns_at_the_pairs_that_tokens_complete():
@@ -421,7 +427,7 @@ def test_weights_are_those_that_the_model_returns_at_the_pairs_that_tokens_compl
     with torch.no_grad():
         attentions = torch.stack(model(ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions)
     padding = mask[:, None].expand(-1, 3, -1) == 0
-    # A map of the model names a pair by the token of its key, which stands before the one that completes it.
+    # A map of the model indexes a pair by the token of its key, which stands before the one that completes it.
     expected = torch.nn.functional.pad(attentions[..., :-1], (1, 0))
     expected[:, padding] = torch.nan
     torch.testing.assert_close(trace.weights, expected, equal_nan=True)
@@ -440,7 +446,7 @@ def test_weights_over_slots_are_those_whose_entropy_is_told():
 
 
 def traced(trace, row=0, places=slice(None)):
-    """All numbers of one row of a trace, at some of its tokens."""
+    """Return all numbers of one row of a trace, at some of its tokens."""
     numbers = {name: getattr(trace, name)[row, places] for name in BY_TOKEN}
     numbers["contribution"] = trace.contribution[:, :, row][..., places]
     numbers["weights"] = trace.weights[:, row][..., places, :][..., places]
@@ -465,10 +471,10 @@ def test_a_trace_of_a_packed_document_is_that_of_the_document_alone():
     trace = trace_tokens(model, batch["input_ids"], position_ids=batch["position_ids"])
     begin = 0
     for document in documents:
-        own = slice(begin, begin + len(document))
+        place = slice(begin, begin + len(document))
         alone = traced(trace_tokens(model, document[None]))
-        torch.testing.assert_close(traced(trace, 0, own), alone, equal_nan=True)
-        begin = own.stop
+        torch.testing.assert_close(traced(trace, 0, place), alone, equal_nan=True)
+        begin = place.stop
 
 
 def test_a_trace_through_adapters_is_that_of_the_merged_model():
@@ -527,7 +533,7 @@ def test_what_cannot_be_traced_is_refused(model):
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Draws, and returns the axes of the picture that was saved, rows by columns."""
+    """Draw units, and return the axes of the saved picture, rows by columns."""
     saved, save_figure = [], figures.save_figure
     monkeypatch.setattr(
         figures, "save_figure", lambda *arguments: (saved.append(arguments[0]), save_figure(*arguments))

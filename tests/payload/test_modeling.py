@@ -147,7 +147,7 @@ def test_kernel_smoothing_equals_its_sum():
 
 
 def test_pairs_are_a_set():
-    """The order in which pairs are stored changes nothing."""
+    """The retrieval does not depend on the order in which pairs are stored."""
     query, key, value = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 6, 6))
     order = torch.randperm(6)
     retrieved = kernel_smoothing(query, key[:, :, order], value[:, :, order])[0]
@@ -197,7 +197,7 @@ def test_attention_maps_of_eager_are_strictly_lower_triangular(model):
 
 
 def test_attention_maps_that_flex_attention_does_not_compute_are_refused_before_anything_is_read(model):
-    """Its second result is the logarithm of a sum, and would be returned as a map."""
+    """The second result of flex attention is the logarithm of a sum, and would be returned as a map."""
     cache = model(make_ids(1, 5), use_cache=True).past_key_values
     model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="flex_attention.*eager"):
@@ -214,7 +214,7 @@ def test_attention_maps_that_sdpa_does_not_compute_are_none_at_all_with_a_warnin
 
 
 def test_a_gradient_flows_through_the_maps(model):
-    """Attribution by gradient times map needs the map itself, not a copy beside the graph."""
+    """Attribution by gradient times map needs the map within the graph, not a copy beside it."""
     model.set_attn_implementation("eager")
     outputs = model(make_ids(1, 6), output_attentions=True)
     for weights in outputs.attentions:
@@ -225,7 +225,7 @@ def test_a_gradient_flows_through_the_maps(model):
 
 
 def padded(rows, width, pattern):
-    """Texts in one batch, padded on one side, on both, or within: behind the first token and among the others."""
+    """Return texts in one batch, padded on one side, on both, or within, behind the first token and later."""
     places = []
     for number, row in enumerate(rows):
         start = {"left": width - len(row), "both": (width - len(row)) // 2}.get(pattern, 0)
@@ -256,20 +256,20 @@ def gradients_of(model):
 
 
 def assert_same_gradients(model, expected, rtol=1e-5, atol=1e-7):
-    found = gradients_of(model)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
+    actual = gradients_of(model)
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
         torch.testing.assert_close(gradient, expected[name], rtol=rtol, atol=atol, msg=name)
 
 
 def num_labels(labels):
-    """As `Trainer` counts those of a batch: of a text, the first token is none."""
+    """Return the number of labels as `Trainer` counts them: the first token of a text is not one."""
     return (labels[:, 1:] if labels.ndim == 2 else labels).ne(-100).sum()
 
 
 @for_kinds("mosaic", *BACKBONE_KINDS, "classifier")
 def test_the_gradient_of_a_padded_batch_is_that_of_its_rows(kind):
-    """Rows of unequal length: each counts by its labels."""
+    """Rows of unequal length count by their labels."""
     model = kind.make(dtype=torch.float64)  # in float32 the order of the sums alone moves a gradient by 1e-6
     rows = [make_ids(length, seed=length) for length in (18, 11, 5, 2)]
     inputs = kind.with_labels(padded(rows, 22, "right"))
@@ -319,7 +319,7 @@ def test_half_precision_stays_finite(dtype, scale, num_tokens, implementation):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [0.0, 1.0, 30.0])
 def test_half_precision_stays_finite_in_loss_and_gradient(kind, dtype, size):
-    """However large the weights are, or the observations, whose size a prediction has; in rows of any length."""
+    """Large weights, or large observations, which a prediction is as large as; rows of any length."""
     model = kind.make(dtype=dtype, **kind.objectives)
     if kind.model != "continuous":
         with torch.no_grad():
@@ -363,7 +363,7 @@ def test_autocast_keeps_sums_in_float32():
 
 
 def text_to_learn(kind, model, seed):
-    """Text where each token but every fifth follows from the one before; a class or the observations alike."""
+    """Make text in which each token but every fifth follows from the one before; a class or observations likewise."""
     if kind.model == "continuous":
         turns = torch.rand(8, 1, 3, generator=torch.Generator().manual_seed(seed)) + torch.arange(24)[:, None] / 12
         pairs = torch.stack([torch.sin(6.28 * turns), torch.cos(6.28 * turns)], dim=-1).flatten(2)
@@ -451,9 +451,9 @@ def test_gradient_checkpointing_changes_no_gradient(kind, use_reentrant):
     checkpoint_activations(model, use_reentrant)
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     assert len(layers) >= 2
-    found = gradients()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
+    actual = gradients()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in actual.items())
 
 
 @for_kinds(*KINDS)
@@ -482,7 +482,7 @@ def test_gradients_of_one_batch_equal_accumulated_ones(kind):
 @for_kinds(*KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_number_of_rows_of_any_length_has_a_loss_and_a_gradient(kind, dtype):
-    """Logits with gaps in their storage would do in half precision alone, which the library's loss copies."""
+    """Logits with gaps in their storage would pass in half precision only, which the library's loss copies."""
     model = kind.make(dtype=dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for num_rows in (1, 2, 3):
@@ -508,7 +508,7 @@ def test_inputs_and_labels_are_not_touched(kind):
 
 @for_kinds("mosaic", "continuous", "classifier")
 def test_hidden_states_are_given_where_asked_for(kind):
-    """By the caller or by the configuration: what enters the first layer, and what leaves each."""
+    """The caller or the configuration asks for them: what enters the first layer, and what leaves each."""
     model = kind.make()
     inputs = kind.inputs(model, 2, 7)
     states = model(**inputs, output_hidden_states=True).hidden_states

@@ -59,7 +59,7 @@ def test_packed_gradients_equal_separate_ones(implementation):
 @settings(max_examples=25, deadline=None)
 @given(rows=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=3), data=st.data())
 def test_packed_rows_with_padding_anywhere_equal_separate(rows, data):
-    """Several packed rows in a batch, padding before, between, after and inside documents."""
+    """Several packed rows in a batch, with padding before, between, after and inside documents."""
     model = make_model(dtype=torch.float64)
     length = max(map(sum, rows)) + data.draw(st.integers(0, 6))
     ids, positions, mask = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
@@ -165,7 +165,7 @@ def test_packed_gradients_under_checkpointing(use_reentrant):
 
 
 def test_compiled_documents_behind_a_memory_are_refused():
-    """Where nothing can be asked, an assertion stands in the graph, or the call is refused for what it might mean."""
+    """A graph that cannot branch on values holds an assertion, or refuses the call for what it might mean."""
     model = make_model()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     batch = pack(make_documents(), return_seq_idx=True)
@@ -185,7 +185,7 @@ def test_compiled_documents_behind_a_memory_are_refused():
 
 
 def test_compiled_packing_is_exact_and_one_graph():
-    """Compiled, restarts cannot be asked about: whatever could mark documents is followed."""
+    """A compiled graph cannot know whether positions start again, so it follows all positions."""
     model = make_model()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     batch = pack(make_documents())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A saved model is the model: every parameter, on any way of loading it, from nothing but the folder."""
+"""A saved model has every parameter, on any way of loading it, from nothing but the folder."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 
 def fill_with_own_constants(model):
-    """Each parameter gets a value of its own: a swapped, forgotten or re-initialised one cannot pass by luck."""
+    """Give each parameter different values, so that a swapped, forgotten or re-initialised one cannot pass by luck."""
     parameters = list(model.parameters())
     with torch.no_grad():
         for index, parameter in enumerate(parameters):
@@ -62,7 +62,7 @@ def test_a_tied_matrix_is_stored_once(tmp_path, kind):
 
 @for_kinds("untied mosaic", *BACKBONE_KINDS, "classifier")
 def test_missing_parameters_are_initialised_and_the_rest_left_alone(tmp_path, kind):
-    """A checkpoint of the body alone: loaded values must not be overwritten by initial ones."""
+    """In a checkpoint of the body alone, loaded values must not be overwritten by initial ones."""
     model = fill_with_own_constants(kind.make())
     body = getattr(model, kind.body)
     body.save_pretrained(tmp_path)
@@ -154,7 +154,7 @@ CLEAN_KINDS = (*MODELS, "memory model of both")
 
 @pytest.fixture(scope="module")
 def read_in_a_clean_process(request, tmp_path_factory):
-    """Folders of models of each kind, read by one process that knows nothing of this project."""
+    """Return folders of models of each kind, read by one process that knows nothing of this project."""
     root, folders = tmp_path_factory.mktemp("clean"), []
     for name in CLEAN_KINDS:
         kind, folder = KINDS[name], root / name.replace(" ", "-")
@@ -254,7 +254,7 @@ def test_the_payload_touches_neither_files_nor_network_nor_processes(request, na
     }
     modules -= {"collections.abc"}  # names of types
     assert {module.split(".")[0] for module in modules} <= {"torch", "transformers", "huggingface_hub"} | harmless
-    assert modules & {"torch", "transformers.configuration_utils"}  # it found the imports there are
+    assert modules & {"torch", "transformers.configuration_utils"}  # the imports were collected
 
 
 @for_kinds(*KINDS)
@@ -286,7 +286,7 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path, kind):
 
 @for_kinds("mosaic", "untied mosaic", *BACKBONE_KINDS, "classifier")
 def test_embeddings_can_be_resized(tmp_path, kind):
-    """All token tables that a model has."""
+    """Resizing reaches all token tables of a model."""
     model = kind.make()
     before = kind.answer(model, kind.inputs(model, 2, 12))
     inputs = kind.inputs(model, 2, 12)

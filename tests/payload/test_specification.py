@@ -17,7 +17,7 @@ def page(request):
 
 
 def read_tensors(page):
-    """`{name: shape in letters}` of the table of tensors, biases under their full names."""
+    """Return `{name: shape in letters}` from the table of tensors, biases under their full names."""
     tensors = {}
     for names, shapes in re.findall(r"^\| (`[^|]+) \| (`[^|]+) \|$", page, flags=re.MULTILINE):
         names, shapes = re.findall("`([^`]+)`", names), re.findall(r"`\(([^`]+)\)`", shapes)
@@ -36,13 +36,13 @@ def test_every_tensor_of_a_model_is_specified_and_no_other(page):
     model = make_model(use_bias=True, tie_word_embeddings=False, head_dim=5, num_persistent_slots=7)
     classifier = MemoryMosaicForSequenceClassification(model.config)
     specified, sizes = read_tensors(page), sizes_of(model.config)
-    found = set()
+    names = set()
     for name, tensor in (model.state_dict() | classifier.state_dict()).items():
         name = re.sub(r"\.\d+\.", ".{i}.", name)
         shape = [math.prod(sizes[letter] for letter in axis.split()) for axis in specified[name].split(",") if axis]
         assert tuple(shape) == tensor.shape, name
-        found.add(name)
-    assert found == specified.keys()
+        names.add(name)
+    assert names == specified.keys()
 
 
 def test_every_tensor_of_a_saved_memory_is_specified(page):
@@ -58,5 +58,5 @@ def test_every_tensor_of_a_saved_memory_is_specified(page):
             name: [sizes[axis] if axis in sizes else int(axis) for axis in shape.split(", ")]
             for name in re.findall("`([^`]+)`", names)
         }
-    found = {re.sub(r"\.\d+\.", ".{i}.", name): list(tensor.shape) for name, tensor in memory.items()}
-    assert found == specified
+    shapes = {re.sub(r"\.\d+\.", ".{i}.", name): list(tensor.shape) for name, tensor in memory.items()}
+    assert shapes == specified

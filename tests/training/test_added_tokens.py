@@ -51,7 +51,7 @@ ADDED["both"] = ADDED["begin"] + ADDED["end"]
 
 
 def save_tokenizer(kind, folder, padding=True):
-    """As others make them: bytes, and a template for what is added to each text."""
+    """Make a tokenizer as other projects do: bytes, and a template for what is added to each text."""
     backend = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.post_processor = TemplateProcessing(single=TEMPLATES[kind], special_tokens=[("<s>", 1), ("</s>", 2)])
@@ -63,11 +63,11 @@ def save_tokenizer(kind, folder, padding=True):
 
 @pytest.fixture(scope="module", params=TEMPLATES)
 def run(request, tmp_path_factory):
-    """A run with such a tokenizer."""
+    """Make a run with such a tokenizer."""
     folder = tmp_path_factory.mktemp(request.param)
     tokenizer = f"tokenizer.pretrained={save_tokenizer(request.param, folder / 'pretrained')}"
-    own = ["tokenizer.vocab_size=null", "tokenizer.max_training_stories=null", "tokens=1_280"]
-    recipe = short_recipe(folder / "run", *own, tokenizer)
+    changes = ["tokenizer.vocab_size=null", "tokenizer.max_training_stories=null", "tokens=1_280"]
+    recipe = short_recipe(folder / "run", *changes, tokenizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
         language_modeling.run(recipe)
@@ -76,7 +76,7 @@ def run(request, tmp_path_factory):
 
 @pytest.fixture
 def read(monkeypatch):
-    """What the model has read, one list of rows for each pass."""
+    """Record what the model reads, one list of rows for each pass."""
     passes, forward = [], MemoryMosaicForCausalLM.forward
 
     @functools.wraps(forward)
@@ -216,7 +216,7 @@ def test_a_tokenizer_that_adds_nothing_is_left_as_it_is(tmp_path, caplog):
     assert torch.equal(*(t("once", return_tensors="pt").input_ids for t in (loaded, plain)))
 
 
-# A new place that calls a tokenizer belongs into a test above, and then here.
+# Files that call a tokenizer. A new one needs a test above, and a line here.
 WALKED = {
     *("training/text/windows.py", "training/evaluate.py", "training/text/tokenizer.py"),
     *("training/text/generator.py", "training/text/story_selection.py", "training/experiments/position_loss.py"),
