@@ -5,9 +5,9 @@ Both read texts of several lengths and decode one chunk after them, so that the 
 encoding it. They run in turn in one process, as in `benchmarks/speed.py`. Backbones are Memory Mosaics; the encoder is
 as large as the decoder, or has half its width.
 
-The formula counts multiplications: each token once through the weights of what reads it, and two products of vectors
-for each pair of tokens that see each other. All tokens in view: n tokens, n n / 2 pairs. A memory model: n tokens and
-n L / 2 pairs for the encoder, and for the decoder one row of the n / L memories and the tokens since.
+The formula counts multiplications: each token once through the weights of the model that reads it, and two products of
+vectors for each pair of tokens that see each other. All tokens in view: n tokens, n n / 2 pairs. A memory model: n
+tokens and n L / 2 pairs for the encoder, and for the decoder one row of the n / L memories and the tokens since.
 """
 
 import copy
