@@ -207,7 +207,7 @@ class LanguageModelTrainer(Trainer):
                 return super().evaluate(*args, **kwargs)
         metrics = {f"eval_{name}": score for name, score in scores.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:

@@ -158,12 +158,13 @@ def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) ->
         right throughout, and `NAME_by_place`, the accuracy at each place of a chunk.
     """
     was_training = model.training
+    device: Any = model.device  # a checker takes attributes of modules for tensors
     model.eval()
     causal: list[torch.Tensor] = []
     recalled: dict[str, list[torch.Tensor]] = defaultdict(list)
     for start in range(0, len(windows), batch_size):
         rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
-        ids = collate_windows(rows)["input_ids"].to(model.device)
+        ids = collate_windows(rows)["input_ids"].to(device)
         text = pack_text(ids)
         context = model.gather_memories(text)
         logits, _ = model.decode_text(text, context)
