@@ -63,7 +63,7 @@ def run(
     overrides: Overrides = None,
     restart: Annotated[bool, typer.Option("--restart", help="Move an earlier run aside and start again.")] = False,
 ) -> None:
-    """Do what a recipe says; the same command again resumes, or shows the finished result."""
+    """Run a recipe; the same command again resumes, or shows the finished result."""
     with _plain_errors(context):
         from accelerate import PartialState
 

@@ -28,7 +28,7 @@ def export_model(
     state_dict: dict[str, torch.Tensor] | None = None,
     checksums: bool = False,
 ) -> None:
-    """Write weights, configuration, generation settings, tokenizer and, where it has its own, code.
+    """Write weights, configuration, generation settings, tokenizer and, if the model is not of transformers, its code.
 
     Args:
         model: any causal language model; it is left with its key-value cache switched on.
@@ -54,14 +54,14 @@ def run_isolated(
     Args:
         arguments: of the interpreter: a script, or `-c` and code.
         input: for its standard input.
-        cached: puts what is to count as downloaded into the folder of the cache; by default the cache stays empty.
+        cached: fills the folder of the cache with files that then count as downloaded; by default it stays empty.
     """
     environment = {name: value for name, value in os.environ.items() if name.startswith(_CLEAN_ENVIRONMENT)}
     with tempfile.TemporaryDirectory() as home:
         if cached is not None:
             cached(Path(home))
         return subprocess.run(
-            [sys.executable, "-I", "-B", *arguments],  # without bytecode: it would lie in what is looked at
+            [sys.executable, "-I", "-B", *arguments],  # -B: no bytecode in the folder that is tested
             input=input,
             capture_output=True,
             text=True,

@@ -70,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file of our own making; `ValueError` if it is not JSON."""
+    """Return the content of a JSON file that this clone has written; `ValueError` if it is not JSON."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 

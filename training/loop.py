@@ -155,7 +155,7 @@ class LanguageModelTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        report = report or functools.partial(report_progress, Path(self.args.output_dir))
+        report = report or functools.partial(report_progress, self._folder)
         if self.args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end=True is not supported: checkpoints are removed by age, so the best one may be "
@@ -207,7 +207,7 @@ class LanguageModelTrainer(Trainer):
                 return super().evaluate(*args, **kwargs)
         metrics = {f"eval_{name}": score for name, score in scores.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -215,6 +215,10 @@ class LanguageModelTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
 
     def _get_output_dir(self, trial: Any) -> str:
         # Trainer asks for this folder when it saves, and so writes into the staged one.
@@ -225,7 +229,7 @@ class LanguageModelTrainer(Trainer):
             self._save_whole_checkpoint(model, trial)
 
     def _save_whole_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_folder = Path(self.args.output_dir)
+        run_folder = self._folder
         final = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = run_folder / (STAGED_PREFIX + final.name)
         self._staging = staging
@@ -250,7 +254,8 @@ class LanguageModelTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Tied weights are stored once, so their second name is missing by right; anything else is the wrong file.
-        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
+        model: Any = self.model
+        missing = set(load_result.missing_keys) - set(model.all_tied_weights_keys)
         if missing or load_result.unexpected_keys:
             raise ValueError(
                 f"the checkpoint does not fit the model: missing {sorted(missing)}, "

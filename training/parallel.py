@@ -52,7 +52,7 @@ def report_progress(folder: Path, share: float) -> None:
 
 
 def run_logged(job: Job) -> Any:
-    """Do a job, with what it prints in a file beside its folder; returns its result."""
+    """Do a job and return its result; its output goes to a file beside its folder."""
     log = job.folder.with_name(f"{job.folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -86,9 +86,9 @@ def _begin_worker(threads: int, messages: Any) -> None:
 class _ThisProcess(Executor):
     """An executor that does everything at once in this process."""
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future:
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future:
         future: Future = Future()
-        future.set_result(function(*arguments))
+        future.set_result(function(*arguments, **options))
         return future
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: one YAML file fixes everything that a run depends on; its `task` says what is done.
+"""Recipes: one YAML file fixes everything that a run depends on; its `task` names what is done.
 
 A recipe is read strictly. A key that nothing would read, in the file or in a dotted override, is an error that names
 the nearest valid key; so is a field of the model that its configuration class does not have. `configuration/README.md`

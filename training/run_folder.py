@@ -26,7 +26,7 @@ RUN_LOCK, TRIAL_LOCK = ".run.lock", ".trial.lock"
 
 
 def _content(folder: Path) -> list[Path]:
-    """Return what is in a folder, locks left out; nothing if there is no such folder."""
+    """Return the paths in a folder, except locks; none if there is no such folder."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in paths if path.name not in (RUN_LOCK, TRIAL_LOCK)]
 
@@ -162,8 +162,8 @@ def run_once(
         make: does the work, given the provenance of the data (`identity()["data"]`), and returns the content of
             `result.json`. Only what it returns on the main process counts.
         kept: files and folders of the run that later runs use, such as `model`; their checksums are written.
-        again: what `--restart` does, such as `trains again`. If the run is finished, a line says so; without `again`
-            there is no such line.
+        again: the effect of `--restart` in words, such as `trains again`: printed if the run is finished. Without it
+            nothing is printed.
 
     Returns:
         The content of `result.json` on every process; of the earlier one, if the run was already finished.

@@ -14,8 +14,7 @@ import torch
 from accelerate import PartialState
 
 from training.recipe import TASKS, BaseRecipe, Section, load_recipe
-from training.result import read_result, write_result
-from training.run_folder import claim_folder, only_run_in
+from training.run_folder import run_once
 
 
 TASKS["searched"] = "helpers.searched_task"
@@ -32,21 +31,6 @@ class Recipe(BaseRecipe):
     inner: Inner = Inner()
 
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    state = PartialState(cpu=True)
-    with only_run_in(recipe.folder, state):
-        claim_folder(recipe, {"hash": recipe.hash, "data": {}}, state, restart)
-        if (finished := read_result(recipe.folder)) is not None:
-            return finished
-        print(f"x is {recipe.x}")
-        with (recipe.folder.parent / "starts").open("a") as starts:
-            starts.write(f"{recipe.x}\n")
-        while recipe.x == 2 and (recipe.folder.parent.parent / "hold").exists():
-            time.sleep(0.02)
-        write_result(measure(recipe), recipe.folder)
-        return read_result(recipe.folder)
-
-
 def measure(recipe: Recipe) -> dict[str, Any]:
     if recipe.inner.error == "diverged" and recipe.x > 3:
         raise ValueError(f"the loss diverged at x = {recipe.x}")
@@ -59,6 +43,18 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         "process": os.getpid(),
         "metrics": {"loss": (recipe.x - 3) ** 2 + recipe.inner.y, "nothing": None},
     }
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    def make(data: dict[str, Any]) -> dict[str, Any]:
+        print(f"x is {recipe.x}")
+        with (recipe.folder.parent / "starts").open("a") as starts:
+            starts.write(f"{recipe.x}\n")
+        while recipe.x == 2 and (recipe.folder.parent.parent / "hold").exists():
+            time.sleep(0.02)
+        return measure(recipe)
+
+    return run_once(recipe, PartialState(cpu=True), restart, lambda: {"hash": recipe.hash, "data": {}}, make)
 
 
 if __name__ == "__main__":

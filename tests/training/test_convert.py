@@ -198,7 +198,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_an_odd_checkpoint_is_told_at_once(tmp_path, golden, state_dict, odd):
+def test_an_odd_checkpoint_is_refused_at_once(tmp_path, golden, state_dict, odd):
     torch.save(ODD[odd](golden[0], state_dict), tmp_path / "ckpt.pt")
     with pytest.raises(ValueError) as error:
         convert_checkpoint(tmp_path / "ckpt.pt", tmp_path / "out")
@@ -253,7 +253,7 @@ def of_code(whole):
     ],
     ids=["truncated", "deflated", "old", "class", "code", "empty", "pickle"],
 )
-def test_a_file_that_is_no_checkpoint_is_told_without_torchs_advice(tmp_path, golden, state_dict, make, message):
+def test_a_file_that_is_no_checkpoint_is_refused_without_torchs_advice(tmp_path, golden, state_dict, make, message):
     torch.save({"model": state_dict, "model_args": golden[0]}, tmp_path / "good.pt")
     (tmp_path / "ckpt.pt").write_bytes(make((tmp_path / "good.pt").read_bytes()))
     with pytest.raises(ValueError, match=message) as error:

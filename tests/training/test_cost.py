@@ -250,7 +250,7 @@ def test_speed_of_resumed_and_of_older_runs():
         speed = {} if speed is None else {"tokens_per_second": speed}
         return {"loss": 1.0, "num_input_tokens_seen": tokens, **speed}
 
-    # 1000 tokens whose speed nobody took down, then 1000 in 10 s and 1000 in 2 s.
+    # 1000 tokens without a logged speed, then 1000 in 10 s and 1000 in 2 s.
     history = [entry(1000), entry(2000, 100.0), {"eval_loss": 1.0, "num_input_tokens_seen": 2000}, entry(3000, 500.0)]
     assert tokens_per_second(history) == pytest.approx(2000 / 12, rel=1e-5)
     assert tokens_per_second([entry(1000)]) is None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State is believed by its content: one changed bit is a fault, and is set aside, made again or refused by name."""
+"""Files are believed by their checksums: what one changed bit damages is set aside, made again or refused by name."""
 
 import shutil
 
@@ -8,7 +8,17 @@ from helpers.damage import flip
 from helpers.runs import assert_same_run, short_recipe
 
 from training.evaluate import load_causal_lm, load_model
-from training.files import CHECKSUMS, checksums_of, checksums_text, faults, read_sealed, sealed, write_checksums
+from training.files import (
+    CHECKSUMS,
+    checksums_of,
+    checksums_text,
+    faults,
+    read_json,
+    read_sealed,
+    sealed,
+    write_checksums,
+    write_json,
+)
 from training.generate import generate_texts
 from training.result import read_result, write_result
 from training.tasks import language_modeling
@@ -90,6 +100,18 @@ def test_a_result_is_what_was_written_or_refused(tmp_path):
         read_result(tmp_path)
 
 
+def test_json_comes_back_and_a_failed_write_leaves_the_earlier_file(tmp_path):
+    path, value = tmp_path / "value.json", {"name": "naïve\u2028", "loss": [1.5, None], "empty": {}}
+    write_json(path, value)
+    assert read_json(path) == value and "naïve" in path.read_text(encoding="utf-8")
+    with pytest.raises(TypeError):
+        write_json(path, {"not JSON": object()})
+    assert read_json(path) == value and list(tmp_path.iterdir()) == [path]
+    path.write_text(path.read_text(encoding="utf-8")[:-3], encoding="utf-8")
+    with pytest.raises(ValueError):
+        read_json(path)
+
+
 # The folder of a run
 
 
@@ -132,8 +154,8 @@ def test_a_changed_checkpoint_is_set_aside_and_the_one_before_used(name, finishe
     language_modeling.run(copied)
     assert_same_run(finished.folder, copied.folder)
     assert (copied.folder / "broken-checkpoint-20" / name).is_file()
-    told = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
-    assert len(told) == 1 and name in told[0] and "continuing from checkpoint-15" in told[0]
+    warnings = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    assert len(warnings) == 1 and name in warnings[0] and "continuing from checkpoint-15" in warnings[0]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", CHECKSUMS])

@@ -69,10 +69,10 @@ def test_the_adapter_on_its_base_is_the_merged_model(base, tmp_path):
 def test_losses_are_those_of_the_folders(base, tmp_path):
     result = fine_tuning.run(read(base, tmp_path / "run"))
     source = SourceSection(**VALIDATION)
-    for folder, told in ((base, result["base"]), (tmp_path / "run" / "merged", result)):
+    for folder, reported in ((base, result["base"]), (tmp_path / "run" / "merged", result)):
         measured = evaluate_folder(folder, source, context_length=32)["loss"]
-        assert told["metrics"]["validation_loss"] == pytest.approx(measured, rel=1e-6)
-        assert told["metrics"]["validation_perplexity"] == pytest.approx(math.exp(measured), rel=1e-5)
+        assert reported["metrics"]["validation_loss"] == pytest.approx(measured, rel=1e-6)
+        assert reported["metrics"]["validation_perplexity"] == pytest.approx(math.exp(measured), rel=1e-5)
 
 
 def test_a_stopped_adaptation_resumes_with_the_same_bits(base, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory models in stages: each trains what it says and resumes; comparisons tell what was measured."""
+"""Memory models in stages: each stage trains its objectives and resumes; comparisons report what was measured."""
 
 import json
 import shutil
@@ -144,9 +144,9 @@ def test_measures_are_means_over_all_targets(trained):
     assert measures["copy_accuracy"] == pytest.approx(is_right.double().mean().item())
     assert measures["copy_exact"] == pytest.approx(is_right.all(-1).double().mean().item())
     assert measures["copy_by_place"] == pytest.approx(is_right.double().mean((0, 1)).tolist())
-    found = token_accuracy(logits.argmax(-1).flatten(0, 1).tolist(), targets.flatten(0, 1).tolist())
+    scores = token_accuracy(logits.argmax(-1).flatten(0, 1).tolist(), targets.flatten(0, 1).tolist())
     assert [measures[f"copy_{name}"] for name in ("accuracy", "exact", "by_place")] == [
-        pytest.approx(found[name]) for name in ("accuracy", "exact", "by_place")
+        pytest.approx(scores[name]) for name in ("accuracy", "exact", "by_place")
     ]
     model.config.causal_weight = 1.0
     assert measures["causal_loss"] == pytest.approx(model(ids, labels=ids).causal_loss.item(), rel=1e-5)
@@ -188,18 +188,18 @@ def test_an_encoder_comes_from_a_trained_language_model(tmp_path, monkeypatch, m
     memory_model.run(recipe)
     source = load_causal_lm(recipe.encoder_source().folder / "model")
     assert source.config.hidden_size == 16
-    found = load_causal_lm(recipe.folder / "model")
+    trained = load_causal_lm(recipe.folder / "model")
     for name, tensor in source.base_model.state_dict().items():
-        assert torch.equal(found.encoder.backbone.state_dict()[name], tensor), name
+        assert torch.equal(trained.encoder.backbone.state_dict()[name], tensor), name
     chunk = torch.arange(4)[None]
     torch.testing.assert_close(
-        found.encoder.encode_chunks(chunk)[:, 0], source.base_model(chunk).last_hidden_state[:, -1]
+        trained.encoder.encode_chunks(chunk)[:, 0], source.base_model(chunk).last_hidden_state[:, -1]
     )
 
     untrained = read_memory_recipe(tmp_path, encoder=encoder | {"untrained": True}, stages=stages, model_args=args)
-    fresh = build_model(untrained, found.config)
+    fresh = build_model(untrained, trained.config)
     assert fresh.config.encoder.to_dict() == untrained.encoder_source().build_config().to_dict()
-    tables = [each.encoder.get_input_embeddings().weight for each in (fresh, found)]
+    tables = [each.encoder.get_input_embeddings().weight for each in (fresh, trained)]
     assert tables[0].shape == tables[1].shape and not torch.equal(*tables)
 
 

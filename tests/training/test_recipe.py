@@ -61,10 +61,10 @@ def test_model_files_are_complete_configurations(path):
     with torch.device("meta"):
         assert type(AutoModelForCausalLM.from_config(config)).__name__ == values["architectures"][0]
 
-    def understood(values, found):  # of a backbone within, likewise
-        return {n: understood(v, found[n]) if isinstance(v, dict) else found.get(n) for n, v in values.items()}
+    def select(values, settings):  # the settings that the file names, also of a backbone within the model
+        return {n: select(v, settings[n]) if isinstance(v, dict) else settings.get(n) for n, v in values.items()}
 
-    assert understood(values, config.to_dict()) == values
+    assert select(values, config.to_dict()) == values
 
 
 def test_models_of_regbench_have_equal_parameters_besides_positions():

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 
-from training.files import CHECKSUMS
+from training.files import CHECKSUMS, read_checksums
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe
-from training.run_folder import RUN_LOCK, claim_folder, locked, only_run_in
+from training.run_folder import RUN_LOCK, claim_folder, locked, only_run_in, run_once
 
 
 IDENTITY = {"hash": "0", "data": {}}
@@ -144,3 +144,27 @@ def test_an_unfinished_run_has_no_checksums_of_a_result(real):
     (real / CHECKSUMS).write_text("of a result that is gone")
     claim_folder(recipe, IDENTITY, state, restart=False)
     assert not (real / CHECKSUMS).exists()
+
+
+def test_a_run_is_done_once_and_what_it_leaves_is_listed(real, capsys):
+    state, recipe, calls = PartialState(cpu=True), recipe_in(real), []
+
+    def make(data):
+        calls.append(data)
+        (real / "model").mkdir(exist_ok=True)
+        (real / "model" / "weights").write_text("new")
+        return {"loss": 1.5}
+
+    for restart in (False, False, True):
+        result = run_once(recipe, state, restart, lambda: IDENTITY, make, kept=["model"], again="does it again")
+        assert result == {"loss": 1.5} and read_checksums(real).keys() == {"model/weights", "result.json"}
+    assert calls == [{}, {}]
+    assert capsys.readouterr().out.count(f"{real} is finished already; --restart does it again") == 1
+
+
+def test_a_run_reads_its_data_only_when_its_folder_is_locked(real):
+    def identity():
+        raise AssertionError("the data are read")
+
+    with locked(real), pytest.raises(ValueError, match="a run is going on"):
+        run_once(recipe_in(real), PartialState(cpu=True), False, identity, lambda data: {})

@@ -63,11 +63,11 @@ def small_comparison(tmp_path, name, **settings):
 def test_an_interrupted_training_ends_as_one_that_was_not(name, monkeypatch):
     whole = symbols.run(small(name, output_dir="whole"))
     recipe = small(name, output_dir="parts")
-    told = []
+    shares = []
 
     def interrupt(folder, share):
-        told.append(share)
-        if len(told) == 5:
+        shares.append(share)
+        if len(shares) == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -163,7 +163,7 @@ def test_a_comparison_measures_the_same_however_many_train_at_once(tmp_path):
     assert one.hash == many.hash
     result = task_module("regbench").run(many)
     assert len(list((tmp_path / "runs/regbench_training").glob("*.log"))) == 4
-    (tmp_path / "runs").rename(tmp_path / "set_aside")  # trained anew, one after the other
+    (tmp_path / "runs").rename(tmp_path / "set_aside")  # trained again, one after the other
     again = task_module("regbench").run(one)
     for row, other in zip(again["measured"]["series"], result["measured"]["series"], strict=True):
         assert row["seeds"][0]["test"] == pytest.approx(other["seeds"][0]["test"], rel=1e-4)
@@ -196,13 +196,13 @@ def test_models_of_other_depths_are_refused_for_the_induction_claim(tmp_path):
         small_comparison(tmp_path, "induction", runs={"Memory Mosaic": {"model": "mosaic-induction"}})
 
 
-def test_a_failed_training_stops_those_not_begun_and_is_told(tmp_path):
+def test_a_failed_training_stops_those_not_begun_and_is_reported(tmp_path):
     fine, bad = small(output_dir="fine"), small(output_dir="bad", seed=1)
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "somebody's file").touch()
+    (tmp_path / "bad" / "a file of the user").touch()
     with pytest.raises(ValueError, match="not the folder of a run"):
         parallel.run_all([parallel.recipe_job(bad), parallel.recipe_job(fine)], workers=2)
-    assert (tmp_path / "bad" / "somebody's file").exists()
+    assert (tmp_path / "bad" / "a file of the user").exists()
 
 
 def series(number, accuracy, tvd):

@@ -154,7 +154,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel
     """Return the base with new adapters, initialised from the recipe's seed; nothing else is trained."""
     base = load_causal_lm(recipe.base_folder)
     base.loss_type = "ForCausalLM"
-    set_seed(recipe.seed)
+    set_seed(recipe.seed)  # after the base is loaded, which must not change what the adapters draw
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()))
 
 
@@ -188,7 +188,7 @@ LORA = language_modeling.TrainingMode(_base_tokenizer, build_model, export, desc
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Adapt as the recipe says; arguments, result and errors are those of `training.tasks.language_modeling.run`.
+    """Adapt a model; arguments, result and errors are those of `training.tasks.language_modeling.run`.
 
     The base is trained first, if its recipe is named and not finished.
     """

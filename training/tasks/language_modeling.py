@@ -7,7 +7,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from accelerate import PartialState
@@ -103,7 +103,7 @@ def _estimate_cost(recipe: TextRecipe, arguments: TrainingArguments, tokens: int
         context_length,
         arguments.mixed_precision,
         bool(arguments.activation_checkpointing),
-        arguments.activation_checkpointing_kwargs,
+        cast("dict[str, Any] | None", arguments.activation_checkpointing_kwargs),
     )
     is_adamw = arguments.optim.startswith("adamw_torch") and "bit" not in arguments.optim
     state = round(STATE_BYTES_PER_PARAMETER * num_parameters(recipe) / 1e9, 3)
@@ -166,6 +166,7 @@ def _make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         # In training a story follows the end token of the one before; a begin token of its own occurs in no window.
         tokenizer.bos_token = tokenizer.eos_token
         return tokenizer
+    assert section.vocab_size is not None  # the recipe gives one of the two
     source = recipe.data.train.model_dump()
     if section.max_training_stories is not None:
         limits = [limit for limit in (section.max_training_stories, source["num_stories"]) if limit is not None]
@@ -192,7 +193,7 @@ def prepare_tokenizer(
                 write_checksums(staged)
         if damage := faults(saved):
             raise ValueError(
-                f"{saved} is damaged ({'; '.join(damage)}): restore it, for what was trained so far reads by it, or "
+                f"{saved} is damaged ({'; '.join(damage)}): restore it, as the checkpoints were trained with it, or "
                 "train again with --restart"
             )
     tokenizer = load_tokenizer(str(saved))
@@ -261,7 +262,7 @@ class TrainingMode(NamedTuple):
 
     Args:
         tokenizer: returns the tokenizer of a recipe.
-        build: returns the model to train, given the recipe and its tokenizer.
+        build: returns the model to train, of transformers or PEFT, given the recipe and its tokenizer.
         export: writes what was trained, given the recipe, the model, the tokenizer and the state dict if the model
             holds only a shard of it; returns the folder of the whole model, and that model.
         describe: returns what the result holds besides, given the recipe, its validation windows and their batch size.
@@ -269,7 +270,7 @@ class TrainingMode(NamedTuple):
     """
 
     tokenizer: Callable[..., PreTrainedTokenizerFast]
-    build: Callable[..., PreTrainedModel]
+    build: Callable[..., Any]
     export: Callable[..., tuple[Path, PreTrainedModel]]
     describe: Callable[..., dict[str, Any]]
     exports: tuple[str, ...]
@@ -300,7 +301,7 @@ def _result(
     history = trainer.state.log_history
     curve = learning_curve(history)
     speed = tokens_per_second(history)
-    peak, tokenizer = trainer.peak_tokens_per_second, trainer.processing_class
+    peak, tokenizer = trainer.peak_tokens_per_second, cast(PreTrainedTokenizerFast, trainer.processing_class)
     utilisation = None if speed is None or peak is None else round(speed / peak, 5)
     size = tokens_and_bytes(load_stories(**recipe.data.validation.model_dump()), tokenizer)
     return {
@@ -345,8 +346,8 @@ def _finish(
     folder, model = mode.export(recipe, model, trainer.processing_class, state_dict)
     sampling = recipe.generation.model_dump()
     prompts = sampling.pop("prompts")
-    # Of a sharded model no process holds the whole, and a compiled one rounds in another order: there the exported
-    # folder itself is the reference.
+    # No process holds the whole of a sharded model, and a compiled one rounds in another order: for these the folder
+    # itself is the reference.
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.torch_compile:
         model = load_model(folder)[0]
     loss = mean_loss(model, trainer.eval_dataset, trainer.args.eval_batch_size)
@@ -398,10 +399,10 @@ def _identity(recipe: TextRecipe, state: PartialState) -> dict[str, Any]:
 
 
 def run(recipe: TextRecipe, restart: bool = False, mode: TrainingMode = FROM_SCRATCH) -> dict[str, Any]:
-    """Train as the recipe says, from wherever an earlier start of the same recipe got to.
+    """Train a language model, or go on where an earlier start of the same recipe stopped.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe of the run.
         restart: move what an earlier run left in the folder aside, and train from the beginning.
         mode: how the model is built and exported; by default a new model is trained.
 

@@ -125,7 +125,7 @@ class Recipe(TrainingRecipe):
         if self.encoder is None or not isinstance(config, MemoryModelConfig):
             return config
         source = self.encoder_source().build_config()
-        backbone = source.encoder if isinstance(source, MemoryModelConfig) else source
+        backbone: Any = source.encoder if isinstance(source, MemoryModelConfig) else source
         settings: dict[str, Any] = config.to_dict() | {"encoder": backbone.to_dict()}
         return type(config)(**settings)
 
@@ -158,12 +158,13 @@ def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) ->
         right throughout, and `NAME_by_place`, the accuracy at each place of a chunk.
     """
     was_training = model.training
+    device: Any = model.device  # a checker takes attributes of modules for tensors
     model.eval()
     causal: list[torch.Tensor] = []
     recalled: dict[str, list[torch.Tensor]] = defaultdict(list)
     for start in range(0, len(windows), batch_size):
         rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
-        ids = collate_windows(rows)["input_ids"].to(model.device)
+        ids = collate_windows(rows)["input_ids"].to(device)
         text = pack_text(ids)
         context = model.gather_memories(text)
         logits, _ = model.decode_text(text, context)
@@ -255,8 +256,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MemoryMod
     """Build a new model from the recipe's seed; if another recipe trains its encoder, with those weights."""
     model = cast(MemoryModelForCausalLM, language_modeling.build_model(recipe, tokenizer))
     if recipe.encoder is not None and not recipe.encoder.untrained:
-        source: Any = load_causal_lm(recipe.encoder_source().folder / "model").to(model.device)
-        # Of a memory model all of the encoder is taken, of another model the backbone is all there is.
+        source: Any = load_causal_lm(recipe.encoder_source().folder / "model")
+        source.to(model.device)
+        # A memory model gives its whole encoder; another model has only what becomes the encoder's backbone.
         if isinstance(source, MemoryModelForCausalLM):
             model.encoder.load_state_dict(source.encoder.state_dict())
         else:
@@ -266,7 +268,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MemoryMod
 
 def begin_stage(model: MemoryModelForCausalLM, stage: StageSection, seed: int) -> None:
     """Set the objectives of a stage, and what of the model it trains; start a new decoder if it asks for one."""
-    weights: dict[str, float] = {**stage.objectives}
+    weights = cast("dict[str, float]", stage.objectives)
     for objective in OBJECTIVES:
         setattr(model.config, f"{objective}_weight", weights.get(objective, 0.0))
     model.freeze_encoder(stage.freeze_encoder)
@@ -364,7 +366,7 @@ def _train(recipe: Recipe, state: PartialState, data: dict[str, Any]) -> dict[st
             state.wait_for_everyone()
         stages.append(read_result(folder, STAGE))
         before = folder / "model"
-    model = load_causal_lm(before)
+    model = load_causal_lm(_stage_folder(recipe, recipe.stages[-1]) / "model")
     if state.is_main_process:
         export_model(model, tokenizer, recipe.folder / "model")
     size = tokens_and_bytes(load_stories(**recipe.data.validation.model_dump()), tokenizer)
@@ -400,7 +402,7 @@ def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Train from wherever an earlier start got to; returns the content of `result.json`.
+    """Train all stages, or go on where an earlier start stopped; returns the content of `result.json`.
 
     The model that the encoder comes from is trained first, if it is not trained yet.
     """

@@ -198,7 +198,8 @@ def deviation_curve(
     Returns:
         means over windows, predictions and coordinates `(len(lengths),)`.
     """
-    total, prefixes = 0, torch.tensor(lengths)
+    total: Any = 0
+    prefixes = torch.tensor(lengths)
     for batch in windows.split(WINDOWS_AT_ONCE):
         batch = batch.to(model.device)
         expected = batch.unfold(1, horizon, 1).transpose(2, 3)[:, lengths]  # (N, P, horizon, 6)
@@ -218,7 +219,7 @@ def absolute_weights(model: ContinuousMemoryMosaicModel) -> dict[str, np.ndarray
 
     Each column belongs to a moon; each row to a head or, in a model of one head, to a complex coordinate of that head.
     """
-    memory = model.memory
+    memory: Any = model.memory
     matrices = {"W_phi": memory.k_proj.weight, "W_psi": memory.v_proj.weight, "W_z": memory.o_proj.weight.mT}
     return {name: torch.complex(*weight.detach().cpu()).abs().numpy() for name, weight in matrices.items()}
 
@@ -389,7 +390,7 @@ def train_part(recipe: MoonSettings, heads: int, seed: int, folder: Path) -> Non
         model, losses = _train(recipe, heads, seed, folder)
         with staged_folder(folder / "model") as staged:
             model.save_pretrained(staged)
-            record = {"losses": losses, "seconds": round(time.monotonic() - started, 1)}
+            record: dict[str, Any] = {"losses": losses, "seconds": round(time.monotonic() - started, 1)}
             write_json(staged / "training.json", record)
             write_checksums(staged)
     model, record = load_part(folder)

@@ -65,7 +65,7 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     """Build a new model, initialised from the recipe's seed."""
     set_seed(recipe.seed)
     model = AutoModelForCausalLM.from_config(recipe.build_config())
-    model.loss_type = "ForCausalLM"  # not every class name says it
+    model.loss_type = "ForCausalLM"  # transformers infers it from the class name, and not every name fits
     return model
 
 
@@ -147,7 +147,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Train from wherever an earlier start got to; returns the content of `result.json`."""
+    """Train, or go on where an earlier start stopped; returns the content of `result.json`."""
     arguments = training_arguments(recipe)
     state = PartialState()
     if state.num_processes > 1:
