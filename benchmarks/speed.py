@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, leaky_average
 from training.files import write_json
@@ -37,7 +37,7 @@ PEERS = {"gpt2": "GPT-2", "llama": "Llama"}
 UNITS = {"training step": "s", "prefill": "s", "decode": "tokens/s", "leaky average": "ms"}
 
 
-def build(name: str) -> torch.nn.Module:
+def build(name: str) -> PreTrainedModel:
     """Return the benchmarked model: `mosaic`, or `gpt2` or `llama` whose blocks have equally many parameters."""
     torch.manual_seed(0)
     if name == "mosaic":
@@ -63,7 +63,7 @@ def random_ids(batch_size: int, num_tokens: int) -> torch.Tensor:
     return torch.randint(0, SIZES["vocab_size"], (batch_size, num_tokens), generator=torch.Generator().manual_seed(0))
 
 
-def training_step(model: torch.nn.Module, num_tokens: int) -> Callable[[], float]:
+def training_step(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
     """Return a measurement: seconds of forward and backward over 2,048 tokens in rows of `num_tokens`."""
     ids = random_ids(TOKENS_PER_STEP // num_tokens, num_tokens)
 
@@ -76,7 +76,7 @@ def training_step(model: torch.nn.Module, num_tokens: int) -> Callable[[], float
     return run
 
 
-def prefill(model: torch.nn.Module, num_tokens: int) -> Callable[[], float]:
+def prefill(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
     """Return a measurement: seconds to read one text of `num_tokens` into a cache."""
     ids = random_ids(1, num_tokens)
 
@@ -90,7 +90,7 @@ def prefill(model: torch.nn.Module, num_tokens: int) -> Callable[[], float]:
     return run
 
 
-def decode(model: torch.nn.Module, num_tokens: int) -> Callable[[], float]:
+def decode(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
     """Return a measurement: tokens per second when one at a time is read after `num_tokens` in the cache."""
     ids = random_ids(1, num_tokens)
 

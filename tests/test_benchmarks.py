@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmark of memory models counts and concludes, apart from the seconds."""
+"""The benchmark of memory models: its counts and conclusions, apart from the seconds."""
 
 import json
 
@@ -28,7 +28,7 @@ def rows_of(**lower_quartiles):
         ((0.8, 1.2, 1.0), None),
     ],
 )
-def test_it_pays_from_where_it_is_faster_at_every_longer_text(lower_quartiles, start):
+def test_it_pays_from_the_length_on_that_is_faster_with_all_longer_ones(lower_quartiles, start):
     rows = rows_of(prefill=lower_quartiles, decode=(0.5, 0.5, 0.5))
     assert memory_models.pays_from(rows[::-1], "prefill") == start
     assert memory_models.pays_from(rows, "decode") is None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures: the style of all pictures, and the pictures that belong to no single experiment.
 
-`new_figure` and `save_figure` are used by every picture. Below them: the learning curve of a training, the stages of a
+Every picture uses `new_figure` and `save_figure`. Below them: the learning curve of a training, the stages of a
 memory model, and the units that `inspect_units` measured.
 """
 
@@ -41,7 +41,7 @@ def new_figure(
         height: inches of each row.
         options: further arguments of `Figure.subplots`, such as `sharey`.
     """
-    # Not a context around this function: legends, ticks and the PNG read the style when they are made, which is later.
+    # No `rc_context`: legends, ticks and the PNG read the style when they are made, after this function.
     matplotlib.rcParams.update(STYLE)
     # Without pyplot, which needs a display and keeps every figure.
     figure = Figure(figsize=(width * num_columns, height * num_rows))

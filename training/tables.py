@@ -138,7 +138,7 @@ def claims_table(results: list[dict[str, Any]]) -> str:
     return markdown_table(["claim", "recipe", "paper", "ours", "verdict"], "lllll", rows)
 
 
-# By task: the table of results that hold none of their own, because each is of one training.
+# By task: the function that makes a table from results of single trainings, which hold no table.
 TABLES = {"language_modeling": results_table, "fine_tuning": fine_tuning_table}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experiments on trained models: they measure what they say, and bad input is named before any training."""
+"""Experiments on trained models measure what their names say, and name bad input before any training."""
 
 import json
 
@@ -39,19 +39,19 @@ STORIES = {"source": "embedded", "split": "validation", "num_stories": 30}
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder whose `runs/` the tests of this file share, so that each small model is trained once."""
+    """A folder whose `runs/` the tests of this file share: each small model is trained once."""
     return tmp_path_factory.mktemp("experiments")
 
 
 @pytest.fixture
 def small(workplace, monkeypatch):
-    """Reads a shipped experiment, made small: two models of the smoke size, trained in a second each."""
+    """Returns a function that reads a shipped experiment, with two models of the smoke size."""
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
 
     def read(name, **settings):
         values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-        # Replaced here, since settings would only add to the runs of the file.
+        # Replaced here, because settings would only add to the runs of the file.
         values["runs"] = {"Memory Mosaic": {"model": "mosaic-smoke"}, "GPT-2": {"model": "gpt2-smoke"}}
         path = workplace / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -61,14 +61,14 @@ def small(workplace, monkeypatch):
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
-def test_trainings_of_a_comparison_differ_in_nothing_but_what_is_compared(path):
+def test_trainings_of_a_comparison_differ_only_in_the_compared_settings(path):
     recipe = load_recipe(path)
     folders = [training.recipe.folder for training in recipe.trainings]
     assert len(set(folders)) == len(folders) == len(recipe.runs) * len(recipe.variants) * len(recipe.seeds)
     for training in recipe.trainings:
         assert training.recipe.build_config().num_hidden_layers == training.depth
         assert training.recipe.seed == training.seed
-        varied = {"num_automata"}  # the one thing of the data that RegBench compares
+        varied = {"num_automata"}  # RegBench compares it
         data = [one.recipe.data.model_dump(exclude=varied) for one in (training, recipe.trainings[0])]
         assert data[0] == data[1]
         assert training.recipe.training.max_steps == recipe.trainings[0].recipe.training.max_steps
@@ -205,8 +205,8 @@ def test_loss_of_continuations_counts_their_tokens_alone():
     before, after = (tokenizer(text).input_ids for text in ("Once upon", " a time there"))
     logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(after)).item()
-    found = samples.continuation_loss(model, tokenizer, ["Once upon", "Once"], [" a time there", ""])
-    assert found == pytest.approx(expected, rel=1e-5)
+    loss = samples.continuation_loss(model, tokenizer, ["Once upon", "Once"], [" a time there", ""])
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

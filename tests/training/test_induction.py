@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Induction data: fresh and reproducible, marked where the sequence tells the answer, and measured there alone."""
+"""Induction data are fresh and reproducible; only places whose answer stands in the sequence are measured."""
 
 import math
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def stack(dataset, name):
 
 
 class Lookup:
-    """Predicts what followed a token when it occurred last, and token 0 after a token that is new."""
+    """Predicts the last successor of a token, and token 0 after a token that is new."""
 
     device = torch.device("cpu")
 
@@ -79,7 +79,7 @@ def test_successors_are_uniform_over_the_other_tokens():
     assert chisquare(others, axis=1).pvalue.min() > 0.01 / 12
 
 
-def test_what_follows_other_tokens_has_the_shares_of_the_bigrams():
+def test_successors_of_other_tokens_have_the_shares_of_the_bigrams():
     dataset = InductionDataset(400, length=500, vocab_size=9, num_triggers=2)
     ids = stack(dataset, "input_ids")
     is_trigger = stack(dataset, "is_induction") | stack(dataset, "is_first")
@@ -87,12 +87,12 @@ def test_what_follows_other_tokens_has_the_shares_of_the_bigrams():
     counts = np.zeros((9, 9))
     np.add.at(counts, (here.numpy(), after.numpy()), 1)
     deviation = np.abs(counts / counts.sum(1, keepdims=True) - dataset.bigrams)
-    # Six standard deviations of a share among so many draws.
+    # Six standard deviations of a share in that many draws.
     assert (deviation < 6 * 0.5 / np.sqrt(counts.sum(1, keepdims=True))).all()
     assert deviation.max() < 0.02
 
 
-def test_text_of_no_triggers_would_have_the_frequencies_that_triggers_are_drawn_from():
+def test_triggers_are_drawn_with_the_frequencies_of_a_text_without_triggers():
     dataset = InductionDataset(1, vocab_size=65)
     assert dataset._frequencies @ dataset.bigrams == pytest.approx(dataset._frequencies, abs=1e-12)
     assert dataset._frequencies.sum() == pytest.approx(1) and (dataset._frequencies > 0).all()
@@ -117,18 +117,18 @@ def test_random_bigrams_leave_as_much_open_as_they_say():
     assert entropy == pytest.approx(2.4, abs=0.1)
 
 
-def test_who_looks_up_is_always_right_at_triggers_seen_before():
+def test_a_lookup_is_always_right_at_triggers_seen_before():
     dataset = InductionDataset(200)
-    found = trigger_accuracy(Lookup(dataset.vocab_size), dataset, batch_size=64)
-    assert found["accuracy"] == found["best_accuracy"] == 1 and found["loss"] < 1e-6
-    # Nobody knows the successor at first: one in sixty, give or take six standard deviations.
-    chance = found["best_first_accuracy"]
-    assert chance == 1 / 60 and found["best_first_loss"] == pytest.approx(math.log(60))
-    assert found["first_accuracy"] < chance + 6 * math.sqrt(chance / found["num_first"])
-    assert found["num_positions"] == stack(dataset, "is_induction").sum()
+    measures = trigger_accuracy(Lookup(dataset.vocab_size), dataset, batch_size=64)
+    assert measures["accuracy"] == measures["best_accuracy"] == 1 and measures["loss"] < 1e-6
+    # At a first occurrence only a guess is possible: one in sixty, within six standard deviations.
+    chance = measures["best_first_accuracy"]
+    assert chance == 1 / 60 and measures["best_first_loss"] == pytest.approx(math.log(60))
+    assert measures["first_accuracy"] < chance + 6 * math.sqrt(chance / measures["num_first"])
+    assert measures["num_positions"] == stack(dataset, "is_induction").sum()
 
 
-def test_who_knows_the_rules_is_as_sure_as_it_is_right():
+def test_an_informed_reader_is_as_sure_as_it_is_right():
     dataset = InductionDataset(300)
     reader = InformedReader(dataset)
     assert sum(reader.prior) == pytest.approx(dataset.num_triggers)
@@ -143,7 +143,7 @@ def test_who_knows_the_rules_is_as_sure_as_it_is_right():
     assert is_right.mean() > by_bigrams.double().mean() + 0.02
 
 
-def test_who_knows_the_rules_doubts_a_trigger_seen_once():
+def test_an_informed_reader_doubts_a_trigger_seen_once():
     dataset = InductionDataset(300)
     informed, lookup = (trigger_accuracy(r, dataset) for r in (InformedReader(dataset), Lookup(65)))
     assert 0.85 < informed["accuracy"] < 0.95 < lookup["accuracy"]
@@ -152,9 +152,9 @@ def test_who_knows_the_rules_doubts_a_trigger_seen_once():
 
 def test_a_model_is_measured_alike_in_any_batches_and_untrained_knows_nothing():
     dataset, model = InductionDataset(30), make_model(vocab_size=65)
-    found = trigger_accuracy(model, dataset, batch_size=7)
-    assert found["accuracy"] < 0.2 and found["loss"] > 3
-    assert found == pytest.approx(trigger_accuracy(model, dataset, batch_size=30), rel=1e-5)
+    measures = trigger_accuracy(model, dataset, batch_size=7)
+    assert measures["accuracy"] < 0.2 and measures["loss"] > 3
+    assert measures == pytest.approx(trigger_accuracy(model, dataset, batch_size=30), rel=1e-5)
     ids = dataset[0]["input_ids"][None]
     mask = dataset[0]["is_induction"][:-1]
     expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1][mask], ids[0, 1:][mask])

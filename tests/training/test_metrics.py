@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metric modules load from the clone, offline, and give what their formulas say; their cards do what they say."""
+"""The metric modules load from the clone, offline, and follow their formulas; the examples of their cards run."""
 
 import doctest
 import math
@@ -117,7 +117,7 @@ def test_bands_are_those_of_documents_drawn_one_by_one(per_position_loss, groupe
             reaching = [losses[window][position] for window in drawn if len(losses[window]) > position]
             row[position] = np.mean(reaching) if reaching else np.nan
     expected = np.nanquantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    # Two random draws of many: the ends agree as well as that many draws let them.
+    # Both are random: the ends agree as well as that many draws allow.
     np.testing.assert_allclose([results["low"], results["high"]], expected, atol=0.12)
     assert np.all(np.array(results["low"]) <= results["mean"]) and np.all(results["mean"] <= np.array(results["high"]))
 
@@ -293,7 +293,7 @@ def test_other_positions_are_refused(sequence_tvd):
         sequence_tvd(predictions=[GOOD], references=[GOOD], positions="first")
 
 
-def test_stored_bits_are_paid_for(bits_per_byte):
+def test_stored_bits_are_counted(bits_per_byte):
     plain = bits_per_byte(predictions=[3.0], references=["an owl"])
     stored = bits_per_byte(predictions=[3.0], references=["an owl"], stored_bits=12)
     assert stored["bits"] == plain["bits"] + 12
@@ -305,7 +305,7 @@ def test_stored_bits_are_paid_for(bits_per_byte):
             bits_per_byte(predictions=[3.0], references=["an owl"], stored_bits=bad)
 
 
-# What is recovered from a memory
+# Token accuracy, entropy ratio and retrieval: tokens recovered from a memory
 
 
 def test_accuracy_counts_targets_alone(token_accuracy):
@@ -326,7 +326,7 @@ def test_accuracy_counts_targets_alone(token_accuracy):
         ([[1, 2]], [[None, 2]], "token missing in sequence 0"),
     ],
 )
-def test_what_has_no_accuracy_is_refused(token_accuracy, predictions, references, message):
+def test_mistakes_in_tokens_are_explained(token_accuracy, predictions, references, message):
     with pytest.raises(ValueError, match=message):
         token_accuracy(predictions=predictions, references=references)
 
@@ -339,19 +339,19 @@ def test_the_ratio_of_a_uniform_guess_is_zero_and_of_a_guess_by_frequencies_is_n
     shares = np.bincount(text, minlength=8000) / 5000
     assert results["unigram_cross_entropy"] == pytest.approx(-np.log(shares[text]).mean())
     assert results["unigram_entropy_ratio"] > 0.1
-    # The unigram guess itself, scored as a model, has the ratio that is printed beside any other.
-    own = entropy_ratio(predictions=[5000 * results["unigram_cross_entropy"]], references=[text], vocab_size=8000)
-    assert own["entropy_ratio"] == pytest.approx(results["unigram_entropy_ratio"])
+    # The unigram guess, scored as a model, has the same ratio.
+    of_guess = entropy_ratio(predictions=[5000 * results["unigram_cross_entropy"]], references=[text], vocab_size=8000)
+    assert of_guess["entropy_ratio"] == pytest.approx(results["unigram_entropy_ratio"])
 
 
 def test_no_guess_by_frequencies_beats_that_of_the_texts_own(entropy_ratio):
     given = {"predictions": [1.0], "references": [[5] * 9 + [7]], "vocab_size": 8000}
-    own = entropy_ratio(**given)["unigram_cross_entropy"]
-    assert own == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
+    of_references = entropy_ratio(**given)["unigram_cross_entropy"]
+    assert of_references == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
     for share in (10, 1000, 10**9):
         frequencies = [0] * 8000
         frequencies[5], frequencies[7] = 9 * share, share
-        assert entropy_ratio(**given, frequencies=frequencies)["unigram_cross_entropy"] > own
+        assert entropy_ratio(**given, frequencies=frequencies)["unigram_cross_entropy"] > of_references
 
 
 def test_frequencies_may_be_of_another_text(entropy_ratio):
@@ -375,7 +375,7 @@ def test_frequencies_may_be_of_another_text(entropy_ratio):
         ({"frequencies": [1, math.nan, 1, 0]}, "frequency of token 1 is nan"),
     ],
 )
-def test_what_has_no_entropy_ratio_is_refused(entropy_ratio, settings, message):
+def test_mistakes_in_frequencies_and_tokens_are_explained(entropy_ratio, settings, message):
     with pytest.raises(ValueError, match=message):
         entropy_ratio(**{"predictions": [1.0], "references": [[0, 1]], "vocab_size": 4} | settings)
 
@@ -385,13 +385,13 @@ def test_each_query_chooses_among_all_candidates(retrieval_accuracy):
     queries, noise = generator.normal(size=(2, 6, 5))
     candidates = queries + noise
     results = retrieval_accuracy(predictions=queries.tolist(), references=candidates.tolist(), temperature=0.5)
-    found, losses = 0, []
+    num_right, losses = 0, []
     for index, query in enumerate(queries):
         cosines = [query @ c / np.linalg.norm(query) / np.linalg.norm(c) for c in candidates]
-        found += int(np.argmax(cosines) == index)
+        num_right += int(np.argmax(cosines) == index)
         losses.append(-math.log(math.exp(cosines[index] / 0.5) / sum(math.exp(c / 0.5) for c in cosines)))
-    assert 0 < found < 6
-    assert results["accuracy"] == found / 6
+    assert 0 < num_right < 6
+    assert results["accuracy"] == num_right / 6
     assert results["info_nce"] == pytest.approx(np.mean(losses))
     assert results["chance_info_nce"] == math.log(6)
 
@@ -412,6 +412,6 @@ def test_the_largest_cosine_of_all_says_nothing_of_the_other_queries(retrieval_a
         ([[1.0], [2.0, 1.0]], [[1.0], [1.0]], "predictions have 1 to 2 numbers"),
     ],
 )
-def test_what_cannot_be_retrieved_is_refused(retrieval_accuracy, predictions, references, message):
+def test_mistakes_in_embeddings_are_explained(retrieval_accuracy, predictions, references, message):
     with pytest.raises(ValueError, match=message):
         retrieval_accuracy(predictions=predictions, references=references)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RegBench: automata and strings are drawn as described, measured as described, and a data set anyone can load."""
+"""RegBench: automata, strings and measures follow their description, and the data set loads by itself."""
 
 import evaluate
 import numpy as np
@@ -41,7 +41,7 @@ def sequences():
 
 
 class Oracle(torch.nn.Module):
-    """Predicts what the automata of `rows` say; `mistake` at one position of one row says something else."""
+    """Predicts the true distributions of `rows`, except at the row and position of `mistake`."""
 
     device = torch.device("cpu")
 
@@ -60,7 +60,7 @@ class Oracle(torch.nn.Module):
 
 
 def test_automata_have_the_sizes_that_were_asked_for(monkeypatch):
-    monkeypatch.setattr(automata, "trim", lambda table: table)  # of what is drawn, not of what is left of it
+    monkeypatch.setattr(automata, "trim", lambda table: table)  # the sizes are those before trimming
     monkeypatch.setattr(automata, "minimize", lambda table: table)
     tables = [draw_automaton(SECTION, np.random.default_rng(seed)).transitions for seed in range(300)]
     assert {len(table) for table in tables} == set(range(4, 13))
@@ -72,7 +72,7 @@ def test_automata_have_the_sizes_that_were_asked_for(monkeypatch):
     assert max(symbols) > 12 and min(symbols) <= 4
 
 
-def test_trimming_leaves_what_can_be_reached():
+def test_trimming_leaves_reachable_states():
     table = np.full((4, NUM_SYMBOLS), -1)
     table[0, 3], table[3, 1], table[1, 0] = 3, 0, 2
     assert trim(table).tolist() == [
@@ -83,7 +83,7 @@ def test_trimming_leaves_what_can_be_reached():
 
 def test_minimizing_changes_no_probability_of_a_string():
     table = np.full((4, NUM_SYMBOLS), -1)
-    # From states 1 and 2 follows the same, so they are one; state 3 allows another symbol.
+    # States 1 and 2 have the same successor, so they merge; state 3 allows another symbol.
     table[0, [0, 1]], table[1, 5], table[2, 5], table[3, 7] = [1, 2], 3, 3, 0
     smaller = minimize(table)
     assert len(smaller) == 3
@@ -108,7 +108,7 @@ def test_sequences_follow_their_automata(sequences):
         assert PADDING not in row["input_ids"]
 
 
-def test_symbols_that_may_come_are_equally_likely():
+def test_allowed_symbols_are_equally_likely():
     table = np.full((2, NUM_SYMBOLS), -1)
     table[0, [2, 4, 9]], table[1, 0] = 1, 0
     symbols, _ = Automaton(table).tell(np.random.default_rng(0), 6000)
@@ -128,13 +128,13 @@ def test_tests_are_of_unseen_automata_and_of_new_sequences_of_the_seen(sequences
         rows = draw_split(SECTION, split).to_list()
         assert len(rows) == 20
         assert not any(row["transitions"] in seen for row in rows)
-    told = [row["input_ids"] for row in sequences]
+    training_ids = [row["input_ids"] for row in sequences]
     for row in draw_split(SECTION.model_copy(update={"num_test": 80}), TEST_IID).to_list():
         assert row["transitions"] == seen[row["automaton"]]
-        assert row["input_ids"] not in told
+        assert row["input_ids"] not in training_ids
 
 
-def test_separators_and_padding_are_read_and_never_asked_for(sequences):
+def test_separators_and_padding_are_read_and_never_predicted(sequences):
     batch = collate(sequences[:4])
     ids, labels = batch["input_ids"], batch["labels"]
     assert ids.shape == labels.shape == (4, max(len(row["input_ids"]) for row in sequences[:4]))
@@ -142,12 +142,12 @@ def test_separators_and_padding_are_read_and_never_asked_for(sequences):
     asked = next_symbols(sequences[:4], ids.shape[1])
     assert torch.equal(asked[:, :-1].sum(-1) > 0, labels[:, 1:] >= 0)
     assert not asked[:, -1].any()
-    # What came was allowed.
+    # The next symbols were allowed.
     came = asked[:, :-1].gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
     assert (came[labels[:, 1:] >= 0] > 0).all()
 
 
-def test_who_knows_the_automaton_scores_full_marks(sequences):
+def test_an_oracle_scores_full_marks(sequences):
     split = draw_split(SECTION, TRAIN)
     scores = score(Oracle(sequences), split, batch_size=7)
     assert scores["accuracy"] == scores["last_accuracy"] == 1
@@ -177,8 +177,8 @@ def test_measures_are_those_of_the_evaluate_module_and_of_the_definition(request
         hits.append([int(predicted[t].argmax()) in these for t, these in zip(kept, allowed, strict=True)])
     metric = evaluate.load(str(request.config.rootpath / "training/metrics/sequence_tvd"))
     for positions, prefix in (("all", ""), ("last", "last_")):
-        told = metric.compute(predictions=predictions, references=references, positions=positions)
-        assert scores[f"{prefix}tvd"] == pytest.approx(told["tvd"], abs=1e-6)
+        expected = metric.compute(predictions=predictions, references=references, positions=positions)
+        assert scores[f"{prefix}tvd"] == pytest.approx(expected["tvd"], abs=1e-6)
     assert scores["accuracy"] == pytest.approx(np.mean(np.concatenate(hits)))
     assert scores["last_accuracy"] == pytest.approx(np.mean([row[-1] for row in hits]))
     assert scores["num_positions"] == sum(map(len, hits))

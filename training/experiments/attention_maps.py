@@ -152,7 +152,8 @@ def _leak(model: PreTrainedModel, head: int) -> dict[str, float]:
     """Return the factor by which a head of a mosaic fades its keys at each token; nothing for other models."""
     if not isinstance(model, MemoryMosaicForCausalLM):
         return {}
-    leaks = model.model.layers[0].contextual_memory.leak(torch.float64)
+    memory: Any = model.model.layers[0].contextual_memory
+    leaks = memory.leak(torch.float64)
     return {"leak_coefficient": math.exp(-leaks[head].item())}
 
 

@@ -84,7 +84,7 @@ class ComparisonRecipe(BaseRecipe):
 
     @property
     def variants(self) -> list[dict[str, Any]]:
-        """Settings with which each model is trained in turn, besides its own."""
+        """Settings that are varied for every model, such as the depth."""
         return [{}]
 
     def _training(self, label: str, variant: dict[str, Any], seed: int) -> Trained:

@@ -8,7 +8,7 @@
 - `positions`: how a position-free mosaic tells the order of a chunk's tokens.
 
 A stage called `probe` measures the model of the stage before it. The model is judged by that earlier stage; the
-accuracy of the probe is a measure of its own, `recovered`.
+accuracy of the probe is a separate measure, `recovered`.
 """
 
 import math
@@ -122,7 +122,7 @@ def _storage(series: Series) -> dict[str, list[float]]:
 
 def _stored_accuracy(training: Trained, quantization: str) -> float:
     model, _ = training.load()
-    # A model that was trained with rounded embeddings keeps its own rounding.
+    # A model that was trained with rounded embeddings keeps that rounding.
     if model.config.memory_quantization is None:
         model.config.memory_quantization = quantization
     batch_size = training.recipe.training.per_device_eval_batch_size

@@ -129,7 +129,7 @@ def cut_windows(
         num_windows: how many at most.
 
     Returns:
-        ids `(N, T)`, and for each window a number: that of its document, or in a stream its own.
+        ids `(N, T)`, and for each window a number: that of its document, or in a stream that of the window.
 
     Raises:
         ValueError: no document is long enough for one window.

@@ -7,8 +7,9 @@ distribution) and on new sequences of the training automata (in distribution).
 
 import statistics
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from matplotlib.axes import Axes
 from pydantic import Field, PositiveInt, model_validator
 
@@ -120,9 +121,9 @@ def _inspect(recipe: Recipe) -> list[dict[str, Any]]:
     first = recipe.trainings[0].recipe
     model = load_causal_lm(first.folder / "best")
     rows = automata.draw_splits(first.data)["test"].to_list()[:NUM_INSPECTED]
-    batch = automata.collate(rows)["input_ids"]
+    batch = cast(torch.LongTensor, automata.collate(rows)["input_ids"])
     units = inspect_units(model, batch, attention_mask=(batch != automata.PADDING).long())
-    beginning = batch[:1, :NUM_DRAWN]
+    beginning = cast(torch.LongTensor, batch[:1, :NUM_DRAWN])
     letters = [SYMBOLS[token] for token in beginning[0].tolist()]
     draw_units(inspect_units(model, beginning), recipe.folder / f"{recipe.name}_units.png", letters)
     table = summarize_units(units)

@@ -25,7 +25,7 @@ from training.recipe import BaseRecipe
 from training.result import header, read_result
 from training.run_folder import run_once
 from training.synthetic import moons
-from training.tables import Claim, markdown_table
+from training.tables import Claim, Verdict, markdown_table
 from training.tasks.moon_model import (
     EVALUATION_SEED,
     PART,
@@ -103,7 +103,7 @@ class Recipe(BaseRecipe):
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Return what the experiment would do: each training, and whether it is finished."""
-    lines = {}
+    lines: dict[str, Any] = {}
     for (heads, seed), folder in recipe.parts.items():
         finished = "finished" if (folder / PART).is_file() else "to be trained"
         parameters = build_model(recipe, heads).num_parameters()
@@ -176,7 +176,7 @@ def _table(parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> str
     return markdown_table(columns, "lrll" + "r" * (len(columns) - 4), lines)
 
 
-def _verdict(successes: int, count: int) -> str:
+def _verdict(successes: int, count: int) -> Verdict:
     """Return the verdict of a majority of seeds. Fewer successes show that a claim can hold, but not reliably."""
     return "reproduced" if 2 * successes > count else "not at this size" if successes else "contradicted"
 
@@ -368,7 +368,7 @@ def _results(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
     """Train the missing parts, measure them and the identity models, draw all figures and judge the claims."""
     jobs = [Job(folder, train_part, (recipe, *part, folder)) for part, folder in recipe.parts.items()]
     run_all(jobs, recipe.workers)
-    parts = [read_result(folder, PART) for folder in recipe.parts.values()]
+    parts = [part for folder in recipe.parts.values() if (part := read_result(folder, PART)) is not None]
     combinations = [(heads, beta) for beta in IDENTITY_BETAS for heads in recipe.heads]
     identities = [
         {"heads": heads, "beta": beta} | measure(identity_model(recipe, heads, beta), recipe)

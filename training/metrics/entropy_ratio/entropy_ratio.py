@@ -88,7 +88,7 @@ def _count_tokens(references: Sequence[Sequence[int]], vocab_size: int) -> Count
 
 
 def _unigram_cross_entropy(counts: Counter[int], vocab_size: int, frequencies: Sequence[int] | None) -> float:
-    # A guess that knows the references' own frequencies needs none raised, and no other unigram guess beats it.
+    # The references have every token that is scored, so only counts of another corpus need raising.
     raised = int(frequencies is not None)
     if frequencies is None:
         frequencies = [counts[token] for token in range(vocab_size)]

@@ -139,7 +139,9 @@ class PerPositionLoss(evaluate.Metric):
             features=datasets.Features({"predictions": losses, "references": datasets.Value("large_string")}),
         )
 
-    def add_batch(self, *, predictions: Losses | None = None, references: Documents | None = None, **kwargs: Any):
+    def add_batch(
+        self, *, predictions: Losses | None = None, references: Documents | None = None, **kwargs: Any
+    ) -> None:
         """Add windows and, optionally, their documents; see `compute` for what each is."""
         if predictions is None or len(predictions) == 0:
             raise ValueError("predictions are empty: give the losses of at least one window")

@@ -34,7 +34,7 @@ def retrieval_accuracy(predictions: Vectors, references: Vectors, temperature: f
         temperature (float): cosines are divided by it in the loss; 0.02 by default.
 
     Returns:
-        accuracy (float): the share of queries whose cosine with their own candidate is larger than any other.
+        accuracy (float): the share of queries whose cosine with their candidate is larger than any other.
         info_nce (float): mean negative log share of the right candidate in the softmax over all, in nats.
         chance (float): the accuracy of a random choice, and chance_info_nce (float) its loss.
         count (int): how many queries there are.
