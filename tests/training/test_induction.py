@@ -10,7 +10,7 @@ import torch
 from helpers.models import make_model
 from scipy.stats import chisquare
 
-from training.synthetic.bigrams import InductionDataset, InformedReader, random_bigrams, text_bigrams, trigger_accuracy
+from training.synthetic.bigrams import InductionDataset, InformedReader, random_bigrams, score, text_bigrams
 
 
 def stack(dataset, name):
@@ -94,8 +94,8 @@ def test_what_follows_other_tokens_has_the_shares_of_the_bigrams():
 
 def test_text_of_no_triggers_would_have_the_frequencies_that_triggers_are_drawn_from():
     dataset = InductionDataset(1, vocab_size=65)
-    assert dataset._frequencies @ dataset.bigrams == pytest.approx(dataset._frequencies, abs=1e-12)
-    assert dataset._frequencies.sum() == pytest.approx(1) and (dataset._frequencies > 0).all()
+    assert dataset.frequencies @ dataset.bigrams == pytest.approx(dataset.frequencies, abs=1e-12)
+    assert dataset.frequencies.sum() == pytest.approx(1) and (dataset.frequencies > 0).all()
 
 
 def test_bigrams_of_a_text(tmp_path):
@@ -103,7 +103,7 @@ def test_bigrams_of_a_text(tmp_path):
     path.write_text("abac", encoding="utf-8")
     assert text_bigrams(path) == pytest.approx(np.array([[0, 0.5, 0.5], [1, 0, 0], [1, 0, 0]]))
     dataset = InductionDataset(3, vocab_size=3, num_triggers=1, text_file=path)
-    assert dataset._frequencies == pytest.approx([0.5, 0.25, 0.25])
+    assert dataset.frequencies == pytest.approx([0.5, 0.25, 0.25])
     with pytest.raises(ValueError, match="3 distinct characters: pass vocab_size=3, not 65"):
         InductionDataset(3, text_file=path)
     path.write_text("aaa", encoding="utf-8")
@@ -119,13 +119,13 @@ def test_random_bigrams_leave_as_much_open_as_they_say():
 
 def test_who_looks_up_is_always_right_at_triggers_seen_before():
     dataset = InductionDataset(200)
-    found = trigger_accuracy(Lookup(dataset.vocab_size), dataset, batch_size=64)
-    assert found["accuracy"] == found["best_accuracy"] == 1 and found["loss"] < 1e-6
+    measured = score(Lookup(dataset.vocab_size), dataset, batch_size=64)
+    assert measured["accuracy"] == measured["best_accuracy"] == 1 and measured["loss"] < 1e-6
     # Nobody knows the successor at first: one in sixty, give or take six standard deviations.
-    chance = found["best_first_accuracy"]
-    assert chance == 1 / 60 and found["best_first_loss"] == pytest.approx(math.log(60))
-    assert found["first_accuracy"] < chance + 6 * math.sqrt(chance / found["num_first"])
-    assert found["num_positions"] == stack(dataset, "is_induction").sum()
+    chance = measured["best_first_accuracy"]
+    assert chance == 1 / 60 and measured["best_first_loss"] == pytest.approx(math.log(60))
+    assert measured["first_accuracy"] < chance + 6 * math.sqrt(chance / measured["num_first"])
+    assert measured["num_positions"] == stack(dataset, "is_induction").sum()
 
 
 def test_who_knows_the_rules_is_as_sure_as_it_is_right():
@@ -145,20 +145,20 @@ def test_who_knows_the_rules_is_as_sure_as_it_is_right():
 
 def test_who_knows_the_rules_doubts_a_trigger_seen_once():
     dataset = InductionDataset(300)
-    informed, lookup = (trigger_accuracy(r, dataset) for r in (InformedReader(dataset), Lookup(65)))
+    informed, lookup = (score(r, dataset) for r in (InformedReader(dataset), Lookup(65)))
     assert 0.85 < informed["accuracy"] < 0.95 < lookup["accuracy"]
     assert informed["loss"] < 0.5 and informed["best_first_loss"] < informed["first_loss"] < 7
 
 
 def test_a_model_is_measured_alike_in_any_batches_and_untrained_knows_nothing():
     dataset, model = InductionDataset(30), make_model(vocab_size=65)
-    found = trigger_accuracy(model, dataset, batch_size=7)
-    assert found["accuracy"] < 0.2 and found["loss"] > 3
-    assert found == pytest.approx(trigger_accuracy(model, dataset, batch_size=30), rel=1e-5)
+    measured = score(model, dataset, batch_size=7)
+    assert measured["accuracy"] < 0.2 and measured["loss"] > 3
+    assert measured == pytest.approx(score(model, dataset, batch_size=30), rel=1e-5)
     ids = dataset[0]["input_ids"][None]
     mask = dataset[0]["is_induction"][:-1]
     expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1][mask], ids[0, 1:][mask])
-    assert trigger_accuracy(model, InductionDataset(1))["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert score(model, InductionDataset(1))["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -179,4 +179,4 @@ def test_indices_beyond_and_sequences_without_an_answer_are_refused():
     with pytest.raises(IndexError, match="sequence 4 of 4"):
         InductionDataset(4)[4]
     with pytest.raises(ValueError, match="No trigger occurs twice"):
-        trigger_accuracy(Lookup(65), InductionDataset(2, length=2))
+        score(Lookup(65), InductionDataset(2, length=2))
