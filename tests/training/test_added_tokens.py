@@ -66,8 +66,8 @@ def run(request, tmp_path_factory):
     """A run with such a tokenizer."""
     folder = tmp_path_factory.mktemp(request.param)
     tokenizer = f"tokenizer.pretrained={save_tokenizer(request.param, folder / 'pretrained')}"
-    own = ["tokenizer.vocab_size=null", "tokenizer.max_training_stories=null", "tokens=1_280"]
-    recipe = short_recipe(folder / "run", *own, tokenizer)
+    overrides = ["tokenizer.vocab_size=null", "tokenizer.max_training_stories=null", "tokens=1_280"]
+    recipe = short_recipe(folder / "run", *overrides, tokenizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
         language_modeling.run(recipe)

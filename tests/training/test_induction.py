@@ -117,7 +117,7 @@ def test_random_bigrams_leave_as_much_open_as_they_say():
     assert entropy == pytest.approx(2.4, abs=0.1)
 
 
-def test_who_looks_up_is_always_right_at_triggers_seen_before():
+def test_a_lookup_is_always_right_at_triggers_seen_before():
     dataset = InductionDataset(200)
     measured = score(Lookup(dataset.vocab_size), dataset, batch_size=64)
     assert measured["accuracy"] == measured["best_accuracy"] == 1 and measured["loss"] < 1e-6
@@ -128,7 +128,7 @@ def test_who_looks_up_is_always_right_at_triggers_seen_before():
     assert measured["num_positions"] == stack(dataset, "is_induction").sum()
 
 
-def test_who_knows_the_rules_is_as_sure_as_it_is_right():
+def test_the_informed_reader_is_as_sure_as_it_is_right():
     dataset = InductionDataset(300)
     reader = InformedReader(dataset)
     assert sum(reader.prior) == pytest.approx(dataset.num_triggers)
@@ -143,7 +143,7 @@ def test_who_knows_the_rules_is_as_sure_as_it_is_right():
     assert is_right.mean() > by_bigrams.double().mean() + 0.02
 
 
-def test_who_knows_the_rules_doubts_a_trigger_seen_once():
+def test_the_informed_reader_doubts_a_trigger_seen_once():
     dataset = InductionDataset(300)
     informed, lookup = (score(r, dataset) for r in (InformedReader(dataset), Lookup(65)))
     assert 0.85 < informed["accuracy"] < 0.95 < lookup["accuracy"]
