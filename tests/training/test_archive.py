@@ -168,7 +168,7 @@ def test_a_file_half_unpacked_is_never_read(tmp_path, cache, monkeypatch, fault)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
         patch.setattr(archive, "_unpack", interrupted)
-        if fault == "killed":  # then nobody tidies up either
+        if fault == "killed":  # then nothing is tidied up either
             patch.setattr("training.files.shutil.rmtree", lambda *arguments, **options: None)
         texts(volumes[0])
     leftovers = [path for path in cache.iterdir() if path.name.startswith(STAGED_PREFIX)]
@@ -273,7 +273,7 @@ def test_members_that_would_leave_the_folder_are_refused(tmp_path, cache, monkey
         ({"a/train.txt": "x", "b/train.txt": "x"}, "train", "several files for split .* but 'a/train.txt', 'b/train"),
     ],
 )
-def test_a_split_that_is_not_there_is_told_with_what_is(tmp_path, members, split, message):
+def test_a_missing_split_is_reported_with_those_that_exist(tmp_path, members, split, message):
     (tmp_path / "a.7z").write_bytes(packed(members))
     with pytest.raises(ValueError, match=message):
         texts(tmp_path / "a.7z", split=split)
@@ -328,7 +328,7 @@ def test_an_archive_that_understates_what_it_unpacks_to_is_refused(tmp_path, cac
     assert not list(cache.rglob("*.txt"))
 
 
-def test_what_has_no_room_is_told_before_it_is_unpacked(tmp_path, cache, monkeypatch):
+def test_a_lack_of_room_is_reported_before_anything_is_unpacked(tmp_path, cache, monkeypatch):
     (tmp_path / "a.7z").write_bytes(CONTENT)
     monkeypatch.setattr(archive.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(OSError, match="there is room for 10") as error:

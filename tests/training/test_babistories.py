@@ -108,7 +108,7 @@ def test_only_what_is_missing_is_made(finished_run, material, tmp_path, monkeypa
     assert contents(recipe.folder) == contents(finished_run[0].folder)
 
 
-def test_a_changed_batch_is_told_again(finished_run, material, tmp_path, monkeypatch, caplog):
+def test_a_changed_batch_is_written_again(finished_run, material, tmp_path, monkeypatch, caplog):
     shutil.copytree(finished_run[0].folder, tmp_path / "run")
     recipe = recipe_of(material, tmp_path / "run")
     (recipe.folder / "result.json").unlink()
@@ -162,7 +162,7 @@ def test_processes_share_batches_without_gap_or_overlap(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_tell_what_one_tells(finished_run, material, tmp_path):
+def test_two_processes_write_what_one_writes(finished_run, material, tmp_path):
     process = launch("ddp", "run", RECIPE, *settings(material, tmp_path / "run"), processes=2)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("stories of 20 prompts") == 1

@@ -66,7 +66,7 @@ def test_generator_that_cannot_be_loaded_is_named(material, tmp_path):
         babistories.run(recipe_of(material, tmp_path / "half", f"generator.model={tmp_path / 'generator'}"))
 
 
-def test_missing_bitsandbytes_is_said_before_anything_else(material, tmp_path, monkeypatch):
+def test_missing_bitsandbytes_is_reported_first(material, tmp_path, monkeypatch):
     monkeypatch.setattr(generator_module.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(babistories, "Generator", None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):

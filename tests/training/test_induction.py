@@ -10,7 +10,7 @@ import torch
 from helpers.models import make_model
 from scipy.stats import chisquare
 
-from training.synthetic.bigrams import InductionDataset, InformedReader, random_bigrams, text_bigrams, trigger_accuracy
+from training.synthetic.bigrams import InductionDataset, InformedReader, random_bigrams, score, text_bigrams
 
 
 def stack(dataset, name):
@@ -94,8 +94,8 @@ def test_successors_of_other_tokens_have_the_shares_of_the_bigrams():
 
 def test_triggers_are_drawn_with_the_frequencies_of_a_text_without_triggers():
     dataset = InductionDataset(1, vocab_size=65)
-    assert dataset._frequencies @ dataset.bigrams == pytest.approx(dataset._frequencies, abs=1e-12)
-    assert dataset._frequencies.sum() == pytest.approx(1) and (dataset._frequencies > 0).all()
+    assert dataset.frequencies @ dataset.bigrams == pytest.approx(dataset.frequencies, abs=1e-12)
+    assert dataset.frequencies.sum() == pytest.approx(1) and (dataset.frequencies > 0).all()
 
 
 def test_bigrams_of_a_text(tmp_path):
@@ -103,7 +103,7 @@ def test_bigrams_of_a_text(tmp_path):
     path.write_text("abac", encoding="utf-8")
     assert text_bigrams(path) == pytest.approx(np.array([[0, 0.5, 0.5], [1, 0, 0], [1, 0, 0]]))
     dataset = InductionDataset(3, vocab_size=3, num_triggers=1, text_file=path)
-    assert dataset._frequencies == pytest.approx([0.5, 0.25, 0.25])
+    assert dataset.frequencies == pytest.approx([0.5, 0.25, 0.25])
     with pytest.raises(ValueError, match="3 distinct characters: pass vocab_size=3, not 65"):
         InductionDataset(3, text_file=path)
     path.write_text("aaa", encoding="utf-8")
@@ -119,7 +119,7 @@ def test_random_bigrams_leave_as_much_open_as_they_say():
 
 def test_a_lookup_is_always_right_at_triggers_seen_before():
     dataset = InductionDataset(200)
-    measures = trigger_accuracy(Lookup(dataset.vocab_size), dataset, batch_size=64)
+    measures = score(Lookup(dataset.vocab_size), dataset, batch_size=64)
     assert measures["accuracy"] == measures["best_accuracy"] == 1 and measures["loss"] < 1e-6
     # At a first occurrence only a guess is possible: one in sixty, within six standard deviations.
     chance = measures["best_first_accuracy"]
@@ -145,20 +145,20 @@ def test_an_informed_reader_is_as_sure_as_it_is_right():
 
 def test_an_informed_reader_doubts_a_trigger_seen_once():
     dataset = InductionDataset(300)
-    informed, lookup = (trigger_accuracy(r, dataset) for r in (InformedReader(dataset), Lookup(65)))
+    informed, lookup = (score(r, dataset) for r in (InformedReader(dataset), Lookup(65)))
     assert 0.85 < informed["accuracy"] < 0.95 < lookup["accuracy"]
     assert informed["loss"] < 0.5 and informed["best_first_loss"] < informed["first_loss"] < 7
 
 
 def test_a_model_is_measured_alike_in_any_batches_and_untrained_knows_nothing():
     dataset, model = InductionDataset(30), make_model(vocab_size=65)
-    measures = trigger_accuracy(model, dataset, batch_size=7)
+    measures = score(model, dataset, batch_size=7)
     assert measures["accuracy"] < 0.2 and measures["loss"] > 3
-    assert measures == pytest.approx(trigger_accuracy(model, dataset, batch_size=30), rel=1e-5)
+    assert measures == pytest.approx(score(model, dataset, batch_size=30), rel=1e-5)
     ids = dataset[0]["input_ids"][None]
     mask = dataset[0]["is_induction"][:-1]
     expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1][mask], ids[0, 1:][mask])
-    assert trigger_accuracy(model, InductionDataset(1))["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert score(model, InductionDataset(1))["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -179,4 +179,4 @@ def test_indices_beyond_and_sequences_without_an_answer_are_refused():
     with pytest.raises(IndexError, match="sequence 4 of 4"):
         InductionDataset(4)[4]
     with pytest.raises(ValueError, match="No trigger occurs twice"):
-        trigger_accuracy(Lookup(65), InductionDataset(2, length=2))
+        score(Lookup(65), InductionDataset(2, length=2))

@@ -26,7 +26,7 @@ from training.synthetic.automata import (
     draw_split,
     draw_splits,
     minimize,
-    next_symbols,
+    next_symbol_probabilities,
     score,
     trim,
 )
@@ -52,7 +52,7 @@ class Oracle(torch.nn.Module):
 
     def forward(self, input_ids, use_cache):
         rows = [self.known[tuple(token for token in ids if token != PADDING)] for ids in input_ids.tolist()]
-        true = next_symbols(rows, input_ids.shape[1])
+        true = next_symbol_probabilities(rows, input_ids.shape[1])
         for number, row in enumerate(rows):
             if self.mistake is not None and tuple(row["input_ids"]) == self.mistake[0]:
                 true[number, self.mistake[1]] = torch.eye(VOCAB_SIZE)[SEPARATOR]
@@ -111,7 +111,7 @@ def test_sequences_follow_their_automata(sequences):
 def test_allowed_symbols_are_equally_likely():
     table = np.full((2, NUM_SYMBOLS), -1)
     table[0, [2, 4, 9]], table[1, 0] = 1, 0
-    symbols, _ = Automaton(table).tell(np.random.default_rng(0), 6000)
+    symbols, _ = Automaton(table).draw_string(np.random.default_rng(0), 6000)
     counts = np.bincount(symbols[::2], minlength=NUM_SYMBOLS)
     assert set(np.flatnonzero(counts)) == {2, 4, 9}
     assert counts[[2, 4, 9]] == pytest.approx([1000] * 3, abs=4 * (3000 * 2 / 9) ** 0.5)
@@ -139,7 +139,7 @@ def test_separators_and_padding_are_read_and_never_predicted(sequences):
     ids, labels = batch["input_ids"], batch["labels"]
     assert ids.shape == labels.shape == (4, max(len(row["input_ids"]) for row in sequences[:4]))
     assert ((labels == -100) == (ids >= NUM_SYMBOLS)).all() and (labels[labels >= 0] == ids[labels >= 0]).all()
-    asked = next_symbols(sequences[:4], ids.shape[1])
+    asked = next_symbol_probabilities(sequences[:4], ids.shape[1])
     assert torch.equal(asked[:, :-1].sum(-1) > 0, labels[:, 1:] >= 0)
     assert not asked[:, -1].any()
     # The next symbols were allowed.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches over settings: everything is tried once, whatever kills a search, and what fails is told."""
+"""Searches over settings: everything is tried once, whatever kills a search, and failures are reported."""
 
 import json
 import math
@@ -206,7 +206,7 @@ def test_settings_drawn_twice_are_run_once(read):
 @pytest.mark.parametrize(
     ("error", "message"), [("diverged", "the loss diverged at x = 4"), ("memory", "out of memory")]
 )
-def test_a_trial_that_fails_is_told_and_ends_nothing(read, error, message):
+def test_a_trial_that_fails_is_reported_and_ends_nothing(read, error, message):
     recipe = read(fake={"inner": {"error": error}}, space={"x": [4, 3]})
     result = search.run(recipe)
     failed, finished = result["measured"]["trials"]
@@ -350,10 +350,10 @@ def test_a_search_of_trainings_from_the_command_line(tmp_path, monkeypatch):
     assert ran.exit_code == 0, ran.output
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
     for trial in result["measured"]["trials"]:
-        own = json.loads((tmp_path / "out" / trial["folder"] / "result.json").read_text(encoding="utf-8"))
-        assert own["recipe"]["training"]["learning_rate"] == trial["settings"]["training.learning_rate"]
-        assert own["architecture"]["num_hidden_layers"] == 1
-        assert (own["metrics"]["validation_loss"], own["recipe_hash"]) == (trial["metric"], trial["recipe_hash"])
+        run = json.loads((tmp_path / "out" / trial["folder"] / "result.json").read_text(encoding="utf-8"))
+        assert run["recipe"]["training"]["learning_rate"] == trial["settings"]["training.learning_rate"]
+        assert run["architecture"]["num_hidden_layers"] == 1
+        assert (run["metrics"]["validation_loss"], run["recipe_hash"]) == (trial["metric"], trial["recipe_hash"])
     assert len({trial["metric"] for trial in result["measured"]["trials"]}) == 2
     assert "best: training.learning_rate=" in ran.stdout
     planned = CliRunner().invoke(app, ["dry-run", str(path)])

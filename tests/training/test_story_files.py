@@ -55,7 +55,7 @@ def test_every_form_gives_the_same_stories(tmp_path, name, compressed):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("form", ["objects.jsonl", "strings.txt", "separated.txt"])
 def test_nothing_but_a_line_feed_ends_a_line(tmp_path, form, streaming):
-    """Neither do the line and paragraph separators of Unicode, nor what else Python's `splitlines` cuts at."""
+    """The line and paragraph separators of Unicode do not, nor do the other places where `splitlines` cuts."""
     stories = ["one\u2029two\u2028three\x85four\x0bfive\x0csix\x1cseven", "eight\rnine"]
     lines = {
         "objects.jsonl": "\n".join(json.dumps({"text": story}, ensure_ascii=False) for story in stories),

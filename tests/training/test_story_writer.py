@@ -123,7 +123,7 @@ def test_pronouns_agree(drawn):
     assert seen == {"she", "he"}
 
 
-def test_nobody_else_enters(drawn):
+def test_no_other_person_enters(drawn):
     names = {*story_writer.GIRLS, *story_writer.BOYS}
     elders = {elder for elder, _ in story_writer.ELDERS}
     animals = "|".join(story_writer.ANIMALS)

@@ -149,7 +149,7 @@ def test_a_special_token_made_for_padding_is_found(saved, caplog):
     assert not caplog.records
 
 
-def test_without_one_the_eos_pads_and_this_is_said(saved, caplog):
+def test_without_one_the_eos_pads_with_a_warning(saved, caplog):
     _forget(saved, "pad_token")
     backend = json.loads((saved / "tokenizer.json").read_text())
     backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] != "<|pad|>"]

@@ -147,7 +147,7 @@ def test_a_stream_gives_each_window_once_in_a_loader(tmp_path, tokenizer, num_wo
 
 
 def test_a_stream_resumed_anywhere_goes_on_with_the_next_window(tmp_path, tokenizer):
-    """As Trainer resumes: within a file, where a window spans two, and where the corpus begins anew."""
+    """As Trainer resumes: within a file, where a window spans two, and where the corpus begins again."""
     files = [list(write_stories(12, seed=index)) for index in range(3)]
     for index, texts in enumerate(files):
         (tmp_path / f"{index}.txt").write_text(END.join(texts))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model of torch's LSTM, which transformers lacks: a baseline of RegBench."""
+"""A language model made of torch's LSTM, which transformers lacks: a baseline of RegBench."""
+
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -11,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 @strict
 class LstmConfig(PreTrainedConfig):
-    """Sizes: `num_hidden_layers` LSTMs of width `hidden_size`, on embeddings that are the head's matrix too."""
+    """Sizes: `num_hidden_layers` LSTMs of width `hidden_size`, on embeddings that the head shares."""
 
     model_type = "lstm"
 
@@ -26,7 +28,7 @@ class LstmConfig(PreTrainedConfig):
 
 
 class LstmForCausalLM(PreTrainedModel):
-    """Embedding, LSTM, layer norm, head. It keeps no cache: read the whole text."""
+    """Embedding, LSTM, layer norm, head. There is no cache: each call reads the whole text."""
 
     config: LstmConfig
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
@@ -41,7 +43,7 @@ class LstmForCausalLM(PreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.LSTM):
             for weight in module.parameters():  # torch's own distribution
                 init.uniform_(weight, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
@@ -53,9 +55,9 @@ class LstmForCausalLM(PreTrainedModel):
         input_ids: torch.LongTensor,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutput:
-        """Logits `(B, T, V)` of ids `(B, T)`; labels are not shifted, -100 is ignored."""
+        """Return logits `(B, T, V)` of ids `(B, T)`, and the loss by labels `(B, T)`, not shifted; -100 is ignored."""
         states, _ = self.lstm(self.embed_tokens(input_ids))
         logits = self.lm_head(self.norm(states))
         loss = None

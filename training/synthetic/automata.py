@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """RegBench: a language for each sequence, drawn as a probabilistic finite automaton (arXiv 2401.12973).
 
-A sequence holds strings of one automaton, so that a model which has never met it can learn it from the strings read so
-far. Everything is drawn from (seed, split, number) alone: automaton 7 is the same among 100 and among 1,000.
+A sequence holds strings of one automaton, so that a model can learn an automaton that is new to it from the strings
+read so far. Everything is drawn from (seed, split, number) alone: automaton 7 is the same among 100 and among 1,000.
 """
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ NUM_SYMBOLS = 18
 SEPARATOR, PADDING = NUM_SYMBOLS, NUM_SYMBOLS + 1
 VOCAB_SIZE = NUM_SYMBOLS + 2
 IGNORED = -100
-# Numbers of the random streams. Those of the training automata tell new strings of them in `test_iid`.
+# Numbers of the random streams. `test_iid` has new strings of the training automata.
 TRAIN, VALIDATION, TEST, TEST_IID = range(4)
 SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST, "test_iid": TEST_IID}
 FEATURES = Features(
@@ -41,10 +42,10 @@ FEATURES = Features(
 
 
 class AutomataSection(Section):
-    """Sizes of automata and sequences, both ends included; the defaults are RegBench's.
+    """Sizes of automata and sequences, as ranges with both ends included; the defaults are RegBench's.
 
-    `num_automata` are those that the training sequences come from, one each; half of `num_test` sequences, of automata
-    of their own, are for validation.
+    Training has `num_automata` automata with one sequence each. Validation and test share `num_test` other automata,
+    half each, with one sequence each.
     """
 
     language: Literal["automata"]
@@ -59,11 +60,12 @@ class AutomataSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _ranges_from_yaml(cls, values):
+    def _read_ranges(cls, values: Any) -> dict[str, Any]:
+        # YAML has lists only.
         return {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
 
     @model_validator(mode="after")
-    def _possible(self):
+    def _check_sizes(self) -> "AutomataSection":
         for name in ("num_states", "num_symbols", "num_edges", "num_strings", "string_length"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:
@@ -81,15 +83,15 @@ class AutomataSection(Section):
 
 
 class Automaton(NamedTuple):
-    """`transitions` `(states, symbols)`: the state that a symbol leads to, -1 where it may not come.
+    """An automaton that starts in state 0, may stop anywhere, and takes each allowed symbol with equal probability.
 
-    It starts in state 0, may stop anywhere, and takes each symbol that a state allows with equal probability.
+    `transitions` `(states, symbols)` is the state that a symbol leads to, or -1 where a state does not allow it.
     """
 
     transitions: np.ndarray
 
-    def tell(self, rng: np.random.Generator, length: int) -> tuple[list[int], list[int]]:
-        """One string of `length` symbols, and the state after each."""
+    def draw_string(self, rng: np.random.Generator, length: int) -> tuple[list[int], list[int]]:
+        """Return a string of `length` symbols, and the state after each."""
         edges = [[(s, t) for s, t in enumerate(row) if t >= 0] for row in self.transitions.tolist()]
         symbols, states, state = [], [], 0
         for draw in rng.random(length).tolist():
@@ -99,8 +101,33 @@ class Automaton(NamedTuple):
         return symbols, states
 
 
+def _renumber(transitions: np.ndarray, kept: Iterable[int], numbers: dict[int, int]) -> np.ndarray:
+    """Return the rows of the kept states, with the targets by their new numbers."""
+    return np.array([[numbers[target] if target >= 0 else -1 for target in transitions[state]] for state in kept])
+
+
+def trim(transitions: np.ndarray) -> np.ndarray:
+    """Keep the states that can be reached from state 0, in the order of a breadth-first search."""
+    reached = [0]
+    for state in reached:
+        reached += [target for target in transitions[state] if target >= 0 and target not in reached]
+    return _renumber(transitions, reached, {state: number for number, state in enumerate(reached)})
+
+
+def minimize(transitions: np.ndarray) -> np.ndarray:
+    """Merge states from which the same strings follow (Moore's partition refinement); state 0 stays first."""
+    group = np.zeros(len(transitions), dtype=int)
+    while True:
+        led_to = np.where(transitions >= 0, group[transitions], -1)
+        _, first, refined = np.unique(np.column_stack([group, led_to]), axis=0, return_index=True, return_inverse=True)
+        refined = np.argsort(np.argsort(first))[refined.reshape(-1)]  # numbered by their first states
+        if refined.max() == group.max():
+            return _renumber(transitions, np.sort(first), dict(enumerate(refined)))
+        group = refined
+
+
 def draw_automaton(section: AutomataSection, rng: np.random.Generator) -> Automaton:
-    """A random automaton, trimmed and minimal (which changes no probability of a string)."""
+    """Return a random automaton, trimmed and minimal (which changes no probability of a string)."""
     num_states = rng.integers(*section.num_states, endpoint=True)
     alphabet = rng.choice(NUM_SYMBOLS, rng.integers(*section.num_symbols, endpoint=True), replace=False)
     transitions = np.full((num_states, NUM_SYMBOLS), -1)
@@ -112,45 +139,22 @@ def draw_automaton(section: AutomataSection, rng: np.random.Generator) -> Automa
     return Automaton(minimize(trim(transitions)))
 
 
-def trim(transitions: np.ndarray) -> np.ndarray:
-    """Only the states that can be reached from state 0, in the order in which a search in breadth meets them."""
-    reached = [0]
-    for state in reached:
-        reached += [target for target in transitions[state] if target >= 0 and target not in reached]
-    return _renumbered(transitions, reached, {state: number for number, state in enumerate(reached)})
-
-
-def minimize(transitions: np.ndarray) -> np.ndarray:
-    """States from which the same strings follow made one (Moore's partition refinement); state 0 stays first."""
-    group = np.zeros(len(transitions), dtype=int)
-    while True:
-        led_to = np.where(transitions >= 0, group[transitions], -1)
-        _, first, refined = np.unique(np.column_stack([group, led_to]), axis=0, return_index=True, return_inverse=True)
-        refined = np.argsort(np.argsort(first))[refined.reshape(-1)]  # numbered by their first states
-        if refined.max() == group.max():
-            return _renumbered(transitions, np.sort(first), dict(enumerate(refined)))
-        group = refined
-
-
-def _renumbered(transitions, kept, numbers):
-    return np.array([[numbers[target] if target >= 0 else -1 for target in transitions[state]] for state in kept])
-
-
 def draw_sequence(section: AutomataSection, automaton: Automaton, rng: np.random.Generator) -> dict[str, Any]:
-    """Strings of one automaton, with a separator between two; the state after a separator is the first."""
-    tokens, states = [], []
+    """Return strings of one automaton, with a separator between two; the state after a separator is the first."""
+    tokens: list[int] = []
+    states: list[int] = []
     for number in range(rng.integers(*section.num_strings, endpoint=True)):
         if number:
             tokens.append(SEPARATOR)
             states.append(0)
-        symbols, passed = automaton.tell(rng, rng.integers(*section.string_length, endpoint=True))
+        symbols, after = automaton.draw_string(rng, int(rng.integers(*section.string_length, endpoint=True)))
         tokens += symbols
-        states += passed
+        states += after
     return {"input_ids": tokens, "states": states, "transitions": automaton.transitions.tolist()}
 
 
 def draw_split(section: AutomataSection, split: int) -> Dataset:
-    """The sequences of one split, with the automaton of each and its state after each token."""
+    """Return the sequences of one split, with the automaton of each and its state after each token."""
     is_iid = split == TEST_IID
     count = section.num_automata if split == TRAIN else section.num_test // 2
     rows = []
@@ -165,9 +169,9 @@ def draw_split(section: AutomataSection, split: int) -> Dataset:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch, padded on the right, which needs no mask: nothing reads what comes later.
+    """Return a batch that is padded on the right, which needs no mask: a causal model does not read what comes later.
 
-    Labels stand for what comes next, unshifted as transformers wants them. Separators and padding are never asked for.
+    Labels equal the ids, for transformers shifts them itself. Separators and padding have no label.
     """
     length = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), length), PADDING)
@@ -176,33 +180,50 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids.masked_fill(input_ids >= NUM_SYMBOLS, IGNORED)}
 
 
-def next_symbols(rows: list[dict[str, Any]], length: int) -> torch.Tensor:
-    """What the automata say at each position of a padded batch: probabilities of the next token, `(B, length, V)`.
+def next_symbol_probabilities(rows: list[dict[str, Any]], length: int) -> torch.Tensor:
+    """Return the automata's probabilities of the next token at each position of a padded batch, `(B, length, V)`.
 
-    All zero where nothing is asked: before a separator, at the end and at padding.
+    They are all zero where no symbol comes next: before a separator, at the end and at padding.
     """
     probabilities = torch.zeros(len(rows), length, VOCAB_SIZE, dtype=torch.float64)
     for row, batch_row in zip(rows, probabilities, strict=True):
         ids = torch.tensor(row["input_ids"])
         allowed = (torch.tensor(row["transitions"]) >= 0).double()[torch.tensor(row["states"])]  # (T, symbols)
-        asked = torch.cat([ids[1:] < NUM_SYMBOLS, torch.tensor([False])])
-        batch_row[: len(ids), :NUM_SYMBOLS] = allowed / allowed.sum(-1, keepdim=True) * asked[:, None]
+        is_next_symbol = torch.cat([ids[1:] < NUM_SYMBOLS, torch.tensor([False])])
+        batch_row[: len(ids), :NUM_SYMBOLS] = allowed / allowed.sum(-1, keepdim=True) * is_next_symbol[:, None]
     return probabilities
 
 
+@torch.no_grad()
+def _score_batch(model: PreTrainedModel, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return accuracy, distance and loss where a symbol comes next `(positions, 3)`, and at each last one `(B, 3)`."""
+    ids = collate(rows)["input_ids"]
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits[..., :VOCAB_SIZE]
+    log_predicted = logits.double().log_softmax(-1).cpu()
+    true = next_symbol_probabilities(rows, ids.shape[1])
+    is_right = true.gather(-1, log_predicted.argmax(-1, keepdim=True))[..., 0] > 0
+    distance = (log_predicted.exp() - true).abs().sum(-1) / 2
+    loss = -log_predicted[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    scores = torch.stack([is_right.double(), distance, torch.nn.functional.pad(loss, (0, 1))], dim=-1)
+    is_next_symbol = true.sum(-1) > 0
+    positions = torch.arange(ids.shape[1]).expand_as(is_next_symbol)
+    last = torch.where(is_next_symbol, positions, -1).max(dim=1).values
+    return scores[is_next_symbol], scores[torch.arange(len(rows)), last]
+
+
 def score(model: PreTrainedModel, split: Dataset, batch_size: int) -> dict[str, float]:
-    """How a model predicts the automata: at all positions where a symbol comes next, and at the last of each sequence.
+    """Measure how a model predicts the automata, where a symbol comes next and at the last such place of a sequence.
 
     Returns:
         `accuracy`: share of positions at which the most probable token may come next. `tvd`: total variation distance
         (half of the summed absolute differences) to the automaton's probabilities. `last_accuracy`, `last_tvd`: the
-        same of last positions alone. `loss`: nats per symbol.
+        same at last positions alone. `loss`: nats per symbol. `num_positions`: the number of positions.
     """
-    order = np.argsort([len(ids) for ids in split["input_ids"]])  # batches of like lengths have little padding
+    order = np.argsort([len(ids) for ids in split["input_ids"]])  # batches of similar lengths have little padding
     rows = split.select(order).to_list()
-    found = [_score_batch(model, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-    position = torch.cat([positions for positions, _ in found])
-    last = torch.cat([lasts for _, lasts in found])
+    batches = [_score_batch(model, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    position = torch.cat([positions for positions, _ in batches])
+    last = torch.cat([lasts for _, lasts in batches])
     accuracy, tvd, loss = position.mean(0).tolist()
     last_accuracy, last_tvd, _ = last.mean(0).tolist()
     return {
@@ -215,60 +236,10 @@ def score(model: PreTrainedModel, split: Dataset, batch_size: int) -> dict[str, 
     }
 
 
-@torch.no_grad()
-def _score_batch(model: PreTrainedModel, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accuracy, distance and loss at each position that is asked `(positions, 3)`, and at each last one `(B, 3)`."""
-    ids = collate(rows)["input_ids"]
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits[..., :VOCAB_SIZE]
-    log_predicted = logits.double().log_softmax(-1).cpu()
-    true = next_symbols(rows, ids.shape[1])
-    is_right = true.gather(-1, log_predicted.argmax(-1, keepdim=True))[..., 0] > 0
-    distance = (log_predicted.exp() - true).abs().sum(-1) / 2
-    loss = -log_predicted[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    scores = torch.stack([is_right.double(), distance, torch.nn.functional.pad(loss, (0, 1))], dim=-1)
-    is_asked = true.sum(-1) > 0
-    positions = torch.arange(ids.shape[1]).expand_as(is_asked)
-    last = torch.where(is_asked, positions, -1).max(dim=1).values
-    return scores[is_asked], scores[torch.arange(len(rows)), last]
-
-
-def draw_splits(section: AutomataSection) -> DatasetDict:
-    """Training sequences, and those for validation and the two tests: of unseen automata, and new ones of the seen.
-
-    They are drawn once, into `data_folder`, where `datasets.load_dataset` reads them too.
-    """
-    folder = _drawn(section)
-    return DatasetDict({name: Dataset(pq.read_table(folder / f"{name}.parquet")) for name in SPLITS})
-
-
-def _drawn(section: AutomataSection) -> Path:
-    folder = data_folder(section)
-
-    def draw(staged: Path) -> None:
-        splits = DatasetDict({name: draw_split(section, number) for name, number in SPLITS.items()})
-        save_splits(section, splits, staged)
-
-    make_once(folder, draw)
-    return folder
-
-
 def data_folder(section: AutomataSection) -> Path:
-    """Where the sequences are, by their settings: `runs/automata-HASH`."""
+    """Return the folder of the sequences, named by their settings: `runs/automata-HASH`."""
     settings = json.dumps(section.model_dump(), sort_keys=True)
     return Path(f"runs/automata-{hashlib.sha256(settings.encode()).hexdigest()[:12]}")
-
-
-def provenance(section: AutomataSection) -> dict[str, Any]:
-    """What a training reads, as its result tells it; draws it if it is not there yet."""
-    folder = _drawn(section)
-    return {name: {"sha256": checksum(folder / f"{name}.parquet")} for name in SPLITS}
-
-
-def save_splits(section: AutomataSection, splits: DatasetDict, folder: Path) -> None:
-    """Fill a folder with a data set of the Hub's form: a Parquet file for each split, and its card."""
-    for name, split in splits.items():
-        split.to_parquet(folder / f"{name}.parquet")
-    (folder / "README.md").write_text(_card(section, splits), encoding="utf-8")
 
 
 def _card(section: AutomataSection, splits: DatasetDict) -> str:
@@ -299,3 +270,37 @@ def _card(section: AutomataSection, splits: DatasetDict) -> str:
         separator=SEPARATOR,
         padding=PADDING,
     )
+
+
+def save_splits(section: AutomataSection, splits: DatasetDict, folder: Path) -> None:
+    """Fill a folder with a data set in the form of the Hub: a Parquet file for each split, and its card."""
+    for name, split in splits.items():
+        split.to_parquet(folder / f"{name}.parquet")
+    (folder / "README.md").write_text(_card(section, splits), encoding="utf-8")
+
+
+def _draw_once(section: AutomataSection) -> Path:
+    """Return the folder of the sequences, which are drawn if they are not there yet."""
+    folder = data_folder(section)
+
+    def draw(staged: Path) -> None:
+        splits = DatasetDict({name: draw_split(section, number) for name, number in SPLITS.items()})
+        save_splits(section, splits, staged)
+
+    make_once(folder, draw)
+    return folder
+
+
+def draw_splits(section: AutomataSection) -> DatasetDict:
+    """Return the sequences for training, validation and the two tests (new automata; new sequences of seen automata).
+
+    They are drawn once, into `data_folder`, where `datasets.load_dataset` reads them too.
+    """
+    folder = _draw_once(section)
+    return DatasetDict({name: Dataset(pq.read_table(folder / f"{name}.parquet")) for name in SPLITS})
+
+
+def provenance(section: AutomataSection) -> dict[str, Any]:
+    """Return the checksums of what a training reads, for its result; draws it if it is not there yet."""
+    folder = _draw_once(section)
+    return {name: {"sha256": checksum(folder / f"{name}.parquet")} for name in SPLITS}

@@ -132,7 +132,7 @@ class Recipe(BaseRecipe):
     def _check_sampler(self) -> "Recipe":
         ranges = [key for key, values in self.space.items() if isinstance(values, RangeSection)]
         for key, values in self.space.items():
-            if key not in ranges and any(value in values[:place] for place, value in enumerate(values)):
+            if isinstance(values, list) and any(value in values[:place] for place, value in enumerate(values)):
                 raise ValueError(f"`space.{key}` has a value twice: {values}")
             within = [other for other in self.space if other.startswith(f"{key}.")]
             if within:
@@ -283,16 +283,18 @@ def run_trial(recipe: BaseRecipe, metric: str) -> Outcome:
         except (ValueError, torch.OutOfMemoryError) as error:
             return Outcome(None, f"{error}", round(time.monotonic() - start, 3))
     value = _look_up(result, metric)
-    finite = value is not None and math.isfinite(value)
     seconds = result.get("seconds", round(time.monotonic() - start, 3))
-    return Outcome(float(value), None, seconds) if finite else Outcome(None, f"{metric} is {value}", seconds)
+    if value is None or not math.isfinite(value):
+        return Outcome(None, f"{metric} is {value}", seconds)
+    return Outcome(float(value), None, seconds)
 
 
 def _distribution(values: list[Any] | RangeSection) -> BaseDistribution:
     if not isinstance(values, RangeSection):
         return CategoricalDistribution(values)
-    whole = isinstance(values.low, int) and isinstance(values.high, int)
-    return (IntDistribution if whole else FloatDistribution)(values.low, values.high, log=values.log)
+    if isinstance(values.low, int) and isinstance(values.high, int):
+        return IntDistribution(values.low, values.high, log=values.log)
+    return FloatDistribution(values.low, values.high, log=values.log)
 
 
 def _sampler(recipe: Recipe, number: int) -> BaseSampler:
@@ -391,6 +393,8 @@ def _data(recipe: Recipe, ranking: list[dict[str, Any]]) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for trial in sorted(ranking, key=lambda trial: trial["number"]):
         result = read_result(recipe.folder / trial["folder"])
+        if result is None:
+            raise ValueError(f"{recipe.folder / trial['folder']} has no result.json any more: start with --restart")
         if "data" in result and result["data"] not in data.values():
             data[trial["folder"]] = result["data"]
     return data

@@ -5,7 +5,7 @@ import functools
 import importlib.util
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GenerationConfig,
+    GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -158,7 +159,7 @@ class Generator:
         """Return the text that the model continues."""
         if self.tokenizer.chat_template is not None:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": beginning}]
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+            return cast(str, self.tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True))
         # A template may end with the opening itself.
         return prompt if prompt.endswith(beginning) else f"{prompt}\n\n{beginning}"
 
@@ -182,7 +183,7 @@ class Generator:
             return_token_type_ids=False,
             add_special_tokens=self.tokenizer.chat_template is None,  # a chat template has written them already
         ).to(self.device)
-        model = self.model
+        model = cast(GenerationMixin, self.model)  # loaded before the seed: loading may draw random numbers
         torch.manual_seed(seed)
         with torch.inference_mode():
             ids = model.generate(**batch)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a language model answers, made into a story or refused: cut, join, check, and notice what was told before.
+"""Filters that make a language model's answer into a story or refuse it: cut, join, check, find duplicates.
 
-The steps are those of the BabiStories data set (arXiv 2405.06394, appendix); the list of markers is our own, and
-unfinished and repeated stories are dropped besides.
+The steps are those of the BabiStories data set (arXiv 2405.06394, appendix). The list of markers is our own, and so is
+the rule that unfinished and repeated stories are dropped.
 """
 
 import hashlib
@@ -12,12 +12,13 @@ from typing import NamedTuple
 from datasketch import MinHash, MinHashLSH
 
 
-# A shorter shingle makes any two stories for small children alike, a longer one hides a changed word every few.
+# With shorter shingles, any two stories for small children are alike. With longer ones, a copy with a few changed
+# words is not found.
 SHINGLE_WORDS = 3
 NUM_PERMUTATIONS = 128
 
-# What begins a passage that is about the story, or about the task, and no longer the story. The first group of each
-# is looked for at the start of a line, without regard to case and to decoration such as "**" or "#".
+# Beginnings of a passage that is about the story, or about the task, and no longer the story. These are searched for
+# at the start of a line, without regard to case and to decoration such as "**" or "#".
 _LINE_MARKERS = {
     "moral": r"(?:the )?morals?(?: of (?:the|this|our) (?:story|tale))?(?: is)?\s*:",
     "lesson": r"(?:the )?lessons?(?: learn(?:ed|t))?\s*:",
@@ -46,7 +47,7 @@ _LINE_MARKERS = {
     "copyright": r"(?:copyright|©|all rights reserved)",
     "rule": r"(?:-{3,}|={3,}|\*{3,}|_{3,}|~{3,})\s*$",
 }
-# The same, but wherever it stands.
+# The same, anywhere in a line.
 _MARKERS = {
     "moral in a sentence": r"\bthe moral of (?:the|this|our) (?:story|tale)\b",
     "farewell": r"\bi hope (?:that )?you (?:like|liked|enjoy|enjoyed) (?:the|this|my) (?:story|tale)\b",
@@ -62,17 +63,40 @@ _PATTERNS |= {name: re.compile(pattern, re.I) for name, pattern in _MARKERS.item
 
 _FORBIDDEN = re.compile(r"https?|&(?:#?\w+);|--|[\\*#<>%^/@\[\]{}+=()\ufffd]|[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f]", re.I)
 _SENTENCE_END = re.compile(r"[.!?…]+[\"”’']*(?=\s|$)")
-# A closing quotation mark ends a story as well: there is a word before it, where an opening one has a space.
+# A closing quotation mark ends a story as well. It follows a word, where an opening one follows a space.
 _FINISHED = re.compile(r"(?:[.!?…][\"”’']*|\w,?[\"”])$")
 
 
 class Story(NamedTuple):
-    """An answer after `clean`: `text` is the story, or what was left of it when `reason` refused it."""
+    """An answer after `clean`: `text` is the story, or the rest of the answer if it was refused for `reason`."""
 
     text: str
     reason: str | None = None
     detail: str | None = None
     marker: str | None = None
+
+
+def cut_at_marker(text: str) -> tuple[str, str | None]:
+    """Return the text before the first marker, and the marker's name; the whole text and None if there is none."""
+    markers = [(match.start(), name) for name, pattern in _PATTERNS.items() if (match := pattern.search(text))]
+    if not markers:
+        return text, None
+    start, name = min(markers)
+    return text[:start].rstrip(), name
+
+
+def forbidden(text: str) -> str | None:
+    """Return the first characters that no story for small children needs, such as `#`, `http` or a parenthesis."""
+    match = _FORBIDDEN.search(text)
+    return match[0] if match else None
+
+
+def finished(text: str) -> str:
+    """Return the text up to the end of its last finished sentence; empty if no sentence ends."""
+    if _FINISHED.search(text):
+        return text
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return text[: ends[-1]] if ends else ""
 
 
 def clean(text: str, opening: str) -> Story:
@@ -87,7 +111,8 @@ def clean(text: str, opening: str) -> Story:
 
     Returns:
         `reason` None, or `empty` (nothing but the opening), `forbidden` (`detail`: the first such characters) or
-        `unfinished` (no sentence beyond the opening has an end); `marker` is the name of what was cut at, if any.
+        `unfinished` (no sentence beyond the opening has an end); `marker` is the name of the marker that it was cut
+        at, if any.
     """
     begin, rest = text[: len(opening)], text[len(opening) :]
     rest, marker = cut_at_marker(rest)
@@ -95,55 +120,40 @@ def clean(text: str, opening: str) -> Story:
     text = "\n".join(line for line in lines if line)
     if len(text) <= len(opening.strip()):
         return Story(text, "empty", marker=marker)
-    found = forbidden(text)
-    if found is not None:
-        return Story(text, "forbidden", found, marker)
+    characters = forbidden(text)
+    if characters is not None:
+        return Story(text, "forbidden", characters, marker)
     whole = finished(text)
     if len(whole) <= len(opening.strip()):
         return Story(text, "unfinished", marker=marker)
     return Story(whole, marker=marker)
 
 
-def cut_at_marker(text: str) -> tuple[str, str | None]:
-    """What stands before the first marker, and the marker's name; the whole text and None if there is none."""
-    found = [(match.start(), name) for name, pattern in _PATTERNS.items() if (match := pattern.search(text))]
-    if not found:
-        return text, None
-    start, name = min(found)
-    return text[:start].rstrip(), name
-
-
-def forbidden(text: str) -> str | None:
-    """The first characters that no story for small children needs, such as `#`, `http` or a parenthesis."""
-    match = _FORBIDDEN.search(text)
-    return match[0] if match else None
-
-
-def finished(text: str) -> str:
-    """The text up to the end of its last finished sentence; empty if no sentence ends."""
-    if _FINISHED.search(text):
-        return text
-    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-    return text[: ends[-1]] if ends else ""
-
-
 def words(text: str) -> list[str]:
-    """Words in lower case, without punctuation."""
+    """Return the words of a text in lower case, without punctuation."""
     return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
 
 
 def contains(text: str, word: str) -> bool:
-    """Whether a word occurs, in any case and with any regular ending: `walk` is in "walked", `run` is not in "ran"."""
+    """Return whether a word occurs, in any case, with any regular ending: `walk` in "walked", not `run` in "ran"."""
     stem = re.sub(r"(?<=\w{3})[ey]$", "", word.lower())
     return re.search(rf"\b{re.escape(stem)}\w*", text.lower()) is not None
 
 
+def _sketch(story_words: list[str]) -> MinHash:
+    count = max(1, len(story_words) - SHINGLE_WORDS + 1)
+    shingles = {" ".join(story_words[start : start + SHINGLE_WORDS]).encode() for start in range(count)}
+    sketch = MinHash(num_perm=NUM_PERMUTATIONS)
+    sketch.update_batch(sorted(shingles))
+    return sketch
+
+
 class Duplicates:
-    """Stories seen so far: equal ones are found for certain, similar ones as MinHash estimates.
+    """The stories so far, in which equal ones are found for certain, and similar ones by an estimate (MinHash).
 
     Two stories are near duplicates if the Jaccard similarity of their sets of three words in a row is about
-    `threshold` or more. Locality-sensitive hashing finds them without comparing all pairs: close to the threshold it
-    may err on either side.
+    `threshold` or more. Locality-sensitive hashing finds them without a comparison of all pairs; close to the
+    threshold it may err on either side.
 
     Args:
         threshold: between 0 and 1; None looks for equal stories only.
@@ -158,28 +168,20 @@ class Duplicates:
 
         Args:
             text: the story.
-            index: by which it is to be known.
+            index: a number that identifies it.
 
         Returns:
             None for a new story, else `duplicate` or `near duplicate` and the index of the earlier one.
         """
-        told = words(text)
-        digest = hashlib.blake2b(" ".join(told).encode(), digest_size=16).digest()
+        story_words = words(text)
+        digest = hashlib.blake2b(" ".join(story_words).encode(), digest_size=16).digest()
         if digest in self._equal:
             return "duplicate", self._equal[digest]
         if self._similar is not None:
-            sketch = _sketch(told)
+            sketch = _sketch(story_words)
             similar = self._similar.query(sketch)
             if similar:
                 return "near duplicate", min(similar)
             self._similar.insert(index, sketch)
         self._equal[digest] = index
         return None
-
-
-def _sketch(told: list[str]) -> MinHash:
-    last = max(1, len(told) - SHINGLE_WORDS + 1)
-    shingles = {" ".join(told[start : start + SHINGLE_WORDS]).encode() for start in range(last)}
-    sketch = MinHash(num_perm=NUM_PERMUTATIONS)
-    sketch.update_batch(sorted(shingles))
-    return sketch

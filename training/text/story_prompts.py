@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts for stories: lists of names, words and openings, from a file or from a model's answers, and what is drawn.
+"""Prompts for stories: lists of names, words and openings, and the prompts that are drawn from them.
 
-After the BabiStories data set (arXiv 2405.06394, Fig. 14): a name and the first words of the story are drawn beside
-the words and features that the story must have, which makes the stories diverse.
+Lists come from a file or from a model's answers. As for the BabiStories data set (arXiv 2405.06394, Fig. 14), a name
+and the first words of the story are drawn as well as the words and features that the story must have; this makes the
+stories diverse.
 """
 
 import random
@@ -26,7 +27,7 @@ LISTS = {
     "features": "features",
     "opening": "openings",
 }
-# What a model can be asked for; features are few, and we have them.
+# The lists that a model can be asked for. Features are few, and listed below.
 ASKED = ("names", "openings", "verbs", "nouns", "adjectives")
 FEATURES = {
     "BadEnding": "a sad ending",
@@ -45,7 +46,7 @@ TEMPLATE = (
     'the adjective "{adjective}". The story has {features}. Remember that every word has to be simple, and write '
     "nothing besides the story."
 )
-# Answers begin with this, so that each is a numbered list from its first line on.
+# Answers begin with this, so that each is a numbered list from the first line on.
 FIRST_NUMBER = "1."
 _ONE_A_LINE = "Number them from 1 to 100, one a line, and write nothing else."
 _WORDS = "List 100 different {} that a child of three years knows, each a single word. " + _ONE_A_LINE
@@ -67,7 +68,7 @@ Entries = Annotated[list[Entry], Field(min_length=1)]
 
 
 class StoryLists(BaseModel):
-    """The lists of a file: those that the template needs must be there, and none may be empty; others are ignored."""
+    """The lists of a file. None may be empty, and other keys are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -80,7 +81,7 @@ class StoryLists(BaseModel):
 
     @field_validator("features")
     @classmethod
-    def _as_phrases(cls, entries):
+    def _replace_labels(cls, entries: list[str] | None) -> list[str] | None:
         for entry in entries or ():
             if entry not in FEATURES and " " not in entry:
                 raise ValueError(f"{entry!r} is neither a phrase nor one of the labels {', '.join(FEATURES)}")
@@ -88,29 +89,32 @@ class StoryLists(BaseModel):
 
 
 def placeholders(template: str) -> set[str]:
-    """The names in braces of a template.
+    """Return the names in the braces of a template.
 
     Raises:
-        ValueError: one of them is unknown or decorated, or a brace stands alone.
+        ValueError: a name is unknown or has a format, or a brace has no partner.
     """
     known = ", ".join(f"{{{name}}}" for name in LISTS)
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"{error}: placeholders are {known}; a brace that is meant as such is doubled") from error
-    found = [(name, form, conversion) for _, name, form, conversion in parts if name is not None]
-    for name, form, conversion in found:
+    names = set()
+    for _, name, form, conversion in parts:
+        if name is None:
+            continue
         if name not in LISTS or form or conversion:
             raise ValueError(f"unknown placeholder {{{name}}}: there are {known}, and nothing else inside the braces")
-    return {name for name, _, _ in found}
+        names.add(name)
+    return names
 
 
 def read_lists(path: str | Path, needed: Iterable[str]) -> dict[str, list[str]]:
     """Read lists from a JSON file.
 
     Args:
-        path: one object whose values are lists of texts, by the names that `LISTS` has.
-        needed: names of lists that must be there.
+        path: a JSON object whose values are lists of texts; its keys are the values of `LISTS`.
+        needed: keys that must be there.
 
     Raises:
         ValueError: no such file, not JSON, a key is missing, or its value is no list of texts, or empty.
@@ -134,11 +138,26 @@ def read_lists(path: str | Path, needed: Iterable[str]) -> dict[str, list[str]]:
     return {name: lists[name] for name in needed}
 
 
-def parse_answers(kind: str, answers: Iterable[str]) -> list[str]:
-    """The entries of numbered lists, each once, in the order of their first appearance.
+def _entries_of_line(kind: str, line: str) -> list[str]:
+    if kind == "openings":
+        line = line.strip("\"“”'*_ ")
+        if not line or forbidden(line):  # every story with this beginning would be refused
+            return []
+        words = line.split()[:LONGEST_OPENING]
+        return [" ".join(words[:length]) for length in range(1, len(words) + 1)]
+    line = line.strip('"“”*_,;. ')
+    if not re.fullmatch(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*", line):
+        return []
+    if kind == "names":
+        return [line] if len(line) <= LONGEST_NAME else []
+    return [line.lower()]
 
-    A name has at most 7 characters. Of an opening, every beginning of 1 to 12 words is an entry. A verb, noun or
-    adjective is a single word, in lower case. Lines that are no such entry are passed over.
+
+def parse_answers(kind: str, answers: Iterable[str]) -> list[str]:
+    """Return the entries of numbered lists, each once, in the order of their first appearance.
+
+    A name has at most 7 characters. An opening gives one entry for every beginning of 1 to 12 words. A verb, noun or
+    adjective is a single word, in lower case. Other lines are skipped.
 
     Args:
         kind: one of `ASKED`.
@@ -151,26 +170,11 @@ def parse_answers(kind: str, answers: Iterable[str]) -> list[str]:
     return list(entries)
 
 
-def _entries_of_line(kind: str, line: str) -> list[str]:
-    if kind == "openings":
-        line = line.strip("\"“”'*_ ")
-        if not line or forbidden(line):  # every story that began with it would be refused
-            return []
-        told = line.split()[:LONGEST_OPENING]
-        return [" ".join(told[:length]) for length in range(1, len(told) + 1)]
-    line = line.strip('"“”*_,;. ')
-    if not re.fullmatch(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*", line):
-        return []
-    if kind == "names":
-        return [line] if len(line) <= LONGEST_NAME else []
-    return [line.lower()]
-
-
 def draw(lists: dict[str, list[str]], seed: int, index: int) -> dict[str, Any]:
-    """What the story of this index is about; it depends on nothing but the arguments.
+    """Draw the name, words, features and opening of one story; they depend on nothing but the arguments.
 
     Args:
-        lists: by the names that `LISTS` has; only from those given is anything drawn.
+        lists: by the values of `LISTS`; nothing is drawn for a placeholder whose list is not given.
         seed: of the recipe.
         index: of the story, from 0.
 
@@ -191,7 +195,7 @@ def draw(lists: dict[str, list[str]], seed: int, index: int) -> dict[str, Any]:
 
 
 def fill(template: str, drawn: dict[str, Any]) -> str:
-    """The prompt: a template with what was drawn in place of its placeholders."""
+    """Return the prompt: the template with the drawn words in place of its placeholders."""
     values = dict(drawn)
     if "features" in values:
         *others, last = values["features"]
