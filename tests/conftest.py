@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test runs offline, with a cache of its own, on small models whose parameters are all away from their start."""
+"""Fixtures of all tests, which run offline, with a cache of their own."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ def model() -> MemoryMosaicForCausalLM:
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
-    """What one test compiled must not count against the limits of the next."""
+    """Reset the compiler, so that graphs of one test do not count against the limits of the next."""
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

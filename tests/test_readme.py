@@ -57,7 +57,7 @@ def test_the_front_page_is_short():
 
 @pytest.mark.parametrize("page", SESSIONS)
 def test_python_blocks_run_in_order_in_one_session(page, tmp_path):
-    """In an empty folder that holds nothing but an exported model where `make demo` puts its own."""
+    """The session starts in a folder that holds an exported model where `make demo` puts its own, and nothing else."""
     tokenizer = train_tokenizer(["Once upon a time there was a cat. One day, a little ball."] * 3, vocab_size=300)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     export_model(make_model(vocab_size=300, **ids), tokenizer, tmp_path / "runs/demo/mosaic-demo-seed0/model")
@@ -81,7 +81,7 @@ def test_python_blocks_run_in_order_in_one_session(page, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_exist(page):
-    """Targets of make, recipes and other files that a command names, and verbs of the command line."""
+    """Check targets of make, recipes and other files that a command names, and verbs of the command line."""
     from training.__main__ import app
 
     targets = set(re.findall(r"^([\w-]+):", read("Makefile"), flags=re.MULTILINE))
@@ -152,14 +152,14 @@ def test_promises_name_tests_that_exist(request, name, least):
         assert f"\n{words[1]}:" in makefile if words[0] == "make" else f"\ndef {name}(" in sources, name
 
 
-# A test that is not run for kinds is of the model that its file is named after, else of the mosaic.
+# A test without kinds is one of the model that its file is named after, else of the mosaic.
 FILES = {"memory_model": {"memory model"}, "continuous": {"continuous"}, "classification": {"classifier"}}
-FILES |= dict.fromkeys(("configuration", "adapters"), set(kinds.MODELS))  # these go through all classes by themselves
+FILES |= dict.fromkeys(("configuration", "adapters"), set(kinds.MODELS))  # they loop over all classes
 FILES["identity"] = {"mosaic", "continuous"}
 
 
 def models_of_tests(folder):
-    """Of each test, the models that it runs for: all that are known, and those that its decorator names."""
+    """Return, by test, all models that it runs for, and those that its decorator names."""
     known, named = collections.defaultdict(set), collections.defaultdict(set)
     for path in folder.rglob("test_*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -178,7 +178,7 @@ def models_of_tests(folder):
 
 
 def test_promises_say_for_which_models_they_hold(request):
-    """Each promise of a model is one of all models: it holds, is refused, or does not apply, with the reason."""
+    """A promise holds for a model, is refused, or does not apply, with the reason."""
     folder = request.config.rootpath / "tests"
     known, named = models_of_tests(folder)
     header = f"| promise | tests | {' | '.join(kinds.MODELS)} |\n| --- | --- | --- | --- | --- | --- |\n"
@@ -202,7 +202,7 @@ def test_promises_say_for_which_models_they_hold(request):
 
 
 def test_every_report_is_linked_and_held_by_a_test(request):
-    """Each once, under its number and address on GitHub, with what came of it and a test in the last column."""
+    """Each report stands there once, with its number and address on GitHub, its result and a test."""
     text = (request.config.rootpath / "tests" / "REPORTS.md").read_text(encoding="utf-8")
     rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| [")]
     reports = []

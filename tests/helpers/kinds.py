@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of model that this project has: how a small one is made, what it reads, and what it answers.
+"""Kinds of model of this project: how to make a small one, its inputs, and its answers.
 
-A promise that more than one kind makes is tested once, `@for_kinds()`, and read from here by the table in README.md.
+A test of several kinds is marked `@for_kinds()`; the table of tests/README.md is compared with these marks.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -57,30 +58,38 @@ GPT2 = GPT2Config(
 BACKBONES = {"mosaic": (MOSAIC, MOSAIC), "llama": (LLAMA, LLAMA), "gpt2": (GPT2, GPT2), "mixed": (MOSAIC, LLAMA)}
 
 
-def away_from_their_start(model: PreTrainedModel) -> PreTrainedModel:
-    """Each parameter random, so that no two heads and no two layers are alike."""
+def randomize_parameters(model: PreTrainedModel) -> PreTrainedModel:
+    """Make each parameter random, so that no two heads and no two layers are alike; return the model in eval mode."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model.eval()
 
 
-def make_classifier(seed=0, dtype=torch.float32, **config) -> MemoryMosaicForSequenceClassification:
+def make_classifier(
+    seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+) -> MemoryMosaicForSequenceClassification:
     torch.manual_seed(seed)
     config = MemoryMosaicConfig(**SIZES | {"num_labels": 3} | config)
-    return away_from_their_start(MemoryMosaicForSequenceClassification(config)).to(dtype)
+    return randomize_parameters(MemoryMosaicForSequenceClassification(config)).to(dtype)
 
 
-def make_memory_model(seed=0, encoder=MOSAIC, decoder=MOSAIC, dtype=torch.float64, **config) -> MemoryModelForCausalLM:
+def make_memory_model(
+    seed: int = 0,
+    encoder: PreTrainedConfig = MOSAIC,
+    decoder: PreTrainedConfig = MOSAIC,
+    dtype: torch.dtype = torch.float64,
+    **config: Any,
+) -> MemoryModelForCausalLM:
     torch.manual_seed(seed)
     config = MemoryModelConfig(encoder=encoder, decoder=decoder, **{"chunk_length": LENGTH} | config)
-    return away_from_their_start(MemoryModelForCausalLM(config)).to(dtype)
+    return randomize_parameters(MemoryModelForCausalLM(config)).to(dtype)
 
 
-def make_continuous(seed=0, dtype=torch.float64, **config) -> ContinuousMemoryMosaicModel:
-    """A sharp one: matrices half as large again as they begin."""
+def make_continuous(seed: int = 0, dtype: torch.dtype = torch.float64, **config: Any) -> ContinuousMemoryMosaicModel:
+    """Return a continuous model with a sharp kernel: its matrices are half as large again as at their start."""
     torch.manual_seed(seed)
-    model = away_from_their_start(ContinuousMemoryMosaicModel(ContinuousMemoryMosaicConfig(**{"beta": 6.0} | config)))
+    model = randomize_parameters(ContinuousMemoryMosaicModel(ContinuousMemoryMosaicConfig(**{"beta": 6.0} | config)))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5 if parameter.ndim > 1 else 1.0)
@@ -108,15 +117,15 @@ class Kind:
     """One kind of model.
 
     Args:
-        model: which of the columns of README.md it belongs to.
-        maker: makes a small one from `seed`, `dtype` and fields of its configuration.
+        model: its column in the table of tests/README.md.
+        maker: makes a small model from `seed`, `dtype` and fields of its configuration.
         auto: the Auto class that loads it.
         other_size: a field of its configuration that changes the shape of a parameter.
         body: the part of it that `AutoModel` loads, if it is another class.
-        answers: the field of its outputs that says what it makes of its input.
+        answers: the field of its outputs that holds its answer.
         options: fields of the configuration beside the defaults of `maker`; no dropout, unless asked for.
-        objectives: fields by which each part of its loss that it can have has a weight.
-        dropouts: fields of which each alone makes training random.
+        objectives: fields that give a weight to each part of its loss.
+        dropouts: fields that each make training random.
     """
 
     name: str
@@ -133,11 +142,11 @@ class Kind:
     def __str__(self) -> str:
         return self.name
 
-    def make(self, seed: int = 0, dtype: torch.dtype = torch.float32, **config) -> PreTrainedModel:
+    def make(self, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
         return self.maker(seed=seed, dtype=dtype, **self.options | config)
 
     def inputs(self, model: PreTrainedModel, *shape: int, seed: int = 0) -> dict[str, torch.Tensor]:
-        """Of shape `(rows, tokens)`."""
+        """Return inputs of shape `(rows, tokens)`."""
         if self.model == "continuous":
             generator = torch.Generator().manual_seed(seed)
             size = model.config.observation_size
@@ -148,23 +157,24 @@ class Kind:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def with_labels(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """As its users give them: the text or the observations themselves, or a class for each row."""
+        """Return inputs with labels: the text or the observations themselves, or a class for each row."""
         text = next(iter(inputs.values()))
         labels = torch.arange(len(text)) % 3 if self.model == "classifier" else text.clone()
         return {**inputs, "labels": labels}
 
     def batch(self, rows: list[torch.Tensor], places: list[torch.Tensor], width: int) -> dict[str, torch.Tensor]:
-        """Texts as the rows of one batch, each at its places `(tokens,)`; at padding stand ids as anywhere else."""
+        """Return texts as the rows of one batch, each at its places `(tokens,)`, with random ids at padding."""
         ids, mask = make_ids(len(rows), width, seed=99), torch.zeros(len(rows), width, dtype=torch.long)
         for number, (row, place) in enumerate(zip(rows, places, strict=True)):
             ids[number, place], mask[number, place] = row, 1
         return {"input_ids": ids, "attention_mask": mask}
 
-    def answer(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], **options) -> torch.Tensor:
+    def answer(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
         return model(**inputs, **options)[self.answers]
 
 
-def dropping(backbone: PreTrainedConfig) -> PreTrainedConfig:
+def with_dropout(backbone: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration with a dropout of 0.5 everywhere."""
     fields = {"gpt2": ["attn_pdrop", "embd_pdrop", "resid_pdrop"], "llama": ["attention_dropout"]}
     fields = fields.get(backbone.model_type, ["attention_dropout", "hidden_dropout"])
     return type(backbone)(**backbone.to_dict() | dict.fromkeys(fields, 0.5))
@@ -180,7 +190,7 @@ def memory_model_kind(name: str, backbones: str) -> Kind:
         other_size="chunk_length",
         body="encoder",
         objectives={f"{objective}_weight": 1.0 for objective in OBJECTIVES},
-        dropouts=({"encoder": dropping(encoder)}, {"decoder": dropping(decoder)}),
+        dropouts=({"encoder": with_dropout(encoder)}, {"decoder": with_dropout(decoder)}),
     )
 
 
@@ -225,7 +235,7 @@ BACKBONE_KINDS = ("memory model", "memory model of llama", "memory model of gpt2
 TEXT_KINDS = ("mosaic", "memory model", "classifier")
 
 
-def for_kinds(*names: str):
-    """Run a test for each of these kinds, or for one of each model: `kind` is its argument."""
+def for_kinds(*names: str) -> pytest.MarkDecorator:
+    """Return a mark that runs a test with each of these kinds as `kind`, or with one of each model."""
     chosen = [KINDS[name] for name in names or MODELS]
     return pytest.mark.parametrize("kind", chosen, ids=[kind.name for kind in chosen])

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models whose parameters are all away from their start, and what they read."""
+"""Small models with random parameters, and token ids for them."""
+
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
 
@@ -9,8 +12,8 @@ from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
 SIZES = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
 
 
-def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config) -> MemoryMosaicForCausalLM:
-    """A small model in eval mode. Each parameter is random, so that no two heads and no two layers are alike."""
+def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> MemoryMosaicForCausalLM:
+    """Return a small model in eval mode, with random parameters, so that no two heads and no two layers are alike."""
     torch.manual_seed(seed)
     model = MemoryMosaicForCausalLM(MemoryMosaicConfig(**SIZES | config))
     with torch.no_grad():
@@ -20,10 +23,11 @@ def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config) -> M
 
 
 def make_ids(*shape: int, seed: int = 0, vocab_size: int = SIZES["vocab_size"]) -> torch.Tensor:
+    """Return random token ids of a shape."""
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def checkpoint_activations(model, use_reentrant: bool) -> None:
-    """Switch gradient checkpointing on, under the name that it has from transformers 5.23 on, or before."""
+def checkpoint_activations(model: PreTrainedModel, use_reentrant: bool) -> None:
+    """Switch gradient checkpointing on, by its name from transformers 5.23 on or by the older one."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})

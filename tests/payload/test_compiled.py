@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled and exported, the model gives what it gives as it is."""
+"""A compiled or exported model gives the answers of the plain model."""
 
 import onnxruntime
 import pytest

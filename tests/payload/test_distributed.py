@@ -93,12 +93,12 @@ def spread_over_two_processes(request, tmp_path_factory):
 
 @for_kinds()
 def test_heads_spread_over_two_processes(kind, spread_over_two_processes):
-    """A continuous model, of a handful of weights, is refused."""
+    """A continuous model has a handful of weights and is refused."""
     process = spread_over_two_processes
     assert process.stdout.count(f"<{kind}>") == 2, process.stderr
 
 
-# Two processes read batches of unequal length, of which the mean is what one process makes of both.
+# Two processes read batches of unequal length; the mean of their gradients is that of one process that reads both.
 DATA_PARALLEL = """
 import sys
 import torch
@@ -164,12 +164,13 @@ def test_the_gradient_of_two_processes_is_that_of_both_batches(kind, way, read_b
 
 
 def test_heads_that_cannot_be_spread_are_named(model):
-    """Three heads of width 8 on two processes would leave 12 features to each."""
+    """Three heads of width 8 would leave 12 features to each of two processes."""
     with pytest.raises(ValueError, match="a number of processes that divides num_attention_heads=3"):
         model.model.layers[0].contextual_memory.split_heads(torch.zeros(1, 2, 12))
 
 
-# Of each model, which parts are kept on disk; those of a memory model are tried one by one in a file of its own.
+# Parts of each model that are kept on disk; `test_memory_model_distributed.py` tries those of a memory model one by
+# one.
 ON_DISK = {
     "mosaic": {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"},
     "classifier": {"model.embed_tokens": "cpu", "model.norm": "cpu", "score": "cpu"},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT and plain Trainer on a Memory Mosaic."""
+"""PEFT and plain Trainer on every kind of model."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_lora_of_complex_weights_is_refused():
 
 
 def trainer_of(kind, folder, num_rows=8, length=15, model=None, **settings):
-    """Plain `Trainer` on rows of whole chunks; `make_ids` below 5, so that there is something to learn."""
+    """Return a plain `Trainer` on rows of whole chunks, whose ids are below 5, so that there is something to learn."""
     model = model or kind.make(**kind.objectives)
     inputs = kind.with_labels({name: tensor % 5 for name, tensor in kind.inputs(model, num_rows, length).items()})
     rows = [{name: tensor[row] for name, tensor in inputs.items()} for row in range(num_rows)]
@@ -81,7 +81,7 @@ def trainer_of(kind, folder, num_rows=8, length=15, model=None, **settings):
 
 @for_kinds()
 def test_trainer_evaluates_with_metrics(kind, tmp_path):
-    """Answers alone are gathered, in one array: no memory, no part of the loss."""
+    """Trainer gathers answers only, in one array: no memory, no part of the loss."""
     seen = []
 
     def count(prediction):
@@ -138,7 +138,7 @@ def test_trainer_accumulates_to_the_large_batch(kind, tmp_path):
     ids=["regression", "several labels"],
 )
 def test_other_losses_of_a_classifier_accumulate_too(fields, labels):
-    """The library leaves them out."""
+    """PEFT leaves them out."""
     model, ids = make_classifier(dtype=torch.float64, **fields), make_ids(5, 9)
     gradients = []
     for size in (5, 2):

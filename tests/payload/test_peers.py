@@ -43,13 +43,13 @@ NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Makes an exported model of a kind that has learnt something, once: its loss is well below a uniform guess."""
+    """Return a function that exports a model of a kind, once, trained until its loss is well below a uniform guess."""
     stories = list(write_stories(NUM_STORIES))
     tokenizer = train_tokenizer(stories, 320)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = torch.cat([tokenizer(story + tokenizer.eos_token, return_tensors="pt").input_ids[0] for story in stories])
-    # A width that groups of 32 weights divide, as four-bit weights come in such groups.
+    # Four-bit weights come in groups of 32, which must divide the width.
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_attention_heads": 4}
     backbone = MemoryMosaicConfig(**sizes, **NO_DROPOUT, num_hidden_layers=1)
 
@@ -78,7 +78,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def folder(request, exported):
-    """Of the kind that a test names, or of a mosaic."""
+    """Return an exported folder of the kind that a test names, or of a mosaic."""
     return exported(request.getfixturevalue("kind").name if "kind" in request.fixturenames else "mosaic")
 
 
@@ -96,7 +96,7 @@ def load(folder, **options):
 
 
 def run_clean(home, *command, timeout=300, offline=True, **options):
-    """A command line that knows of the folder only: it never imports this package, and has a cache of its own."""
+    """Run a command that knows the folder only: it does not import this package and has a cache of its own."""
     process = subprocess.run(
         [sys.executable, "-I", "-m", *command],
         capture_output=True,
@@ -115,7 +115,7 @@ def run_clean(home, *command, timeout=300, offline=True, **options):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """Three tasks on texts of very different lengths, as their users write them: a YAML file and a file of rows."""
+    """Write three tasks on texts of very different lengths, each as a YAML file and a file of rows."""
     folder = tmp_path_factory.mktemp("tasks")
     stories = held_out(24)
     endings, texts = [], [*stories[:3], " ".join(stories[3:9])]  # the last one is longer than a window
@@ -173,14 +173,14 @@ def harness(folder, tasks, batch_size):
 
 
 def answers(results, task):
-    """What the model answered to each request of a task: numbers, or texts."""
+    """Return the answers of the model to the requests of a task: numbers or texts."""
     samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
     answers = [answer for sample in samples for responses in sample["resps"] for answer in responses]
     return [answer[0] if isinstance(answer, tuple) else answer for answer in answers]
 
 
 def log_likelihood(model, tokenizer, context, text):
-    """Of a text behind a context, in nats, straight from the logits."""
+    """Return the log probability of a text behind a context, in nats, from the logits."""
     ids = tokenizer(context + text, return_tensors="pt").input_ids
     begin = len(tokenizer(context).input_ids)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def uneven_texts():
 
 
 def test_sft_trains_every_parameter_on_the_models_own_loss(folder, tokenizer, tmp_path):
-    """TRL computes the loss from hidden states itself: it has to know that the logits are scaled."""
+    """TRL computes the loss from hidden states, so it has to read the scale of the logits."""
     model = load(folder, **NO_DROPOUT)
     before = copy.deepcopy(model.state_dict())
     trainer = sft(model, tokenizer, tmp_path / "run", uneven_texts())
@@ -281,7 +281,7 @@ def test_sft_with_lora(folder, tokenizer, tmp_path):
     ids=["padding-free", "packed", "packed and padded"],
 )
 def test_sft_on_packed_documents_is_sft_on_each_alone(folder, tokenizer, tmp_path, options):
-    """TRL puts all documents of a batch in one row and says where each begins, whatever the model's attention is."""
+    """TRL puts all documents of a batch in one row and passes where each begins, under any attention."""
     texts = uneven_texts()
     packed, apart = (
         sft(load(folder, **NO_DROPOUT), tokenizer, tmp_path, texts, **options) for options in (options, {})
@@ -312,7 +312,7 @@ def test_sft_on_wrapped_documents_in_bfloat16(folder, tokenizer, tmp_path):
 
 
 def quantization_of(name):
-    """Weight-only in eight and four bits, and eight bits for activations too: what works on a CPU."""
+    """Cases are those that run on a CPU: eight and four bits for weights, and eight bits for activations too."""
     if name == "int8":
         return quantization.Int8WeightOnlyConfig()
     if name == "int4":
@@ -354,7 +354,7 @@ def test_quantized_model_loses_little(kind, folder, tokenizer, tmp_path, name, b
 
     full_loss, loss = loss_of(load(folder), tokenizer, texts), loss_of(model, tokenizer, texts)
     print(f"loss {loss:.4f} of {full_loss:.4f} in float32")
-    # Of 5.8 for a uniform guess: there is something to lose.
+    # A uniform guess has 5.8, so there is something to lose.
     assert full_loss < {"mosaic": 3, "memory model": 4.5}[kind.name]
     assert 0 < abs(loss - full_loss) < bound
 
@@ -386,9 +386,9 @@ def test_a_pipeline_classifies_a_batch_as_each_text(kind, exported):
     texts = ["Once upon a time", "One day, a little cat", "The"]
     for verdict, text in zip(classify(texts, batch_size=3), texts, strict=True):
         logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
-        found = {entry["label"]: entry["score"] for entry in verdict}
+        scores = {entry["label"]: entry["score"] for entry in verdict}
         expected = dict(zip(model.config.id2label.values(), logits.softmax(-1).tolist(), strict=True))
-        assert found == pytest.approx(expected, abs=1e-5)
+        assert scores == pytest.approx(expected, abs=1e-5)
 
 
 def plain(parameter):
@@ -420,7 +420,7 @@ def test_lora_on_a_quantized_base(kind, folder, tokenizer, name):
 
 
 def test_sft_with_lora_on_a_quantized_base(folder, tokenizer, tmp_path):
-    """Eight bits train; `Trainer` refuses four, which need a loop of one's own."""
+    """Eight bits train by `Trainer`, which refuses four bits: these train in a plain loop."""
     lora = LoraConfig(target_modules="all-linear")
     trainer = sft(load_quantized(folder, "int8"), tokenizer, tmp_path, uneven_texts(), lora)
     trainer.train()
@@ -433,7 +433,7 @@ def test_sft_with_lora_on_a_quantized_base(folder, tokenizer, tmp_path):
 
 
 class Server:
-    """`transformers serve FOLDER`, in a process group of its own, on a free port."""
+    """Run `transformers serve FOLDER` on a free port, in a process group of its own."""
 
     def __init__(self, folder, home, *options):
         with socket.socket() as probe:
@@ -476,7 +476,7 @@ class Server:
                     continue
 
     def request(self, path, **body):
-        """Sent without a proxy, whatever the environment says."""
+        """Send a request without a proxy, whatever the environment sets."""
         data = json.dumps(body).encode() if body else None
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -518,8 +518,8 @@ def test_serve_and_chat(kind, folder, tokenizer, tmp_path):
         body = {"model": str(folder), "prompt": prompt, "max_tokens": 12, "temperature": 0}
         assert json.loads(server.request("/v1/completions", **body))["choices"][0]["text"] == expected
 
-        # The terminal asks whether to go on, as the answer has reached its length; it speaks to this machine only, but
-        # does not at all where the Hub is switched off.
+        # The terminal asks whether to go on, because the answer has reached its length. It connects to this machine
+        # only, but refuses to start where the Hub is switched off.
         command = ["transformers.cli.transformers", "chat", str(folder), server.url + "/v1"]
         flags = ["max_new_tokens=12", "do_sample=False"]
         printed = run_clean(tmp_path, *command, *flags, input=f"{prompt}\nn\n!exit\n", offline=False, timeout=120)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users of other models reported, tried on every model of this project: see REPORTS.md beside this file."""
+"""Problems that users of other models reported, tried on every model of this project; see tests/REPORTS.md."""
 
 import copy
 import os
@@ -45,7 +45,7 @@ def make_memory(backbones="memory model", **config):
 
 
 def inputs_of(model, seed=0):
-    """One row that any of the models reads, as keyword arguments."""
+    """Return one row that the model reads, as keyword arguments."""
     if model.main_input_name == "observations":
         return {"observations": observe(model, 1, 11, seed=seed).to(model.dtype)}
     return {"input_ids": make_ids(1, 11, seed=seed)}
@@ -74,7 +74,7 @@ def generate(model, ids, **settings):
 
 
 def padded(rows, side):
-    """Ids and mask of rows of different length, with padding on one side."""
+    """Return ids and mask of rows of different length, with padding on one side."""
     longest = max(len(row) for row in rows)
     ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
     for index, row in enumerate(rows):
@@ -83,7 +83,7 @@ def padded(rows, side):
     return ids, mask
 
 
-# What was read
+# Memories
 
 
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
@@ -150,7 +150,7 @@ def test_finished_rows_leave_a_memory(kind):
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
 @for_kinds("mosaic", *BACKBONE_KINDS, "continuous")
 def test_a_gradient_flows_through_what_was_remembered(kind, mode):
-    """A text in pieces has the gradient of the text, in training too: the memory is there when it is asked for."""
+    """A text in pieces has the gradient of the whole text, in training too."""
     model = without_dropout(kind.make()).train(mode)
     name, read = next(iter(inputs_of(model).items()))
     read = torch.cat([read, inputs_of(model, seed=1)[name]])
@@ -212,7 +212,7 @@ def ragged_rows():
 
 
 def collate(rows):
-    """Batches of different length: Trainer pads what it gathers."""
+    """Batches differ in length, so that Trainer pads the predictions that it gathers."""
     ids, mask = padded([row["input_ids"] for row in rows], "right")
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
@@ -239,7 +239,7 @@ def test_trainer_predicts_for_each_row_what_the_model_does(kind, tmp_path):
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["whole", "LoRA"])
 def test_the_model_of_the_best_evaluation_is_loaded_at_the_end(adapted, tmp_path):
-    """Trainer's own way. Here the largest loss is the best one, so that it is not the last."""
+    """Here the largest loss counts as the best, so that the best model is not the last."""
     model = make_mosaic()
     if adapted:
         model = get_peft_model(model, LoraConfig(target_modules=PROJECTIONS))
@@ -279,7 +279,7 @@ def test_a_memory_survives_pickling(kind):
 
 @pytest.mark.slow
 def test_a_model_with_its_own_code_goes_to_a_new_process(tmp_path):
-    """A name with a dot, which is no name of a Python module, and a process that is started afresh."""
+    """The name of the folder has a dot, which no Python module may have, and the process is spawned."""
     make_mosaic().save_pretrained(tmp_path / "model-1.4")
     (tmp_path / "parent.py").write_text("""
 import multiprocessing, torch
@@ -313,7 +313,7 @@ def assert_loads(model, folder, loader):
 
 @all_models
 def test_a_compiled_model_is_saved_under_its_own_names(kind, tmp_path):
-    """As accelerate documents it: `save_pretrained(folder, state_dict=accelerator.get_state_dict(model))`."""
+    """Save as accelerate documents it: `save_pretrained(folder, state_dict=accelerator.get_state_dict(model))`."""
     model, loader = kind.make(), kind.auto
     compiled = torch.compile(model, backend="eager").state_dict()
     assert all(name.startswith("_orig_mod.") for name in compiled)
@@ -359,7 +359,7 @@ def test_a_precision_that_is_asked_for_is_given(kind, saved, tmp_path):
 
 
 def adapt(model, seed=0, **config):
-    """With adapters that are away from their start, in eval mode."""
+    """Return a model in eval mode, with adapters that are away from their start."""
     adapted = get_peft_model(model, LoraConfig(target_modules=PROJECTIONS, r=2, **config))
     return move_adapters(adapted, seed).eval()
 
@@ -396,7 +396,7 @@ def test_a_tied_table_trained_beside_adapters_merges_and_loads(kind, trained, tm
 
 @language_models
 def test_an_adapter_of_a_tied_table_is_warned_of(kind):
-    """PEFT merges it into the head as well, which the adapter did not change: it says so where it knows of the tie."""
+    """PEFT merges it into the head too, which the adapter did not change, and warns if it knows of the tie."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         get_peft_model(kind.make(), LoraConfig(target_modules=["embed_tokens"]))
@@ -448,7 +448,7 @@ def test_adapters_can_be_combined(kind):
 
 
 def test_each_row_may_have_an_adapter_of_its_own():
-    """In a mosaic. A memory model reads a row as many chunks, for which PEFT finds too few names."""
+    """A mosaic allows it. A memory model reads a row as many chunks, for which PEFT finds too few names."""
     adapted = get_peft_model(make_mosaic(), LoraConfig(target_modules=PROJECTIONS, r=2), adapter_name="one")
     adapted.add_adapter("two", LoraConfig(target_modules=PROJECTIONS, r=2))
     move_adapters(adapted).eval()
@@ -480,7 +480,7 @@ def test_a_resized_table_needs_no_place_in_an_adapter(kind, tmp_path):
     torch.testing.assert_close(answer(again, input_ids=ids), expected, rtol=0, atol=1e-6)
 
 
-# Several at once
+# Several users at once
 
 
 @language_models
@@ -528,7 +528,7 @@ def test_a_streamed_character_of_several_tokens_is_never_cut(tokenizer):
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
 
 
-# Elsewhere
+# Other tools
 
 
 def test_export_of_a_static_memory_is_refused():
@@ -602,7 +602,7 @@ def test_preferences_are_learnt_alike_padded_and_padding_free(tokenizer, tmp_pat
 
 @torch.no_grad()
 def chosen_log_probability(batch, row, folder):
-    """Of the completion in one row of TRL's batch, read alone and without padding."""
+    """Return the log probability of the completion in one row of TRL's batch, read alone and without padding."""
     is_token = batch["attention_mask"][row].bool()
     ids, is_completion = batch["input_ids"][row][is_token], batch["completion_mask"][row][is_token].bool()
     logits = answer(AutoModelForCausalLM.from_pretrained(folder), input_ids=ids[None])[0, :-1]

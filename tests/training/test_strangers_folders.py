@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of a stranger's is loaded without running what is in it, and whatever is wrong with it is a message."""
+"""A folder of unknown origin is loaded without running its code, and its faults are messages."""
 
 import json
 import pickle
@@ -32,7 +32,7 @@ class Harm:
 
 
 def code_of_its_own(name, **settings):
-    """A folder that asks for a module in it to be run."""
+    """Return a change that adds a module to a folder, and settings that ask to run it."""
 
     def change(folder):
         edit(folder, name, **settings)
