@@ -206,13 +206,13 @@ def publish(
         if verify_only and needless:
             raise ValueError(f"--verify-only publishes nothing: leave out {', '.join(needless)}")
         if verify_only:
-            publishing.verify_published(run, revision, what, tell=typer.echo)
+            publishing.verify_published(run, revision, what, log=typer.echo)
             return
         if revision is not None:
             raise ValueError(f"--revision is {revision!r}, which is for --verify-only: leave it out")
         if repo_id is None:
             raise ValueError("give --repo-id user/name: where on the Hub it goes")
-        publishing.publish(Path(run), repo_id, what, about, base, public, create_pr, dry_run, tell=typer.echo)
+        publishing.publish(Path(run), repo_id, what, about, base, public, create_pr, dry_run, log=typer.echo)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cards: what a published folder says of itself, from templates in `hub_cards/`.
+"""Cards: the README of a published folder, from templates in `hub_cards/`.
 
-A number in a card is looked up in the run's `result.json` or in `units.json`; what no run can know (licence, origin of
-the data, limits) stands in `hub_cards/about/NAME.yaml`, one file a recipe. A value that is missing is an error.
+Every number in a card comes from the run's `result.json` or from `units.json`. Facts that no run can know (licence,
+origin of the data, limits) stand in `hub_cards/about/NAME.yaml`, one file a recipe. A missing value is an error.
 """
 
 from pathlib import Path
@@ -19,22 +19,23 @@ from training.recipe import Section
 
 TEMPLATES = CLONE / "hub_cards"
 ABOUT = TEMPLATES / "about"
-# What a data set of stories says of its files.
+# The files that the card of a data set of stories tells the library to load.
 STORIES = [{"config_name": "default", "data_files": "stories.jsonl.gz"}]
+# On arXiv, by model type. Only models of these types are published.
 PAPERS = {"memory_mosaic": "2405.06394", "memory_model": "2602.13466"}
 
 
 class DataAbout(Section):
-    """Where the training text comes from."""
+    """The origin of the training text."""
 
     datasets: list[str] = Field(description="ids on the Hub; none for text that is not there")
-    sources: list[str] = Field(min_length=1, description="what is meant: names of sources, or sha256 of files")
+    sources: list[str] = Field(min_length=1, description="what is described: names of sources, or sha256 of files")
     license: str = Field(min_length=1)
     origin: str = Field(min_length=1, description="who wrote it, when, how; whole sentences")
 
 
 class About(Section):
-    """What a card says that no result knows."""
+    """The facts of a card that no result holds."""
 
     title: str = Field(min_length=1)
     license: str = Field(min_length=1)
@@ -45,14 +46,14 @@ class About(Section):
 
 
 def load_about(name: str, path: Path | None = None) -> About:
-    """What is to be said of the runs of a recipe.
+    """Read the facts about the runs of a recipe that no result holds.
 
     Args:
-        name: of the recipe.
-        path: of the YAML file; by default `hub_cards/about/NAME.yaml`.
+        name: name of the recipe.
+        path: the YAML file; by default `hub_cards/about/NAME.yaml`.
 
     Raises:
-        ValueError: there is no such file, or a field of it is missing, empty or unknown.
+        ValueError: there is no such file, or one of its fields is missing, empty or unknown.
     """
     path = path or ABOUT / f"{name}.yaml"
     fields = ", ".join(About.model_fields)
@@ -66,52 +67,21 @@ def load_about(name: str, path: Path | None = None) -> About:
 
 
 def check_data(about: About, result: dict[str, Any]) -> None:
-    """`ValueError` if a run has read other data than those that are described."""
+    """Raise `ValueError` if a run has read other data than those that are described."""
     for split in ("train", "validation"):
-        read = result["data"][split]
-        files = {} if read["kind"] in ("embedded", "hub") else read["files"]  # those have a name that means one thing
-        for name, known_as in (files or {split: read["name"].partition("@")[0]}).items():
-            if known_as not in about.data.sources:
+        source = result["data"][split]
+        # A local file may have any name, so its checksum identifies it. Other sources have names of their own.
+        files = {} if source["kind"] in ("embedded", "hub") else source["files"]
+        for name, identity in (files or {split: source["name"].partition("@")[0]}).items():
+            if identity not in about.data.sources:
                 raise ValueError(
-                    f"the run's {split} data are {known_as} ({name}), of which data.origin and data.license say "
+                    f"the run's {split} data are {identity} ({name}), of which data.origin and data.license say "
                     "nothing: describe them, with that among data.sources, and give the file as --about"
                 )
 
 
-def model_metadata(result: dict[str, Any], about: About, base: str | None = None, adapter: bool = False) -> str:
-    """The YAML that the Hub reads, by `huggingface_hub`'s own classes.
-
-    Args:
-        result: content of the run's `result.json`.
-        about: what no result knows.
-        base: id of the model that this one was fine-tuned from.
-        adapter: whether PEFT loads it, on top of the base.
-    """
-    kind = result["architecture"]["model_type"]
-    relation = {} if base is None else {"base_model_relation": "adapter" if adapter else "finetune"}
-    data = ModelCardData(
-        license=about.license,
-        language=about.language,
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=[
-            kind.replace("_", "-"),
-            "associative-memory",
-            f"arxiv:{PAPERS[kind]}",
-            "lora" if adapter else "custom_code",
-        ],
-        datasets=about.data.datasets or None,
-        base_model=base,
-        metrics=["perplexity"] if "validation_perplexity" in result["metrics"] else None,
-        model_name=about.title,
-        eval_results=_evaluations(result, about) or None,
-        **relation,
-    )
-    return data.to_yaml()
-
-
 def _evaluations(result: dict[str, Any], about: About) -> list[EvalResult]:
-    """The validation metrics of a result, in the Hub's model index, which knows data sets on the Hub only."""
+    """Return the validation metrics of a result for the Hub's model index, which knows only data sets on the Hub."""
     provenance = result["data"]["validation"]
     if not about.data.datasets:
         return []
@@ -131,8 +101,40 @@ def _evaluations(result: dict[str, Any], about: About) -> list[EvalResult]:
     ]
 
 
+def model_metadata(result: dict[str, Any], about: About, base: str | None = None, adapter: bool = False) -> str:
+    """Return the metadata of a model's card, the YAML that the Hub reads.
+
+    Args:
+        result: content of the run's `result.json`.
+        about: the facts that no result holds.
+        base: id of the model that this one was fine-tuned from.
+        adapter: whether it is an adapter that PEFT loads on top of the base.
+    """
+    model_type = result["architecture"]["model_type"]
+    relation: dict[str, Any] = {} if base is None else {"base_model_relation": "adapter" if adapter else "finetune"}
+    data = ModelCardData(
+        license=about.license,
+        language=about.language,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[
+            model_type.replace("_", "-"),
+            "associative-memory",
+            f"arxiv:{PAPERS[model_type]}",
+            "lora" if adapter else "custom_code",
+        ],
+        datasets=about.data.datasets or None,
+        base_model=base,
+        metrics=["perplexity"] if "validation_perplexity" in result["metrics"] else None,
+        model_name=about.title,
+        eval_results=_evaluations(result, about) or None,
+        **relation,
+    )
+    return data.to_yaml()
+
+
 def render(template: str, **values: Any) -> str:
-    """A card from its template in `hub_cards`; `ValueError` if it asks for a value that is not there."""
+    """Return a card rendered from a template in `hub_cards`; `ValueError` if the template uses a value not given."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -143,5 +145,5 @@ def render(template: str, **values: Any) -> str:
     environment.filters["thousands"] = "{:,}".format
     try:
         return environment.get_template(template).render(**values)
-    except (jinja2.UndefinedError, TypeError) as error:  # TypeError: a filter was given nothing
+    except (jinja2.UndefinedError, TypeError) as error:  # a filter that gets no value raises a TypeError
         raise ValueError(f"the card {template} lacks a value: {error}") from None

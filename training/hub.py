@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conversation with the Hub: a published folder appears on `main` in one commit, or not at all.
+"""The Hub: download, look up, create and commit, with every refusal in plain words and without the token.
 
-The payload (all but the card) goes first to a branch named after its checksums, or to a pull request. The card,
-pinning that commit, then goes to `main` together with the payload. Whatever stops in between leaves `main` as it was,
-and the same again goes on from there. Endpoint and token are those of `huggingface_hub` (`HF_ENDPOINT`, `HF_TOKEN`).
+Endpoint and token are those of `huggingface_hub` (`HF_ENDPOINT`, `HF_TOKEN`).
 """
 
 import contextlib
 import dataclasses
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,34 +27,23 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile, SpaceInfo
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.hf_api import RepoFile
 
-from training.bounded import read_object
-from training.files import write_text
 from training.secrecy import masked
-from training.text.sources import checksum
 
 
-CARD, RESULT, SUMS = "README.md", "result.json", "SHA256SUMS"
-# In a card that is not uploaded yet, where the pinned commit will stand.
-NO_COMMIT = "0" * 40
-# Settings of a recipe that change what is seen of a run, and no number.
-PRESENTATION = ("disable_tqdm", "logging_steps", "report_to")
-# Made by the Hub itself in every new repository.
-NOBODYS = (".gitattributes",)
 REPO_ID, COMMIT = re.compile(r"\w[\w.-]*/\w[\w.-]*"), re.compile("[0-9a-f]{40}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a folder goes.
+    """A repository to read or fill.
 
     Args:
         repo_id: `user/name`.
         repo_type: `model`, `dataset` or `space`.
-        public: whether everybody may see a repository that is created; one that exists has to be so already.
-        create_pr: propose it in a pull request instead of committing to `main`.
+        public: whether everybody may see a repository that is created; one that exists has to be public already.
+        create_pr: propose the folder in a pull request instead of committing to `main`.
     """
 
     repo_id: str
@@ -65,226 +51,170 @@ class Target:
     public: bool = False
     create_pr: bool = False
 
-
-def upload(folder: Path, target: Target, message: str, card: Callable[[str], str]) -> tuple[str, str]:
-    """Upload a staged folder; its card is written last, when the commit is known that it pins.
-
-    Args:
-        folder: everything but the card, `result.json` and `SHA256SUMS` among it.
-        target: the repository, which is created (private, unless `public`) if it does not exist.
-        message: title of the commit.
-        card: gives the text of the card that pins a commit of the payload.
-
-    Returns:
-        The address of the commit or pull request, and the pinned commit.
-
-    Raises:
-        ValueError: the repository holds something else, or the card's metadata are not valid.
-        OSError: the Hub refused or was not reached, in plain words and without the token.
-    """
-    api = HfApi()
-    with _told_plainly(target):
-        RepoCard(card(NO_COMMIT)).validate(target.repo_type)
-        head = _claim(api, folder, target)
-        payload = checksum(folder / SUMS)[:12]
-        message = f"{message} (payload {payload})"
-        way = _proposal(api, target, message) if target.create_pr else _branch(api, target, head, f"payload-{payload}")
-        first = _commit(api, folder, target, message, without=CARD, **way)
-        if target.create_pr and first.oid == head:
-            raise ValueError(f"{target.repo_id} holds this very payload already: there is nothing to propose")
-        write_text(folder / CARD, card(first.oid))
-        if not target.create_pr:
-            way = {"revision": "main", "parent_commit": head}
-        elif first.pr_revision is not None:
-            way = {"revision": first.pr_revision}  # else that of an earlier attempt, as before
-        last = _commit(api, folder, target, message, **way)
-        return first.pr_url or last.commit_url, first.oid
+    @property
+    def address(self) -> dict[str, Any]:
+        """The arguments by which `huggingface_hub` finds the repository."""
+        return {"repo_id": self.repo_id, "repo_type": self.repo_type}
 
 
-def _claim(api: HfApi, folder: Path, target: Target) -> str:
-    """The newest commit of `main`; the repository is created if need be, and refused if it is somebody else's."""
-    where = {"repo_id": target.repo_id, "repo_type": target.repo_type}
-    try:
-        found = api.repo_info(**where)
-    except RepositoryNotFoundError:
-        if target.create_pr:
-            raise ValueError(
-                f"{target.repo_id} does not exist, or is hidden: there is nothing to propose to"
-            ) from None
-        sdk = {"space_sdk": "gradio"} if target.repo_type == "space" else {}
-        api.create_repo(**where, private=not target.public, **sdk)
-        return api.repo_info(**where).sha
-    _refuse_another(folder, target, found)
-    if not target.create_pr and found.private == target.public:
-        is_now, remedy = ("private", "leave out --public") if found.private else ("public", "pass --public")
-        raise ValueError(f"{target.repo_id} is {is_now} already: {remedy}, or change that in its settings first")
-    return found.sha
+@dataclasses.dataclass(frozen=True)
+class Repository:
+    """What the Hub knows of a repository: the newest commit of `main`, its files, and who may see it."""
+
+    commit: str
+    files: frozenset[str]
+    private: bool
 
 
-def _refuse_another(folder: Path, target: Target, found: ModelInfo | DatasetInfo | SpaceInfo) -> None:
-    """`ValueError` if a repository holds anything but what the Hub has made, or an earlier version of the same run."""
-    remedy = "choose another --repo-id"
-    files = {file.rfilename for file in found.siblings or []} - {*NOBODYS}
-    where = {"repo_type": target.repo_type, "revision": found.sha}
-    if files <= {CARD}:
-        if not files or target.repo_type == "space":  # the Hub gives a new Space a card of its own
-            return
-        card = Path(hf_hub_download(target.repo_id, CARD, **where)).read_text(encoding="utf-8", errors="replace")
-        if not REGEX_YAML_BLOCK.sub("", card, count=1).strip():  # metadata alone, as the Hub writes them
-            return
-    if RESULT not in files:
-        shown = ", ".join(sorted(files)[:5])
-        raise ValueError(f"{target.repo_id} holds {len(files)} files ({shown}) but no {RESULT} of ours: {remedy}")
-    theirs, ours = (_identity(path) for path in (hf_hub_download(target.repo_id, RESULT, **where), folder / RESULT))
-    for name in ("recipe", "data", "base"):
-        if theirs.get(name) != ours[name]:
-            raise ValueError(f"{target.repo_id} holds a run of another {name}: {remedy}, or delete it there first")
-    for name in ("config.json", "adapter_config.json"):
-        if (name in files) != (folder / name).is_file():
-            which = "has" if name in files else "has no"
-            raise ValueError(f"{target.repo_id} {which} {name}, unlike what is to be published: {remedy}")
+def _plain(error: object) -> str:
+    return masked(str(error).strip().rstrip("."))
 
 
-def _identity(result: str | Path) -> dict[str, Any]:
-    """What two versions of one publication have in common: the recipe but for what it shows, and the data."""
-    try:
-        content = read_object(Path(result))
-        return {
-            "recipe": without_presentation(content["recipe"]),
-            "data": content.get("data"),
-            "base": content.get("base", {}).get("weights"),
-        }
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return {}  # no result of ours
-
-
-def without_presentation(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe less the settings that change what is seen of a run, and no number."""
-    training = {name: value for name, value in recipe.get("training", {}).items() if name not in PRESENTATION}
-    return recipe | {"training": training}
-
-
-def _branch(api: HfApi, target: Target, head: str, name: str) -> dict[str, Any]:
-    """Where the payload is committed first, so that a card can pin it: a branch of its own, away from `main`."""
-    api.create_branch(target.repo_id, repo_type=target.repo_type, branch=name, revision=head, exist_ok=True)
-    return {"revision": name}
-
-
-def _proposal(api: HfApi, target: Target, title: str) -> dict[str, Any]:
-    """The pull request that an interrupted upload of the same payload has left, or the wish for a new one."""
-    for proposal in api.get_repo_discussions(target.repo_id, repo_type=target.repo_type):
-        if proposal.is_pull_request and proposal.title == title and proposal.status in ("draft", "open"):
-            return {"revision": f"refs/pr/{proposal.num}"}
-    return {"revision": "main", "create_pr": True}
-
-
-def _commit(
-    api: HfApi, folder: Path, target: Target, message: str, revision: str, without: str = "", **options
-) -> CommitInfo:
-    """Make a revision hold what the folder holds; the present commit, if nothing has changed.
-
-    A file that the commit goes without stays as it is there.
-    """
-    where = {"repo_id": target.repo_id, "repo_type": target.repo_type, "revision": revision}
-    ours = [path for path in published_files(folder) if path != without]
-    gone = _published_before(api, where) - {*ours, without}  # what somebody has added since stays
-    operations = [CommitOperationAdd(path, folder / path) for path in ours]
-    operations += [CommitOperationDelete(path) for path in sorted(gone)]
-    return api.create_commit(**where, operations=operations, commit_message=message, **options)
-
-
-def _published_before(api: HfApi, where: dict[str, Any]) -> set[str]:
-    """The files at a revision that an earlier upload has put there."""
-    there = {entry.path for entry in api.list_repo_tree(**where, recursive=True) if isinstance(entry, RepoFile)}
-    if SUMS not in there:
-        return set()
-    return there & read_sums(Path(hf_hub_download(filename=SUMS, **where))).keys()
-
-
-def read_sums(path: Path) -> dict[str, str]:
-    """sha256 by file name, from a file in the form of `sha256sum`."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-
-
-def published_files(folder: Path) -> list[str]:
-    """The files of a folder, by their paths within it, in order; not those of git and of the Hub's own downloads.
-
-    Raises:
-        ValueError: there is a link, which would lead out of what is looked at, or something that is no file.
-    """
-    found = []
-    for place, folders, names in os.walk(folder):
-        inside = Path(place).relative_to(folder)
-        folders[:] = [name for name in folders if (inside / name).as_posix() not in (".git", ".cache")]
-        for name in (*folders, *names):
-            path = Path(place) / name
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise ValueError(f"{path} is a link or no file: what is published has none, remove it")
-        found += [(inside / name).as_posix() for name in names]
-    return sorted(found)
-
-
-def check_weights(repo_id: str, revision: str, weights: dict[str, str]) -> None:
-    """`ValueError` unless a model on the Hub has, at a commit, these weights (sha256 by file name)."""
-    with _told_plainly(Target(repo_id), upload=False):
-        found = HfApi().get_paths_info(repo_id, list(weights), revision=revision)
-    sums = {file.path: file.lfs.sha256 for file in found if isinstance(file, RepoFile) and file.lfs is not None}
-    if not weights or sums != weights:
-        raise ValueError(f"{repo_id} at {revision} has not the weights that this builds on: give the right --base")
-
-
-def download(repo_id: str, revision: str | None = None, repo_type: str = "model", into: Path | None = None) -> Path:
-    """A folder with all files of a repository at one commit.
-
-    Args:
-        repo_id: `user/name`.
-        revision: a commit, branch or tag; by default the newest of `main`.
-        repo_type: `model`, `dataset` or `space`.
-        into: where to put it, named by its commit; by default it is in the Hub's cache, which makes use of links.
-    """
-    where = {"repo_id": repo_id, "repo_type": repo_type}
-    with _told_plainly(Target(repo_id, repo_type), upload=False):
-        if into is None:
-            return Path(snapshot_download(**where, revision=revision))
-        commit = HfApi().repo_info(**where, revision=revision).sha
-        return Path(snapshot_download(**where, revision=commit, local_dir=into / commit))
+def _refusal(error: HfHubHTTPError, target: Target) -> str:
+    """Describe an HTTP error by its status, with its remedy."""
+    status = error.response.status_code
+    answer = _plain(error.server_message or error)
+    if status == 401:
+        return f"the Hub does not accept the token (401: {answer}): log in with `hf auth login`, or set HF_TOKEN."
+    # An error of the Hub names its address. The storage behind it refuses with 403 too, when a signed address expires.
+    if status == 403 and HfApi().endpoint not in str(error):
+        return f"the Hub's storage refuses the upload (403: {answer}), perhaps because it took too long."
+    if status == 429:
+        wait = error.response.headers.get("Retry-After")
+        return f"too many requests (429): wait {f'{wait} s' if wait else 'some minutes'}."
+    if status == 403:
+        return f"this token may not write to {target.repo_id} (403: {answer}): use one with write access."
+    if status == 404:
+        return f"{target.repo_id} is not there, or hidden from this token (404: {answer})."
+    if status == 412:
+        return f"{target.repo_id} has been changed in the meantime (412: {answer})."
+    return f"the Hub answered {status}: {answer}."
 
 
 @contextlib.contextmanager
-def _told_plainly(target: Target, upload: bool = True) -> Iterator[None]:
-    """What the Hub or the network refuses, as an `OSError` that says what to do and never shows the token."""
-    whole = " `main` is as it was, or whole: the same command again goes on." if upload else ""
+def plain_errors(target: Target, uploading: bool = True) -> Iterator[None]:
+    """Turn errors of the Hub and the network into an `OSError` that says what to do and never shows the token.
+
+    Args:
+        target: the repository, for the message.
+        uploading: add that `main` is intact and that the same command continues.
+    """
+    remedy = " `main` is as it was, or whole: the same command again goes on." if uploading else ""
     try:
         yield
     except LocalTokenNotFoundError:
         raise OSError("no token: log in with `hf auth login`, or set HF_TOKEN to a token that may write") from None
     except HfHubHTTPError as error:
-        raise OSError(f"{_refusal(error, target)}{whole}") from None
+        raise OSError(f"{_refusal(error, target)}{remedy}") from None
     except (httpx2.HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError) as error:
-        raise OSError(f"the connection to the Hub broke ({_plain(error)}).{whole}") from None
-    except RuntimeError as error:  # around what stopped the upload of a large file
-        raise OSError(f"the upload broke off ({_plain(error.__cause__ or error)}).{whole}") from None
+        raise OSError(f"the connection to the Hub broke ({_plain(error)}).{remedy}") from None
+    except RuntimeError as error:  # `huggingface_hub` wraps whatever stopped the upload of a large file
+        raise OSError(f"the upload broke off ({_plain(error.__cause__ or error)}).{remedy}") from None
 
 
-def _refusal(error: HfHubHTTPError, target: Target) -> str:
-    status = error.response.status_code
-    said = _plain(error.server_message or error)
-    if status == 401:
-        return f"the Hub does not accept the token (401: {said}): log in anew with `hf auth login`, or set HF_TOKEN."
-    if status == 403 and HfApi().endpoint not in str(error):  # it names the address
-        return f"the Hub's storage refuses the upload (403: {said}), perhaps because it took too long."
-    if status == 429:
-        wait = error.response.headers.get("Retry-After")
-        return f"too many requests (429): wait {f'{wait} s' if wait else 'some minutes'}."
-    if status == 403:
-        return f"this token may not write to {target.repo_id} (403: {said}): use one with write access."
-    if status == 404:
-        return f"{target.repo_id} is not there, or hidden from this token (404: {said})."
-    if status == 412:
-        return f"{target.repo_id} has been changed in the meantime (412: {said})."
-    return f"the Hub answered {status}: {said}."
+def download(repo_id: str, revision: str | None = None, repo_type: str = "model", into: Path | None = None) -> Path:
+    """Download all files of a repository at one commit and return their folder.
+
+    Args:
+        repo_id: `user/name`.
+        revision: a commit, branch or tag; by default the newest commit of `main`.
+        repo_type: `model`, `dataset` or `space`.
+        into: where to put the folder, named by its commit; by default it lies in the Hub's cache, made of links.
+
+    Raises:
+        OSError: the repository or revision is not there, or cannot be reached.
+    """
+    target = Target(repo_id, repo_type)
+    with plain_errors(target, uploading=False):
+        if into is None:
+            return Path(snapshot_download(**target.address, revision=revision))
+        commit = HfApi().repo_info(**target.address, revision=revision).sha or ""
+        return Path(snapshot_download(**target.address, revision=commit, local_dir=into / commit))
 
 
-def _plain(error: object) -> str:
-    return masked(str(error).strip().rstrip("."))
+def check_weights(repo_id: str, revision: str, weights: dict[str, str]) -> None:
+    """Raise `ValueError` unless a model on the Hub has, at a commit, these weights (sha256 by file name)."""
+    with plain_errors(Target(repo_id), uploading=False):
+        entries = HfApi().get_paths_info(repo_id, list(weights), revision=revision)
+    sums = {entry.path: entry.lfs.sha256 for entry in entries if isinstance(entry, RepoFile) and entry.lfs is not None}
+    if not weights or sums != weights:
+        raise ValueError(f"{repo_id} at {revision} has not the weights that this builds on: give the right --base")
+
+
+def check_metadata(card: str, repo_type: str) -> None:
+    """Raise `ValueError` if the Hub does not accept the metadata of a card."""
+    RepoCard(card).validate(repo_type)
+
+
+def find_repository(target: Target) -> Repository | None:
+    """Return what the Hub knows of a repository; None if it does not exist or is hidden."""
+    try:
+        info = HfApi().repo_info(**target.address)
+    except RepositoryNotFoundError:
+        return None
+    files = frozenset(file.rfilename for file in getattr(info, "siblings", None) or [])
+    return Repository(info.sha or "", files, bool(info.private))
+
+
+def create_repository(target: Target) -> str:
+    """Create a repository, private unless `public`, and return its first commit."""
+    sdk = "gradio" if target.repo_type == "space" else None
+    HfApi().create_repo(**target.address, private=not target.public, space_sdk=sdk)
+    return HfApi().repo_info(**target.address).sha or ""
+
+
+def list_files(target: Target, revision: str) -> set[str]:
+    """Return the paths of all files at a revision."""
+    entries = HfApi().list_repo_tree(**target.address, revision=revision, recursive=True)
+    return {entry.path for entry in entries if isinstance(entry, RepoFile)}
+
+
+def fetch_file(target: Target, name: str, revision: str) -> Path:
+    """Download one file at a revision into the Hub's cache."""
+    return Path(hf_hub_download(filename=name, **target.address, revision=revision))
+
+
+def create_branch(target: Target, name: str, commit: str) -> None:
+    """Create a branch at a commit; leave it as it is if it exists."""
+    HfApi().create_branch(**target.address, branch=name, revision=commit, exist_ok=True)
+
+
+def find_pull_request(target: Target, title: str) -> str | None:
+    """Return the revision of an open pull request with this title; None if there is none."""
+    for proposal in HfApi().get_repo_discussions(**target.address):
+        if proposal.is_pull_request and proposal.title == title and proposal.status in ("draft", "open"):
+            return f"refs/pr/{proposal.num}"
+    return None
+
+
+def commit(
+    target: Target,
+    revision: str,
+    files: dict[str, Path],
+    deleted: set[str],
+    message: str,
+    create_pr: bool = False,
+    parent_commit: str | None = None,
+) -> CommitInfo:
+    """Commit files to a revision; return the newest commit if nothing has changed.
+
+    Args:
+        target: the repository.
+        revision: a branch or a pull request.
+        files: local files by their paths in the repository.
+        deleted: paths to delete there.
+        message: title of the commit.
+        create_pr: open a pull request with the commit.
+        parent_commit: refuse the commit if this is not the newest one of the revision.
+    """
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    operations += [CommitOperationAdd(name, path) for name, path in files.items()]
+    operations += [CommitOperationDelete(name) for name in sorted(deleted)]
+    return HfApi().create_commit(
+        **target.address,
+        revision=revision,
+        operations=operations,
+        commit_message=message,
+        create_pr=create_pr,
+        parent_commit=parent_commit,
+    )

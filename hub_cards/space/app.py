@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page on which one sees the memory of a Memory Mosaic: `python hub_cards/space/app.py FOLDER_OR_REPO`.
+"""A page that shows the memory of a Memory Mosaic: `python hub_cards/space/app.py FOLDER_OR_REPO`.
 
-The model continues a text, and of every token one sees which memories it came from and what they recalled. In a Space
-the package `modeling_memory_mosaic` and the folder `model` lie beside this file: no code of a repository is run.
+The model continues a text. For every token the page shows which memories it came from and what they recalled. In a
+Space the package `modeling_memory_mosaic` and the folder `model` lie beside this file: no code of a repository is run.
 
 A text has T tokens, a model L layers of H contextual and H persistent memories. All are counted from 0.
 """
@@ -12,28 +12,30 @@ import dataclasses
 import html
 import math
 import os
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 
-# Read once, when Gradio is imported: the page asks nobody else for anything.
+# Gradio reads this when it is imported. Without it, the page would send usage data to another server.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # noqa: E402
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase  # noqa: E402
 
 from modeling_memory_mosaic import MemoryMosaicForCausalLM, MemoryMosaicTrace, trace_tokens  # noqa: E402
 
 
 KINDS = ("contextual", "persistent")
-# Weights are tokens x tokens for each of L x H memories, and a visitor waits for them.
+# A visitor waits for tokens x tokens weights of each of L x H memories.
 MOST_GIVEN_TOKENS = 128
 MOST_NEW_TOKENS = 100
-HOTTEST = 1.5
-# Of a beginning, what is read at all: tokenizing takes time and memory in proportion, and the end is all that counts.
+HIGHEST_TEMPERATURE = 1.5
+# A longer beginning is cut before it is tokenized, which takes time and memory in proportion. Only the end is read.
 MOST_CHARACTERS = 10_000
-# In bytes, of a whole request. Those of this page have a few kilobytes; nothing is uploaded.
+# In bytes. A request of this page has a few kilobytes: nothing is uploaded.
 LARGEST_REQUEST = 2**20
 MOST_WAITING = 32
 UNITS_OF_A_KIND = 4
@@ -50,7 +52,7 @@ EXAMPLES = [
     "Once upon a time, there was a little girl named Lily. One day, Lily",
 ]
 
-# Labels of tokens, which give them their colours. Gradio shows these at half strength, below black letters.
+# Each token has a label, and each label a colour. Gradio shows colours at half strength, below black letters.
 GIVEN, CHOSEN = "given", "chosen"
 PROBABILITIES = {"under 5%": 0.05, "5 to 25%": 0.25, "25 to 60%": 0.6, "over 60%": 1.01}
 WEIGHTS = {"1 to 5%": 0.05, "5 to 20%": 0.2, "20 to 50%": 0.5, "over 50%": 1.01}
@@ -60,14 +62,14 @@ OCHRES = dict(zip(WEIGHTS, ["#fdeed2", "#fcd391", "#f9ab3d", "#ee7410"], strict=
 
 @dataclasses.dataclass
 class Reading:
-    """A text that a model continued, and why it did so.
+    """A text that a model continued, with the reasons.
 
     Args:
-        tokens: T of them, as they are shown.
+        tokens: the T tokens as the page shows them.
         num_given: how many were given; the model wrote the others.
-        trace: of the text alone; `slot_weights` are left out, being many.
+        trace: trace of the text, without the many `slot_weights`.
         slots: the slots that each persistent memory read most at each token, and their weights, both `(L, H, T, 3)`.
-        words: tokens that a slot speaks for most, by layer, head and slot, of those that the page shows.
+        words: the tokens that a slot speaks for most, by layer, head and slot, for the slots that the page shows.
     """
 
     tokens: list[str]
@@ -79,9 +81,15 @@ class Reading:
 
 @dataclasses.dataclass
 class Unit:
-    """One memory of one kind, what it added to a token's logit, and what it recalled for that, strongest first.
+    """One memory and what it said about a token.
 
-    `recalled` are the tokens that completed the pairs, or the slots of a persistent memory, with their weights.
+    Args:
+        layer: of the memory.
+        kind: `contextual` or `persistent`.
+        head: of the memory.
+        contribution: what the memory added to the token's logit.
+        recalled: what it recalled for that, strongest first: places of the tokens that completed the pairs, or numbers
+            of slots, with their weights.
     """
 
     layer: int
@@ -91,23 +99,23 @@ class Unit:
     recalled: list[tuple[int, float]]
 
 
-def load(source: str):
-    """Model and tokenizer of a folder or of a repository on the Hub; the model in float32, ready to read.
+def load(source: str) -> tuple[MemoryMosaicForCausalLM, PreTrainedTokenizerBase]:
+    """Load model (in float32, evaluation mode) and tokenizer from a folder or from a repository on the Hub.
 
     Raises:
-        ValueError: if it holds anything but a Memory Mosaic that predicts tokens, and its tokenizer.
+        ValueError: it does not hold a Memory Mosaic that predicts tokens, with finite weights and its tokenizer.
     """
     remedy = "Pass a folder, or the name of a repository on the Hub, that holds a MemoryMosaicForCausalLM."
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         is_missing = Path(source).is_absolute() and not Path(source).exists()
-        found = "there is no such folder" if is_missing else str(error).splitlines()[0]
-        raise ValueError(f"{source}: no model was found there ({found}). {remedy}") from error
+        reason = "there is no such folder" if is_missing else str(error).splitlines()[0]
+        raise ValueError(f"{source}: no model was found there ({reason}). {remedy}") from error
     architectures = config.architectures or ["no architecture"]
     if config.model_type != "memory_mosaic" or "MemoryMosaicForCausalLM" not in architectures:
-        found = f"{', '.join(architectures)} of type {config.model_type}"
-        raise ValueError(f"{source}: {found} was found there, whose memories this page cannot show. {remedy}")
+        other = f"{', '.join(architectures)} of type {config.model_type}"
+        raise ValueError(f"{source}: {other} was found there, whose memories this page cannot show. {remedy}")
     model = MemoryMosaicForCausalLM.from_pretrained(source, dtype=torch.float32)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -120,40 +128,160 @@ def load(source: str):
     return model.eval(), tokenizer
 
 
-def write(model, tokenizer, beginning: str, num_tokens: int, temperature: float, seed: int) -> tuple[Reading, str]:
-    """Have the model continue a text, and trace each token of it.
+def tokenize_end(tokenizer: PreTrainedTokenizerBase, beginning: str) -> tuple[torch.Tensor, str]:
+    """Return the ids `(1, T)` of the last `MOST_GIVEN_TOKENS` tokens, and a notice if there were more."""
+    end = beginning[-MOST_CHARACTERS:]
+    ids = tokenizer(end, return_tensors="pt").input_ids
+    if ids.shape[1] <= MOST_GIVEN_TOKENS:
+        return ids, ""
+    if len(end) < len(beginning):  # how many tokens it has is not known
+        length, unit = f"{len(beginning):,} characters", "tokens"
+    else:
+        length, unit = f"{ids.shape[1]} tokens", "of them"
+    notice = f"The beginning has {length}; the model read the last {MOST_GIVEN_TOKENS} {unit}."
+    return ids[:, -MOST_GIVEN_TOKENS:], notice
+
+
+def generate(
+    model: MemoryMosaicForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+) -> torch.Tensor:
+    """Return the ids of a text and its continuation, `(1, T)`. The global random state stays as it is."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    settings = GenerationConfig(max_new_tokens=num_tokens, **sampling, **ends)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        except RuntimeError as error:  # torch cannot draw from probabilities that are not finite
+            raise ValueError(f"{NOT_FINITE} ({str(error).splitlines()[0]})") from error
+
+
+def check_settings(beginning: Any, num_tokens: Any, temperature: Any, seed: Any) -> None:
+    """Raise `ValueError` for settings out of bounds. A program is not held by the bounds of the page."""
+    if not isinstance(beginning, str) or not beginning[-MOST_CHARACTERS:].strip():
+        raise ValueError("The beginning is empty: write a few words for the model to continue.")
+    if None in (num_tokens, temperature, seed):
+        raise ValueError("A number is missing: give the number of new tokens, the temperature and the seed.")
+    for number in (num_tokens, temperature, seed):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ValueError("One of the settings is no number: give plain, finite numbers.")
+    is_possible = 1 <= num_tokens <= MOST_NEW_TOKENS and num_tokens == int(num_tokens)
+    if not (is_possible and 0 <= temperature <= HIGHEST_TEMPERATURE):
+        bounds = f"1 to {MOST_NEW_TOKENS} new tokens, at a temperature from 0 on, up to {HIGHEST_TEMPERATURE}"
+        raise ValueError(f"Ask for {bounds}.")
+    if not (0 <= seed < 2**31 and seed == int(seed)):
+        raise ValueError("The seed has to be a whole number from 0 on, below 2,147,483,648.")
+    try:
+        beginning[-MOST_CHARACTERS:].encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("The beginning has half a character, which no text can have.") from error
+
+
+def shown_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Return the text of each token. If several tokens make one character, the last of them shows it."""
+    tokens, begins = [], 0
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[begins:end]))
+        # A character has at most four bytes. Five tokens that make none are shown as they are.
+        is_open = text.endswith("\ufffd") and end < len(ids) and end - begins < 4
+        tokens.append("" if is_open else text)
+        begins = begins if is_open else end
+    return tokens
+
+
+@torch.no_grad()
+def words_of_slots(
+    model: MemoryMosaicForCausalLM, tokenizer: PreTrainedTokenizerBase, places: set[tuple[int, int, int]]
+) -> dict[tuple[int, int, int], list[str]]:
+    """Return the tokens that a slot speaks for: those with the largest logits if its value were all that was read.
+
+    It is a first look: what later layers make of the value is left out.
 
     Args:
-        beginning: not empty; of a longer one than `MOST_GIVEN_TOKENS` the end is read.
-        num_tokens: to write; fewer come if the text ends before.
-        temperature: 0 takes the likeliest token each time.
+        model: the model.
+        tokenizer: of the model.
+        places: layer, head and number of each slot.
+
+    Returns:
+        Tokens by slot, likeliest first.
+    """
+    words = {}
+    for layer in {layer for layer, _, _ in places}:
+        memory, in_layer = model.model.layers[layer].persistent_memory, [slot for slot in places if slot[0] == layer]
+        heads, slots = torch.tensor([place[1:] for place in in_layer]).T
+        # One row for each slot, its value at its head and zeros elsewhere; the last row is all zeros.
+        alone = torch.zeros(len(in_layer) + 1, *memory.slot_values.shape[::2])  # (n + 1, H, D)
+        alone[range(len(in_layer)), heads] = memory.slot_values[heads, slots]
+        output = memory.o_proj(alone.flatten(1))
+        output = output[:-1] - output[-1]  # the row of zeros gives the bias
+        logits = model.lm_head((output - output.mean(-1, keepdim=True)) * model.model.norm.weight)
+        ranking = logits.topk(min(3 * WORDS_OF_A_SLOT, logits.shape[1])).indices.tolist()
+        for place, best in zip(in_layer, ranking, strict=True):
+            tokens = [str(tokenizer.decode([token])) for token in best]
+            # A single byte of a longer character is no word to show.
+            words[place] = [token for token in tokens if "\ufffd" not in token][:WORDS_OF_A_SLOT]
+    return words
+
+
+def recalled_by(reading: Reading, position: int, layer: int, kind: str, head: int) -> list[tuple[int, float]]:
+    """Return the pairs or slots that a memory recalled most to predict the token at a position, and their weights."""
+    if kind == "persistent":
+        slots, weights = (numbers[layer, head, position - 1] for numbers in reading.slots)
+    else:
+        row = reading.trace.weights[layer, 0, head, position - 1]
+        weights, slots = row.topk(min(PAIRS_OF_A_UNIT, len(row)))
+    return [(slot, weight) for slot, weight in zip(slots.tolist(), weights.tolist(), strict=True) if weight >= 0.005]
+
+
+def strongest_units(reading: Reading, position: int) -> list[Unit]:
+    """Return the memories of each kind that said most about the token at a position, most in favour first."""
+    if position == 0:
+        return []
+    contribution = reading.trace.contribution[:, :, 0, :, position - 1]  # (L, 2, H)
+    units = []
+    for index, kind in enumerate(KINDS):
+        numbers = contribution[:, index]
+        for place in numbers.abs().flatten().topk(min(UNITS_OF_A_KIND, numbers.numel())).indices.tolist():
+            layer, head = divmod(place, numbers.shape[1])
+            recalled = recalled_by(reading, position, layer, kind, head)
+            units.append(Unit(layer, kind, head, numbers[layer, head].item(), recalled))
+    return sorted(units, key=lambda unit: -unit.contribution)
+
+
+def write(
+    model: MemoryMosaicForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    beginning: str,
+    num_tokens: float,
+    temperature: float,
+    seed: float,
+) -> tuple[Reading, str]:
+    """Let the model continue a text, and trace each token of it.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model.
+        beginning: not empty; only the last `MOST_GIVEN_TOKENS` tokens are read.
+        num_tokens: how many to write; the text may end earlier.
+        temperature: of the sampling; 0 takes the likeliest token each time.
         seed: of the sampling.
 
     Returns:
-        the reading, and what the reader ought to be told; "" if nothing.
+        The reading, and a notice for the visitor; "" if there is none.
 
     Raises:
-        ValueError: if the beginning is empty or no text, a number is missing, out of range or none, or what the model
-            computes is not finite.
+        ValueError: the beginning is empty or no text, a number is missing, out of range or not finite, or the model
+            computes numbers that are not finite.
     """
     check_settings(beginning, num_tokens, temperature, seed)
-    read = beginning[-MOST_CHARACTERS:]
-    ids = tokenizer(read, return_tensors="pt").input_ids
-    told = ""
-    if ids.shape[1] > MOST_GIVEN_TOKENS:
-        length = f"{len(beginning):,} characters" if len(read) < len(beginning) else f"{ids.shape[1]} tokens"
-        of_them = "tokens" if len(read) < len(beginning) else "of them"
-        told = f"The beginning has {length}; the model read the last {MOST_GIVEN_TOKENS} {of_them}."
-        ids = ids[:, -MOST_GIVEN_TOKENS:]
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    settings = GenerationConfig(max_new_tokens=int(num_tokens), **how, **ends)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seed))
-        try:
-            text = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-        except RuntimeError as error:  # of torch, where nothing can be drawn from what the model says
-            raise ValueError(f"{NOT_FINITE} ({str(error).splitlines()[0]})") from error
+    ids, notice = tokenize_end(tokenizer, beginning)
+    text = generate(model, tokenizer, ids, int(num_tokens), temperature, int(seed))
     trace = trace_tokens(model, text)
     if not (trace.logit[:, :-1].isfinite().all() and trace.contribution[..., :-1].isfinite().all()):
         raise ValueError(NOT_FINITE)
@@ -163,131 +291,50 @@ def write(model, tokenizer, beginning: str, num_tokens: int, temperature: float,
     units = [unit for position in range(len(text[0])) for unit in strongest_units(reading, position)]
     persistent = [unit for unit in units if unit.kind == "persistent"]
     places = {(unit.layer, unit.head, slot) for unit in persistent for slot, _ in unit.recalled}
-    return dataclasses.replace(reading, words=words_of_slots(model, tokenizer, places)), told
-
-
-def check_settings(beginning: str, num_tokens: float, temperature: float, seed: float) -> None:
-    """`ValueError` for what a visitor cannot ask for. The page's own bounds hold for its own visitors alone."""
-    if not isinstance(beginning, str) or not beginning[-MOST_CHARACTERS:].strip():
-        raise ValueError("The beginning is empty: write a few words for the model to continue.")
-    if None in (num_tokens, temperature, seed):
-        raise ValueError("A number is missing: give the number of new tokens, the temperature and the seed.")
-    for number in (num_tokens, temperature, seed):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ValueError("What is to be a number is none: give plain, finite numbers.")
-    if not (1 <= num_tokens <= MOST_NEW_TOKENS and num_tokens == int(num_tokens) and 0 <= temperature <= HOTTEST):
-        raise ValueError(
-            f"1 to {MOST_NEW_TOKENS} new tokens can be written, at a temperature from 0 on, up to {HOTTEST}."
-        )
-    if not (0 <= seed < 2**31 and seed == int(seed)):
-        raise ValueError("The seed has to be a whole number from 0 on, below 2,147,483,648.")
-    try:
-        beginning[-MOST_CHARACTERS:].encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("The beginning has half a character, which no text can have.") from error
-
-
-def shown_tokens(tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token. Of a character that several tokens make, the last one has it and the others nothing."""
-    tokens, begins = [], 0
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[begins:end])
-        # No character is longer than four bytes: what ends in more is no character, and shown as it is.
-        is_open = text.endswith("\ufffd") and end < len(ids) and end - begins < 4
-        tokens.append("" if is_open else text)
-        begins = begins if is_open else end
-    return tokens
-
-
-@torch.no_grad()
-def words_of_slots(model, tokenizer, places: set[tuple[int, int, int]]) -> dict[tuple[int, int, int], list[str]]:
-    """For learnt pairs, by layer, head and slot: the tokens that the head would hold likeliest if it saw nothing else.
-
-    A first look at what a slot is for. What later layers make of it is left out.
-    """
-    words = {}
-    for layer in {layer for layer, _, _ in places}:
-        memory, own = model.model.layers[layer].persistent_memory, [place for place in places if place[0] == layer]
-        heads, slots = torch.tensor([place[1:] for place in own]).T
-        alone = torch.zeros(len(own) + 1, *memory.slot_values.shape[::2])  # each slot's value, and nothing: (n, H, D)
-        alone[range(len(own)), heads] = memory.slot_values[heads, slots]
-        added = memory.o_proj(alone.flatten(1))
-        added = added[:-1] - added[-1]  # without the bias
-        logits = model.lm_head((added - added.mean(-1, keepdim=True)) * model.model.norm.weight)
-        ranking = logits.topk(min(3 * WORDS_OF_A_SLOT, logits.shape[1])).indices.tolist()
-        for place, best in zip(own, ranking, strict=True):
-            tokens = [tokenizer.decode([token]) for token in best]
-            # Single bytes of longer characters are no words to show.
-            words[place] = [token for token in tokens if "\ufffd" not in token][:WORDS_OF_A_SLOT]
-    return words
+    return dataclasses.replace(reading, words=words_of_slots(model, tokenizer, places)), notice
 
 
 def visible(token: str) -> str:
-    """A token with what could not be seen of it. Spaces beside letters can be, as every token is in a box."""
+    """Return a token with signs for characters that cannot be seen. Its box shows a space beside letters."""
     token = token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
     return token if token.strip() else token.replace(" ", "␣") or "∅"
 
 
 def label_of(number: float, upper_bounds: dict[str, float]) -> str:
-    """The first label whose bound lies above the number."""
+    """Return the first label whose bound lies above the number."""
     return next(label for label, bound in upper_bounds.items() if number < bound)
 
 
 def coloured_text(reading: Reading, position: int) -> list[tuple[str, str]]:
-    """Tokens, each labelled by the probability that the model gave it; the given and the chosen ones as such."""
+    """Return tokens and labels: the probability that the model gave the token, or that it was given or is chosen."""
     probabilities = reading.trace.log_probability[0].exp().tolist()
     labels = [GIVEN] * reading.num_given
     labels += [label_of(number, PROBABILITIES) for number in probabilities[reading.num_given - 1 : -1]]
     labels[position] = CHOSEN
-    # A line ends where the text has its own end of line.
+    # The sign of a line break does not break the line.
     shown = [visible(token) + "\n" * token.count("\n") for token in reading.tokens]
     return list(zip(shown, labels, strict=True))
 
 
-def strongest_units(reading: Reading, position: int) -> list[Unit]:
-    """Of each kind, the memories that said most about the token at a position; from most for it to most against it."""
-    if position == 0:
-        return []
-    said = reading.trace.contribution[:, :, 0, :, position - 1]  # (L, 2, H)
-    units = []
-    for index, kind in enumerate(KINDS):
-        numbers = said[:, index]
-        for place in numbers.abs().flatten().topk(min(UNITS_OF_A_KIND, numbers.numel())).indices.tolist():
-            layer, head = divmod(place, numbers.shape[1])
-            recalled = recalled_by(reading, position, layer, kind, head)
-            units.append(Unit(layer, kind, head, numbers[layer, head].item(), recalled))
-    return sorted(units, key=lambda unit: -unit.contribution)
-
-
-def recalled_by(reading: Reading, position: int, layer: int, kind: str, head: int) -> list[tuple[int, float]]:
-    """Which pairs or slots a memory recalled most to predict the token at a position, and their weights."""
-    if kind == "persistent":
-        slots, weights = (numbers[layer, head, position - 1] for numbers in reading.slots)
-    else:
-        row = reading.trace.weights[layer, 0, head, position - 1]
-        weights, slots = row.topk(min(PAIRS_OF_A_UNIT, len(row)))
-    return [(slot, weight) for slot, weight in zip(slots.tolist(), weights.tolist(), strict=True) if weight >= 0.005]
-
-
 def boxed(token: str) -> str:
-    """A token as HTML, in a box that shows its spaces."""
+    """Return a token as HTML, in a box that shows its spaces."""
     return f"<u>{html.escape(visible(token))}</u>"
 
 
 def pair_name(reading: Reading, place: int) -> str:
-    """The pair that a token completed, as HTML: its place, what came before, the token of its key and its own."""
+    """Return, as HTML, the pair that a token completed: its place, what came before, the tokens of key and value."""
     before = html.escape("".join(visible(token) for token in reading.tokens[max(0, place - 3) : place - 1]))
     return f"{place}: <s>{before}</s>{boxed(reading.tokens[place - 1])} → {boxed(reading.tokens[place])}"
 
 
 def slot_name(reading: Reading, layer: int, head: int, slot: int) -> str:
-    """A learnt pair, as HTML: its number and the tokens that it speaks for."""
+    """Return, as HTML, the number of a slot and the tokens that it speaks for."""
     words = reading.words.get((layer, head, slot), [])
     return f"slot {slot} → " + " ".join(map(boxed, words)) if words else f"slot {slot}"
 
 
 def names_of_recalled(reading: Reading, unit: Unit) -> list[str]:
-    """What a memory recalled, as HTML, with its weights."""
+    """Return, as HTML, what a memory recalled, with the weights."""
     names = []
     for place, weight in unit.recalled:
         contextual = unit.kind == "contextual"
@@ -296,8 +343,8 @@ def names_of_recalled(reading: Reading, unit: Unit) -> list[str]:
     return names
 
 
-def table_rows(reading: Reading, units: list[Unit]) -> list[list]:
-    """One row of the table for each memory."""
+def table_rows(reading: Reading, units: list[Unit]) -> list[list[Any]]:
+    """Return one row of the table for each memory."""
     rows = []
     for unit in units:
         names = names_of_recalled(reading, unit)
@@ -307,7 +354,7 @@ def table_rows(reading: Reading, units: list[Unit]) -> list[list]:
 
 
 def weighted_text(reading: Reading, position: int, layer: int, kind: str, head: int) -> list[tuple[str, str | None]]:
-    """The text before a position, each token labelled by the weight that a memory gave the pair it completed."""
+    """Return the tokens before a position, labelled by the weight that a memory gave the pair that they completed."""
     row = torch.zeros(position)
     if kind == "contextual":
         row = reading.trace.weights[layer, 0, head, position - 1, :position]
@@ -316,7 +363,7 @@ def weighted_text(reading: Reading, position: int, layer: int, kind: str, head: 
 
 
 def parts_of_logit(reading: Reading, position: int) -> dict[str, float]:
-    """What the logit of the token at a position is the sum of."""
+    """Return the parts that sum to the logit of the token at a position."""
     trace, place = reading.trace, position - 1
     contextual, persistent = trace.contribution[:, :, 0, :, place].sum(dim=(0, 2)).tolist()
     parts = {
@@ -328,29 +375,8 @@ def parts_of_logit(reading: Reading, position: int) -> dict[str, float]:
     return parts if biases == 0 else parts | {"biases": biases}
 
 
-def explanation(reading: Reading, position: int) -> str:
-    """Why a token came, as HTML: how likely it was, and bars of what its logit is the sum of."""
-    token = html.escape(visible(reading.tokens[position]))
-    if position == 0:
-        return f"<p>“{token}” is the first token. Nothing came before it, so nothing predicted it: choose another.</p>"
-    trace, place = reading.trace, position - 1
-    who = "was given" if position < reading.num_given else "was written"
-    parts = parts_of_logit(reading, position)
-    longest = max(map(abs, parts.values()))
-    share = trace.persistent_share[0, place].item()
-    return (
-        f'<p><b class="chosen">{token}</b> (token {position}) {who}; the model held it '
-        f"<b>{trace.log_probability[0, place].exp().item():.0%}</b> likely. Its logit, "
-        f"<b>{trace.logit[0, place].item():+.2f}</b> where the mean of all tokens is 0, is the sum of:</p>"
-        '<div class="why"><div class="parts">'
-        + "".join(bar(name, value, longest) for name, value in parts.items())
-        + f'</div><div class="share"><b>{share:.0%}</b> persistent share: of all that memories said, '
-        "for the token or against it, this much came from persistent ones</div></div>"
-    )
-
-
 def bar(name: str, value: float, longest: float) -> str:
-    """One bar, to the right if it speaks for the token, to the left if against it."""
+    """Return one bar as HTML, to the right if it speaks for the token, to the left if against it."""
     width = 50 * abs(value) / max(longest, 1e-9)
     left, side = (50, "for") if value >= 0 else (50 - width, "against")
     return (
@@ -360,145 +386,85 @@ def bar(name: str, value: float, longest: float) -> str:
     )
 
 
-def what_was_recalled(reading: Reading, position: int, layer: int, kind: str, head: int) -> str:
-    """A sentence, as HTML, on what the coloured text below it shows."""
+def explanation(reading: Reading, position: int) -> str:
+    """Return, as HTML, why a token came: its probability, and bars for the parts of its logit."""
+    token = html.escape(visible(reading.tokens[position]))
+    if position == 0:
+        return f"<p>“{token}” is the first token. Nothing came before it, so nothing predicted it: choose another.</p>"
+    trace, place = reading.trace, position - 1
+    origin = "was given" if position < reading.num_given else "was written"
+    parts = parts_of_logit(reading, position)
+    longest = max(map(abs, parts.values()))
+    share = trace.persistent_share[0, place].item()
+    return (
+        f'<p><b class="chosen">{token}</b> (token {position}) {origin}; the model held it '
+        f"<b>{trace.log_probability[0, place].exp().item():.0%}</b> likely. Its logit, "
+        f"<b>{trace.logit[0, place].item():+.2f}</b> where the mean of all tokens is 0, is the sum of:</p>"
+        '<div class="why"><div class="parts">'
+        + "".join(bar(name, value, longest) for name, value in parts.items())
+        + f'</div><div class="share"><b>{share:.0%}</b> persistent share: of all that memories said, '
+        "for the token or against it, this much came from persistent ones</div></div>"
+    )
+
+
+def recall_sentence(position: int, layer: int, kind: str, head: int) -> str:
+    """Return, as HTML, a sentence on what the coloured text below it shows."""
     name = f"<b>Layer {layer}, {kind} memory {head}</b>"
     if kind == "persistent":
         return f"<p>{name} recalled pairs that it learnt in training, and nothing of this text:</p>"
     if position == 1:
         return f"<p>{name} had nothing to recall: one token makes no pair.</p>"
     return (
-        f"<p>{name} recalled what came after whatever in the text was most like what had just been read. "
+        f"<p>{name} recalled what followed the places in the text that were most like what had just been read. "
         "The weights:</p>"
     )
 
 
-def show_unit(reading: Reading, position: int, layer: int, kind: str, head: int):
-    """What the components of one memory show: a sentence and the coloured text."""
-    place = reading, position, layer, kind, head
-    return what_was_recalled(*place), weighted_text(*place)
+def show_unit(reading: Reading, position: int, layer: int, kind: str, head: int) -> tuple[Any, ...]:
+    """Return the values of the views of one memory: a sentence and the coloured text."""
+    sentence = recall_sentence(position, layer, kind, head)
+    return sentence, weighted_text(reading, position, layer, kind, head)
 
 
-def show_token(reading: Reading, position: int):
-    """What all components below the text show of one token; of its memories, the contextual one that helped most."""
+def show_token(reading: Reading, position: int) -> tuple[Any, ...]:
+    """Return the values of all views of one token, with the contextual memory that said most in its favour."""
     units = strongest_units(reading, position)
-    shown = [coloured_text(reading, position), explanation(reading, position), table_rows(reading, units)]
+    views = [coloured_text(reading, position), explanation(reading, position), table_rows(reading, units)]
     if not units:
-        return *shown, "", []
+        return *views, "", []
     first = next(unit for unit in units if unit.kind == "contextual")
-    return *shown, *show_unit(reading, position, first.layer, first.kind, first.head)
+    return *views, *show_unit(reading, position, first.layer, first.kind, first.head)
 
 
-def make_page(model, tokenizer) -> gr.Blocks:
-    """The page; what a visitor's text is, only the visitor's own state holds."""
-    with gr.Blocks(title="The memory of a Memory Mosaic") as page:
-        reading, position = gr.State(time_to_live=KEPT_SECONDS), gr.State(0)
-        gr.HTML(HEADING, elem_id="heading")
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=1, min_width=280):
-                length = {"lines": 4, "max_lines": 4, "max_length": MOST_CHARACTERS}
-                beginning = gr.Textbox(EXAMPLES[0], label="Beginning", **length, elem_id="beginning")
-                num_tokens = gr.Slider(1, MOST_NEW_TOKENS, 40, step=1, label="New tokens")
-                temperature = gr.Slider(0, HOTTEST, 0.7, step=0.1, label="Temperature")
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-                button = gr.Button("Continue the text", variant="primary", elem_id="continue")
-                note = gr.HTML(elem_id="note")
-                gr.Examples(EXAMPLES, beginning, label="Beginnings to try")
-            with gr.Column(scale=3, min_width=600):
-                text = gr.HighlightedText(
-                    label="1. Choose a token. The bluer it is, the likelier the model held it.",
-                    color_map={GIVEN: "#dcdce0", **BLUES, CHOSEN: "#ff5fa2"},
-                    show_legend=True,
-                    elem_id="text",
-                )
-                why = gr.HTML(elem_id="why")
-                table = gr.Dataframe(
-                    headers=["said", "layer", "memory", "head", "recalled most", "then", "then"],
-                    label="2. Choose a memory. What the strongest said, + for the token and - against it, and "
-                    "recalled: pairs of the text, or learnt slots → words that these speak for.",
-                    datatype=["str", "number", "str", "number", "html", "html", "html"],
-                    column_widths=["7%", "6%", "10%", "6%", "24%", "24%", "23%"],
-                    interactive=False,
-                    buttons=[],
-                    elem_id="table",
-                )
-                recalled = gr.HTML(elem_id="recalled")
-                pairs = gr.HighlightedText(
-                    label="3. What it recalled of the text so far",
-                    color_map=OCHRES,
-                    show_legend=True,
-                    elem_id="pairs",
-                )
-        of_a_token = [text, why, table, recalled, pairs]
-
-        def continue_text(beginning, num_tokens, temperature, seed):
-            try:
-                found, told = write(model, tokenizer, beginning, num_tokens, temperature, seed)
-            except ValueError as error:
-                return gr.skip(), gr.skip(), f"<p>{html.escape(str(error))}</p>", *[gr.skip()] * len(of_a_token)
-            last = len(found.tokens) - 1
-            return found, last, told and f"<p>{html.escape(told)}</p>", *show_token(found, last)
-
-        def choose_token(found, event: gr.SelectData):
-            refuse_forgotten(found)
-            place = place_among(event.index, len(found.tokens))
-            return place, *show_token(found, place)
-
-        def choose_unit(found, chosen, event: gr.SelectData):
-            refuse_forgotten(found)
-            _, layer, kind, head, *_ = event.row_value  # not its number: visitors may sort the table
-            layers, _, heads, *_ = found.trace.weights.shape
-            unit = place_among(layer, layers), KINDS[kind == KINDS[1]], place_among(head, heads)
-            return show_unit(found, place_among(chosen, len(found.tokens)), *unit)
-
-        settings = [beginning, num_tokens, temperature, seed]
-        # The first visit shows an example at once. One text at a time: the model and its random numbers are shared.
-        asked = [page.load, button.click, beginning.submit]
-        gr.on(asked, continue_text, settings, [reading, position, note, *of_a_token], concurrency_limit=1)
-        text.select(choose_token, reading, [position, *of_a_token])
-        table.select(choose_unit, [reading, position], [recalled, pairs])
-    return page
-
-
-def refuse_forgotten(reading: Reading | None) -> None:
+def check_kept(reading: Reading | None) -> Reading:
+    """Return a visitor's reading; an error if it was dropped."""
     if reading is None:
         raise gr.Error(f"This text was forgotten after {KEPT_SECONDS // 60} minutes: continue it again.")
+    return reading
 
 
-def place_among(place, size: int) -> int:
-    """A place as a whole number below `size`; an error for what no page sends."""
+def place_among(place: Any, size: int) -> int:
+    """Return a place as a whole number below `size`; an error for values that no page sends."""
     if not str(place).isdecimal() or int(place) >= size:
         raise gr.Error("There is nothing at this place: choose a token or a memory of the page.")
     return int(place)
 
 
-class BoundedRequests:
-    """An ASGI application that refuses requests of more than `LARGEST_REQUEST` bytes, before they are held."""
+def choose_token(reading: Reading | None, event: gr.SelectData) -> tuple[Any, ...]:
+    """Return the position of the token that a visitor chose, and the values of its views."""
+    reading = check_kept(reading)
+    position = place_among(event.index, len(reading.tokens))
+    return position, *show_token(reading, position)
 
-    def __init__(self, app):
-        self.app = app
 
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        received = 0
-        stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if not stated.isdigit() or len(stated) > 9 or int(stated) > LARGEST_REQUEST:
-            return await self.refuse(send)
-
-        async def counted():
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            # Without a stated length, what is too long ends as if the visitor had gone.
-            return message if received <= LARGEST_REQUEST else {"type": "http.disconnect"}
-
-        return await self.app(scope, counted, send)
-
-    async def refuse(self, send):
-        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": f"over {LARGEST_REQUEST:,} bytes".encode()})
+def choose_unit(reading: Reading | None, position: int, event: gr.SelectData) -> tuple[Any, ...]:
+    """Return the values of the views of the memory that a visitor chose in the table."""
+    reading = check_kept(reading)
+    # The content of the row, and not its number: visitors may sort the table.
+    _, layer, kind, head, *_ = event.row_value
+    num_layers, _, num_heads, *_ = reading.trace.weights.shape
+    unit = place_among(layer, num_layers), KINDS[kind == KINDS[1]], place_among(head, num_heads)
+    return show_unit(reading, place_among(position, len(reading.tokens)), *unit)
 
 
 HEADING = """
@@ -508,7 +474,7 @@ what came after what in the text, <b>persistent</b> ones what was learnt in trai
 when things looked like now, and adds its word to the sum that predicts the next token.</p>
 """
 
-# Black letters on pale colours are not to be read on a dark page.
+# Black letters on pale colours cannot be read on a dark page.
 LIGHT = "() => document.body.classList.remove('dark')"
 
 CSS = """
@@ -546,21 +512,157 @@ CSS = """
 """
 
 
-def main():
-    parser = argparse.ArgumentParser(description="A page on which one sees the memory of a Memory Mosaic.")
+class Settings(NamedTuple):
+    """The components of the left column, where a visitor asks for a text."""
+
+    beginning: gr.Textbox
+    num_tokens: gr.Slider
+    temperature: gr.Slider
+    seed: gr.Number
+    button: gr.Button
+    notice: gr.HTML
+
+
+class Views(NamedTuple):
+    """The components of the right column, in the order of the values of `show_token`."""
+
+    text: gr.HighlightedText
+    why: gr.HTML
+    table: gr.Dataframe
+    recalled: gr.HTML
+    pairs: gr.HighlightedText
+
+
+def make_settings() -> Settings:
+    settings = Settings(
+        beginning=gr.Textbox(
+            EXAMPLES[0], label="Beginning", lines=4, max_lines=4, max_length=MOST_CHARACTERS, elem_id="beginning"
+        ),
+        num_tokens=gr.Slider(1, MOST_NEW_TOKENS, 40, step=1, label="New tokens"),
+        temperature=gr.Slider(0, HIGHEST_TEMPERATURE, 0.7, step=0.1, label="Temperature"),
+        seed=gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
+        button=gr.Button("Continue the text", variant="primary", elem_id="continue"),
+        notice=gr.HTML(elem_id="note"),
+    )
+    gr.Examples(EXAMPLES, settings.beginning, label="Beginnings to try")
+    return settings
+
+
+def make_views() -> Views:
+    return Views(
+        text=gr.HighlightedText(
+            label="1. Choose a token. The bluer it is, the likelier the model held it.",
+            color_map={GIVEN: "#dcdce0", **BLUES, CHOSEN: "#ff5fa2"},
+            show_legend=True,
+            elem_id="text",
+        ),
+        why=gr.HTML(elem_id="why"),
+        table=gr.Dataframe(
+            headers=["said", "layer", "memory", "head", "recalled most", "then", "then"],
+            label="2. Choose a memory. What the strongest said, + for the token and - against it, and "
+            "recalled: pairs of the text, or learnt slots → words that these speak for.",
+            datatype=["str", "number", "str", "number", "html", "html", "html"],
+            column_widths=["7%", "6%", "10%", "6%", "24%", "24%", "23%"],
+            interactive=False,
+            buttons=[],
+            elem_id="table",
+        ),
+        recalled=gr.HTML(elem_id="recalled"),
+        pairs=gr.HighlightedText(
+            label="3. What it recalled of the text so far", color_map=OCHRES, show_legend=True, elem_id="pairs"
+        ),
+    )
+
+
+def make_page(model: MemoryMosaicForCausalLM, tokenizer: PreTrainedTokenizerBase) -> gr.Blocks:
+    """Return the page. A visitor's text is held only in the state of that visitor."""
+    with gr.Blocks(title="The memory of a Memory Mosaic") as page:
+        reading, position = gr.State(time_to_live=KEPT_SECONDS), gr.State(0)
+        gr.HTML(HEADING, elem_id="heading")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1, min_width=280):
+                settings = make_settings()
+            with gr.Column(scale=3, min_width=600):
+                views = make_views()
+
+        def continue_text(beginning: str, num_tokens: float, temperature: float, seed: float) -> tuple[Any, ...]:
+            try:
+                written, notice = write(model, tokenizer, beginning, num_tokens, temperature, seed)
+            except ValueError as error:
+                return gr.skip(), gr.skip(), f"<p>{html.escape(str(error))}</p>", *[gr.skip()] * len(views)
+            last = len(written.tokens) - 1
+            return written, last, notice and f"<p>{html.escape(notice)}</p>", *show_token(written, last)
+
+        # The first visit shows an example at once. One text at a time: the model and its random numbers are shared.
+        gr.on(
+            [page.load, settings.button.click, settings.beginning.submit],
+            continue_text,
+            [settings.beginning, settings.num_tokens, settings.temperature, settings.seed],
+            [reading, position, settings.notice, *views],
+            concurrency_limit=1,
+        )
+        views.text.select(choose_token, reading, [position, *views])
+        views.table.select(choose_unit, [reading, position], [views.recalled, views.pairs])
+    return page
+
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class BoundedRequests:
+    """An ASGI application that refuses a request of more than `LARGEST_REQUEST` bytes before it takes up memory."""
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]):
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        received = 0
+        stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if not stated.isdigit() or len(stated) > 9 or int(stated) > LARGEST_REQUEST:
+            return await self.refuse(send)
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            # A request that states no length and is too long ends as if the visitor had left.
+            return message if received <= LARGEST_REQUEST else {"type": "http.disconnect"}
+
+        return await self.app(scope, counted, send)
+
+    async def refuse(self, send: Send) -> None:
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": f"over {LARGEST_REQUEST:,} bytes".encode()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Show a page on the memory of a Memory Mosaic.")
     beside = Path(__file__).with_name("model")
     parser.add_argument("source", nargs="?", default=str(beside), help="folder of a model, or repository on the Hub")
     try:
         page = make_page(*load(parser.parse_args().source))
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    # Gradio's own file of the half-bold letters holds few of them.
-    letters = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "sans-serif"]
+    # The file of half-bold letters that Gradio brings lacks many of them.
+    letters: list[gr.themes.Font | str] = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "sans-serif"]
     theme = gr.themes.Default(primary_hue="blue", font=letters)
-    look = {"theme": theme, "css": CSS, "js": LIGHT, "footer_links": []}
     page.queue(max_size=MOST_WAITING)
-    bounds = {"max_file_size": 1, "app_kwargs": {"middleware": [Middleware(BoundedRequests)]}}
-    page.launch(**look, **bounds, run_history=False, ssr_mode=False, state_session_capacity=100)
+    page.launch(
+        theme=theme,
+        css=CSS,
+        js=LIGHT,
+        footer_links=[],
+        max_file_size=1,
+        app_kwargs={"middleware": [Middleware(BoundedRequests)]},
+        run_history=False,
+        ssr_mode=False,
+        state_session_capacity=100,
+    )
 
 
 if __name__ == "__main__":

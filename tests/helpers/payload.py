@@ -10,12 +10,11 @@ PACKAGE = Path(__file__).resolve().parents[2] / "modeling_memory_mosaic"
 
 
 def code_of(name: str) -> tuple[str, ...]:
-    """Names of a model's file and of all files that it needs, as the library collects them."""
+    """Return the names of a model's file and of all files that it imports, as the library collects them."""
     path = PACKAGE / name
     return tuple(sorted({name} | {Path(needed).name for needed in get_relative_import_files(path)}))
 
 
 PAYLOAD = code_of("modeling_memory_mosaic.py")
-
-
+# Of a memory model, which imports the mosaic.
 WHOLE_PAYLOAD = code_of("modeling_memory_model.py")

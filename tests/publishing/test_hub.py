@@ -10,8 +10,9 @@ import pytest
 from helpers.hub_server import TOKEN, Hub, Refusal
 from huggingface_hub import constants
 
-from training.hub import CARD, Target, check_weights, download, published_files, upload
-from training.publishing.checks import write_sums
+from training.hub import Target, check_weights, download
+from training.publishing.folder import CARD, published_files, write_sums
+from training.publishing.upload import upload_folder
 
 
 # huggingface_hub 2.4 uploads large files by an argument that httpx2 deprecates.
@@ -59,7 +60,7 @@ def card(revision):
 
 def send(folder, repo_id="someone/stories", **options):
     write_sums(folder)
-    return upload(folder, Target(repo_id, **options), "Publish stories", card)
+    return upload_folder(folder, Target(repo_id, **options), "Publish stories", card)
 
 
 def published(hub, repo_id="someone/stories", kind="model"):
@@ -283,7 +284,9 @@ def test_nothing_is_proposed_to_what_is_not_there(hub, folder):
 
 def test_invalid_metadata_are_refused_before_anything_is_there(hub, folder):
     with pytest.raises(ValueError, match="license.* must be one of"):
-        upload(folder, Target("someone/stories"), "Publish", lambda revision: "---\nlicense: mine\n---\n# Mine\n")
+        upload_folder(
+            folder, Target("someone/stories"), "Publish", lambda revision: "---\nlicense: mine\n---\n# Mine\n"
+        )
     assert not hub.repositories
 
 

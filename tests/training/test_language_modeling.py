@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.payload import PACKAGE, PAYLOAD
 from helpers.runs import (
     SHORT,
     SMOKE,
@@ -23,7 +24,6 @@ from helpers.runs import (
     weights,
 )
 from transformers import AutoTokenizer, set_seed
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from training import loop
 from training.evaluate import evaluate_folder, load_model
@@ -354,19 +354,14 @@ def test_best_model_at_end_is_refused():
 # What a run leaves
 
 
-# Code of a model, as the library collects it.
-PACKAGE = CLONE / "modeling_memory_mosaic"
-PAYLOAD = [PACKAGE / "modeling_memory_mosaic.py"]
-PAYLOAD += map(Path, get_relative_import_files(PAYLOAD[0]))
-
-
 def test_export_of_a_run(tmp_path):
     """The whole life with its last check, and every way of using what it leaves."""
     recipe = short_recipe(tmp_path / "run", "generation.prompts=[Once,Once]", "generation.max_new_tokens=4")
     result = language_modeling.run(recipe)
     assert [sample["prompt"] for sample in result["samples"]] == ["Once", "Once"]
     assert all(sample["text"].startswith("Once") for sample in result["samples"])
-    payload = {path.name: path.read_bytes() for path in PAYLOAD}
+    payload = {name: (PACKAGE / name).read_bytes() for name in PAYLOAD}
+    assert not any(name.startswith(("naive_", "inspection_")) or "continuous" in name for name in payload)
     for folder in (recipe.folder / "model", recipe.folder / "checkpoint-20"):
         code = {path.name: path.read_bytes() for path in folder.glob("*.py")}
         assert code == payload

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""That a published folder works: tried in clean, offline processes, isolated from this clone.
+"""Trials of a published folder: it is loaded and used in clean, offline processes, isolated from this clone.
 
-Only what `training.publishing.checks` has found to be in order comes here: from here on, code of the folder is run.
+These functions run code of the folder. Only a folder that `training.publishing.checks` has found in order comes here.
 """
 
 import json
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from pydantic import ValidationError
@@ -25,16 +25,17 @@ from training.text.sources import EMBEDDED, load_stories, source_provenance
 from training.text.windows import pack_windows
 
 
-# By task, the measure that is computed again, and how far it may be from what was stated, in nats: other hardware sums
-# in another order.
+# By task, the loss that is measured again.
 LOSSES = {"language_modeling": "validation_loss", "fine_tuning": "validation_loss", "memory_model": "causal_loss"}
+# In nats: other hardware adds in another order.
 LOSS_TOLERANCE = 0.005
-# Of another's result.
+# What a result from elsewhere may ask for, so that it takes minutes at most.
 MOST_STORIES, MOST_CONTEXT = 10_000, 8192
+_BATCH_SIZE = 16
 
 
 def check_lint(folder: Path) -> str:
-    """`transformers-mlinter`, the linter of transformers' own models, finds nothing."""
+    """Check that `transformers-mlinter`, the linter of transformers' own models, finds nothing."""
     command = [sys.executable, "-m", "mlinter", "--no-cache", "--no-progress", str(folder.resolve())]
     process = subprocess.run(command, capture_output=True, text=True, cwd="/")
     if process.returncode != 0:
@@ -45,32 +46,48 @@ def check_lint(folder: Path) -> str:
 def check_loads(
     folder: Path, prompts: list[str], base: Path | None = None, model: PreTrainedModel | None = None
 ) -> str:
-    """A clean, offline process loads the folder and computes the very logits of a model here, bit for bit.
+    """Check that a clean, offline process loads the folder and computes the logits of a local model, bit for bit.
 
     Args:
-        folder: a model's, or an adapter's of PEFT.
-        prompts: are continued there.
-        base: of an adapter, the folder of the model that it goes on top of.
-        model: here; by default the folder, loaded with this clone's code.
+        folder: of a model, or of an adapter of PEFT.
+        prompts: texts that the process continues.
+        base: of an adapter, the folder of the model that it changes.
+        model: the local model; by default the folder, loaded with this clone's code.
+
+    Raises:
+        RuntimeError: the process fails, or its logits differ.
     """
     if model is None:
-        model = load_causal_lm(folder) if base is None else PeftModel.from_pretrained(load_causal_lm(base), folder)
+        model = load_causal_lm(base or folder)
+        model = model if base is None else cast(PreTrainedModel, PeftModel.from_pretrained(model, folder))
     adapter = None if base is None else folder
     verify_export(base or folder, prompts, max_new_tokens=16, model=model, adapter=adapter)
     return "loads in a clean offline process, with equal logits"
 
 
-def check_loss(result: dict[str, Any], load: Callable[[], tuple[Any, Any]], own: bool = True) -> str:
-    """Measure the loss that a result states again, if the data are at hand; returns a line that says what was done.
+def _measure_loss(name: str, model: Any, windows: Any) -> float:
+    if name != "causal_loss":
+        return mean_loss(model, windows, _BATCH_SIZE)
+    from training.tasks.memory_model import measure  # only here: it imports more libraries than other trials need
+
+    return measure(model, windows, _BATCH_SIZE)[name]
+
+
+def check_loss(result: dict[str, Any], load: Callable[[], tuple[Any, Any]], is_local: bool = True) -> str:
+    """Measure the loss that a result states again, if the data are at hand.
 
     Args:
         result: content of `result.json`.
-        load: gives the model and its tokenizer.
-        own: whether it is a run of this machine, whose files can be read where it read them. Of another's, stories of
-            the embedded writer alone are at hand, and no more of them than take some minutes.
+        load: returns the model and its tokenizer.
+        is_local: whether the run is of this machine, so that its data can be read where it read them. A result from
+            elsewhere may only ask for some stories of the embedded writer: it must not make this machine read a file,
+            or work for hours.
+
+    Returns:
+        A line that says what was measured, or why nothing was.
 
     Raises:
-        ValueError: the loss is another by more than `LOSS_TOLERANCE`, or none.
+        ValueError: the loss differs by more than `LOSS_TOLERANCE`, or is no number.
     """
     not_checked = "not checked: the loss that result.json states"
     try:
@@ -81,48 +98,23 @@ def check_loss(result: dict[str, Any], load: Callable[[], tuple[Any, Any]], own:
         is_small = (source.num_stories or 0) <= MOST_STORIES and 2 <= context_length <= MOST_CONTEXT
     except (KeyError, TypeError, ValidationError):
         return f"{not_checked}, as it states none on a text"
-    if not own and not (source.source == EMBEDDED and is_small):
+    if not is_local and not (source.source == EMBEDDED and is_small):
         return f"{not_checked}, as the data are not here"
     try:
-        if own and source_provenance(**source.model_dump()) != result["data"]["validation"]:
+        if is_local and source_provenance(**source.model_dump()) != result["data"]["validation"]:
             return f"{not_checked}, as the data have changed since"
         stories = load_stories(**source.model_dump())
     except (ValueError, OSError) as error:
         return f"{not_checked}, as the data are not at hand ({masked(error)})"
     model, tokenizer = load()
-    windows = pack_windows(stories, tokenizer, context_length)
-    if name == "causal_loss":
-        from training.tasks.memory_model import measure  # only here, for it takes libraries of its own
-
-        found = measure(model, windows, 16)[name]
-    else:
-        found = mean_loss(model, windows, 16)
-    if not isinstance(stated, float) or not abs(found - stated) <= LOSS_TOLERANCE:
-        raise ValueError(f"`{name}` in result.json is {stated!r}, but measured again it is {found:.4f}")
-    return f"ok: {name} measured again is {found:.4f}, stated {stated:.4f} (within {LOSS_TOLERANCE} nats)"
+    measured = _measure_loss(name, model, pack_windows(stories, tokenizer, context_length))
+    if not isinstance(stated, float) or not abs(measured - stated) <= LOSS_TOLERANCE:
+        raise ValueError(f"`{name}` in result.json is {stated!r}, but measured again it is {measured:.4f}")
+    return f"ok: {name} measured again is {measured:.4f}, stated {stated:.4f} (within {LOSS_TOLERANCE} nats)"
 
 
-def check_snippets(card: str, repositories: dict[tuple[str, str], Path]) -> str:
-    """Every Python block of a card runs, as it stands, in a clean offline process.
-
-    Args:
-        card: its text.
-        repositories: by id and pinned commit, the folders that a reader would have downloaded.
-    """
-    blocks = re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
-    each = "for n, block in enumerate(json.load(sys.stdin)): exec(compile(block, f'snippet {n}', 'exec'), {})"
-    process = run_isolated(
-        ["-c", f"import json, sys\n{each}"], json.dumps(blocks), lambda home: _put_into_cache(home, repositories)
-    )
-    if process.returncode != 0:
-        named = re.findall(r"snippet (\d+)", process.stderr)  # in the traceback, if there was time for one
-        failed = blocks[int(named[-1])] if named else f"one of {len(blocks)}, exit status {process.returncode}\n"
-        raise ValueError(f"this snippet of the card fails:\n\n{failed}\n{process.stderr.strip()}")
-    return f"{len(blocks)} snippets of the card run"
-
-
-def _put_into_cache(home: Path, repositories: dict[tuple[str, str], Path]) -> None:
-    """Lay folders out as `huggingface_hub` keeps what it has downloaded."""
+def _fill_hub_cache(home: Path, repositories: dict[tuple[str, str], Path]) -> None:
+    """Copy folders to where `huggingface_hub` keeps its downloads."""
     for (repo_id, commit), folder in repositories.items():
         repository = home / "hub" / f"models--{repo_id.replace('/', '--')}"
         (repository / "refs").mkdir(parents=True)
@@ -130,23 +122,46 @@ def _put_into_cache(home: Path, repositories: dict[tuple[str, str], Path]) -> No
         shutil.copytree(folder, repository / "snapshots" / commit)
 
 
-def check_stories(folder: Path, num_stories: int) -> str:
-    """A clean, offline process loads a data set by its card, with all its stories."""
+def check_snippets(card: str, repositories: dict[tuple[str, str], Path]) -> str:
+    """Check that every Python block of a card runs as it stands, in one clean offline process.
+
+    Args:
+        card: the text of the card.
+        repositories: by repository and pinned commit, the folders that a reader would have downloaded.
+    """
+    blocks = re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
+    run_each = "for n, block in enumerate(json.load(sys.stdin)): exec(compile(block, f'snippet {n}', 'exec'), {})"
+    process = run_isolated(
+        ["-c", f"import json, sys\n{run_each}"], json.dumps(blocks), lambda home: _fill_hub_cache(home, repositories)
+    )
+    if process.returncode != 0:
+        numbers = re.findall(r"snippet (\d+)", process.stderr)  # a killed process has printed no traceback
+        failed = blocks[int(numbers[-1])] if numbers else f"one of {len(blocks)}, exit status {process.returncode}\n"
+        raise ValueError(f"this snippet of the card fails:\n\n{failed}\n{process.stderr.strip()}")
+    return f"{len(blocks)} snippets of the card run"
+
+
+def check_stories(folder: Path, num_stories: int | None) -> str:
+    """Check that a clean, offline process loads a data set by its card, with all its stories.
+
+    Args:
+        folder: of the data set.
+        num_stories: the number that its result states.
+    """
+    # Counted first by our reader, which stops at a file that unpacks to too much. The library would unpack all of it.
+    counted = sum(1 for _ in load_stories(str(folder / "stories.jsonl.gz"), streaming=True))
     load = f"load_dataset({str(folder.resolve())!r}, split='train')"
-    # Within bounds, before a library unpacks all of it.
-    stories = sum(1 for _ in load_stories(str(folder / "stories.jsonl.gz"), streaming=True))
-    code = f"from datasets import load_dataset\nprint(len({load}['text']))"
-    process = run_isolated(["-c", code])
+    process = run_isolated(["-c", f"from datasets import load_dataset\nprint(len({load}['text']))"])
     if process.returncode != 0:
         raise ValueError(f"{folder} does not load as a data set:\n{process.stderr.strip()}")
-    found = int(process.stdout.split()[-1])
-    if found != num_stories or stories != found:
-        raise ValueError(f"{folder} loads with {found} stories, but its result says {num_stories}")
-    return f"loads in a clean offline process, with {found:,} stories"
+    loaded = int(process.stdout.split()[-1])
+    if loaded != num_stories or loaded != counted:
+        raise ValueError(f"{folder} loads with {loaded} stories, but its result says {num_stories}")
+    return f"loads in a clean offline process, with {loaded:,} stories"
 
 
 def check_space(folder: Path) -> str:
-    """A clean, offline process loads a Space's model through the code beside it, and traces a text."""
+    """Check that a clean, offline process loads a Space's model by the code in the Space, and continues a text."""
     code = f"import sys\nsys.path.insert(0, {str(folder.resolve())!r})\nimport app\n" + (
         f"app.write(*app.load({str(folder.resolve() / 'model')!r}), 'Once upon a time', 4, 0.0, 0)\n"
         "print(sys.modules['modeling_memory_mosaic'].__file__)"
@@ -154,6 +169,7 @@ def check_space(folder: Path) -> str:
     process = run_isolated(["-c", code])
     if process.returncode != 0:
         raise ValueError(f"{folder} does not run as a Space:\n{process.stderr.strip()}")
+    # An installed package would be found as well, and hide that the Space's own copy does not work.
     if not process.stdout.strip().endswith(str(folder.resolve() / "modeling_memory_mosaic" / "__init__.py")):
-        raise ValueError(f"{folder} runs other code than what lies in it: {process.stdout.strip()}")
+        raise ValueError(f"{folder} runs other code than its own: {process.stdout.strip()}")
     return "runs as a Space in a clean offline process, by the code in it"

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished runs, and a folder staged from one of them. A test that changes one takes a copy."""
+
+import shutil
+
+import pytest
+import yaml
+from helpers.publications import ABOUT_SMOKE, lora, smoke, stage
+
+from training.tasks import fine_tuning, language_modeling
+
+
+@pytest.fixture(scope="session")
+def about(tmp_path_factory):
+    path = tmp_path_factory.mktemp("about") / "smoke.yaml"
+    path.write_text(yaml.safe_dump(ABOUT_SMOKE), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    recipe = smoke(tmp_path_factory.mktemp("runs") / "smoke")
+    language_modeling.run(recipe)
+    return recipe.folder
+
+
+@pytest.fixture(scope="session")
+def adapted(run):
+    recipe = lora(run.with_name("lora"), run / "model")
+    fine_tuning.run(recipe)
+    return recipe.folder
+
+
+@pytest.fixture(scope="session")
+def staged(run, about, tmp_path_factory):
+    # Out of the run, where a test that publishes it would replace the folder.
+    return shutil.copytree(stage(run, "someone/smoke", about=about), tmp_path_factory.mktemp("staged") / "model")
+
+
+@pytest.fixture
+def copy(staged, tmp_path):
+    return shutil.copytree(staged, tmp_path / "copy")
