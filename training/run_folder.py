@@ -5,6 +5,7 @@ Every task goes through `run_once`.
 """
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers.utils.generic import flatten_dict
 
-from training.files import CHECKSUMS, read_json, remove_leftovers, write_json, write_text
+from training.files import CHECKSUMS, read_json, remove_leftovers, write_text
 from training.loop import set_aside_broken_checkpoints
 from training.recipe import BaseRecipe
 from training.result import read_result, write_result
@@ -135,7 +136,8 @@ def claim_folder(recipe: BaseRecipe, identity: dict[str, Any], state: PartialSta
         if not (recipe.folder / "result.json").is_file():
             (recipe.folder / CHECKSUMS).unlink(missing_ok=True)  # of what a run had finished whose result is gone
             set_aside_broken_checkpoints(recipe.folder)
-        write_json(recipe.folder / "run.json", identity)
+        # Not by `write_json`: a finished run that is started again keeps the bytes that older versions wrote.
+        write_text(recipe.folder / "run.json", json.dumps(identity, indent=1))
         write_text(recipe.folder / "recipe.yaml", recipe.to_yaml())
     state.wait_for_everyone()
 
