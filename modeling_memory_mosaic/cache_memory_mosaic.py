@@ -76,7 +76,7 @@ class ReadText:
     - `writer`: the weights that have read it.
     """
 
-    # Of the classes that inherit this one.
+    # Every class that inherits this one has it.
     get_seq_length: Callable[..., int]
 
     def forget_text(self) -> None:

@@ -185,7 +185,7 @@ def continue_from(inputs: torch.Tensor | None, settings: dict[str, Any], kwargs:
         return kwargs
     ids = check_new_ids(inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     check_num_rows(text.num_rows(), ids.shape[0])
-    # With a mask over past and new ids the caller has said that all ids are new.
+    # With a mask over past and new ids the caller declares that all ids are new.
     mask = kwargs.get("attention_mask")
     if mask is None or mask.shape[-1] != num_read + ids.shape[1]:
         kwargs = kwargs | {"attention_mask": whole_mask(text, ids, mask, settings)}

@@ -350,7 +350,7 @@ class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
 
 # trf-ignore: TRF057
 class MemoryMosaicPreTrainedModel(AdaptableModel, PreTrainedModel):
-    """What all Memory Mosaics share: how they are initialised and saved, and what the library may do with them."""
+    """Base class of all Memory Mosaics: initialisation, saving, and what the library may do with them."""
 
     config: MemoryMosaicConfig
     base_model_prefix = "model"

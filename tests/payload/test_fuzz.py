@@ -125,30 +125,30 @@ LENGTHS = st.integers(0, 4)
     mask_shape=st.none() | st.lists(LENGTHS, min_size=1, max_size=4),
     mask_values=st.sampled_from([(0, 1), (0, 1), (0, 2), (-1, 1)]),
     position_shape=st.none() | st.lists(LENGTHS, min_size=1, max_size=3),
-    num_seen=st.integers(0, 3),
+    past_length=st.integers(0, 3),
     packed=st.booleans(),
 )
 @torch.no_grad()
-def test_a_misfit_is_refused(ids_shape, mask_shape, mask_values, position_shape, num_seen, packed):
+def test_a_misfit_is_refused(ids_shape, mask_shape, mask_values, position_shape, past_length, packed):
     """Inputs of any shapes and values that fit get finite logits; all others get an error that says so."""
     model = cached_model()
     ids = make_ids(*ids_shape)
     cache = DynamicCache(config=model.config)
-    if num_seen:
-        model(make_ids(2, num_seen), past_key_values=cache)
-    inputs = {"input_ids": ids, "past_key_values": cache if num_seen else None}
+    if past_length:
+        model(make_ids(2, past_length), past_key_values=cache)
+    inputs = {"input_ids": ids, "past_key_values": cache if past_length else None}
     if mask_shape is not None:
         low, high = mask_values
         inputs["attention_mask"] = torch.randint(low, high + 1, mask_shape)
     if position_shape is not None:
         restart = 2 if packed else 100
-        inputs["position_ids"] = (num_seen + torch.arange(position_shape[-1])).expand(position_shape) % restart
+        inputs["position_ids"] = (past_length + torch.arange(position_shape[-1])).expand(position_shape) % restart
 
     batch_size, num_tokens = ids.shape if ids.ndim == 2 else (0, 0)
-    fits = ids.ndim == 2 and num_tokens > 0 and batch_size > 0 and (num_seen == 0 or batch_size == 2)
+    fits = ids.ndim == 2 and num_tokens > 0 and batch_size > 0 and (past_length == 0 or batch_size == 2)
     if fits and mask_shape is not None:
         mask = inputs["attention_mask"]
-        fits &= mask.shape == (batch_size, num_seen + num_tokens) and bool(((mask == 0) | (mask == 1)).all())
+        fits &= mask.shape == (batch_size, past_length + num_tokens) and bool(((mask == 0) | (mask == 1)).all())
     if fits and position_shape is not None:
         fits &= tuple(position_shape) in ((batch_size, num_tokens), (1, num_tokens))
     if not fits:
@@ -158,7 +158,7 @@ def test_a_misfit_is_refused(ids_shape, mask_shape, mask_values, position_shape,
     try:
         outputs = model(**inputs)
     except ValueError as refusal:
-        assert num_seen > 0 and packed and "which holds one text" in str(refusal)
+        assert past_length > 0 and packed and "which holds one text" in str(refusal)
         return
     assert outputs.logits.shape == (batch_size, num_tokens, model.config.vocab_size)
     assert torch.isfinite(outputs.logits).all()
