@@ -106,7 +106,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     lines: dict[str, Any] = {}
     for (heads, seed), folder in recipe.parts.items():
         finished = "finished" if (folder / PART).is_file() else "to be trained"
-        parameters = build_model(recipe, heads).num_parameters()
+        parameters = sum(parameter.numel() for parameter in build_model(recipe, heads).parameters())
         lines[f"{heads_in_words(heads)}, seed {seed}"] = f"{parameters} parameters, {finished}, {folder}"
     lines |= {"trainings": len(recipe.parts), "steps": recipe.steps, "predictions": len(context_lengths(recipe))}
     return lines | {"folder": str(recipe.folder), "hash": recipe.hash}
