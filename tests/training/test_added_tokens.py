@@ -165,7 +165,7 @@ def lora_on(base):
 
 def test_a_fine_tuning_reads_as_its_base(run, tmp_path):
     recipe = lora_on(run.folder / "model")
-    tokenizer = fine_tuning._tokenizer(recipe)
+    tokenizer = fine_tuning._base_tokenizer(recipe)
     export_model(fine_tuning.build_model(recipe, tokenizer).merge_and_unload(), tokenizer, tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")(TEXT).input_ids == PLAIN
 
@@ -175,7 +175,7 @@ def test_a_base_of_others_whose_tokenizer_adds_tokens_is_refused(kind, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(kind, tmp_path / "tokenizer"))
     export_model(make_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "base")
     with pytest.raises(ValueError, match=f"adds {' and '.join(ADDED[kind])} of each text by itself.*load_tokenizer"):
-        fine_tuning._tokenizer(lora_on(tmp_path / "base"))
+        fine_tuning._base_tokenizer(lora_on(tmp_path / "base"))
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
