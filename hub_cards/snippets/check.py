@@ -11,6 +11,6 @@ expected = """
 """
 listed = {name: digest for digest, name in map(str.split, expected.strip().splitlines())}
 folder = Path(snapshot_download(repo, revision=revision))
-found = {path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.*")}
-assert listed.items() <= found.items(), "files are missing, or are not those of this card"
-assert not [name for name in found if name.endswith(".py") and name not in listed], "there is more code than listed"
+present = {path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.*")}
+assert listed.items() <= present.items(), "files are missing, or are not those of this card"
+assert not [name for name in present if name.endswith(".py") and name not in listed], "there is more code than listed"

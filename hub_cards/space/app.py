@@ -81,7 +81,7 @@ class Reading:
 
 @dataclasses.dataclass
 class Unit:
-    """One memory and what it said about a token.
+    """One memory and its contribution to one token.
 
     Args:
         layer: of the memory.
@@ -240,7 +240,7 @@ def recalled_by(reading: Reading, position: int, layer: int, kind: str, head: in
 
 
 def strongest_units(reading: Reading, position: int) -> list[Unit]:
-    """Return the memories of each kind that said most about the token at a position, most in favour first."""
+    """Return the memories of each kind with the largest contributions to the token at a position, positive first."""
     if position == 0:
         return []
     contribution = reading.trace.contribution[:, :, 0, :, position - 1]  # (L, 2, H)
@@ -415,7 +415,7 @@ def recall_sentence(position: int, layer: int, kind: str, head: int) -> str:
     if position == 1:
         return f"<p>{name} had nothing to recall: one token makes no pair.</p>"
     return (
-        f"<p>{name} recalled what followed the places in the text that were most like what had just been read. "
+        f"<p>{name} recalled what came after whatever in the text was most like what had just been read. "
         "The weights:</p>"
     )
 
@@ -427,7 +427,7 @@ def show_unit(reading: Reading, position: int, layer: int, kind: str, head: int)
 
 
 def show_token(reading: Reading, position: int) -> tuple[Any, ...]:
-    """Return the values of all views of one token, with the contextual memory that said most in its favour."""
+    """Return the values of all views of one token, with the contextual memory that favours it most."""
     units = strongest_units(reading, position)
     views = [coloured_text(reading, position), explanation(reading, position), table_rows(reading, units)]
     if not units:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page as a browser shows it, for a picture and for tests.
+"""The page in a browser, for a picture and for tests.
 
     python hub_cards/space/screenshot.py runs/stories_tiny/mosaic-tiny-seed0/model screenshot.png --token 26
 
-Needs Chromium and its driver, and works without a network: the browser finds no machine but this one.
+It needs Chromium and its driver. It works without a network: the browser reaches no machine but this one.
 """
 
 import argparse
@@ -17,8 +17,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -33,10 +34,14 @@ SECONDS_TO_START = 60
 
 @contextlib.contextmanager
 def serve(*arguments: str | Path, app: Path = APP) -> Iterator[str]:
-    """Run the app with these arguments in a process of its own; its address, as long as the block lasts.
+    """Run the app in a process of its own while the block lasts, and yield its address.
+
+    Args:
+        arguments: of the app.
+        app: its file.
 
     Raises:
-        RuntimeError: if it ends or does not answer, with what it printed.
+        RuntimeError: the app ends or does not answer; the message has what it printed.
     """
     with socket.socket() as free, tempfile.TemporaryFile("w+") as printed:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +51,7 @@ def serve(*arguments: str | Path, app: Path = APP) -> Iterator[str]:
             "GRADIO_SERVER_NAME": "127.0.0.1",
             "GRADIO_SERVER_PORT": str(port),
             "HF_HUB_OFFLINE": "1",
-            # Behind the folder of the app, where a Space has its copy of the package.
+            # Python searches the folder of the app first: there a Space has its own copy of the package.
             "PYTHONPATH": str(APP.parents[2]),
         }
         command = [sys.executable, str(app), *map(str, arguments)]
@@ -64,7 +69,7 @@ def serve(*arguments: str | Path, app: Path = APP) -> Iterator[str]:
                 process.wait()
 
 
-def wait_until_it_answers(process: subprocess.Popen, address: str, printed) -> None:
+def wait_until_it_answers(process: subprocess.Popen[bytes], address: str, printed: IO[str]) -> None:
     deadline = time.monotonic() + SECONDS_TO_START
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -77,9 +82,9 @@ def wait_until_it_answers(process: subprocess.Popen, address: str, printed) -> N
 
 @contextlib.contextmanager
 def browse(address: str) -> Iterator[webdriver.Chrome]:
-    """A headless Chromium in which the page is open."""
+    """Open the page in a headless Chromium while the block lasts, and yield the driver."""
     options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
+    options.binary_location = BROWSER or ""
     for argument in (
         "--headless=new",
         "--no-sandbox",
@@ -90,7 +95,7 @@ def browse(address: str) -> Iterator[webdriver.Chrome]:
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    # The driver is named, so that selenium looks for none on the network.
+    # Without the path of a driver, selenium would look for one on the network.
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     try:
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", WINDOW)
@@ -100,28 +105,29 @@ def browse(address: str) -> Iterator[webdriver.Chrome]:
         driver.quit()
 
 
-def wait_for(driver: webdriver.Chrome, condition, seconds: float = 20):
-    """What `condition()` returns as soon as it is true."""
-    ignored = webdriver.remote.webdriver.WebDriverException  # the page may be drawn anew in between
+def wait_for(driver: webdriver.Chrome, condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """Wait until `condition()` is true, and return its value."""
+    ignored = webdriver.remote.webdriver.WebDriverException  # the page may be drawn again while it is read
     return WebDriverWait(driver, seconds, 0.1, ignored_exceptions=[ignored]).until(lambda _: condition())
 
 
-def find(driver: webdriver.Chrome, selector: str) -> list:
+def find(driver: webdriver.Chrome, selector: str) -> list[Any]:
+    """Return the elements of the page that a CSS selector matches."""
     return driver.find_elements(By.CSS_SELECTOR, selector)
 
 
 def requested(driver: webdriver.Chrome) -> set[str]:
-    """Addresses that the page has asked for since this was last called."""
+    """Return the addresses that the page has requested since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     sent = [message for message in messages if message["method"] == "Network.requestWillBeSent"]
     return {message["params"]["request"]["url"] for message in sent}
 
 
-def main():
-    parser = argparse.ArgumentParser(description="A picture of the page with the example that a visitor sees first.")
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Take a picture of the page with the example of the first visit.")
     parser.add_argument("folder", help="of a model")
     parser.add_argument("output", help="the PNG")
-    parser.add_argument("--token", type=int, default=-1, help="the one to choose; by default the last")
+    parser.add_argument("--token", type=int, default=-1, help="number of the token to choose; by default the last")
     arguments = parser.parse_args()
     if BROWSER is None or DRIVER is None:
         raise SystemExit("Chromium and its driver are needed: install `chromium` and `chromium-driver`.")

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hub on this machine: those endpoints that `huggingface_hub` uses to create, fill and read repositories.
+"""A Hub on this machine, with the endpoints that `huggingface_hub` uses to create, fill and read repositories.
 
-Large files come as LFS objects, whose checksums it verifies, or by way of Xet, whose chunks it takes without a look.
-
-Branches and commits are kept as the real one keeps them; a commit whose parent is not the newest is refused. It can be
-told to drop connections.
+Large files come as LFS objects, whose checksums it verifies, or by way of Xet, whose chunks it does not check.
+Branches and commits behave as on the real Hub: it refuses a commit whose parent is not the newest. It can drop
+connections and refuse requests.
 """
 
 import base64
@@ -27,14 +26,14 @@ LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cdla-sharing-1.0"}
 
 
 class Repository:
-    """Commits as mappings from path to content, and the revisions that name them."""
+    """The commits of a repository, as contents by path, and the revisions that name them."""
 
     def __init__(self, private: bool):
         self.private = private
         self.commits: dict[str, dict[str, bytes]] = {}
         self.refs: dict[str, str] = {}
         self.proposals: list[dict] = []
-        self.history: list[tuple[str, str]] = []  # which revision got which commit, in order
+        self.history: list[tuple[str, str]] = []  # revision and commit, in order
         self.commit("main", {".gitattributes": b""})
 
     def commit(self, revision: str, files: dict[str, bytes]) -> str:
@@ -55,13 +54,18 @@ class Repository:
 
 
 class Refusal(Exception):
+    """An answer with the status of an error."""
+
     def __init__(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None):
         self.status, self.message, self.headers = status, message, {"X-Error-Code": code, **(headers or {})}
 
 
 class Hub(ThreadingHTTPServer):
-    """`drop_before` and `drop_after` are asked of each request whether its connection breaks, undone or done; `refuse`
-    for what it is refused, if it is."""
+    """The server. Three functions decide on each request, given as method and path.
+
+    `drop_before` breaks the connection before the request is carried out, `drop_after` breaks it afterwards, and
+    `refuse` returns a refusal or None.
+    """
 
     daemon_threads = True
 
@@ -84,10 +88,12 @@ class Hub(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address):
-        pass  # whoever has broken off
+        pass  # a client that has broken off is no fault here
 
 
 class Handler(BaseHTTPRequestHandler):
+    """The endpoints; `ROUTES` has their methods and paths."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments):
@@ -108,10 +114,10 @@ class Handler(BaseHTTPRequestHandler):
             if isinstance(answer, tuple):
                 headers, answer = answer
         except Refusal as refusal:
-            # The real one does not echo tokens; some proxy might.
-            said = f"{refusal.message}, with {self.headers.get('Authorization')}"
-            status, answer = refusal.status, {"error": said, "errors": [{"message": refusal.message}]}
-            headers = {**refusal.headers, "X-Error-Message": said}
+            # The real Hub does not echo tokens. A proxy might.
+            message = f"{refusal.message}, with {self.headers.get('Authorization')}"
+            status, answer = refusal.status, {"error": message, "errors": [{"message": refusal.message}]}
+            headers = {**refusal.headers, "X-Error-Message": message}
         if self.server.drop_after(request):
             self.close_connection = True
             return

@@ -67,7 +67,7 @@ def test_units_of_a_padded_batch_are_those_of_the_texts(staged):
         assert low <= row["effective_pairs"] <= high
 
 
-def test_data_that_nobody_has_described_are_refused(run, tmp_path):
+def test_data_that_are_not_described_are_refused(run, tmp_path):
     fields = json.loads(json.dumps(ABOUT_SMOKE))
     fields["data"]["sources"] = ["roneneldan/TinyStories"]
     path = tmp_path / "about.yaml"
@@ -98,13 +98,13 @@ def test_an_empty_field_of_a_card_is_named(run, tmp_path, field, way):
         prepare(run, path)
 
 
-def test_a_recipe_that_nobody_has_described_is_refused(run):
+def test_a_recipe_without_a_description_is_refused(run):
     with pytest.raises(ValueError, match="write it in .*smoke.yaml"):
         prepare(run, None)
 
 
 @pytest.mark.parametrize("path", sorted(ABOUT.glob("*.yaml")), ids=lambda path: path.stem)
-def test_what_is_said_of_a_recipe_is_whole(path):
+def test_every_description_of_a_recipe_is_whole(path):
     load_about(path.stem)
     assert (CONFIGURATION / "recipe" / path.name).is_file()
 

@@ -3,6 +3,7 @@
 
 import contextlib
 import shutil
+import tarfile
 
 import pytest
 import torch
@@ -293,6 +294,14 @@ def test_what_has_changed_is_found(copy, harm, message):
     harm(copy)
     with pytest.raises(ValueError, match=message):
         publish.verify_published(str(copy))
+
+
+def test_a_folder_of_an_earlier_version_is_refused_by_its_code(tmp_path, request):
+    with tarfile.open(request.config.rootpath / "tests" / "golden" / "old_formats.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / "formats" / "finished" / "published" / "model"
+    with pytest.raises(ValueError, match="_memory_mosaic.py differs .* the version of this project that published it"):
+        publish.verify_published(str(folder))
 
 
 def test_a_folder_in_order_passes_every_check(staged):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conversation with the Hub, with one on this machine: one commit or none, whatever breaks, and no token told."""
+"""Uploads to a Hub on this machine: one commit or none, wherever the connection breaks, and no token in a message."""
 
 import hashlib
 import json
@@ -68,11 +68,11 @@ def published(hub, repo_id="someone/stories", kind="model"):
 
 
 def assert_whole(repository, pinned, revision="main"):
-    """All files are there, and the card pins a commit that has the same payload."""
+    """Check that all files are there, and that the card pins a commit with the same payload."""
     files, payload = dict(repository.files(revision)), dict(repository.files(pinned))
     assert files.keys() == {".gitattributes", "config.json", "model.safetensors", "result.json", "SHA256SUMS", CARD}
     assert files["model.safetensors"] == WEIGHTS and files.pop(CARD).decode() == card(pinned)
-    payload.pop(CARD, None)  # of the version before
+    payload.pop(CARD, None)  # it has the card of the version before
     assert payload == files
 
 
@@ -102,7 +102,7 @@ def test_an_upload_through_xet(hub, folder, monkeypatch):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_connection_may_break_at_any_request(hub, folder, tmp_path, moment):
-    """Wherever the network goes away, `main` is as it was or whole, and the same upload again completes it."""
+    """After any break, `main` is as it was or whole, and the same upload again completes it."""
     send(folder, "someone/counted")
     requests = len([request for request in hub.requests if "agent-harnesses" not in request])
     assert requests > 10
@@ -157,7 +157,7 @@ def test_a_change_in_the_meantime_is_not_overwritten(hub, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("token", ["hf_wrong", ""], ids=["wrong", "none"])
-def test_a_refused_token_is_told_without_the_token(hub, folder, monkeypatch, token):
+def test_a_refused_token_is_not_shown(hub, folder, monkeypatch, token):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(OSError, match="HF_TOKEN") as error:
         send(folder)
@@ -251,7 +251,7 @@ def test_a_pull_request_leaves_main_alone(hub, folder):
 
 
 @pytest.mark.parametrize("request_number", range(1, 12))
-def test_an_interrupted_pull_request_is_gone_on_with(hub, folder, request_number):
+def test_an_interrupted_pull_request_is_continued(hub, folder, request_number):
     send(folder)
     (folder / "config.json").write_text('{"use_cache": true}')
     seen = []
@@ -299,7 +299,7 @@ def test_invalid_metadata_are_refused_before_anything_is_there(hub, folder):
     ],
     ids=["too-many", "read-only", "broken"],
 )
-def test_a_refusal_is_told_plainly(hub, folder, status, at, message):
+def test_a_refusal_is_explained(hub, folder, status, at, message):
     refusal = Refusal(status, "no", headers={"Retry-After": "17"})
     hub.refuse = lambda request: refusal if request.startswith(at) else None
     with pytest.raises(OSError, match=message):

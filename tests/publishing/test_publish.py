@@ -84,7 +84,7 @@ def hub_repository(server, repo_id, folder, without=None):
     ],
     ids=["no-user", "not-a-name", "not-made", "no-base"],
 )
-def test_what_cannot_be_published_is_told_at_once(run, about, options, message):
+def test_what_cannot_be_published_is_refused_at_once(run, about, options, message):
     with pytest.raises(ValueError, match=message):
         prepare(run, about, **options)
 
@@ -104,7 +104,7 @@ def test_options_without_a_meaning_are_refused(run, options, message):
     assert process.exit_code == 1 and message in process.stderr
 
 
-def test_what_is_neither_a_folder_nor_a_repository_is_told():
+def test_what_is_neither_a_folder_nor_a_repository_is_refused():
     for name in ("runs/a/typo", "typo"):
         with pytest.raises(ValueError, match="neither a folder nor user/name"):
             publish.verify_published(name)
@@ -119,7 +119,7 @@ def test_an_unpublished_base_is_asked_for(adapted, about):
 
 def test_a_base_that_has_other_weights_is_refused(adapted, about, monkeypatch):
     def refuse(repo_id, revision, weights):
-        assert (repo_id, revision) == ("nobody/gpt2", COMMIT) and list(weights) == ["model.safetensors"]
+        assert (repo_id, revision) == ("someone/gpt2", COMMIT) and list(weights) == ["model.safetensors"]
         raise ValueError("other weights")
 
     key = "fine_tuning", "adapter"
@@ -128,7 +128,7 @@ def test_a_base_that_has_other_weights_is_refused(adapted, about, monkeypatch):
     monkeypatch.setattr(hub, "check_weights", refuse)  # `test_hub.py` tests it
     monkeypatch.setattr(upload, "upload_folder", lambda *arguments: pytest.fail("it was uploaded"))
     with pytest.raises(ValueError, match="^other weights$"):
-        publish.publish(adapted, "someone/lora", "adapter", about, f"nobody/gpt2@{COMMIT}", log=lambda line: None)
+        publish.publish(adapted, "someone/lora", "adapter", about, f"someone/gpt2@{COMMIT}", log=lambda line: None)
 
 
 def test_another_base_than_the_one_adapted_is_refused(adapted, run, about):

@@ -30,7 +30,7 @@ BEGINNING = "Once upon a time there was a cat. One day"
 
 
 def make_parts():
-    """A model and its tokenizer, which knows no character of more than one byte."""
+    """Return a model and a tokenizer that knows no character of more than one byte."""
     tokenizer = train_tokenizer(STORIES, vocab_size=300)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return make_model(vocab_size=len(tokenizer), num_persistent_slots=7, **ids), tokenizer
@@ -48,7 +48,7 @@ def reading(parts):
 
 @pytest.fixture(scope="module")
 def folder(parts, tmp_path_factory):
-    """Of the Space as it is uploaded: the package and the model beside the app."""
+    """The folder of a Space as it is uploaded: the package and the model beside the app."""
     folder = tmp_path_factory.mktemp("space")
     shutil.copy(APP, folder)
     shutil.copytree(CLONE / "modeling_memory_mosaic", folder / "modeling_memory_mosaic")
@@ -64,7 +64,7 @@ def test_a_text_begins_with_what_was_given(parts, reading):
 
 
 def test_a_character_of_several_tokens_is_shown_whole(parts):
-    """By its last token; the tokenizer knows single bytes of it only."""
+    """Its last token shows it, although the tokenizer knows only its bytes."""
     _, tokenizer = parts
     text = "a 🤗, é and 日本"
     tokens = app.shown_tokens(tokenizer, tokenizer(text).input_ids)
@@ -97,7 +97,7 @@ def test_greedy_tokens_are_the_likeliest(parts):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ((" \n", 5, 1.0, 0), "The beginning is empty"),
         ((BEGINNING, None, 1.0, 0), "A number is missing"),
@@ -122,18 +122,18 @@ def test_greedy_tokens_are_the_likeliest(parts):
         (("a \ud800 b", 5, 1.0, 0), "half a character"),
     ],
 )
-def test_what_cannot_be_written_is_told(parts, settings, told):
-    with pytest.raises(ValueError, match=told):
+def test_settings_out_of_bounds_are_refused(parts, settings, message):
+    with pytest.raises(ValueError, match=message):
         app.write(*parts, *settings)
 
 
-def test_of_a_long_beginning_the_end_is_read_and_that_is_told(parts):
+def test_only_the_end_of_a_long_beginning_is_read_with_a_notice(parts):
     model, tokenizer = parts
     text = "a cat. " * 200
     num_tokens = len(tokenizer(text).input_ids)
-    reading, told = app.write(model, tokenizer, text, 2, 0, 0)
+    reading, notice = app.write(model, tokenizer, text, 2, 0, 0)
     assert reading.num_given == app.MOST_GIVEN_TOKENS and "".join(reading.tokens[:128]) in text
-    assert told == f"The beginning has {num_tokens} tokens; the model read the last {app.MOST_GIVEN_TOKENS} of them."
+    assert notice == f"The beginning has {num_tokens} tokens; the model read the last {app.MOST_GIVEN_TOKENS} of them."
     assert app.write(model, tokenizer, BEGINNING, 2, 0, 0)[1] == ""
 
 
@@ -147,16 +147,16 @@ def test_a_text_is_cut_before_it_is_tokenized(parts):
 
     counting.decode, counting.pad_token_id = tokenizer.decode, tokenizer.pad_token_id
     text = "a cat. " * 500_000
-    reading, told = app.write(model, counting, text, 2, 0, 0)
+    reading, notice = app.write(model, counting, text, 2, 0, 0)
     assert lengths == [app.MOST_CHARACTERS]
-    assert told == "The beginning has 3,500,000 characters; the model read the last 128 tokens."
+    assert notice == "The beginning has 3,500,000 characters; the model read the last 128 tokens."
     assert reading.tokens == app.write(model, tokenizer, text[-9_000:], 2, 0, 0)[0].tokens
 
 
 @pytest.mark.parametrize("number", [NAN, float("inf")])
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
-def test_numbers_that_are_not_finite_are_told(number, temperature, name):
+def test_numbers_that_are_not_finite_are_refused(number, temperature, name):
     model, tokenizer = make_parts()
     with torch.no_grad():
         model.get_parameter(name)[..., 3] = number
@@ -203,16 +203,16 @@ def test_biases_are_a_part_where_there_are_some():
 
 
 def test_the_table_has_the_strongest_of_each_kind_with_what_they_recalled(reading):
-    position, said = len(reading.tokens) - 1, reading.trace.contribution[:, :, 0, :, -2]
+    position, contribution = len(reading.tokens) - 1, reading.trace.contribution[:, :, 0, :, -2]
     units = app.strongest_units(reading, position)
     assert [unit.contribution for unit in units] == sorted((unit.contribution for unit in units), reverse=True)
     for index, kind in enumerate(app.KINDS):
-        own = [unit for unit in units if unit.kind == kind]
-        strongest = said[:, index].abs().flatten().sort(descending=True).values[: app.UNITS_OF_A_KIND]
-        assert sorted((abs(unit.contribution) for unit in own), reverse=True) == strongest.tolist()
+        same_kind = [unit for unit in units if unit.kind == kind]
+        strongest = contribution[:, index].abs().flatten().sort(descending=True).values[: app.UNITS_OF_A_KIND]
+        assert sorted((abs(unit.contribution) for unit in same_kind), reverse=True) == strongest.tolist()
     for unit, row in zip(units, app.table_rows(reading, units), strict=True):
         assert row[:4] == [f"{unit.contribution:+.2f}", unit.layer, unit.kind, unit.head]
-        assert unit.contribution == said[unit.layer, app.KINDS.index(unit.kind), unit.head].item()
+        assert unit.contribution == contribution[unit.layer, app.KINDS.index(unit.kind), unit.head].item()
         for (place, weight), shown in zip(unit.recalled, row[4:], strict=False):
             assert f"<b>{weight:.0%}</b>" in shown
             if unit.kind == "contextual":
@@ -283,7 +283,7 @@ def save_other(kind, folder):
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         ("no folder", r"no model was found there \(there is no such folder\)\. Pass a folder"),
         ("nothing", "no model was found there .* Pass a folder"),
@@ -292,9 +292,9 @@ def save_other(kind, folder):
         ("model without a tokenizer", "has no tokenizer beside it"),
     ],
 )
-def test_what_is_no_memory_mosaic_is_refused(tmp_path, kind, told):
+def test_what_is_no_memory_mosaic_is_refused(tmp_path, kind, message):
     save_other(kind, tmp_path)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         app.load(str(tmp_path))
 
 
@@ -327,23 +327,23 @@ def test_the_space_asks_for_the_versions_of_the_project():
 
 @pytest.fixture(scope="module")
 def served(folder):
-    """Address of the page, for as long as tests look at it."""
+    """The address of the page."""
     with serve(app=folder / "app.py") as address:
         yield address
 
 
 @pytest.fixture
 def address(served):
-    """Likewise, for a browser."""
+    """The address, if a browser can open it."""
     if BROWSER is None or DRIVER is None:
         pytest.skip("chromium and chromedriver are not installed")
     return served
 
 
-def test_a_program_is_told_what_a_visitor_is_told(served):
-    """The bounds of text boxes and sliders hold in a browser alone."""
+def test_a_program_gets_the_messages_that_a_visitor_gets(served):
+    """Text boxes and sliders have bounds in a browser only."""
     client = gradio_client.Client(served, verbose=False, analytics_enabled=False)
-    for values, told in (
+    for values, message in (
         (("a" * 500_000, 2, 0, 0), "The beginning has 500,000 characters"),
         ((BEGINNING, 1e9, 0, 0), "1 to 100 new tokens|greater than maximum value 100"),
         ((BEGINNING, 2, 0, -1), "The seed has to be a whole number|less than minimum value 0"),
@@ -352,7 +352,7 @@ def test_a_program_is_told_what_a_visitor_is_told(served):
             answer = str(client.predict(*values, api_name="/continue_text"))
         except Exception as error:
             answer = str(error)
-        assert re.search(told, answer), answer
+        assert re.search(message, answer), answer
 
 
 def test_requests_and_uploads_are_bounded(served):
@@ -369,7 +369,7 @@ def test_requests_and_uploads_are_bounded(served):
 
 
 class Visitor:
-    """What one does and sees in a browser."""
+    """The actions of a visitor in a browser, and what the page then shows."""
 
     def __init__(self, browser):
         self.browser = browser
@@ -392,7 +392,7 @@ class Visitor:
         return self.texts("#text .token")
 
     def colours(self):
-        """Of the text that a memory read, once they have stopped to change."""
+        """Return the colours of the text that a memory read, once they have stopped changing."""
         seen = [None]
         self.wait_for(lambda: seen.append(self.colours_now()) or seen[-1] and seen[-1] == seen[-2])
         return seen[-1]
@@ -403,13 +403,13 @@ class Visitor:
 
 @pytest.fixture
 def visitor(address):
-    """One whose page shows the example that every visitor meets."""
+    """A visitor whose page shows the first example."""
     with browse(address) as browser:
         visitor = Visitor(browser)
         visitor.wait_for(visitor.colours_now)
         assert "Bella" in "".join(visitor.tokens())
         yield visitor
-        # Whatever was done: nothing went wrong, and nobody else was asked for anything.
+        # No error appeared, and the page has requested nothing from another server.
         assert browser.get_log("browser") == []
         assert all(url.startswith((address, "data:", "blob:")) for url in requested(browser))
 

@@ -63,7 +63,7 @@ def test_a_failing_snippet_is_shown():
         trials.check_snippets(card, {})
 
 
-def test_a_linter_that_is_not_content_is_heard(copy):
+def test_a_complaint_of_the_linter_is_an_error(copy):
     path = copy / "modeling_memory_mosaic.py"
     path.write_text(path.read_text().replace('base_model_prefix = "model"', 'base_model_prefix = ""'))
     with pytest.raises(ValueError, match="TRF002"):
