@@ -18,6 +18,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from .cache_memory_mosaic import ReadText
+from .layout_memory_model import PackedText, left_aligned, take
 
 
 class MemoryModelCache(ReadText, Cache):
@@ -61,6 +62,37 @@ class MemoryModelCache(ReadText, Cache):
     def num_row_slots(self) -> int:
         """Slots that the decoder's cache holds at this moment."""
         return 0 if self.row is None else self.row.get_seq_length()
+
+    def start(
+        self,
+        ids: torch.Tensor,
+        is_token: torch.Tensor,
+        memories: torch.Tensor | None,
+        memory_mask: torch.Tensor | None,
+    ) -> None:
+        """Begin with the given memories if nothing was read before ids `(B, T)`. Raise for another batch size."""
+        if self.ids is None:
+            self.ids, self.is_token = ids[:, :0], is_token[:, :0]
+            self.memories, self.memory_mask = memories, memory_mask
+        elif self.ids.shape[0] != ids.shape[0]:
+            raise ValueError(
+                f"The cache has read {self.ids.shape[0]} rows, but {ids.shape[0]} are passed: they must be as many."
+            )
+
+    def open_text(self, ids: torch.Tensor, is_token: torch.Tensor) -> PackedText:
+        """Return the text of the unfinished chunk and of new ids `(B, T)` behind it."""
+        ids, is_token = torch.cat([self.ids, ids], dim=1), torch.cat([self.is_token, is_token], dim=1)
+        order = left_aligned(is_token)
+        return PackedText(take(ids, order), take(is_token, order), order)
+
+    def new_columns(self, attention_mask: torch.Tensor, num_new: int) -> torch.Tensor:
+        """Return the part `(B, T)` of a mask `(B, past + T)` for the `num_new` tokens that are not read yet."""
+        if attention_mask.shape[-1] != self.num_tokens + num_new:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[-1]} tokens, but {self.num_tokens} were read and "
+                f"{num_new} are new: it must cover all {self.num_tokens + num_new}."
+            )
+        return attention_mask[:, self.num_tokens :]
 
     def _map_rows(self, function) -> None:
         self._map_text(function)

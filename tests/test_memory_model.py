@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from modeling_memory_mosaic import MemoryModelCache, MemoryModelConfig, MemoryMosaicConfig
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
-from modeling_memory_mosaic.modeling_memory_model import round_through, to_codes
+from modeling_memory_mosaic.store_memory_model import fake_quantize, quantize_memories
 
 
 READS = {
@@ -353,20 +353,20 @@ def test_the_encoder_is_whole_and_causal_under_any_attention(backbone):
 @pytest.mark.parametrize("quantization, error", [("int8", 1 / 254), ("fp8", 1 / 16)])
 def test_rounded_memories_are_near_and_their_gradient_passes(quantization, error):
     memories = torch.randn(3, 2, 24, dtype=torch.float64, requires_grad=True)
-    rounded = round_through(memories, quantization)
+    rounded = fake_quantize(memories, quantization)
     scale = memories.detach().abs().amax(-1, keepdim=True)
     assert 0 < ((rounded - memories).abs() / scale).max() <= error + 1e-6
     rounded.mul(torch.arange(24)).sum().backward()
     assert torch.equal(memories.grad, torch.arange(24, dtype=torch.float64).expand(3, 2, 24))
-    codes, _ = to_codes(memories.detach(), quantization)
+    codes, _ = quantize_memories(memories.detach(), quantization)
     assert codes.element_size() == 1
-    assert not round_through(torch.zeros(1, 4), quantization).any()
+    assert not fake_quantize(torch.zeros(1, 4), quantization).any()
 
 
 def test_what_is_trained_is_what_is_stored():
     model = make_memory_model(memory_quantization="int8").train()
     memories = model.encoder(make_ids(2, 10, vocab_size=VOCAB_SIZE)).memories
-    torch.testing.assert_close(round_through(memories, "int8"), memories, rtol=0, atol=1e-9)
+    torch.testing.assert_close(fake_quantize(memories, "int8"), memories, rtol=0, atol=1e-9)
 
 
 # Requests that would be misread

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM
+from modeling_memory_mosaic.layout_memory_model import pack_text
 
 
 SHARDED = """
@@ -185,11 +186,10 @@ def assert_same_reading(loaded, model):
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     torch.testing.assert_close(loaded(ids, labels=ids).loss, model(ids, labels=ids).loss)
     for objective in ("autoencoding", "copy", "blank_copy"):
-        is_token = torch.ones_like(ids, dtype=torch.bool)
-        recalled = [
-            each.recall(objective, ids, is_token, *each.remember(ids, is_token))[0] for each in (loaded, model)
-        ]
-        torch.testing.assert_close(*recalled)
+        text = pack_text(ids)
+        torch.testing.assert_close(
+            *(each.reconstruct(objective, text, each.gather_memories(text))[0] for each in (loaded, model))
+        )
     assert loaded.encoder.fingerprint() == model.encoder.fingerprint()
     memories, rest = model.encode(ids)
     torch.testing.assert_close(loaded.encode(ids)[0]["memories"], memories["memories"])

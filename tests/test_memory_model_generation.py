@@ -43,10 +43,10 @@ def test_a_cache_changes_nothing(kind, way):
 @pytest.mark.parametrize("kind", [name for name in READS if name != "none"])
 def test_what_decoding_keeps_is_bounded(kind, monkeypatch):
     model = make_memory_model(**READS[kind])
-    held, read_on = [], type(model).read_on
+    held, continue_text = [], type(model).continue_text
 
     def watched(self, cache, *args):
-        outputs = read_on(self, cache, *args)
+        outputs = continue_text(self, cache, *args)
         memories = cache.memory_mask.sum(-1).max().item()
         seen = min(memories, model.config.max_memories or memories)
         # Slots of the memories, the one that says what to do, and all tokens of a chunk but its last.
@@ -54,7 +54,7 @@ def test_what_decoding_keeps_is_bounded(kind, monkeypatch):
         held.append((memories, cache.num_row_slots()))
         return outputs
 
-    monkeypatch.setattr(type(model), "read_on", watched)
+    monkeypatch.setattr(type(model), "continue_text", watched)
     generate(model, {"input_ids": make_ids(1, 7, vocab_size=VOCAB_SIZE)}, max_new_tokens=30)
     assert [memories for memories, _ in held] == [(7 + step) // LENGTH for step in range(30)]
     assert max(slots for _, slots in held) > LENGTH

@@ -10,6 +10,7 @@ import torch
 import yaml
 from conftest import flip
 
+from modeling_memory_mosaic.layout_memory_model import pack_text
 from training.evaluate import load_causal_lm
 from training.experiments import memory_models, memory_training
 from training.experiments.memory_training import begin_stage, build_model, measure, training_flops
@@ -163,8 +164,8 @@ def test_measures_are_means_over_all_targets(trained):
     windows = memory_models._windows(_trained(recipe))["validation"].select(range(5))
     ids = torch.tensor(windows["input_ids"][:])
     measures = measure(model, windows, 2)
-    is_token = torch.ones_like(ids, dtype=torch.bool)
-    logits, targets, _ = model.recall("copy", ids, is_token, *model.remember(ids, is_token))
+    text = pack_text(ids)
+    logits, targets, _ = model.reconstruct("copy", text, model.gather_memories(text))
     is_right = logits.argmax(-1) == targets
     assert torch.equal(targets.flatten(1), ids[:, :8])
     assert measures["copy_accuracy"] == pytest.approx(is_right.double().mean().item())

@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
+from modeling_memory_mosaic.layout_memory_model import pack_text
 from training import train
 from training.checksums import LIST
 from training.data import collate_windows, load_stories, source_provenance
@@ -170,9 +171,9 @@ def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) ->
     """What a memory model does on windows, whatever it was trained for; it is left as it was.
 
     Returns:
-        `causal_loss`, and for each way to recall (see `MemoryModelForCausalLM.recall`) `NAME_loss`, both in nats a
-        token, `NAME_accuracy`, the share of tokens that are right, `NAME_exact`, the share of chunks that are right
-        throughout, and `NAME_by_place`, the accuracy at each place of a chunk.
+        `causal_loss`, and for each way to reconstruct (see `MemoryModelForCausalLM.reconstruct`) `NAME_loss`, both in
+        nats a token, `NAME_accuracy`, the share of tokens that are right, `NAME_exact`, the share of chunks that are
+        right throughout, and `NAME_by_place`, the accuracy at each place of a chunk.
     """
     was_training = model.training
     model.eval()
@@ -180,11 +181,12 @@ def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) ->
     for start in range(0, len(windows), batch_size):
         rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
         ids = collate_windows(rows)["input_ids"].to(model.device)
-        is_token = torch.ones_like(ids, dtype=torch.bool)
-        remembered = model.remember(ids, is_token)
-        causal.append(_token_losses(model.causal_logits(ids, is_token, *remembered)[:, :-1], ids[:, 1:]).flatten())
+        text = pack_text(ids)
+        context = model.gather_memories(text)
+        logits, _ = model.decode_text(text, context)
+        causal.append(_token_losses(logits[:, :-1], ids[:, 1:]).flatten())
         for objective in OBJECTIVES[1:] if model.config.max_memories != 0 else ():
-            logits, targets, _ = model.recall(objective, ids, is_token, *remembered)
+            logits, targets, _ = model.reconstruct(objective, text, context)
             is_right = logits.argmax(-1) == targets
             recalled[objective].append(torch.stack([_token_losses(logits, targets), is_right]).flatten(1, 2))
     model.train(was_training)

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The Memory Mosaic authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reading a memory model's text in parts: the open row of each text, its cache, and `generate`.
+
+A text ends with an open row: the chunk that is not full yet, behind the memories of the chunks before it. New tokens
+go into that row, and the decoder's own cache serves them, until the chunk is full. Then the chunk is encoded, and the
+next row is opened.
+
+Shapes are those of `modeling_memory_model.py`; P is the number of tokens in the open row.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .adapters_memory_mosaic import check_routers
+from .cache_memory_model import MemoryModelCache
+from .cache_memory_mosaic import MEMORY_NAME, one_memory
+from .configuration_memory_model import MemoryModelConfig
+from .generation_memory_mosaic import continue_from, generation_settings, repeated_rows
+from .identity_memory_mosaic import note_writer
+from .inspection_memory_model import LayerStates, decoder_states, states_at
+from .layout_memory_model import (
+    BEGIN,
+    MemoryModelReader,
+    PackedText,
+    TextMemories,
+    embed_tokens,
+    pack_text,
+    packed_positions,
+    right_aligned,
+    slice_rows,
+    take,
+    visible_memories,
+)
+
+
+class MemoryModelGenerationMixin(GenerationMixin):
+    """What a memory model needs to read a text in parts, to generate, and to encode a document before it does."""
+
+    # Parts of the model that this class is mixed into.
+    config: MemoryModelConfig
+    decoder: PreTrainedModel
+    reader: MemoryModelReader
+    gather_memories: Callable[..., TextMemories]
+    encode_full_chunks: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    decode_text: Callable[..., tuple[torch.Tensor, dict[str, LayerStates]]]
+    decoder_masks: Callable[[torch.Tensor, int], dict[str, torch.Tensor]]
+    is_sharded: Callable[[], bool]
+    to_device: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes its own
+
+    def check_cache(self, cache: Any, memories: torch.Tensor | None, labels: torch.Tensor | None) -> None:
+        """Raise if a cache cannot be read or written by this call."""
+        if not isinstance(cache, MemoryModelCache):
+            raise ValueError(
+                f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned. "
+                "(Prefix tuning of PEFT makes such a one: use LoRA.)"
+            )
+        if labels is not None:
+            raise ValueError(
+                "With labels a text is read as a whole, and no cache is kept of it: leave the cache out, and "
+                "use_cache=True."
+            )
+        layers = self.decoder.modules() if self.training else ()
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+            raise ValueError(
+                "A cache cannot be read or written under gradient checkpointing, which reads everything twice: call "
+                "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
+            )
+        if memories is not None and cache.num_tokens > 0:
+            raise ValueError("memories come before a text, but the cache has read some already: give them at first.")
+
+    def step_decoder(
+        self, cache: MemoryModelCache, inputs: torch.Tensor, mask: torch.Tensor, logits_to_keep: int = 0, **requested
+    ) -> ModelOutput:
+        """Return the decoder's outputs for inputs `(B, W, C)` and mask `(B, W)`, which continue its open row."""
+        cache.row_mask = torch.cat([cache.row_mask, mask], dim=1)
+        return self.decoder(
+            inputs_embeds=inputs,
+            use_cache=True,
+            return_dict=True,
+            logits_to_keep=logits_to_keep,
+            **{MEMORY_NAME: cache.row},
+            **self.decoder_masks(cache.row_mask, inputs.shape[1]),
+            **requested,
+        )
+
+    def continue_row(
+        self, cache: MemoryModelCache, ids: torch.Tensor, is_token: torch.Tensor, positions: torch.Tensor, **requested
+    ) -> tuple[torch.Tensor, dict[str, LayerStates]]:
+        """Return logits `(B, T, V)` of tokens in the open row, and the states that were requested.
+
+        Args:
+            positions (`torch.LongTensor` of shape `(B, T)`): of the tokens in their chunk, counted from 1.
+        """
+        num_memories = cache.memories.shape[1]
+        ends = torch.full_like(ids[:, :1], num_memories)
+        visible = visible_memories(cache.memories, cache.memory_mask, ends, num_memories, self.config)
+        positions = positions.clamp(max=self.config.chunk_length - 1)[:, None]
+        inputs, _ = self.reader(embed_tokens(self.decoder, ids)[:, None], is_token[:, None], *visible, positions)
+        outputs = self.step_decoder(cache, inputs[:, 0], is_token, **requested)
+        return outputs.logits, decoder_states(outputs, requested, lambda state: state, (ids.shape[0], 1))
+
+    def open_row(self, cache: MemoryModelCache) -> torch.Tensor:
+        """Open the row behind each text's last full chunk, and return logits `(B, 1, V)` at the last token read."""
+        num_memories = cache.memories.shape[1]
+        ends = torch.full((cache.ids.shape[0], 1), num_memories, device=cache.ids.device)
+        visible = visible_memories(cache.memories, cache.memory_mask, ends, num_memories, self.config)
+        tokens = embed_tokens(self.decoder, cache.ids)[:, None]
+        inputs, mask = self.reader(tokens, cache.is_token[:, None], *visible, task=BEGIN)
+        # Padding goes to the left, so that the row's next tokens follow its last one.
+        order = right_aligned(mask[:, 0])
+        cache.row, cache.row_mask = DynamicCache(config=self.config.decoder), mask[:, 0, :0]
+        return self.step_decoder(cache, take(inputs[:, 0], order), take(mask[:, 0], order), logits_to_keep=1).logits
+
+    def keep_in_cache(self, cache: MemoryModelCache, text: PackedText, context: TextMemories) -> None:
+        """Keep the memories of a text, and its tokens behind the last full chunk of each row."""
+        length, num_tokens = self.config.chunk_length, text.is_token.sum(-1, keepdim=True)
+        cache.ids, cache.is_token = slice_rows(text.ids, num_tokens // length * length, num_tokens % length)
+        order = right_aligned(context.mask)[:, -max(1, int(context.mask.sum(-1).max())) :]
+        cache.memories, cache.memory_mask = take(context.memories, order), take(context.mask, order)
+
+    def continue_text(
+        self,
+        cache: MemoryModelCache,
+        text: PackedText,
+        memories: torch.Tensor | None,
+        memory_mask: torch.Tensor | None,
+        logits_to_keep: int,
+        requested: dict[str, Any],
+    ) -> tuple[torch.Tensor, dict[str, LayerStates]]:
+        """Read a text `(B, T)` behind the tokens that the cache has read, in the open row or in new ones.
+
+        Args:
+            memories, memory_mask: of chunks before the text; only for a cache that has read nothing.
+            logits_to_keep (`int`): for how many last tokens logits are returned; 0: for all.
+            requested: see [`requested_states`].
+
+        Returns:
+            logits `(B, T or logits_to_keep, V)`, and the states that were requested.
+        """
+        ids, is_token, order = text
+        cache.start(ids, is_token, memories, memory_mask)
+        note_writer(cache, self, ids.shape[1])
+        as_given = order.argsort(dim=1)
+        cache.note_text(take(ids, as_given), take(is_token, as_given))
+        num_before = cache.is_token.sum(-1, keepdim=True)
+        open_text = cache.open_text(ids, is_token)
+        if cache.row is not None and open_text.is_token.sum(-1).max() < self.config.chunk_length:
+            logits, states = self.continue_row(cache, ids, is_token, num_before + is_token.cumsum(-1), **requested)
+            cache.ids, cache.is_token = open_text.ids, open_text.is_token
+        else:
+            context = self.gather_memories(open_text, cache.memories, cache.memory_mask)
+            self.keep_in_cache(cache, open_text, context)
+            # Sharded processes must call the decoder equally often. There no row is opened, and the whole chunk is
+            # read again with each token.
+            logits, states = None if self.is_sharded() else self.open_row(cache), {}
+            if logits is None or logits_to_keep != 1 or requested:
+                positions = num_before + torch.arange(ids.shape[1], device=ids.device)
+                positions = positions.clamp(max=open_text.ids.shape[1] - 1)
+                logits, states = self.decode_text(open_text, context, **requested)
+                logits, states = take(logits, positions), states_at(states, positions)
+        cache.num_tokens += ids.shape[1]
+        if logits.shape[1] == ids.shape[1]:
+            positions = packed_positions(text)
+            logits, states = take(logits, positions[:, -logits_to_keep:]), states_at(states, positions)
+        return logits, states
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, generation_config: GenerationConfig | None = None, *args, **kwargs):
+        """As the library's; behind a cache, ids may be the new text alone or all of it, see [`continue_from`]."""
+        cache = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), warn=False)
+        settings = generation_settings(self, generation_config, kwargs)
+        kwargs = continue_from(inputs, settings, kwargs)
+        if isinstance(cache, MemoryModelCache) and cache.is_initialized:
+            self.check_cache(cache, kwargs.get("memories"), None)
+            ids = kwargs["input_ids"] if inputs is None else inputs
+            cache.num_ahead = kwargs["attention_mask"].shape[1] - ids.shape[1]
+        with repeated_rows(cache, settings):
+            return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict[str, Any]:
+        """As the library's; ids are those that the cache has not read."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if kwargs.get("use_cache", self.config.use_cache):
+            check_routers(self)
+        cache = inputs.get(MEMORY_NAME)
+        if cache is not None and cache.get_seq_length() > 0:
+            inputs["input_ids"] = input_ids[:, cache.get_seq_length() - cache.num_ahead :]
+            if inputs["input_ids"].shape[1] == 0 and self.is_sharded():
+                inputs["input_ids"] = input_ids[:, -1:]  # these texts have ended, those of another process have not
+            inputs.pop("memories", None)
+            inputs.pop("memory_mask", None)
+        return inputs
+
+    @torch.no_grad()
+    def encode(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return the memories of all chunks but the last, and the last chunk, for `generate(**rest, **memories)`.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): the documents.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at padding, 1 at tokens.
+
+        Returns:
+            `memories` `(B, M, K, D)` with `memory_mask` `(B, M)`, the latest last; and `input_ids` `(B, R)` with
+            `attention_mask` `(B, R)` of the rest, 1 to `chunk_length` tokens a row, padded on the left. A row of one
+            chunk or less is all rest.
+
+        Raises:
+            ValueError: if there is nothing to encode, as no row is longer than a chunk.
+        """
+        ids, is_token, _ = pack_text(self.to_device(input_ids), attention_mask)
+        length, lengths = self.config.chunk_length, is_token.sum(-1)
+        num_chunks = (lengths - 1) // length
+        if num_chunks.max() == 0:
+            raise ValueError(
+                f"The longest text has {lengths.max().item()} tokens, no more than a chunk of chunk_length={length}: "
+                "there is nothing to encode. Pass it to `generate` as it is."
+            )
+        memories, mask = self.encode_full_chunks(ids, num_chunks * length)
+        order = right_aligned(mask)
+        num_read = num_chunks * length
+        rest, is_rest = slice_rows(ids, num_read[:, None], (lengths - num_read)[:, None])
+        to_right = right_aligned(is_rest)
+        return (
+            {"memories": take(memories, order), "memory_mask": take(mask, order)},
+            {"input_ids": take(rest, to_right), "attention_mask": take(is_rest, to_right).long()},
+        )

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The Memory Mosaic authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Storage of a memory model's memories: rounding to one byte a number, tensors to save, and checks of what is read.
+
+Shapes are those of `modeling_memory_model.py`.
+"""
+
+import hashlib
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_memory_model import MemoryModelConfig
+from .identity_memory_mosaic import weights_fingerprint
+from .masking_memory_mosaic import raise_where
+
+
+# Largest code on each side of zero; float8 e4m3 reaches to 448.
+LARGEST_CODE = {"int8": 127.0, "fp8": 448.0}
+CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+# What a stored memory consists of; `scale` comes with codes only.
+STORED_NAMES = ("memories", "memory_mask", "chunk_length", "encoder")
+# Fields of the configuration that shape a memory.
+MEMORY_FIELDS = ("chunk_length", "num_memory_embeddings", "memory_size", "memory_pooling", "memory_quantization")
+
+
+def quantize_memories(memories: torch.Tensor, quantization: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes `(..., D)` of one byte each, and the scale `(..., 1)` of each vector, in float32.
+
+    A scale has few binary digits, in half precision one. So a code times a scale is exact, and rounding what was
+    rounded before changes nothing.
+    """
+    steps = 2.0 if memories.element_size() == 2 else 2.0**16
+    fraction, exponent = torch.frexp(memories.float().abs().amax(-1, keepdim=True) / LARGEST_CODE[quantization])
+    scale = torch.ldexp((fraction * steps).ceil() / steps, exponent)
+    scaled = memories.float() / scale.masked_fill(scale == 0, 1.0)
+    return (scaled.round() if quantization == "int8" else scaled).to(CODE_DTYPES[quantization]), scale
+
+
+def dequantize_memories(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the memories `(..., D)` that [`quantize_memories`] rounded to these codes and scales."""
+    return (codes.float() * scale).to(dtype)
+
+
+def fake_quantize(memories: torch.Tensor, quantization: str | None) -> torch.Tensor:
+    """Return memories `(..., D)` rounded as they will be stored, with the gradient of memories as they are."""
+    if quantization is None:
+        return memories
+    codes, scale = quantize_memories(memories.detach(), quantization)
+    return memories + (dequantize_memories(codes, scale, memories.dtype) - memories.detach())
+
+
+def encoder_fingerprint(encoder: PreTrainedModel) -> bytes:
+    """Return the sha256 of an encoder's weights and of the settings that shape a memory.
+
+    Raises:
+        ValueError: if the weights have no values here, see [`weights_fingerprint`].
+    """
+    config = encoder.config
+    digest = hashlib.sha256(repr([(name, getattr(config, name)) for name in MEMORY_FIELDS]).encode())
+    digest.update(weights_fingerprint(encoder, config.encoder))
+    return digest.digest()
+
+
+def check_memory_shapes(
+    memories: torch.Tensor | None, memory_mask: torch.Tensor | None, num_texts: int, config: MemoryModelConfig
+) -> None:
+    """Raise if memories have another shape than this model's, or another number of rows than the text."""
+    if memories is None and memory_mask is not None:
+        raise ValueError("memory_mask tells which memories there are, but none are given: pass memories too.")
+    if memories is None:
+        return
+    shape = (config.num_memory_embeddings, config.memory_size)
+    if memories.ndim != 4 or tuple(memories.shape[2:]) != shape:
+        raise ValueError(
+            f"memories have shape {tuple(memories.shape)}, this model's are (batch, memories, {shape[0]}, "
+            f"{shape[1]}): encode the text with this model, see `encode`."
+        )
+    if memories.shape[0] != num_texts:
+        raise ValueError(f"memories are of {memories.shape[0]} rows, but the text has {num_texts}: pass as many.")
+    if memory_mask is not None and memory_mask.shape != memories.shape[:2]:
+        raise ValueError(
+            f"memory_mask has shape {tuple(memory_mask.shape)}: it must be {tuple(memories.shape[:2])}, one for "
+            "each of the memories."
+        )
+
+
+def check_memory_values(memories: torch.Tensor, memory_mask: torch.Tensor | None, dtype: torch.dtype) -> None:
+    """Raise if memories are not finite floating-point numbers, or the mask is ambiguous."""
+    if not memories.is_floating_point():
+        raise ValueError(
+            f"memories are {memories.dtype}: pass floating-point numbers of any precision, as `encode` gives them."
+        )
+    is_finite = memories.to(dtype).isfinite().flatten(2).all(-1)
+    if memory_mask is not None:
+        if memory_mask.is_floating_point() or memory_mask.is_complex():
+            raise ValueError(
+                f"memory_mask is {memory_mask.dtype}: it must be of booleans or whole numbers, 1 where there is a "
+                "memory and 0 where there is none."
+            )
+        raise_where((memory_mask != 0) & (memory_mask != 1), "memory_mask must hold 1 and 0 only.", memory_mask)
+        is_finite = is_finite | ~memory_mask.to(is_finite.device, torch.bool)
+    raise_where(
+        ~is_finite,
+        f"memories are not finite as numbers of this model, which are {dtype}: encode the text again.",
+    )
+
+
+def check_memories(
+    memories: torch.Tensor | None,
+    memory_mask: torch.Tensor | None,
+    num_texts: int,
+    config: MemoryModelConfig,
+    dtype: torch.dtype,
+) -> None:
+    """Raise if memories are not what this model's encoder writes for so many texts.
+
+    Args:
+        memories (`torch.Tensor` of shape `(B, M, K, D)`, *optional*), memory_mask (`(B, M)`, *optional*): as given.
+        num_texts (`int`): B.
+        dtype (`torch.dtype`): of the model; values must be finite in it.
+    """
+    check_memory_shapes(memories, memory_mask, num_texts, config)
+    if memories is not None:
+        check_memory_values(memories, memory_mask, dtype)
+
+
+def memories_to_tensors(
+    memories: torch.Tensor, memory_mask: torch.Tensor | None, encoder: PreTrainedModel
+) -> dict[str, torch.Tensor]:
+    """Return memories `(B, M, K, D)` of an encoder as named tensors to save."""
+    config = encoder.config
+    if memory_mask is None:
+        memory_mask = torch.ones(memories.shape[:2], dtype=torch.bool)
+    tensors = {"memories": memories, "memory_mask": memory_mask}
+    if config.memory_quantization is not None:
+        tensors["memories"], tensors["scale"] = quantize_memories(memories, config.memory_quantization)
+    tensors["chunk_length"] = torch.tensor(config.chunk_length)
+    tensors["encoder"] = torch.frombuffer(bytearray(encoder_fingerprint(encoder)), dtype=torch.uint8)
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def check_origin(tensors: dict[str, torch.Tensor], encoder: PreTrainedModel) -> None:
+    """Raise if stored memories were written by another encoder, or if a part of them is missing."""
+    missing = set(STORED_NAMES) - tensors.keys()
+    if missing:
+        raise ValueError(f"These are no memories of a memory model: {sorted(missing)} are missing.")
+    if tensors["chunk_length"].tolist() != encoder.config.chunk_length:
+        raise ValueError(
+            f"These are memories of chunks of {tensors['chunk_length'].tolist()} tokens, but this model's "
+            f"chunk_length is {encoder.config.chunk_length}: encode the text again."
+        )
+    if tensors["encoder"].tolist() != list(encoder_fingerprint(encoder)):
+        raise ValueError("These are memories of another encoder than this model's: encode the text again.")
+
+
+def check_codes(codes: torch.Tensor, scale: torch.Tensor, quantization: str) -> None:
+    """Raise if codes `(..., D)` and scales `(..., 1)` are not what [`quantize_memories`] returns."""
+    dtype = CODE_DTYPES[quantization]
+    if codes.dtype != dtype or scale.dtype != torch.float32 or scale.shape != (*codes.shape[:-1], 1):
+        raise ValueError(
+            f"memories are {codes.dtype} with scales {scale.dtype} of shape {tuple(scale.shape)}, but this "
+            f"model's are {dtype} with float32 scales of shape {(*codes.shape[:-1], 1)}: encode the text again."
+        )
+
+
+def memories_from_tensors(
+    tensors: dict[str, torch.Tensor], encoder: PreTrainedModel, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return memories `(B, M, K, D)` in `dtype` and their mask `(B, M)`, from what [`memories_to_tensors`] returned.
+
+    Raises:
+        ValueError: if another encoder wrote them, or no encoder could have.
+    """
+    check_origin(tensors, encoder)
+    config = encoder.config
+    memories, memory_mask = tensors["memories"], tensors["memory_mask"]
+    if 0 in memories.shape:
+        raise ValueError(f"memories have shape {tuple(memories.shape)}, which holds none: encode the text again.")
+    if config.memory_quantization is not None:
+        scale = tensors.get("scale", torch.empty(0))
+        check_codes(memories, scale, config.memory_quantization)
+        memories = dequantize_memories(memories, scale, dtype)
+    check_memories(memories, memory_mask, memories.shape[0], config, dtype)
+    return memories.to(dtype), memory_mask
