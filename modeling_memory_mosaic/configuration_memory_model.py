@@ -15,7 +15,7 @@
 """Configuration of memory models: an encoder turns chunks of text into embeddings, and a decoder reads them."""
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -24,7 +24,16 @@ from transformers.configuration_utils import PreTrainedConfig
 from .configuration_memory_mosaic import DerivedSizes, MemoryMosaicConfig
 
 
-# Each has its weight, `NAME_weight`, and its part of the loss, `NAME_loss`.
+if TYPE_CHECKING:
+    # A configuration that is built has a value in each of these fields, so its users need not expect `None`.
+    Backbone: TypeAlias = Any
+    DerivedInt: TypeAlias = Any
+    DerivedFloat: TypeAlias = Any
+else:
+    Backbone = PreTrainedConfig | dict[str, Any] | None
+    DerivedInt, DerivedFloat = int | None, float | None
+
+# Each objective has a weight, `NAME_weight`, and a part of the loss, `NAME_loss`.
 OBJECTIVES = ("causal", "autoencoding", "copy", "blank_copy")
 MEMORY_READS = ("prefix", "unrolled_prefix", "unroll_add")
 MEMORY_POOLINGS = ("last", "summary")
@@ -42,60 +51,59 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
 
     Args:
         encoder (`PreTrainedConfig` or `dict`, *optional*):
-            Of the encoder's backbone, any causal model of transformers; a `dict` names its class by `model_type`. The
-            default is a [`MemoryMosaicConfig`].
+            Configuration of the encoder's backbone, any causal model of transformers. A `dict` names its class by
+            `model_type`. The default is a [`MemoryMosaicConfig`].
         decoder (`PreTrainedConfig` or `dict`, *optional*):
-            Likewise of the decoder's. Both know the same tokens.
+            Configuration of the decoder's backbone, likewise. Both have the same `vocab_size`.
         chunk_length (`int`, defaults to 256):
             Tokens of a chunk, L.
         num_memory_embeddings (`int`, defaults to 1):
-            Vectors that hold a chunk, K.
+            Vectors of a memory, K.
         memory_size (`int`, *optional*):
-            Width of such a vector, D. A narrower one than the encoder is a bottleneck; the encoder's `hidden_size`
-            when absent.
+            Width of a memory's vectors, D. The encoder's `hidden_size` when absent; less makes a bottleneck.
         memory_pooling (`str`, defaults to `"summary"`):
-            Where the encoder's states are taken: `"summary"`, at K learnt slots behind the chunk, or `"last"`, at the
-            chunk's last token, as the paper does; it gives one vector.
+            Which of the encoder's states make a memory: `"summary"`, those at K learnt slots behind the chunk, or
+            `"last"`, the one at the chunk's last token, as in the paper.
         memory_quantization (`str`, *optional*):
-            `"int8"` or `"fp8"` (e4m3): the numbers of a memory are rounded to it, one scale for each vector. Training
-            sees the rounded numbers, and its gradient passes them as if they were not. `None`: they are as they are.
+            `"int8"` or `"fp8"` (e4m3): memories are rounded to one byte a number, with one scale for each vector.
+            Training rounds too, and passes gradients on as if it did not. Not rounded when absent.
         memory_read (`str`, defaults to `"unroll_add"`):
-            How the decoder sees a memory. `"prefix"`: each vector is one slot before the chunk. `"unrolled_prefix"`:
-            `slots_per_memory` slots, each a window of the memory's numbers. `"unroll_add"`: one slot, and each place
-            of the chunk is given a window of each of the `unroll_window` latest memories, added to the token there.
+            How the decoder sees a memory. `"prefix"`: each vector is one slot in front of the chunk.
+            `"unrolled_prefix"`: `slots_per_memory` slots, each a window of the memory's numbers. `"unroll_add"`: as
+            `"prefix"`, and each token of the chunk gets a window of each of the `unroll_window` latest memories added.
         slots_per_memory (`int`, defaults to 1):
             For `"unrolled_prefix"`: slots of one memory.
         unroll_window (`int`, defaults to 2):
             For `"unroll_add"`: how many of the latest memories are added.
         unroll_width (`int`, *optional*):
-            Numbers in a window: it goes round the memory's `K * D` numbers. Half of them when absent.
+            Numbers in a window. Half of the memory's `K * D` numbers when absent. A window that reaches the last
+            number goes on at the first.
         encoder_chunk_positions (`bool`, defaults to `True`):
-            Whether the encoder adds a learnt vector for each place within a chunk. A Memory Mosaic has no positions.
+            Whether the encoder adds a learnt vector for each position in a chunk. A Memory Mosaic has no positions.
         decoder_chunk_positions (`bool`, defaults to `False`):
-            Likewise in the decoder.
+            Whether the decoder does.
         max_memories (`int`, *optional*):
-            Memories that the decoder sees, the latest ones. All when absent; 0 makes a model without memory.
+            How many of the latest memories the decoder sees. All when absent; 0 makes a model without memory.
         freeze_encoder (`bool`, defaults to `False`):
-            Whether training leaves all of the encoder as it is: token table, backbone, positions and summary slots.
+            Whether training leaves the whole encoder as it is: token table, backbone, positions and summary slots.
         causal_weight (`float`, defaults to 1.0):
-            Weight of the next-token loss. Each of the four weights belongs to a loss that is a mean over its targets.
+            Weight of the next-token loss. Each of the four losses is a mean over its targets.
         autoencoding_weight (`float`, defaults to 0.0):
-            Of the loss of writing each chunk down from its own memory alone.
+            Weight of the loss of reconstructing each chunk from its own memory alone.
         copy_weight (`float`, defaults to 0.0):
-            Of the loss of reading the first half of the chunks a second time, behind the memories of the first time.
+            Weight of the loss of reading the first half of the chunks again, behind the memories of the first time.
         blank_copy_weight (`float`, defaults to 0.0):
-            The same, where the tokens of the second time are hidden.
+            Weight of the same loss where the tokens of the second time are hidden.
         initializer_range (`float`, *optional*):
-            Standard deviation of the decoder's own slots and positions, and of what a memory adds to a token at first.
+            Initial standard deviation of the decoder's own slots and positions, and of what a memory adds to a token.
             `hidden_size ** -0.5` of the decoder when absent, the scale of a Memory Mosaic's token table.
         use_cache (`bool`, defaults to `True`):
             Whether the model returns what it has read, see [`MemoryModelCache`].
 
     Raises:
-        ValueError: if encoder and decoder know a different number of tokens.
-        huggingface_hub.errors.StrictDataclassError: if a size is not positive, a choice none of the known ones, a
-            weight negative, none positive, or one of recalling positive without memories; or a field has the wrong
-            type.
+        ValueError: if encoder and decoder differ in `vocab_size`.
+        huggingface_hub.errors.StrictDataclassError: if a field has the wrong type, a size is not positive, a choice is
+            unknown, a weight is negative, no weight is positive, or there are no memories to reconstruct from.
 
     ```python
     >>> from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM, MemoryMosaicConfig
@@ -106,7 +114,7 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
     """
 
     model_type = "memory_model"
-    # Trainer takes what is left for predictions: the logits.
+    # Trainer takes the remaining output, the logits, for predictions.
     keys_to_ignore_at_inference = [
         *("past_key_values", "cache", "memories", "memory_mask"),
         *(f"{objective}_loss" for objective in OBJECTIVES),
@@ -114,17 +122,17 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
     sub_configs = {"encoder": AutoConfig, "decoder": AutoConfig}
     derived_fields = ("memory_size", "unroll_width", "initializer_range")
 
-    encoder: PreTrainedConfig | dict[str, Any] | None = None
-    decoder: PreTrainedConfig | dict[str, Any] | None = None
+    encoder: Backbone = None
+    decoder: Backbone = None
     chunk_length: int = 256
     num_memory_embeddings: int = 1
-    memory_size: int | None = None
+    memory_size: DerivedInt = None
     memory_pooling: str = "summary"
     memory_quantization: str | None = None
     memory_read: str = "unroll_add"
     slots_per_memory: int = 1
     unroll_window: int = 2
-    unroll_width: int | None = None
+    unroll_width: DerivedInt = None
     encoder_chunk_positions: bool = True
     decoder_chunk_positions: bool = False
     max_memories: int | None = None
@@ -133,46 +141,54 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
     autoencoding_weight: float | int = 0.0
     copy_weight: float | int = 0.0
     blank_copy_weight: float | int = 0.0
-    initializer_range: float | None = None
+    initializer_range: DerivedFloat = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.encoder, self.decoder = backbone_config(self.encoder), backbone_config(self.decoder)
         self.check_vocabularies()
         self.derive_missing()
         super().__post_init__(**kwargs)
 
-    def derived_value(self, name: str):
+    def derived_value(self, name: str) -> int | float:
+        """Return the default of `memory_size`, `unroll_width` or `initializer_range`."""
         if name == "unroll_width":
             return max(1, self.memory_numbers // 2)
         return self.encoder.hidden_size if name == "memory_size" else self.decoder.hidden_size**-0.5
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        """As the library's; what is given for a part of it changes that part, with the sizes that follow there."""
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a configuration as the library does; a `dict` for a backbone changes some fields of it.
+
+        Fields of the backbone that are derived from the changed ones follow. Another `model_type` replaces it.
+        """
         for part in cls.sub_configs:
-            if isinstance(kwargs.get(part), dict):
-                written = dict(config_dict.get(part) or {})
-                is_other = kwargs[part].get("model_type", written.get("model_type")) != written.get("model_type")
-                whole = backbone_config({} if is_other else written)
-                kwargs[part] = backbone_config(kwargs[part]) if is_other else whole.from_dict(written, **kwargs[part])
+            changes = kwargs.get(part)
+            if not isinstance(changes, dict):
+                continue
+            saved = dict(config_dict.get(part) or {})
+            if changes.get("model_type", saved.get("model_type")) != saved.get("model_type"):
+                kwargs[part] = backbone_config(changes)
+            else:
+                kwargs[part] = backbone_config(saved).from_dict(saved, **changes)
         return super().from_dict(config_dict, **kwargs)
 
     @property
     def memory_numbers(self) -> int:
-        """How many numbers one memory holds, `K * D`."""
+        """Numbers of one memory, `K * D`."""
         return self.num_memory_embeddings * self.memory_size
 
     @property
     def prefix_slots(self) -> int:
-        """Slots that one memory takes before a chunk."""
+        """Slots of one memory in front of a chunk."""
         return self.slots_per_memory if self.memory_read == "unrolled_prefix" else self.num_memory_embeddings
 
     @property
     def vocab_size(self) -> int:
+        """Tokens that encoder and decoder know; assigned, it is that of both."""
         return self.decoder.vocab_size
 
     @vocab_size.setter
@@ -181,7 +197,7 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """Whether the decoder's table is its head too: PEFT asks before it adapts one of them, or merges."""
+        """Whether the decoder's token table is its head too. PEFT asks before it adapts one of them, or merges."""
         return getattr(self.decoder, "tie_word_embeddings", False)
 
     @tie_word_embeddings.setter
@@ -193,22 +209,31 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
+        """Width of the decoder."""
         return self.decoder.hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
+        """Blocks of the decoder."""
         return self.decoder.num_hidden_layers
 
     def check_vocabularies(self) -> None:
+        """Raise if encoder and decoder differ in `vocab_size`."""
         if self.encoder.vocab_size != self.decoder.vocab_size:
             raise ValueError(
                 f"The encoder knows {self.encoder.vocab_size} tokens and the decoder {self.decoder.vocab_size}: give "
                 "both the same vocab_size."
             )
 
-    def validate_architecture(self):
-        """Part of `@strict` validation: runs after `__init__`, before saving, and when a model is built."""
+    def validate_architecture(self) -> None:
+        """Raise if fields do not fit together. `@strict` calls this after `__init__`, before saving and building."""
         self.check_vocabularies()
+        self.check_sizes()
+        self.check_choices()
+        self.check_weights()
+
+    def check_sizes(self) -> None:
+        """Raise if a size is out of range."""
         sizes = ("chunk_length", "num_memory_embeddings", "memory_size", "slots_per_memory", "unroll_window")
         for name in (*sizes, "unroll_width"):
             if getattr(self, name) <= 0:
@@ -219,6 +244,9 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
             )
         if self.max_memories is not None and self.max_memories < 0:
             raise ValueError(f"max_memories={self.max_memories} must not be negative.")
+
+    def check_choices(self) -> None:
+        """Raise if a choice is unknown, or `memory_pooling` does not give so many vectors."""
         for name, known in (
             ("memory_read", MEMORY_READS),
             ("memory_pooling", MEMORY_POOLINGS),
@@ -231,23 +259,26 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
                 f"num_memory_embeddings={self.num_memory_embeddings}, but memory_pooling='last' gives one vector, the "
                 "state at the last token: use memory_pooling='summary'."
             )
+
+    def check_weights(self) -> None:
+        """Raise if a weight is negative, none is positive, or one needs memories that the decoder cannot see."""
         weights = [getattr(self, f"{objective}_weight") for objective in OBJECTIVES]
         if min(weights) < 0 or max(weights) == 0:
             raise ValueError(f"The weights of {', '.join(OBJECTIVES)} are {weights}: none negative, one positive.")
         if self.max_memories == 0 and max(weights[1:]) > 0:
             raise ValueError(
-                f"max_memories=0 leaves nothing to recall, but the weights of {', '.join(OBJECTIVES[1:])} are "
-                f"{weights[1:]}: set them to 0."
+                f"max_memories=0 leaves nothing to reconstruct from, but the weights of {', '.join(OBJECTIVES[1:])} "
+                f"are {weights[1:]}: set them to 0."
             )
 
 
 def backbone_config(given: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
-    """A backbone's configuration from what names it; of a `dict` without `model_type` it is a Memory Mosaic's."""
+    """Return a copy of a backbone's configuration, or build one from a `dict`: a Memory Mosaic's by default."""
     if isinstance(given, PreTrainedConfig):
-        return copy.deepcopy(given)  # one given twice makes two backbones
+        return copy.deepcopy(given)  # encoder and decoder may be given the same one
     fields = dict(given or {})
     model_type = fields.pop("model_type", MemoryMosaicConfig.model_type)
-    # By itself, because a machine without this package's registration loads it from the same folder.
+    # Not by `AutoConfig`, which does not know the mosaic in a process that loads this code from a folder.
     if model_type == MemoryMosaicConfig.model_type:
         return MemoryMosaicConfig(**fields)
     return AutoConfig.for_model(model_type, **fields)

@@ -26,10 +26,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
+from torch import nn
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .adapters_memory_mosaic import check_routers
 from .cache_memory_model import MemoryModelCache
@@ -37,7 +37,7 @@ from .cache_memory_mosaic import MEMORY_NAME, one_memory
 from .configuration_memory_model import MemoryModelConfig
 from .generation_memory_mosaic import continue_from, generation_settings, repeated_rows
 from .identity_memory_mosaic import note_writer
-from .inspection_memory_model import LayerStates, decoder_states, states_at
+from .inspection_memory_model import decoder_states, states_at
 from .layout_memory_model import (
     BEGIN,
     MemoryModelReader,
@@ -53,8 +53,8 @@ from .layout_memory_model import (
 )
 
 
-class MemoryModelGenerationMixin(GenerationMixin):
-    """What a memory model needs to read a text in parts, to generate, and to encode a document before it does."""
+class MemoryModelGenerationMixin(GenerationMixin, nn.Module):
+    """The library's `GenerationMixin`, with memories and an open row in place of a key-value cache."""
 
     # Parts of the model that this class is mixed into.
     config: MemoryModelConfig
@@ -62,7 +62,7 @@ class MemoryModelGenerationMixin(GenerationMixin):
     reader: MemoryModelReader
     gather_memories: Callable[..., TextMemories]
     encode_full_chunks: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    decode_text: Callable[..., tuple[torch.Tensor, dict[str, LayerStates]]]
+    decode_text: Callable[..., tuple[torch.Tensor, dict[str, Any]]]
     decoder_masks: Callable[[torch.Tensor, int], dict[str, torch.Tensor]]
     is_sharded: Callable[[], bool]
     to_device: Callable[[torch.Tensor], torch.Tensor]
@@ -92,55 +92,83 @@ class MemoryModelGenerationMixin(GenerationMixin):
         if memories is not None and cache.num_tokens > 0:
             raise ValueError("memories come before a text, but the cache has read some already: give them at first.")
 
+    def visible_to_open_row(self, cache: MemoryModelCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the memories `(B, 1, S, K, D)` that the open row of each text sees, and their mask `(B, 1, S)`."""
+        memories, memory_mask = cache.finished_memories()
+        num_memories = memories.shape[1]
+        ends = torch.full((memories.shape[0], 1), num_memories, device=memories.device)
+        return visible_memories(memories, memory_mask, ends, num_memories, self.config)
+
     def step_decoder(
-        self, cache: MemoryModelCache, inputs: torch.Tensor, mask: torch.Tensor, logits_to_keep: int = 0, **requested
-    ) -> ModelOutput:
+        self,
+        cache: MemoryModelCache,
+        inputs: torch.Tensor,
+        mask: torch.Tensor,
+        logits_to_keep: int = 0,
+        **requested: Any,
+    ) -> CausalLMOutputWithPast:
         """Return the decoder's outputs for inputs `(B, W, C)` and mask `(B, W)`, which continue its open row."""
-        cache.row_mask = torch.cat([cache.row_mask, mask], dim=1)
+        row_mask = cache.extend_row_mask(mask)
         return self.decoder(
             inputs_embeds=inputs,
             use_cache=True,
             return_dict=True,
             logits_to_keep=logits_to_keep,
             **{MEMORY_NAME: cache.row},
-            **self.decoder_masks(cache.row_mask, inputs.shape[1]),
+            **self.decoder_masks(row_mask, inputs.shape[1]),
             **requested,
         )
 
     def continue_row(
-        self, cache: MemoryModelCache, ids: torch.Tensor, is_token: torch.Tensor, positions: torch.Tensor, **requested
-    ) -> tuple[torch.Tensor, dict[str, LayerStates]]:
-        """Return logits `(B, T, V)` of tokens in the open row, and the states that were requested.
+        self, cache: MemoryModelCache, text: PackedText, positions: torch.Tensor, **requested: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return logits `(B, T, V)` after the tokens of a text in the open row, and the states that were requested.
 
         Args:
             positions (`torch.LongTensor` of shape `(B, T)`): of the tokens in their chunk, counted from 1.
         """
-        num_memories = cache.memories.shape[1]
-        ends = torch.full_like(ids[:, :1], num_memories)
-        visible = visible_memories(cache.memories, cache.memory_mask, ends, num_memories, self.config)
+        tokens, is_token = embed_tokens(self.decoder, text.ids)[:, None], text.is_token
         positions = positions.clamp(max=self.config.chunk_length - 1)[:, None]
-        inputs, _ = self.reader(embed_tokens(self.decoder, ids)[:, None], is_token[:, None], *visible, positions)
+        inputs, _ = self.reader(tokens, is_token[:, None], *self.visible_to_open_row(cache), positions)
         outputs = self.step_decoder(cache, inputs[:, 0], is_token, **requested)
-        return outputs.logits, decoder_states(outputs, requested, lambda state: state, (ids.shape[0], 1))
+        assert outputs.logits is not None
+        return outputs.logits, decoder_states(outputs, requested, lambda state: state, (is_token.shape[0], 1))
 
     def open_row(self, cache: MemoryModelCache) -> torch.Tensor:
-        """Open the row behind each text's last full chunk, and return logits `(B, 1, V)` at the last token read."""
-        num_memories = cache.memories.shape[1]
-        ends = torch.full((cache.ids.shape[0], 1), num_memories, device=cache.ids.device)
-        visible = visible_memories(cache.memories, cache.memory_mask, ends, num_memories, self.config)
-        tokens = embed_tokens(self.decoder, cache.ids)[:, None]
-        inputs, mask = self.reader(tokens, cache.is_token[:, None], *visible, task=BEGIN)
+        """Open the row behind each text's last full chunk, and return logits `(B, 1, V)` after its last token."""
+        ids, is_token = cache.open_chunk()
+        tokens = embed_tokens(self.decoder, ids)[:, None]
+        inputs, mask = self.reader(tokens, is_token[:, None], *self.visible_to_open_row(cache), task=BEGIN)
         # Padding goes to the left, so that the row's next tokens follow its last one.
         order = right_aligned(mask[:, 0])
-        cache.row, cache.row_mask = DynamicCache(config=self.config.decoder), mask[:, 0, :0]
-        return self.step_decoder(cache, take(inputs[:, 0], order), take(mask[:, 0], order), logits_to_keep=1).logits
+        cache.open_row(self.config.decoder)
+        outputs = self.step_decoder(cache, take(inputs[:, 0], order), take(mask[:, 0], order), logits_to_keep=1)
+        assert outputs.logits is not None
+        return outputs.logits
 
-    def keep_in_cache(self, cache: MemoryModelCache, text: PackedText, context: TextMemories) -> None:
-        """Keep the memories of a text, and its tokens behind the last full chunk of each row."""
-        length, num_tokens = self.config.chunk_length, text.is_token.sum(-1, keepdim=True)
-        cache.ids, cache.is_token = slice_rows(text.ids, num_tokens // length * length, num_tokens % length)
-        order = right_aligned(context.mask)[:, -max(1, int(context.mask.sum(-1).max())) :]
-        cache.memories, cache.memory_mask = take(context.memories, order), take(context.mask, order)
+    def read_chunks(
+        self, cache: MemoryModelCache, text: PackedText, positions: torch.Tensor, keep_last: bool, **requested: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Encode the chunks that a text fills, open the row behind them, and return logits and requested states.
+
+        Args:
+            text: what the open row held, and the new tokens.
+            positions (`torch.LongTensor` of shape `(B, T)`): of the new tokens in that text.
+            keep_last (`bool`): whether logits are wanted after the last token only.
+
+        Returns:
+            logits `(B, T, V)`, or `(B, 1, V)` where the open row alone gives them; and the states.
+        """
+        context = self.gather_memories(text, cache.memories, cache.memory_mask)
+        cache.keep(text, context, self.config.chunk_length)
+        # Sharded processes must call the decoder equally often. There no row is opened, and the unfinished chunk is
+        # read again with each token.
+        logits = None if self.is_sharded() else self.open_row(cache)
+        if logits is not None and keep_last and not requested:
+            return logits, {}
+        logits, states = self.decode_text(text, context, **requested)
+        positions = positions.clamp(max=text.ids.shape[1] - 1)
+        return take(logits, positions), states_at(states, positions)
 
     def continue_text(
         self,
@@ -150,7 +178,7 @@ class MemoryModelGenerationMixin(GenerationMixin):
         memory_mask: torch.Tensor | None,
         logits_to_keep: int,
         requested: dict[str, Any],
-    ) -> tuple[torch.Tensor, dict[str, LayerStates]]:
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Read a text `(B, T)` behind the tokens that the cache has read, in the open row or in new ones.
 
         Args:
@@ -161,36 +189,37 @@ class MemoryModelGenerationMixin(GenerationMixin):
         Returns:
             logits `(B, T or logits_to_keep, V)`, and the states that were requested.
         """
-        ids, is_token, order = text
-        cache.start(ids, is_token, memories, memory_mask)
-        note_writer(cache, self, ids.shape[1])
-        as_given = order.argsort(dim=1)
-        cache.note_text(take(ids, as_given), take(is_token, as_given))
-        num_before = cache.is_token.sum(-1, keepdim=True)
-        open_text = cache.open_text(ids, is_token)
+        num_new = text.ids.shape[1]
+        cache.start(text, memories, memory_mask)
+        note_writer(cache, self, num_new)
+        as_given = text.order.argsort(dim=1)
+        cache.note_text(take(text.ids, as_given), take(text.is_token, as_given))
+        num_open = cache.open_chunk()[1].sum(-1, keepdim=True)
+        open_text = cache.open_text(text)
         if cache.row is not None and open_text.is_token.sum(-1).max() < self.config.chunk_length:
-            logits, states = self.continue_row(cache, ids, is_token, num_before + is_token.cumsum(-1), **requested)
+            logits, states = self.continue_row(cache, text, num_open + text.is_token.cumsum(-1), **requested)
             cache.ids, cache.is_token = open_text.ids, open_text.is_token
         else:
-            context = self.gather_memories(open_text, cache.memories, cache.memory_mask)
-            self.keep_in_cache(cache, open_text, context)
-            # Sharded processes must call the decoder equally often. There no row is opened, and the whole chunk is
-            # read again with each token.
-            logits, states = None if self.is_sharded() else self.open_row(cache), {}
-            if logits is None or logits_to_keep != 1 or requested:
-                positions = num_before + torch.arange(ids.shape[1], device=ids.device)
-                positions = positions.clamp(max=open_text.ids.shape[1] - 1)
-                logits, states = self.decode_text(open_text, context, **requested)
-                logits, states = take(logits, positions), states_at(states, positions)
-        cache.num_tokens += ids.shape[1]
-        if logits.shape[1] == ids.shape[1]:
+            positions = num_open + torch.arange(num_new, device=num_open.device)
+            logits, states = self.read_chunks(cache, open_text, positions, logits_to_keep == 1, **requested)
+        cache.num_tokens += num_new
+        if logits.shape[1] == num_new:
             positions = packed_positions(text)
             logits, states = take(logits, positions[:, -logits_to_keep:]), states_at(states, positions)
         return logits, states
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, inputs=None, generation_config: GenerationConfig | None = None, *args, **kwargs):
-        """As the library's; behind a cache, ids may be the new text alone or all of it, see [`continue_from`]."""
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as the library does; behind a cache, ids may be the new text alone or all of it.
+
+        See [`continue_from`].
+        """
         cache = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), warn=False)
         settings = generation_settings(self, generation_config, kwargs)
         kwargs = continue_from(inputs, settings, kwargs)
@@ -201,8 +230,8 @@ class MemoryModelGenerationMixin(GenerationMixin):
         with repeated_rows(cache, settings):
             return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict[str, Any]:
-        """As the library's; ids are those that the cache has not read."""
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare inputs as the library does; of the ids, those that the cache has not read."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if kwargs.get("use_cache", self.config.use_cache):
             check_routers(self)
@@ -233,20 +262,19 @@ class MemoryModelGenerationMixin(GenerationMixin):
         Raises:
             ValueError: if there is nothing to encode, as no row is longer than a chunk.
         """
-        ids, is_token, _ = pack_text(self.to_device(input_ids), attention_mask)
-        length, lengths = self.config.chunk_length, is_token.sum(-1)
+        text = pack_text(self.to_device(input_ids), attention_mask)
+        length, lengths = self.config.chunk_length, text.is_token.sum(-1)
         num_chunks = (lengths - 1) // length
         if num_chunks.max() == 0:
             raise ValueError(
                 f"The longest text has {lengths.max().item()} tokens, no more than a chunk of chunk_length={length}: "
                 "there is nothing to encode. Pass it to `generate` as it is."
             )
-        memories, mask = self.encode_full_chunks(ids, num_chunks * length)
-        order = right_aligned(mask)
-        num_read = num_chunks * length
-        rest, is_rest = slice_rows(ids, num_read[:, None], (lengths - num_read)[:, None])
-        to_right = right_aligned(is_rest)
+        num_encoded = num_chunks * length
+        memories, memory_mask = self.encode_full_chunks(text.ids, num_encoded)
+        rest, is_rest = slice_rows(text.ids, num_encoded[:, None], (lengths - num_encoded)[:, None])
+        order, rest_order = right_aligned(memory_mask), right_aligned(is_rest)
         return (
-            {"memories": take(memories, order), "memory_mask": take(mask, order)},
-            {"input_ids": take(rest, to_right), "attention_mask": take(is_rest, to_right).long()},
+            {"memories": take(memories, order), "memory_mask": take(memory_mask, order)},
+            {"input_ids": take(rest, rest_order), "attention_mask": take(is_rest, rest_order).long()},
         )

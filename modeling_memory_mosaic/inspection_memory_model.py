@@ -17,20 +17,21 @@
 Shapes are those of `modeling_memory_model.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from .layout_memory_model import take
 
 
 # Hidden states or maps of all layers; a layer that computes none has `None`.
-LayerStates = tuple[torch.Tensor | None, ...] | None
+LayerStates = tuple[torch.Tensor | None, ...]
 
 
 # trf-ignore: TRF057
@@ -47,8 +48,8 @@ class MemoryModelEncoderOutput(ModelOutput):
 
     memories: torch.Tensor | None = None
     memory_mask: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+    hidden_states: LayerStates | None = None
+    attentions: LayerStates | None = None
 
 
 # trf-ignore: TRF057
@@ -80,34 +81,34 @@ class MemoryModelOutput(ModelOutput):
     cache: Cache | None = None
     memories: torch.Tensor | None = None
     memory_mask: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+    hidden_states: LayerStates | None = None
+    attentions: LayerStates | None = None
 
 
-def requested_states(config: PreTrainedConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+def requested_states(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return which of `output_hidden_states` and `output_attentions` are on: the caller decides, then the config."""
     requests = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
     requests = {name: getattr(config, name, None) if value is None else value for name, value in requests.items()}
     return {name: value for name, value in requests.items() if value is not None and value is not False}
 
 
-def map_layers(states: LayerStates, change: Callable[[torch.Tensor], torch.Tensor]) -> LayerStates:
+def map_layers(states: LayerStates | None, change: Callable[[torch.Tensor], torch.Tensor]) -> LayerStates | None:
     """Return the states of all layers, each changed by `change`."""
     return None if states is None else tuple(None if state is None else change(state) for state in states)
 
 
 def decoder_states(
-    outputs: ModelOutput,
+    outputs: BaseModelOutputWithPast | CausalLMOutputWithPast,
     requested: dict[str, Any],
     change: Callable[[torch.Tensor], torch.Tensor],
     shape: tuple[int, ...],
-) -> dict[str, LayerStates]:
+) -> dict[str, Any]:
     """Return what was requested of a decoder's outputs for rows `shape` `(B, R)`.
 
     Args:
         change (`Callable`): applied to the hidden states `(B * R, slots, C)` of each layer.
     """
-    states = {}
+    states: dict[str, Any] = {}
     if "output_hidden_states" in requested:
         states["hidden_states"] = map_layers(outputs.hidden_states, change)
     if "output_attentions" in requested:
@@ -115,6 +116,6 @@ def decoder_states(
     return states
 
 
-def states_at(states: dict[str, LayerStates], positions: torch.Tensor) -> dict[str, LayerStates]:
+def states_at(states: dict[str, Any], positions: torch.Tensor) -> dict[str, Any]:
     """Return states with the hidden ones taken at `positions` `(B, T)`; attention maps stay those of rows."""
     return states | {"hidden_states": map_layers(states.get("hidden_states"), lambda state: take(state, positions))}

@@ -20,6 +20,7 @@ the last one. The state at a slot predicts the next token, so the task slot pred
 Shapes are those of `modeling_memory_model.py`. S is the number of memories that a row sees, W of tokens in a row.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ def right_aligned(is_token: torch.Tensor) -> torch.Tensor:
     return is_token.long().argsort(dim=1, stable=True)
 
 
-def check_packing(kwargs: dict[str, Any]) -> None:
+def check_packing(kwargs: Mapping[str, Any]) -> None:
     """Raise if arguments of a forward mark several documents in a row."""
     for name in DOCUMENT_MARKS:
         if kwargs.get(name) is not None:
@@ -230,7 +231,7 @@ class MemoryModelReader(nn.Module):
         self.config = config
         width, window = config.decoder.hidden_size, config.unroll_width
         self.slot_embeddings = nn.Parameter(torch.empty(3, width))  # BEGIN, COPY, BLANK
-        self.chunk_positions = None
+        self.chunk_positions: nn.Parameter | None = None
         if config.decoder_chunk_positions:
             self.chunk_positions = nn.Parameter(torch.empty(config.chunk_length, width))
         is_unrolled = config.memory_read == "unrolled_prefix"
@@ -272,7 +273,7 @@ class MemoryModelReader(nn.Module):
         if self.chunk_positions is not None:
             inputs = inputs + self.chunk_positions[positions]
         num_visible = memories.shape[2]
-        unused = [self.prefix_proj] if num_visible == 0 else []
+        unused: list[Any] = [self.prefix_proj] if num_visible == 0 else []
         for back, proj in enumerate(self.unroll_projs, start=1):
             if back > num_visible:
                 unused.append(proj)
@@ -319,6 +320,7 @@ class MemoryModelReader(nn.Module):
             bos_inputs = self.slot_embeddings[task].expand(*tokens.shape[:-2], 1, -1)
             tokens, is_token = torch.cat([bos_inputs, tokens], dim=-2), F.pad(is_token, (1, 0), value=True)
             positions = torch.arange(tokens.shape[2], device=tokens.device)
+        assert positions is not None
         inputs = self.add_chunk_features(tokens, memories, memory_mask, positions)
         if task is None or memories.shape[2] == 0:
             return inputs, is_token

@@ -34,6 +34,7 @@ Docstrings are written by hand (TRF057): the library's generator of them knows t
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,7 +42,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -55,7 +55,6 @@ from .configuration_memory_model import MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .generation_memory_model import MemoryModelGenerationMixin
 from .inspection_memory_model import (
-    LayerStates,
     MemoryModelEncoderOutput,
     MemoryModelOutput,
     decoder_states,
@@ -94,7 +93,7 @@ from .store_memory_model import (
 # trf-ignore: TRF041 freeze_encoder, max_memories, memory_quantization, chunk_length, causal_weight, model_type
 
 
-def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+def build_backbone(config: Any) -> PreTrainedModel:
     """Return a new base model of a configuration."""
     # Not by Auto class, which does not know the mosaic in a process that loads this code from a folder; and not by
     # the configuration's class, of which each folder loads a copy.
@@ -103,7 +102,7 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
-def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:
+def build_decoder(config: Any) -> PreTrainedModel:
     """Return a new causal language model of a configuration."""
     if config.model_type == MemoryMosaicConfig.model_type:
         return MemoryMosaicForCausalLM(config)
@@ -112,7 +111,7 @@ def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:
 
 def embedding_std(backbone: PreTrainedModel) -> float:
     """Return the standard deviation of the token embeddings: the scale of what is added to them or stands beside."""
-    table = backbone.get_input_embeddings().weight
+    table: Any = backbone.get_input_embeddings().weight
     if table.is_meta or is_fake_tensor(table):
         return 1.0  # a model without values, where any scale serves
     return table.std().item()
@@ -155,7 +154,7 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
             for linear in (module.prefix_proj, *module.unroll_projs):
                 init.normal_(linear.weight, std=self.config.initializer_range * linear.in_features**-0.5)
 
-    def save_pretrained(self, *args, **kwargs) -> None:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
@@ -201,7 +200,7 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = self.backbone.resize_token_embeddings(*args, **kwargs)
         self.config.encoder = self.backbone.config
         self.config.vocab_size = self.backbone.config.vocab_size
@@ -211,7 +210,7 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         """Return the sha256 of all weights and of the settings that shape a memory; see [`weights_fingerprint`]."""
         return encoder_fingerprint(self)
 
-    def run_backbone(self, chunks: torch.Tensor, **requested) -> tuple[torch.Tensor, ModelOutput]:
+    def run_backbone(self, chunks: torch.Tensor, **requested: Any) -> tuple[torch.Tensor, ModelOutput]:
         """Return the memories `(N, K, D)` of chunks `(N, L)`, and the backbone's outputs."""
         embeds = embed_tokens(self.backbone, chunks)
         if self.chunk_positions is not None:
@@ -285,7 +284,7 @@ class MemoryModelWithoutHead:
             raise AttributeError(name)
         return getattr(self.model.encoder, name)
 
-    def __call__(self, *args, **kwargs) -> BaseModelOutput:
+    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         """Return the decoder's last hidden states `(B, T, C)`; arguments as for the whole model, without labels.
 
         Raises:
@@ -326,16 +325,16 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.decoder.set_output_embeddings(value)
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
-        """As the library's, for encoder and decoder both."""
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the token tables of encoder and decoder as the library does; return the decoder's."""
         embeddings = self.decoder.resize_token_embeddings(*args, **kwargs)
         self.config.decoder = self.decoder.config
         self.encoder.resize_token_embeddings(*args, **kwargs)
         return embeddings
 
     @property
-    def base_model(self) -> MemoryModelWithoutHead:
-        """The encoder, which loads folders of an encoder alone; called, it is the whole model without its head."""
+    def base_model(self) -> Any:
+        """The encoder, so that folders of an encoder alone can be loaded; a call runs the model without its head."""
         return MemoryModelWithoutHead(self)
 
     def train(self, mode: bool = True) -> "MemoryModelForCausalLM":
@@ -477,8 +476,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         task: int,
         is_blank: bool = False,
         has_head: bool = True,
-        **requested,
-    ) -> tuple[torch.Tensor, dict[str, LayerStates]]:
+        **requested: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return logits `(B, R, 1 + W, V)` of all rows, at the task slot and the tokens, and the requested states.
 
         Args:
@@ -505,8 +504,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         return rows, decoder_states(outputs, requested, lambda state: state[:, -width:].unflatten(0, shape), shape)
 
     def decode_text(
-        self, text: PackedText, context: TextMemories, has_head: bool = True, **requested
-    ) -> tuple[torch.Tensor, dict[str, LayerStates]]:
+        self, text: PackedText, context: TextMemories, has_head: bool = True, **requested: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return logits `(B, T, V)` after each packed token of a text, and the requested states.
 
         Args:
@@ -525,8 +524,9 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         is_token = is_token.unflatten(1, (num_rows, length))[..., :-1]
         memories, memory_mask, num_given = context
         ends, max_end = num_given + torch.arange(num_rows, device=ids.device), num_given + num_rows - 1
-        visible = (memories, memory_mask, ends, max_end)
-        rows, states = self.decode_rows(tokens, is_token, *visible, BEGIN, has_head=has_head, **requested)
+        rows, states = self.decode_rows(
+            tokens, is_token, memories, memory_mask, ends, max_end, BEGIN, has_head=has_head, **requested
+        )
 
         # Slot 0 of a row predicts its first token, so the prediction after token t is the one of slot t + 1.
         def at_tokens(rows: torch.Tensor) -> torch.Tensor:
@@ -536,8 +536,10 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
             if "hidden_states" in states:
                 states["hidden_states"] = map_layers(states["hidden_states"], at_tokens)
             return at_tokens(rows), states
-        empty, visible = (tokens[:, :1, :0], is_token[:, :1, :0]), (memories, memory_mask, ends[-1:] + 1, max_end + 1)
-        last, _ = self.decode_rows(*empty, *visible, BEGIN, has_head=has_head)
+        tokens, is_token, ends = tokens[:, :1, :0], is_token[:, :1, :0], ends[-1:] + 1
+        last, _ = self.decode_rows(
+            tokens, is_token, memories, memory_mask, ends, max_end + 1, BEGIN, has_head=has_head
+        )
         return torch.cat([rows.flatten(1, 2)[:, 1:], last[:, 0]], dim=1), states
 
     # Whole texts
@@ -549,7 +551,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         memories: torch.Tensor | None,
         labels: torch.Tensor | None,
         logits_to_keep: Any,
-        kwargs: dict[str, Any],
+        kwargs: Mapping[str, Any],
     ) -> None:
         """Raise for arguments that would be misread, or would fail later."""
         if inputs_embeds is not None:
@@ -569,7 +571,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         attention_mask: torch.Tensor | None = None,
         memories: torch.Tensor | None = None,
         memory_mask: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutput:
         """Return the decoder's last hidden states `(B, T, C)`; see [`MemoryModelWithoutHead`]."""
         self.check_causal_only()
@@ -594,10 +596,12 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         labels: torch.Tensor | None,
         logits_to_keep: int,
         requested: dict[str, Any],
-        **kwargs,
+        **kwargs: Any,
     ) -> MemoryModelOutput:
         """Return the outputs for a whole text: logits, the losses if there are `labels` `(B, T)`, and its memories."""
-        logits, states, parts = None, {}, {}
+        logits: torch.Tensor | None = None
+        states: dict[str, Any] = {}
+        parts: dict[str, torch.Tensor] = {}
         if labels is None or not self.training or self.config.causal_weight > 0 or requested:
             logits, states = self.decode_text(text, context, **requested)
         if labels is not None:
@@ -605,12 +609,13 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         if logits is not None:
             positions = packed_positions(text)
             logits, states = take(logits, positions[:, -logits_to_keep:]), states_at(states, positions)
-        weights = self.weights()
-        loss = sum(weights[name] * part for name, part in parts.items()) if parts else None
-        named = {f"{name}_loss": part for name, part in parts.items()}
-        latest_last = right_aligned(context.mask)
-        kept = {"memories": take(context.memories, latest_last), "memory_mask": take(context.mask, latest_last)}
-        return MemoryModelOutput(loss=loss, logits=logits, **kept, **named, **states)
+        named: dict[str, Any] = {f"{name}_loss": part for name, part in parts.items()}
+        if parts:
+            weights = self.weights()
+            named["loss"] = sum(weights[name] * part for name, part in parts.items())
+        order = right_aligned(context.mask)
+        memories, memory_mask = take(context.memories, order), take(context.mask, order)
+        return MemoryModelOutput(logits=logits, memories=memories, memory_mask=memory_mask, **named, **states)
 
     # trf-ignore: TRF057
     @can_return_tuple
@@ -656,31 +661,31 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         >>> memories, rest = model.encode(**tokenizer(document, return_tensors="pt"))
         >>> ids = model.generate(**rest, **memories, max_new_tokens=50)
         ```"""
-        cache = one_memory(past_key_values, cache)
-        self.check_request(inputs_embeds, cache, memories, labels, logits_to_keep, kwargs)
-        if attention_mask is not None and cache is not None:
-            attention_mask = cache.new_columns(attention_mask, 0 if input_ids is None else input_ids.shape[-1])
-        text = pack_text(input_ids, attention_mask, is_first=cache is None)
+        past: Any = one_memory(past_key_values, cache)
+        self.check_request(inputs_embeds, past, memories, labels, logits_to_keep, kwargs)
+        if attention_mask is not None and past is not None:
+            attention_mask = past.new_columns(attention_mask, 0 if input_ids is None else input_ids.shape[-1])
+        text = pack_text(input_ids, attention_mask, is_first=past is None)
         check_memories(memories, memory_mask, text.ids.shape[0], self.config, self.dtype)
         if labels is not None and labels.shape != text.ids.shape:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}: it must be that of the ids, {tuple(text.ids.shape)}."
             )
-        if torch.compiler.is_exporting() and (use_cache or cache is not None):
+        if torch.compiler.is_exporting() and (use_cache or past is not None):
             raise ValueError("An exported program reads whole texts: pass `use_cache=False`, and no cache.")
         if use_cache is None:  # on request a cache is kept in training too
             is_only_read = labels is None and not self.training and not torch.compiler.is_exporting()
             use_cache = self.config.use_cache and is_only_read
         requested = requested_states(self.config, kwargs)
-        if use_cache and cache is None:
-            cache = MemoryModelCache()
-            self.check_cache(cache, memories, labels)
-        if cache is None:
+        if use_cache and past is None:
+            past = MemoryModelCache()
+            self.check_cache(past, memories, labels)
+        if past is None:
             context = self.gather_memories(text, memories, memory_mask)
             return self.read_text(text, context, labels, logits_to_keep, requested, **kwargs)
-        logits, states = self.continue_text(cache, text, memories, memory_mask, logits_to_keep, requested)
-        kept = {"memories": cache.memories, "memory_mask": cache.memory_mask}
-        return MemoryModelOutput(logits=logits, **kept, **{MEMORY_NAME: cache}, **states)
+        logits, states = self.continue_text(past, text, memories, memory_mask, logits_to_keep, requested)
+        states |= {"memories": past.memories, "memory_mask": past.memory_mask, MEMORY_NAME: past}
+        return MemoryModelOutput(logits=logits, **states)
 
 
 __all__ = [

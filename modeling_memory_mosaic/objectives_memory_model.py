@@ -22,14 +22,13 @@ Shapes are those of `modeling_memory_model.py`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
-from .inspection_memory_model import LayerStates
 from .layout_memory_model import COPY, PackedText, TextMemories, embed_tokens, take
 from .ops_memory_mosaic import at_least_float32
 
@@ -123,7 +122,7 @@ class MemoryModelObjectives:
     # Parts of the model that this class is mixed into.
     config: MemoryModelConfig
     decoder: PreTrainedModel
-    decode_rows: Callable[..., tuple[torch.Tensor, dict[str, LayerStates]]]
+    decode_rows: Callable[..., tuple[torch.Tensor, dict[str, Any]]]
     loss_function: Callable[..., torch.Tensor]
 
     def weights(self) -> dict[str, float]:
@@ -163,7 +162,7 @@ class MemoryModelObjectives:
         return logits.flatten(0, 1).unflatten(0, shape), rows.chunks.flatten(0, 1).unflatten(0, shape), rows.is_row
 
     def losses(
-        self, logits: torch.Tensor | None, text: PackedText, labels: torch.Tensor, context: TextMemories, **kwargs
+        self, logits: torch.Tensor | None, text: PackedText, labels: torch.Tensor, context: TextMemories, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         """Return the parts of the loss whose weight is positive, each a mean over its targets, in nats.
 

@@ -18,6 +18,7 @@ Shapes are those of `modeling_memory_model.py`.
 """
 
 import hashlib
+from typing import Any
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
@@ -68,7 +69,7 @@ def encoder_fingerprint(encoder: PreTrainedModel) -> bytes:
     Raises:
         ValueError: if the weights have no values here, see [`weights_fingerprint`].
     """
-    config = encoder.config
+    config: Any = encoder.config
     digest = hashlib.sha256(repr([(name, getattr(config, name)) for name in MEMORY_FIELDS]).encode())
     digest.update(weights_fingerprint(encoder, config.encoder))
     return digest.digest()
@@ -141,7 +142,7 @@ def memories_to_tensors(
     memories: torch.Tensor, memory_mask: torch.Tensor | None, encoder: PreTrainedModel
 ) -> dict[str, torch.Tensor]:
     """Return memories `(B, M, K, D)` of an encoder as named tensors to save."""
-    config = encoder.config
+    config: Any = encoder.config
     if memory_mask is None:
         memory_mask = torch.ones(memories.shape[:2], dtype=torch.bool)
     tensors = {"memories": memories, "memory_mask": memory_mask}
@@ -185,7 +186,7 @@ def memories_from_tensors(
         ValueError: if another encoder wrote them, or no encoder could have.
     """
     check_origin(tensors, encoder)
-    config = encoder.config
+    config: Any = encoder.config
     memories, memory_mask = tensors["memories"], tensors["memory_mask"]
     if 0 in memories.shape:
         raise ValueError(f"memories have shape {tuple(memories.shape)}, which holds none: encode the text again.")

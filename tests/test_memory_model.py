@@ -237,7 +237,7 @@ def assert_close_loss(loss, expected):
 @pytest.mark.parametrize("num_tokens", [10, 18, 23])
 def test_each_part_of_the_loss_is_the_mean_over_its_targets(model, objective, num_tokens):
     if model.config.max_memories == 0 and objective != "causal":
-        with pytest.raises(StrictDataclassError, match="max_memories=0 leaves nothing to recall"):
+        with pytest.raises(StrictDataclassError, match="max_memories=0 leaves nothing to reconstruct from"):
             make_memory_model(max_memories=0, **{f"{objective}_weight": 2.0})
         return
     for name in OBJECTIVES:

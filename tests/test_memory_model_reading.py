@@ -142,7 +142,7 @@ def test_what_does_not_fit_the_text_is_refused(inputs, message, use_cache):
 
 
 def test_what_no_memory_can_hold_is_not_to_be_recalled():
-    with pytest.raises(StrictDataclassError, match="max_memories=0 leaves nothing to recall"):
+    with pytest.raises(StrictDataclassError, match="max_memories=0 leaves nothing to reconstruct from"):
         make_memory_model(max_memories=0, copy_weight=1.0)
     model = make_memory_model(max_memories=1, copy_weight=1.0)
     assert model(make_ids(1, 19), labels=make_ids(1, 19)).copy_loss.isfinite()
