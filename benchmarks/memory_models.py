@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What memories save: a memory model beside its decoder with all tokens in view. `make bench`, or see `--help`.
+"""Speed and memory of a memory model, beside its decoder with all tokens in view. `make bench`, or see `--help`.
 
-Both read texts of several lengths and decode one chunk behind them, so that finishing a chunk and encoding it is part
-of what is timed. They run in turn in one process, as in `benchmarks/speed.py`. Backbones are Memory Mosaics; the
-encoder is as large as the decoder, or has half its width.
+Both read texts of several lengths, and decode one chunk behind them. The time includes encoding the chunk when it is
+full. The two run in turn in one process, as in `benchmarks/speed.py`. Backbones are Memory Mosaics; the encoder is as
+large as the decoder, or has half its width.
 
-The formula counts multiplications: each token once through the weights of what reads it, and two products of vectors
-for each pair of tokens that see each other. All tokens in view: n tokens, n n / 2 pairs. A memory model: n tokens and
-n L / 2 pairs for the encoder, and for the decoder one row of the n / L memories and the tokens since.
+The formula counts multiplications: each token once through the weights of the model that reads it, and two products of
+vectors for each pair of tokens that see each other. All tokens in view: n tokens, n n / 2 pairs. A memory model: n
+tokens and n L / 2 pairs for the encoder, and for the decoder one row of the n / L memories and the tokens since.
 """
 
 import copy
 import json
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -32,8 +33,8 @@ from modeling_memory_mosaic import (
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 
 
-SIZES = {"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-HALF = SIZES | {"hidden_size": 64, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+HALF: dict[str, Any] = SIZES | {"hidden_size": 64, "num_attention_heads": 2}
 CHUNK_LENGTH = 256
 LENGTHS = (512, 1024, 4096, 16384)
 ENCODERS = {"encoder of equal size": SIZES, "encoder of half the width": HALF}
@@ -41,12 +42,13 @@ FULL = "all tokens in view"
 LARGER_IS_BETTER = {"prefill": False, "decode": True}
 
 
-def backbone(sizes: dict[str, int]) -> MemoryMosaicConfig:
+def backbone(sizes: dict[str, Any]) -> MemoryMosaicConfig:
+    """Return the configuration of a backbone without dropout."""
     return MemoryMosaicConfig(**sizes, attention_dropout=0.0, hidden_dropout=0.0)
 
 
 def build(name: str) -> PreTrainedModel:
-    """The memory model with that encoder, or its decoder alone."""
+    """Return the memory model with the encoder of that name, or its decoder alone."""
     torch.manual_seed(0)
     if name == FULL:
         return MemoryMosaicForCausalLM(backbone(SIZES)).eval()
@@ -58,7 +60,7 @@ def build(name: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def read(model: PreTrainedModel, num_tokens: int) -> DynamicCache | MemoryModelCache:
-    """Read one text into a cache."""
+    """Read one text, and return the cache that holds it."""
     ids = torch.randint(0, SIZES["vocab_size"], (1, num_tokens), generator=torch.Generator().manual_seed(0))
     cache = MemoryModelCache() if isinstance(model, MemoryModelForCausalLM) else DynamicCache(config=model.config)
     model(input_ids=ids, **{MEMORY_NAME: cache}, logits_to_keep=1)
@@ -66,7 +68,7 @@ def read(model: PreTrainedModel, num_tokens: int) -> DynamicCache | MemoryModelC
 
 
 def prefill(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
-    """Seconds to read one text."""
+    """Return a task that measures the seconds to read one text."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -77,7 +79,7 @@ def prefill(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
 
 
 def decode(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
-    """Tokens per second over one chunk behind the text, one at a time."""
+    """Return a task that measures tokens per second over one chunk behind the text, one token at a time."""
     ids, before = torch.zeros(1, 1, dtype=torch.long), read(model, num_tokens)
 
     @torch.no_grad()
@@ -92,13 +94,14 @@ def decode(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
 
 
 def slots(model: PreTrainedModel, num_tokens: int) -> int:
-    """Pairs that the decoder holds at most while it decodes one chunk behind the text."""
+    """Return how many pairs the decoder holds at most while it decodes one chunk behind the text."""
     if not isinstance(model, MemoryModelForCausalLM):
         return num_tokens + CHUNK_LENGTH
     return num_tokens // CHUNK_LENGTH * model.config.prefix_slots + CHUNK_LENGTH
 
 
-def _peak_of_reading(name: str, num_tokens: int, threads: int, pipe) -> None:
+def _peak_of_reading(name: str, num_tokens: int, threads: int, pipe: Connection) -> None:
+    """Send through `pipe` by how many MiB reading one text raises the peak of resident memory."""
     torch.set_num_threads(threads)
     model = build(name)
     before = peak_resident()
@@ -107,7 +110,7 @@ def _peak_of_reading(name: str, num_tokens: int, threads: int, pipe) -> None:
 
 
 def multiplications(name: str, num_tokens: int) -> float:
-    """Of reading a text, by the formula."""
+    """Return the multiplications of reading a text, by the formula."""
     weights = {key: weights_per_token(sizes) for key, sizes in (("decoder", SIZES), ("encoder", ENCODERS.get(name)))}
     if name == FULL:
         return num_tokens * weights["decoder"] + pair_width(SIZES) * num_tokens**2 / 2
@@ -117,7 +120,7 @@ def multiplications(name: str, num_tokens: int) -> float:
 
 
 def weights_per_token(sizes: dict[str, int] | None) -> int:
-    """Matrix entries that a token meets in the blocks; the head is met by the last token alone."""
+    """Return the matrix entries of the blocks, through which each token passes; the head serves the last one only."""
     if sizes is None:
         return 0
     with torch.device("meta"):
@@ -126,12 +129,12 @@ def weights_per_token(sizes: dict[str, int] | None) -> int:
 
 
 def pair_width(sizes: dict[str, int]) -> int:
-    """Multiplications for a pair of tokens: a product of keys and a weighted value, in every layer."""
+    """Return the multiplications for a pair of tokens: a product of keys and a weighted value in every layer."""
     return 2 * sizes["hidden_size"] * sizes["num_hidden_layers"]
 
 
 def measure(rounds: int) -> list[dict]:
-    """One row for each length and encoder, printed as it is taken."""
+    """Return one row of figures for each length and encoder, and print each when it is measured."""
     full, rows = build(FULL), []
     for num_tokens in LENGTHS:
         peak = in_process_of_its_own(_peak_of_reading, FULL, num_tokens)
@@ -158,6 +161,7 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n| ---: | --- |{' ---: |' * (len(COLUMNS) -
 
 
 def table_row(row: dict) -> str:
+    """Return a Markdown row of the figures of [`measure`]."""
     reading, writing = row["prefill"], row["decode"]
     cells = [
         f"{row['tokens']:,}",
@@ -178,7 +182,7 @@ def table_row(row: dict) -> str:
 
 
 def table(report: dict) -> str:
-    """Markdown table of a report as `main` writes it, with its setting above."""
+    """Return the Markdown table of a report of `main`, with the setting above and a summary below."""
     sizes = report["sizes"]
     setting = (
         f"Memory Mosaics of {sizes['num_hidden_layers']} blocks of width {sizes['hidden_size']}, chunks of "
@@ -190,17 +194,17 @@ def table(report: dict) -> str:
 
 
 def payoffs(rows: list[dict]) -> list[str]:
-    """For each encoder, from which measured length on a memory model is faster."""
+    """Return a sentence for each encoder: from which measured length on the memory model is faster."""
     sentences = []
     for name in dict.fromkeys(row["encoder"] for row in rows):
         starts = [pays_from([row for row in rows if row["encoder"] == name], what) for what in ("prefill", "decode")]
-        told = [f"from {start:,} tokens on" if start else "at no length" for start in starts]
-        sentences.append(f"With an {name} it is faster to read {told[0]}, and to decode {told[1]}.")
+        prefill_range, decode_range = (f"from {start:,} tokens on" if start else "at no length" for start in starts)
+        sentences.append(f"With an {name} it is faster to read {prefill_range}, and to decode {decode_range}.")
     return sentences
 
 
 def pays_from(rows: list[dict], what: str) -> int | None:
-    """The shortest text from which on the lower quartile of the ratio is above 1 at every measured length."""
+    """Return the measured length from which on the lower quartile of the ratio is above 1; `None` if there is none."""
     start = None
     for row in sorted(rows, key=lambda row: row["tokens"], reverse=True):
         if row[what]["ratio_quartiles"][0] <= 1:

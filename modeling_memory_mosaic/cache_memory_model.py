@@ -78,8 +78,6 @@ class MemoryModelCache(ReadText, Cache):
         """Return how many slots the decoder's cache holds now."""
         return 0 if self.row is None else self.row.get_seq_length()
 
-    # Reading
-
     def new_columns(self, attention_mask: torch.Tensor, num_new: int) -> torch.Tensor:
         """Return the part `(B, num_new)` of a mask `(B, past + num_new)` that covers the new tokens.
 
@@ -141,8 +139,6 @@ class MemoryModelCache(ReadText, Cache):
         """Add the mask `(B, W)` of new slots, and return the mask `(B, slots + W)` of the whole row."""
         self.row_mask = mask if self.row_mask is None else torch.cat([self.row_mask, mask], dim=1)
         return self.row_mask
-
-    # Rows of the batch
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._map_text(function)

@@ -12,11 +12,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading a memory model's text in parts: the open row of each text, its cache, and `generate`.
+"""Generation with a memory model: reading a text in parts, `generate`, and encoding a document ahead of it.
 
-A text ends with an open row: the chunk that is not full yet, behind the memories of the chunks before it. New tokens
-go into that row, and the decoder's own cache serves them, until the chunk is full. Then the chunk is encoded, and the
-next row is opened.
+Behind its last full chunk each text has an open row. New tokens continue that row, by the decoder's own cache, until
+the chunk is full. Then the chunk is encoded into a memory, and the next row is opened.
 
 Shapes are those of `modeling_memory_model.py`; P is the number of tokens in the open row.
 """
@@ -76,7 +75,7 @@ class MemoryModelGenerationMixin(GenerationMixin, nn.Module):
         if not isinstance(cache, MemoryModelCache):
             raise ValueError(
                 f"A {type(cache).__name__} is not what a memory model has read: pass what its forward returned. "
-                "(Prefix tuning of PEFT makes such a one: use LoRA.)"
+                "(Prefix tuning of PEFT makes such a cache: use LoRA.)"
             )
         if labels is not None:
             raise ValueError(

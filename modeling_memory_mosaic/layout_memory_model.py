@@ -135,7 +135,7 @@ def pack_text(
 def packed_positions(text: PackedText) -> torch.Tensor:
     """Return where each column of the caller's text stands in the packed text, `(B, T)`.
 
-    Padding has the position of the token before it: `generate` asks behind a text for the prediction there.
+    Padding has the position of the token before it, as `generate` takes the prediction behind a padded text there.
     """
     return (take(text.is_token, text.order.argsort(dim=1)).cumsum(dim=1) - 1).clamp(min=0)
 
@@ -161,8 +161,8 @@ def split_into_chunks(ids: torch.Tensor, lengths: torch.Tensor, length: int) -> 
     if not is_torchdynamo_compiling():
         num_chunks = int(lengths.max()) // length
     else:
-        # A graph cannot ask how many chunks are full. Where T is symbolic, one more chunk is needed, as a graph
-        # specialises to a dimension of size 1.
+        # A graph cannot depend on how many chunks are full, so it takes all that fit. Where T is symbolic it takes one
+        # more, as a graph is specialised to a dimension of size 1.
         num_chunks = num_columns // length + (not isinstance(num_columns, int))
     is_full = torch.arange(num_chunks, device=ids.device) < (lengths // length)[:, None]
     return F.pad(ids, (0, num_chunks * length - num_columns)).reshape(-1, length), is_full
@@ -179,7 +179,7 @@ def embed_tokens(backbone: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         # A unit of FSDP2 collects its weights for its own forward, and would lose the gradient of this use of them.
         raise ValueError(
             f"The token table of a {type(backbone).__name__} is used besides its forward, so that it cannot be a unit "
-            "of FSDP2: make its layers units, or the whole encoder, and leave the table to what is above."
+            "of FSDP2: make its layers units, or the whole encoder, and leave the table to the unit above."
         )
     return embed_ids(table, ids, backbone.config.vocab_size)
 

@@ -15,22 +15,22 @@
 """Memory models (arXiv 2602.13466): a decoder that reads the memories of past chunks in place of their tokens.
 
 Notable features:
-- any two causal models of transformers serve as encoder and decoder; the default is a Memory Mosaic
-- a chunk of L tokens is encoded alone into K vectors, its memory
-- the decoder has a row for each chunk, and reads the memories before it and the chunk's own tokens
-- nothing else passes from row to row: one pass encodes all chunks, another decodes all rows
-- the chunk's first token is predicted too, at the task slot in front of it
+- any causal models of transformers as encoder and decoder; a Memory Mosaic by default
+- each chunk of a text is encoded alone into a few vectors, its memory
+- the decoder has one row for each chunk: the memories of earlier chunks, a task slot, the chunk's own tokens
+- no recurrence: one pass encodes all chunks, another decodes all rows
+- the task slot predicts the chunk's first token, so every token but the text's first is a target
 - four objectives: next token, autoencoding, copy, blank copy
-- memories can be rounded to one byte a number, in training as in storage
-- padding may stand anywhere; a text read in parts has the logits of one pass
+- memories of one byte a number, with the rounding in training too
+- padding anywhere; a text that is read in parts has the logits of one pass
 
-The parts: `layout_` (texts, chunks, rows), `objectives_` (reconstruction), `generation_` (reading in parts), `store_`
-(memories on disk), `inspection_` (hidden states and maps), `cache_`, `configuration_`.
+Other files, each named `..._memory_model.py`: `layout_` makes chunks and rows of texts, `objectives_` has the losses,
+`generation_` reads a text in parts, `store_` keeps memories on disk, `inspection_` has the outputs.
 
 Shapes use B batch, T tokens, L tokens of a chunk, M or N memories, K vectors of a memory, D their width, R rows of the
 decoder (one for each chunk), C = hidden size of the decoder, V = vocabulary.
 
-Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
+Docstrings are written by hand (TRF057), as the library generates them only for its own models.
 """
 
 import inspect
@@ -110,7 +110,7 @@ def build_decoder(config: Any) -> PreTrainedModel:
 
 
 def embedding_std(backbone: PreTrainedModel) -> float:
-    """Return the standard deviation of the token embeddings: the scale of what is added to them or stands beside."""
+    """Return the standard deviation of the token embeddings, by which slots and positions begin at the same scale."""
     table: Any = backbone.get_input_embeddings().weight
     if table.is_meta or is_fake_tensor(table):
         return 1.0  # a model without values, where any scale serves
@@ -119,6 +119,8 @@ def embedding_std(backbone: PreTrainedModel) -> float:
 
 # trf-ignore: TRF057
 class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
+    """What the encoder and the whole model share: initialisation, and saving together with this code."""
+
     config: MemoryModelConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
@@ -155,7 +157,7 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
                 init.normal_(linear.weight, std=self.config.initializer_range * linear.in_features**-0.5)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As the library's, with all classes of this file in `config.json`: each Auto class can load the folder."""
+        """Save as the library does, and name all classes of this file in `config.json` for the Auto classes."""
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
             "AutoConfig": "configuration_memory_model.MemoryModelConfig",
@@ -280,7 +282,7 @@ class MemoryModelWithoutHead:
         self.model = model
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model" or name.startswith("__"):  # a copy asks before it has a model
+        if name == "model" or name.startswith("__"):  # `copy` looks names up before `model` is set
             raise AttributeError(name)
         return getattr(self.model.encoder, name)
 
@@ -298,7 +300,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
     """A memory model that predicts the next token, and reconstructs chunks from their memories."""
 
     _is_stateful = True
-    # A dictionary of its own, as PEFT looks only where there is one, and then adds those of the decoder.
+    # A dictionary of its own: PEFT looks for one here, and adds the decoder's names to it.
     _tied_weights_keys = {}
 
     def __init__(self, config: MemoryModelConfig):
@@ -310,8 +312,6 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         self.num_positions = count_positions(self.decoder)
         self.post_init()
         self.freeze_encoder(config.freeze_encoder)
-
-    # The parts: embeddings, encoder, decoder
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
@@ -350,17 +350,17 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         self.train(self.training)
 
     def reset_decoder(self) -> None:
-        """Initialise decoder and reader again, from the current random seed, as in a new model."""
+        """Initialise decoder and reader as in a new model, from the current random seed."""
         fresh = type(self)(self.config)
         for part in ("reader", "decoder"):
             getattr(self, part).load_state_dict(getattr(fresh, part).state_dict())
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor on the model's device; as it is, if the weights are offloaded."""
+        """Return a tensor on the model's device. Offloaded weights have no device, and the tensor stays on its own."""
         return tensor if self.device.type == "meta" else tensor.to(self.device)
 
     def is_sharded(self) -> bool:
-        """Return whether parts of this model are collected from several processes, each when it is called."""
+        """Return whether several processes hold this model in parts, and collect each part when it is called."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return False
         from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # some builds of torch lack it
@@ -369,13 +369,11 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         is_zero3 = any(hasattr(parameter, "ds_id") for parameter in self.parameters())
         return is_zero3 or any(isinstance(module, units) for module in self.modules() if module is not self)
 
-    # Memories
-
     def encoder_must_run(self) -> bool:
         """Return whether a batch without a full chunk has to run the encoder all the same.
 
-        It does for a gradient, if only of zeros, and where processes collect sharded weights together: one that left
-        the encoder out would keep the others waiting.
+        Data parallelism waits for a gradient of every weight, if only of zeros. Processes with sharded weights wait
+        for each other wherever the encoder is called.
         """
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.encoder.parameters()):
             return True
@@ -422,10 +420,10 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
     def memories_state_dict(
         self, memories: torch.Tensor, memory_mask: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return memories, as [`~MemoryModelForCausalLM.encode`] gives them, as tensors that `safetensors` can save.
+        """Return memories of [`~MemoryModelForCausalLM.encode`] as named tensors that `safetensors` can save.
 
-        A model with `memory_quantization` stores codes of one byte, and their scales. All store which encoder wrote
-        them.
+        With `memory_quantization` they are codes of one byte, and their scales. The encoder's fingerprint is among the
+        tensors.
 
         Args:
             memories (`torch.Tensor` of shape `(B, M, K, D)`).
@@ -445,10 +443,10 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         memories, memory_mask = memories_from_tensors(tensors, self.encoder, self.dtype)
         return {"memories": self.to_device(memories), "memory_mask": self.to_device(memory_mask)}
 
-    # Rows
-
     def decoder_masks(self, mask: torch.Tensor, num_new: int) -> dict[str, torch.Tensor]:
-        """Return the decoder's arguments for rows of `mask` `(N, past + new)`: absent slots have no position.
+        """Return the decoder's `attention_mask`, and `position_ids` if it takes any, for rows `(N, past + new)`.
+
+        Positions count present slots only, so that padding does not move the others.
 
         Raises:
             ValueError: if the decoder has a table of learnt positions, and a row is longer.
@@ -529,8 +527,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         )
 
         # Slot 0 of a row predicts its first token, so the prediction after token t is the one of slot t + 1.
-        def at_tokens(rows: torch.Tensor) -> torch.Tensor:
-            return rows.flatten(1, 2)[:, 1 : num_tokens + 1].contiguous()
+        def at_tokens(slots: torch.Tensor) -> torch.Tensor:
+            return slots.flatten(1, 2)[:, 1 : num_tokens + 1].contiguous()
 
         if not has_last_row:
             if "hidden_states" in states:
@@ -542,16 +540,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         )
         return torch.cat([rows.flatten(1, 2)[:, 1:], last[:, 0]], dim=1), states
 
-    # Whole texts
-
     def check_request(
-        self,
-        inputs_embeds: torch.Tensor | None,
-        cache: Any,
-        memories: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        logits_to_keep: Any,
-        kwargs: Mapping[str, Any],
+        self, inputs_embeds: torch.Tensor | None, logits_to_keep: Any, kwargs: Mapping[str, Any]
     ) -> None:
         """Raise for arguments that would be misread, or would fail later."""
         if inputs_embeds is not None:
@@ -562,8 +552,6 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must be a number that is not negative.")
         check_packing(kwargs)
-        if cache is not None:
-            self.check_cache(cache, memories, labels)
 
     def forward_without_head(
         self,
@@ -583,7 +571,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
             )
         if self.decoder.base_model is self.decoder:
             raise ValueError(f"A {type(self.decoder).__name__} names no base, so that its head cannot be left out.")
-        self.check_request(kwargs.pop("inputs_embeds", None), None, memories, None, 0, kwargs)
+        self.check_request(kwargs.pop("inputs_embeds", None), 0, kwargs)
         text = pack_text(input_ids, attention_mask)
         check_memories(memories, memory_mask, text.ids.shape[0], self.config, self.dtype)
         states, _ = self.decode_text(text, self.gather_memories(text, memories, memory_mask), has_head=False)
@@ -596,16 +584,16 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         labels: torch.Tensor | None,
         logits_to_keep: int,
         requested: dict[str, Any],
-        **kwargs: Any,
+        loss_kwargs: Mapping[str, Any],
     ) -> MemoryModelOutput:
-        """Return the outputs for a whole text: logits, the losses if there are `labels` `(B, T)`, and its memories."""
+        """Return logits and memories of a whole text, and its losses if there are `labels` `(B, T)`."""
         logits: torch.Tensor | None = None
         states: dict[str, Any] = {}
         parts: dict[str, torch.Tensor] = {}
         if labels is None or not self.training or self.config.causal_weight > 0 or requested:
             logits, states = self.decode_text(text, context, **requested)
         if labels is not None:
-            parts = self.losses(logits, text, take(labels, text.order), context, **kwargs)
+            parts = self.losses(logits, text, take(labels, text.order), context, loss_kwargs)
         if logits is not None:
             positions = packed_positions(text)
             logits, states = take(logits, positions[:, -logits_to_keep:]), states_at(states, positions)
@@ -662,9 +650,11 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         >>> ids = model.generate(**rest, **memories, max_new_tokens=50)
         ```"""
         past: Any = one_memory(past_key_values, cache)
-        self.check_request(inputs_embeds, past, memories, labels, logits_to_keep, kwargs)
-        if attention_mask is not None and past is not None:
-            attention_mask = past.new_columns(attention_mask, 0 if input_ids is None else input_ids.shape[-1])
+        self.check_request(inputs_embeds, logits_to_keep, kwargs)
+        if past is not None:
+            self.check_cache(past, memories, labels)
+            if attention_mask is not None:
+                attention_mask = past.new_columns(attention_mask, 0 if input_ids is None else input_ids.shape[-1])
         text = pack_text(input_ids, attention_mask, is_first=past is None)
         check_memories(memories, memory_mask, text.ids.shape[0], self.config, self.dtype)
         if labels is not None and labels.shape != text.ids.shape:
@@ -682,7 +672,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
             self.check_cache(past, memories, labels)
         if past is None:
             context = self.gather_memories(text, memories, memory_mask)
-            return self.read_text(text, context, labels, logits_to_keep, requested, **kwargs)
+            return self.read_text(text, context, labels, logits_to_keep, requested, kwargs)
         logits, states = self.continue_text(past, text, memories, memory_mask, logits_to_keep, requested)
         states |= {"memories": past.memories, "memory_mask": past.memory_mask, MEMORY_NAME: past}
         return MemoryModelOutput(logits=logits, **states)

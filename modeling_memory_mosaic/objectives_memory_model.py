@@ -21,7 +21,7 @@
 Shapes are those of `modeling_memory_model.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -162,16 +162,22 @@ class MemoryModelObjectives:
         return logits.flatten(0, 1).unflatten(0, shape), rows.chunks.flatten(0, 1).unflatten(0, shape), rows.is_row
 
     def losses(
-        self, logits: torch.Tensor | None, text: PackedText, labels: torch.Tensor, context: TextMemories, **kwargs: Any
+        self,
+        logits: torch.Tensor | None,
+        text: PackedText,
+        labels: torch.Tensor,
+        context: TextMemories,
+        loss_kwargs: Mapping[str, Any],
     ) -> dict[str, torch.Tensor]:
         """Return the parts of the loss whose weight is positive, each a mean over its targets, in nats.
 
         Args:
             logits (`torch.Tensor` of shape `(B, T, V)`, *optional*): after each packed token; for the causal loss.
             labels (`torch.Tensor` of shape `(B, T)`): of the packed tokens; -100 is ignored.
+            loss_kwargs (`Mapping`): for the causal loss. `num_items_in_batch` applies to all parts.
         """
         labels = labels.masked_fill(~text.is_token, -100)
-        num_items = kwargs.get("num_items_in_batch")
+        num_items = loss_kwargs.get("num_items_in_batch")
         # Gradient accumulation sums the losses of a batch's parts, so each part counts by its share of the targets.
         share = 1.0 if num_items is None else (labels[:, 1:] != -100).sum() / num_items
         parts = {}
@@ -180,7 +186,9 @@ class MemoryModelObjectives:
                 continue
             if objective == "causal":
                 vocab_size = self.config.decoder.vocab_size
-                parts[objective] = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+                parts[objective] = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=vocab_size, **loss_kwargs
+                )
             else:
                 parts[objective] = share * reconstruction_loss(*self.reconstruct(objective, text, context))
         return parts

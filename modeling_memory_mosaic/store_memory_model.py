@@ -12,7 +12,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Storage of a memory model's memories: rounding to one byte a number, tensors to save, and checks of what is read.
+"""Storage of a memory model's memories: rounding to one byte a number, named tensors, and checks of memories.
 
 Shapes are those of `modeling_memory_model.py`.
 """
@@ -80,7 +80,7 @@ def check_memory_shapes(
 ) -> None:
     """Raise if memories have another shape than this model's, or another number of rows than the text."""
     if memories is None and memory_mask is not None:
-        raise ValueError("memory_mask tells which memories there are, but none are given: pass memories too.")
+        raise ValueError("memory_mask is given without memories: pass memories too.")
     if memories is None:
         return
     shape = (config.num_memory_embeddings, config.memory_size)

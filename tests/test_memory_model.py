@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory models: each row sees the memories before it and its own tokens, nothing else, however the text is read."""
+"""Memory models: each row sees the memories before it and its own tokens, and nothing else, in any way of reading."""
 
 import copy
 import itertools
@@ -40,7 +40,7 @@ def model(request):
 
 
 def row_alone(model, memories, slot, tokens):
-    """Logits of one row, written down slot by slot: of memories `(M, K, D)` and embeddings of tokens `(T, C)`."""
+    """Logits of one row, made slot by slot from memories `(M, K, D)` and embeddings of tokens `(T, C)`."""
     config, reader = model.config, model.reader
     if config.max_memories is not None:
         memories = memories[len(memories) - min(len(memories), config.max_memories) :]
@@ -71,7 +71,7 @@ def memories_alone(model, ids):
 
 
 def logits_alone(model, ids):
-    """Logits `(T, V)` of ids `(T,)`, one row after the other."""
+    """Logits `(T, V)` of ids `(T,)`, from one row at a time."""
     memories, table = memories_alone(model, ids), model.decoder.get_input_embeddings()
     rows = []
     for begin in range(0, len(ids) + 1, LENGTH):
@@ -116,7 +116,7 @@ def test_a_padded_row_is_the_row_alone(model, side, cached):
         ids[number, at], mask[number, at] = row, 1
     cuts = [0, 7, 8, 15, width] if cached else [0, width]
     if cached and side == "left":
-        cuts = [0, 19, width]  # every row begins in the first part
+        cuts = [0, 19, width]  # all rows begin in the first part
     cache, pieces = None, []
     for begin, end in itertools.pairwise(cuts):
         part = {"input_ids": ids[:, begin:end], "attention_mask": mask[:, :end]}
@@ -137,7 +137,7 @@ def test_a_token_changes_nothing_before_itself(model):
         other[0, position] = (ids[0, position] + 1) % VOCAB_SIZE
         changed = (model(other, use_cache=False).logits[0] != logits).any(-1)
         assert not changed[:position].any()
-        # Of its own chunk's last token the decoder hears by the memory alone.
+        # A chunk's last token reaches the decoder through the memory only.
         is_last = position % LENGTH == LENGTH - 1
         assert changed[position] or (is_last and model.config.max_memories == 0)
 
@@ -170,7 +170,7 @@ def test_given_memories_stand_for_their_text(model):
     expected = model(ids, use_cache=False)
     given = model.encoder(ids[:, :10]).memories
     outputs = model(ids[:, 10:], memories=given, use_cache=False)
-    if model.config.max_memories == 0:  # what is given is not looked at
+    if model.config.max_memories == 0:  # given memories are ignored
         assert torch.equal(outputs.logits, model(ids[:, 10:], use_cache=False).logits)
         return
     torch.testing.assert_close(outputs.logits, expected.logits[:, 10:])
@@ -190,7 +190,7 @@ def test_rows_may_be_given_different_numbers_of_memories():
     outputs = model(**rest, **memories, use_cache=False)
     for row, text in enumerate(texts):
         torch.testing.assert_close(outputs.logits[row, -1], model(text, use_cache=False).logits[0, -1])
-    # What stands at absent memories is never looked at.
+    # Values at absent memories are ignored.
     memories["memories"][1, 0] = torch.nan_to_num(memories["memories"][1, 0]) + 1e6
     assert torch.equal(model(**rest, **memories, use_cache=False).logits, outputs.logits)
 
@@ -208,7 +208,7 @@ def test_the_rest_is_the_last_chunk_and_memories_are_those_before():
 
 
 def by_hand(model, ids, objective):
-    """Mean loss of one text `(T,)`, from rows written down one by one, and how many targets it has."""
+    """Losses of all targets of one text `(T,)`, from one row at a time."""
     memories, table = memories_alone(model, ids), model.decoder.get_input_embeddings()
     chunks = ids[: len(memories) * LENGTH].view(-1, LENGTH)
     if objective == "causal":
@@ -229,7 +229,7 @@ def by_hand(model, ids, objective):
 
 
 def assert_close_loss(loss, expected):
-    """The library computes the causal one in float32."""
+    """Compare as float32: the library computes the causal loss in it."""
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-6, atol=0)
 
 
@@ -267,7 +267,7 @@ def test_the_first_token_of_a_chunk_is_a_target():
     only = torch.full_like(ids, -100)
     only[0, LENGTH] = ids[0, LENGTH]
     model(ids, labels=only).loss.backward()
-    assert model.reader.slot_embeddings.grad[0].abs().max() > 0  # it is predicted where the chunk begins
+    assert model.reader.slot_embeddings.grad[0].abs().max() > 0  # the BEGIN slot predicts it
     others = model(ids, labels=ids.masked_fill(only != -100, -100)).loss
     assert others != model(ids, labels=ids).loss
 
@@ -285,7 +285,7 @@ def test_labels_are_ignored_where_they_say_so_and_at_padding():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_token_id_is_an_ordinary_one(objective):
-    """Neither hidden tokens nor the sign of a task take an id of the vocabulary."""
+    """Hidden tokens and task slots take no id of the vocabulary."""
     tiny = MemoryMosaicConfig(**MOSAIC.to_dict() | {"vocab_size": 3})
     model = make_memory_model(encoder=tiny, decoder=tiny, **all_weights())
     ids = make_ids(2, 20, vocab_size=3)
@@ -449,7 +449,7 @@ def test_mistakes_in_a_configuration_are_named(settings, message):
 
 
 def test_learnt_positions_end_where_they_end():
-    """A GPT-2 of 64 positions reads 59 memories and a chunk of 5: one more has no position."""
+    """A GPT-2 of 64 positions reads 59 memories and a chunk of 5, and no more."""
     model = make_memory_model(encoder=GPT2, decoder=GPT2)
     model(make_ids(1, 59 * LENGTH + LENGTH - 1), use_cache=False)
     with pytest.raises(ValueError, match="take 65 slots of a row, but this GPT2LMHeadModel has 64 learnt positions"):
@@ -463,7 +463,7 @@ def test_learnt_positions_end_where_they_end():
 
 @pytest.mark.parametrize("decoder", [MOSAIC, LLAMA, GPT2], ids=["mosaic", "llama", "gpt2"])
 def test_a_cache_under_gradient_checkpointing_is_refused(decoder):
-    """Llama and GPT-2 would write nothing into it, and read on as if they had."""
+    """Under checkpointing Llama and GPT-2 write nothing into a cache, and do not say so."""
     model = make_memory_model(decoder=decoder).train()
     checkpoint_activations(model, use_reentrant=False)
     with pytest.raises(ValueError, match="gradient_checkpointing_disable"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory models whose weights are kept elsewhere, and batches that leave parts of a model out."""
+"""Memory models whose weights are offloaded or sharded, and batches that leave parts of a model out."""
 
 import pytest
 import torch
@@ -120,7 +120,7 @@ def test_adapters_have_gradients_too():
 
 
 def test_a_gradient_of_zeros_comes_of_weights_that_are_not_finite_too():
-    """What a batch leaves out must not spoil it."""
+    """A part that a batch does not use must not change its loss."""
     model = make_memory_model().train()
     with torch.no_grad():
         model.encoder.summary_embeddings.fill_(float("nan"))
@@ -142,12 +142,12 @@ def test_data_parallelism_takes_texts_of_any_length(one_process):
         parallel(input_ids=ids, labels=ids).loss.backward()
 
 
-# Weights that are kept elsewhere
+# Offloaded and sharded weights
 
 
 @pytest.mark.slow
 def test_units_of_several_processes_are_called_equally_often_whatever_each_reads(request, tmp_path):
-    """A process that left a unit out would leave the others waiting for it without end."""
+    """If one process left a unit out, the others would wait for it for ever."""
     (tmp_path / "script.py").write_text(SHARDED)
     process = run_on_two_processes(tmp_path / "script.py", request.config.rootpath / "tests")
     assert process.returncode == 0, process.stderr

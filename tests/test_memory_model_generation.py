@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory models generate: finished chunks turn into memories as the text grows, whatever the way of decoding."""
+"""Memory models generate: with every way of decoding, finished chunks turn into memories as the text grows."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def generate(model, inputs, **settings):
     set_seed(0)
     inputs = {
         "attention_mask": torch.ones_like(inputs["input_ids"])
-    } | inputs  # else ids like the pad's would be masked
+    } | inputs  # without a mask, ids equal to the pad's would be masked
     return model.generate(**inputs, **GREEDY | settings)
 
 
@@ -49,7 +49,7 @@ def test_what_decoding_keeps_is_bounded(kind, monkeypatch):
         outputs = continue_text(self, cache, *args)
         memories = cache.memory_mask.sum(-1).max().item()
         seen = min(memories, model.config.max_memories or memories)
-        # Slots of the memories, the one that says what to do, and all tokens of a chunk but its last.
+        # Slots of the memories, the task slot, and all tokens of a chunk but its last.
         assert cache.num_row_slots() <= seen * model.config.prefix_slots + LENGTH
         held.append((memories, cache.num_row_slots()))
         return outputs
@@ -225,7 +225,7 @@ def test_assisted_decoding_is_refused():
 @pytest.mark.parametrize("num_new", [1, 4, 7, 15])
 @pytest.mark.parametrize("num_read", [1, 7])
 def test_new_text_behind_a_cache_is_read_whole(num_read, num_new, num_beams):
-    """Whatever the mask covers, and for the whole text too."""
+    """The mask may cover the new text or all of it, and ids may be the whole text."""
     model = make_memory_model()
     past, new = (
         make_ids(2, num_read, vocab_size=VOCAB_SIZE - 1),

@@ -72,7 +72,7 @@ def test_a_prompt_is_decoded_in_one_row_padded_or_not(monkeypatch, padding):
     mask = torch.ones(1, 12 + padding, dtype=torch.long)
     mask[:, :padding] = 0
     generate(model, make_ids(1, 12 + padding), mask, max_new_tokens=1)
-    assert widths == [(1, 2 + 1 + 2)]  # two memories, the slot that says what to do, and two tokens
+    assert widths == [(1, 2 + 1 + 2)]  # two memories, the task slot, and two tokens
 
 
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3}], ids=str)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A saved memory model is the model, wherever it is loaded; Trainer, PEFT and checkpointing take it as any other."""
+"""A saved memory model is the same model when it is loaded, and an adapted one trains only what it should."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tools ask of a memory model: hidden states and maps, exported programs, metrics, TRL's trainer, new sizes."""
+"""Memory models in tools: hidden states and maps, exported programs, metrics, TRL's trainer, new sizes."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_maps_are_of_rows_whose_first_slots_are_memories(decoder):
     ids = make_ids(2, 2 * LENGTH + 3)
     outputs = model(ids, output_attentions=True, use_cache=False)
     assert len(outputs.attentions) == decoder.num_hidden_layers
-    num_slots = 2 + LENGTH  # two memories, the slot that says what to do, and all tokens of a chunk but its last
+    num_slots = 2 + LENGTH  # two memories, the task slot, and all tokens of a chunk but its last
     for maps in outputs.attentions:
         assert maps.shape == (2, 3, decoder.num_attention_heads, num_slots, num_slots)
         absent = [maps[:, 0, ..., 2:, :2], maps[:, 1, ..., 1:, :1]]  # rows that have fewer memories
@@ -117,9 +117,9 @@ def test_outputs_as_a_tuple_are_those_of_the_dictionary():
     ids = make_ids(2, 2 * LENGTH)
     model.config.return_dict = False
     for each in (model, model.encoder):
-        for found, expected in zip(each(ids), each(ids, return_dict=True).to_tuple(), strict=True):
-            if isinstance(found, torch.Tensor):
-                assert torch.equal(found, expected)
+        for value, expected in zip(each(ids), each(ids, return_dict=True).to_tuple(), strict=True):
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, expected)
 
 
 # Exported and compiled
@@ -152,11 +152,11 @@ def test_an_exported_encoder_serves_other_batches_and_lengths():
     program = export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
     for shape in ((2, 13), (3, 6), (4, 23)):
         inputs = make_inputs(*shape, masked=True)
-        found, expected = program(**inputs), model(**inputs)
+        outputs, expected = program(**inputs), model(**inputs)
         num_chunks = expected.memories.shape[1]
-        assert torch.equal(found.memory_mask[:, :num_chunks], expected.memory_mask)
-        assert not found.memory_mask[:, num_chunks:].any()
-        torch.testing.assert_close(found.memories[:, :num_chunks], expected.memories)
+        assert torch.equal(outputs.memory_mask[:, :num_chunks], expected.memory_mask)
+        assert not outputs.memory_mask[:, num_chunks:].any()
+        torch.testing.assert_close(outputs.memories[:, :num_chunks], expected.memories)
 
 
 def test_a_program_that_keeps_a_cache_is_refused():
@@ -174,11 +174,11 @@ def test_compiled_training_is_one_graph_that_serves_texts_of_any_length(kind):
         inputs = make_inputs(2, num_tokens, masked=True)
         inputs["labels"] = inputs["input_ids"]
         compiled(**inputs).loss.backward()
-        found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
         model.zero_grad()
         model(**inputs).loss.backward()
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
         model.zero_grad()
     assert backend.count <= 4
 
@@ -209,10 +209,10 @@ def test_sft_trains_the_whole_model_on_its_own_loss(decoder, tokenizer, tmp_path
     trainer = sft(model, tokenizer, tmp_path, TEXTS)
     batch = trainer.data_collator(list(trainer.train_dataset))
     assert not batch["attention_mask"].all()
-    own_loss = make_writer(tokenizer, decoder)(**batch).loss.item()
+    first_loss = make_writer(tokenizer, decoder)(**batch).loss.item()
     trainer.train()
-    assert logged(trainer)[0] == pytest.approx(own_loss, rel=1e-5)
-    assert logged(trainer)[-1] < own_loss
+    assert logged(trainer)[0] == pytest.approx(first_loss, rel=1e-5)
+    assert logged(trainer)[-1] < first_loss
     unmoved = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     assert unmoved == []
 
