@@ -47,7 +47,7 @@ def build(name: str) -> PreTrainedModel:
         return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=intermediate_size, tie_word_embeddings=True))
     config = GPT2Config(
         **SIZES,
-        max_position_embeddings=MAX_LENGTH,
+        n_positions=MAX_LENGTH,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,

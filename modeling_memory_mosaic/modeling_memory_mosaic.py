@@ -295,7 +295,7 @@ class MemoryMosaicPersistentMemory(MemoryMosaicTokenMemory):
 
     def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        shape = (config.num_attention_heads, cast(int, config.num_persistent_slots), self.head_dim)
+        shape = (config.num_attention_heads, config.num_persistent_slots, self.head_dim)
         self.slot_keys = nn.Parameter(torch.empty(shape))
         self.slot_values = nn.Parameter(torch.empty(shape))
 
@@ -438,7 +438,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
     # trf-ignore: TRF057
     @merge_with_config_defaults
     @capture_outputs
-    def forward(  # type: ignore[misc]  # `TransformersKwargs` has position_ids too
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, Any] | None = None,
@@ -518,7 +518,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
 
     # trf-ignore: TRF057
     @can_return_tuple
-    def forward(  # type: ignore[misc]  # `TransformersKwargs` has position_ids too
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -591,12 +591,12 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = MemoryMosaicModel(config)
-        self.score = nn.Linear(config.hidden_size, cast(int, config.num_labels), bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
     # trf-ignore: TRF057
     @can_return_tuple
-    def forward(  # type: ignore[misc]  # `TransformersKwargs` has position_ids too
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,

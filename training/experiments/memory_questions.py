@@ -14,12 +14,13 @@ accuracy of the probe is a separate measure, `recovered`.
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 
+from modeling_memory_mosaic import MemoryModelForCausalLM
 from training.experiments.comparison import Trained
 from training.metrics.mean_loss import bits_per_byte
 from training.metrics.retrieval_accuracy.retrieval_accuracy import retrieval_accuracy
@@ -101,7 +102,7 @@ def _retrieval_accuracy(training: Trained) -> float:
 
     Both are of validation text; it chooses among NUM_CANDIDATES.
     """
-    model, _ = training.load()
+    model = cast(MemoryModelForCausalLM, training.load()[0])
     length = model.config.chunk_length
     rows = prepare_windows(training)["validation"].with_format("torch")["input_ids"][:]
     text = rows.flatten()[: NUM_CANDIDATES * 2 * length]
@@ -121,7 +122,7 @@ def _storage(series: Series) -> dict[str, list[float]]:
 
 
 def _stored_accuracy(training: Trained, quantization: str) -> float:
-    model, _ = training.load()
+    model = cast(MemoryModelForCausalLM, training.load()[0])
     # A model that was trained with rounded embeddings keeps that rounding.
     if model.config.memory_quantization is None:
         model.config.memory_quantization = quantization

@@ -17,7 +17,7 @@ from datasets import Dataset
 from pydantic import Field, PositiveInt, model_validator
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from training.evaluate import tokens_and_bytes
 from training.experiments import comparison
@@ -117,7 +117,7 @@ def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any
 
 
 def cut_windows(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int, kind: str, num_windows: int
+    documents: Dataset, tokenizer: PreTrainedTokenizerFast, context_length: int, kind: str, num_windows: int
 ) -> tuple[torch.Tensor, list[int]]:
     """Return at most `num_windows` windows, spread evenly over the text, each of `context_length` tokens.
 

@@ -3,13 +3,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from pydantic import PositiveInt, TypeAdapter, ValidationError
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from typing_extensions import TypedDict
 
 from training.experiments import comparison
@@ -140,8 +140,8 @@ def continuations(
     texts = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
-        ids = model.generate(**inputs, **decoding, pad_token_id=tokenizer.pad_token_id)
-        texts.append(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+        ids = cast(GenerationMixin, model).generate(**inputs, **decoding, pad_token_id=tokenizer.pad_token_id)
+        texts.append(str(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)))
     return texts
 
 
