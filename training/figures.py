@@ -79,7 +79,7 @@ def draw_learning_curve(result: dict[str, Any], path: Path) -> None:
 def draw_stages(result: dict[str, Any], path: Path) -> None:
     """Draw the validation measures of a memory model over all stages as a PNG.
 
-    Left is the loss of the next token, right the share of tokens that the decoder told from the memories.
+    Left is the loss of the next token, right the share of tokens that the decoder reproduced from the memories.
 
     Args:
         result: content of the `result.json` of a training of a memory model.
@@ -102,7 +102,7 @@ def draw_stages(result: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("steps; a grey line ends a stage")
         axis.legend(loc="center right")
     loss.set_ylabel("loss of the next token (nats)")
-    accuracy.set_ylabel("share of tokens told")
+    accuracy.set_ylabel("share of tokens reproduced")
     save_figure(figure, path)
 
 

@@ -16,5 +16,5 @@ def code_of(name: str) -> tuple[str, ...]:
 
 
 PAYLOAD = code_of("modeling_memory_mosaic.py")
-# Of a memory model, which imports the mosaic.
+# A memory model imports the mosaic, so its payload holds both.
 WHOLE_PAYLOAD = code_of("modeling_memory_model.py")

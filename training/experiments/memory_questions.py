@@ -309,7 +309,7 @@ class Question(NamedTuple):
 
 _RECOVERED_NAME = "share of tokens recovered from the embedding"
 _AUTOENCODING = Plot("autoencoding_accuracy", _RECOVERED_NAME)
-_BLANK_COPY = Plot("blank_copy_accuracy", "share of tokens told from memory (blank copy)")
+_BLANK_COPY = Plot("blank_copy_accuracy", "share of tokens reproduced from memory (blank copy)")
 _WHOLE_MODEL = (
     Column("steps", "steps", 0),
     Column("causal_loss", "causal loss", 3),

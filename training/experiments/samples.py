@@ -14,10 +14,9 @@ from typing_extensions import TypedDict
 
 from training.experiments import comparison
 from training.experiments.comparison import DepthComparisonRecipe, Trained, plan, summary
-from training.files import read_json, write_text
+from training.files import checksum, read_json, write_text
 from training.recipe import Section
 from training.tables import Claim, markdown_table
-from training.text.sources import checksum
 
 
 __all__ = ["Recipe", "plan", "run", "summary"]

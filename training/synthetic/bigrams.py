@@ -25,7 +25,7 @@ from training.recipe import Section
 
 
 VOCAB_SIZE = 65
-# Of the Dirichlet distribution: the smaller, the fewer tokens follow a token. With 65 tokens the entropy is 2.4 nats a
+# Parameter of the Dirichlet distribution. The smaller it is, the fewer tokens follow each token. With 65 tokens the entropy is 2.4 nats a
 # token, about that of English letters.
 CONCENTRATION = 0.1
 
