@@ -25,8 +25,8 @@ from training.recipe import Section
 
 
 VOCAB_SIZE = 65
-# Parameter of the Dirichlet distribution. The smaller it is, the fewer tokens follow each token. With 65 tokens the entropy is 2.4 nats a
-# token, about that of English letters.
+# Parameter of the Dirichlet distribution. The smaller it is, the fewer tokens follow each token. With 65 tokens the
+# entropy is 2.4 nats a token, about that of English letters.
 CONCENTRATION = 0.1
 
 
