@@ -265,7 +265,8 @@ def moons_by_head(model: ContinuousMemoryMosaicModel, recipe: MoonSettings) -> l
     periods = moons.VALIDATION_TRIPLE
     windows = moons.draw_windows(periods, WINDOWS_OF_UNITS, recipe.length, EVALUATION_SEED)
     longest = int(moons.landmarks(periods, recipe.length)[-2])
-    contributions = inspect_continuous_units(model, windows.to(model.device)).contributions[:, :, longest:].double()
+    device: Any = model.device
+    contributions = inspect_continuous_units(model, windows.to(device)).contributions[:, :, longest:].double()
     contributions = contributions.unflatten(-1, (moons.NUM_MOONS, 2))  # (N, H, T, 3, 2)
     prediction = contributions.sum(1, keepdim=True)
     shares = (contributions * prediction).sum((0, 2, 4)) / prediction.square().sum((0, 2, 4))
