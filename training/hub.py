@@ -128,6 +128,7 @@ def download(repo_id: str, revision: str | None = None, repo_type: str = "model"
     with plain_errors(target, uploading=False):
         if into is None:
             return Path(snapshot_download(**target.address, revision=revision))
+        # The commit first, so that all files are of one; `local_dir` gives real files, where the cache has links.
         commit = HfApi().repo_info(**target.address, revision=revision).sha or ""
         return Path(snapshot_download(**target.address, revision=commit, local_dir=into / commit))
 

@@ -69,7 +69,7 @@ def prepare(
     _check_repo_id(repo_id)
     if not (run / RESULT).is_file():
         raise ValueError(f"{run} has no result.json: name the folder of a run, and run its recipe to the end first")
-    refuse_change(run)
+    refuse_change(run)  # a figure or a result edited by hand is not what the run has made
     result = read_portable_result(run / RESULT)
     what = _choose_artifact(run, result, what)
     if what != "dataset" and result["architecture"]["model_type"] not in card.PAPERS:
@@ -210,6 +210,7 @@ def verify_published(where: str, revision: str | None = None, what: str | None =
         raise ValueError(f"{where} is a folder: leave out --revision and --what, which are for the Hub")
     if not folder.is_dir() and not hub.REPO_ID.fullmatch(where):
         raise ValueError(f"{where!r} is neither a folder nor user/name on the Hub")
+    # Not the Hub's cache: its links would be refused, and files found bad must not stay where others load them.
     with tempfile.TemporaryDirectory() as downloads:
         if not folder.is_dir():
             folder = hub.download(where, revision, repo_type, Path(downloads))

@@ -87,6 +87,7 @@ def _commit_folder(
     The file `without` stays there as it is, and so do files that others have added.
     """
     files = {name: folder / name for name in published_files(folder) if name != without}
+    # Only what an earlier upload has listed: a file that somebody has added by hand is not ours to delete.
     outdated = _uploaded_before(target, revision) - {*files, without}
     return hub.commit(target, revision, files, outdated, message, **options)
 
@@ -118,6 +119,7 @@ def upload_folder(folder: Path, target: Target, message: str, card: Callable[[st
             open_request = hub.find_pull_request(target, message)
             place = {"revision": open_request} if open_request else {"revision": "main", "create_pr": True}
         else:
+            # Away from `main`, which must never hold a payload whose card does not pin it.
             place = {"revision": f"payload-{payload}"}
             hub.create_branch(target, f"payload-{payload}", head)
         first = _commit_folder(folder, target, message, without=CARD, **place)
@@ -125,6 +127,7 @@ def upload_folder(folder: Path, target: Target, message: str, card: Callable[[st
             raise ValueError(f"{target.repo_id} holds this very payload already: there is nothing to propose")
         write_text(folder / CARD, card(first.oid))
         if not target.create_pr:
+            # With the parent, the Hub refuses the commit if `main` has changed since it was claimed.
             place = {"revision": "main", "parent_commit": head}
         elif first.pr_revision is not None:  # the first commit has opened the pull request
             place = {"revision": first.pr_revision}
