@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.isolation import run_clean
 from helpers.kinds import BACKBONE_KINDS, KINDS, MODELS, VOCAB_SIZE, for_kinds
-from helpers.payload import PAYLOAD, WHOLE_PAYLOAD, code_of
+from helpers.payload import CONTINUOUS_PAYLOAD, MEMORY_MODEL_PAYLOAD, PAYLOAD, WHOLE_PAYLOAD
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
@@ -207,8 +207,12 @@ AUTO_MAPS = {
         "AutoModel": "modeling_continuous_memory_mosaic.ContinuousMemoryMosaicModel",
     },
 }
-CODE = {"mosaic": PAYLOAD, "classifier": PAYLOAD, "memory model": WHOLE_PAYLOAD}
-CODE["continuous"] = code_of("modeling_continuous_memory_mosaic.py")
+CODE = {
+    "mosaic": PAYLOAD,
+    "classifier": PAYLOAD,
+    "memory model": MEMORY_MODEL_PAYLOAD,
+    "continuous": CONTINUOUS_PAYLOAD,
+}
 
 
 @for_kinds(*KINDS)
