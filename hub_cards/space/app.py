@@ -3,6 +3,7 @@
 
 The model continues a text. For every token the page shows which memories it came from and what they recalled. In a
 Space the package `modeling_memory_mosaic` and the folder `model` lie beside this file: no code of a repository is run.
+`page.css` has the looks of the page.
 
 A text has T tokens, a model L layers of H contextual and H persistent memories. All are counted from 0.
 """
@@ -477,40 +478,6 @@ when things looked like now, and adds its word to the sum that predicts the next
 # Black letters on pale colours cannot be read on a dark page.
 LIGHT = "() => document.body.classList.remove('dark')"
 
-CSS = """
-.gradio-container { max-width: 1280px !important; font-size: 14px; }
-.gradio-container .app { padding: 8px 16px !important; }
-.gradio-container main { padding: 0 !important; }
-.gradio-container .column, .gradio-container .row { gap: 8px !important; }
-.gradio-container .html-container { padding: 2px 4px !important; }
-#heading h1 { font-size: 20px; font-weight: 700; margin: 0; }
-#heading p, #why p, #recalled p, #note p { margin: 0; line-height: 1.4; }
-#note p { color: #b42318; }
-#note:not(:has(p)) { display: none; }
-#text .token, #pairs .token { margin: 0 1px; padding: 1px 0; border-radius: 3px; }
-#text .text, #pairs .text { white-space: pre-wrap; padding: 0; }
-#text .token:hover { outline: 1px solid #555; cursor: pointer; }
-.legend-item { font-weight: 400 !important; font-size: 12px; padding: 0 6px !important; }
-.chosen { background: #ffafd0; border-radius: 3px; padding: 1px 3px; white-space: pre; }
-.why { display: flex; gap: 20px; align-items: center; }
-.parts { flex: 1; }
-.part { display: flex; align-items: center; height: 20px; gap: 8px; }
-.part .name { width: 150px; }
-.part .value { width: 50px; text-align: right; font-variant-numeric: tabular-nums; }
-.part .track { flex: 1; position: relative; height: 14px; border-radius: 2px; background: #f4f4f5; }
-.part .track span { position: absolute; height: 100%; border-radius: 2px; }
-.part .for { background: #2f86d9; }
-.part .against { background: #d9482f; }
-.share { width: 230px; font-size: 12px; line-height: 1.3; }
-.share b { display: block; font-size: 22px; }
-#table * { font-family: var(--font) !important; font-size: 12px; }
-#table .cell-wrap { padding: 3px 6px !important; min-height: 0 !important; }
-#table .body-cell { min-height: 0 !important; height: auto !important; }
-#table .pair { white-space: pre; }
-#table u { text-decoration: none; background: #eceef1; border-radius: 3px; padding: 1px 0; }
-#table s { text-decoration: none; color: #888; }
-"""
-
 
 class Settings(NamedTuple):
     """The components of the left column, where a visitor asks for a text."""
@@ -654,7 +621,7 @@ def main() -> None:
     page.queue(max_size=MOST_WAITING)
     page.launch(
         theme=theme,
-        css=CSS,
+        css_paths=Path(__file__).with_name("page.css"),
         js=LIGHT,
         footer_links=[],
         max_file_size=1,

@@ -50,7 +50,8 @@ def reading(parts):
 def folder(parts, tmp_path_factory):
     """The folder of a Space as it is uploaded: the package and the model beside the app."""
     folder = tmp_path_factory.mktemp("space")
-    shutil.copy(APP, folder)
+    for name in ("app.py", "page.css"):
+        shutil.copy(APP.with_name(name), folder)
     shutil.copytree(CLONE / "modeling_memory_mosaic", folder / "modeling_memory_mosaic")
     for part in parts:
         part.save_pretrained(folder / "model")

@@ -38,7 +38,7 @@ from training.publishing.folder import (
 
 PACKAGE, SPACE = CLONE / "modeling_memory_mosaic", CLONE / "hub_cards" / "space"
 # A Space installs what its requirements name, so they are code too.
-SPACE_CODE = ("app.py", "requirements.txt")
+SPACE_CODE = ("app.py", "page.css", "requirements.txt")
 _COMMON_FILES = (CARD, LICENSE, SUMS, RESULT, "results/*.json", "units.json", "*.png", *HUB_FILES)
 _MODEL_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
@@ -97,7 +97,7 @@ FORMATS: dict[str, Callable[[Path], bool]] = {
     ".safetensors": _is_safetensors,
     ".jsonl.gz": _begins_with(b"\x1f\x8b"),
     ".png": _begins_with(b"\x89PNG"),
-    **dict.fromkeys((".json", ".jsonl", ".jinja", ".txt", ".py", ".md", LICENSE, SUMS), _is_text),
+    **dict.fromkeys((".json", ".jsonl", ".jinja", ".txt", ".py", ".css", ".md", LICENSE, SUMS), _is_text),
 }
 
 
