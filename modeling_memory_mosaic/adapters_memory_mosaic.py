@@ -40,7 +40,9 @@ def adapter_parts(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def own_names(model: nn.Module, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+def with_loadable_names(
+    model: nn.Module, state_dict: dict[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor] | None:
     """Return a state dict under the names that the model loads, without the marks of `torch.compile`.
 
     Args:
@@ -171,7 +173,7 @@ class AdaptableModel(nn.Module):
                 "it first (`merge_and_unload()`), or load the model again without it."
             )
         if not getattr(self, "_hf_peft_config_loaded", False):
-            state_dict = own_names(self, state_dict)
+            state_dict = with_loadable_names(self, state_dict)
         # `PreTrainedModel` comes next in the order of classes.
         return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)  # type: ignore[misc]
 

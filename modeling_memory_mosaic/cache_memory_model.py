@@ -24,12 +24,12 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
-from .cache_memory_mosaic import ReadText
+from .cache_memory_mosaic import ReadText, check_num_rows
 from .layout_memory_model import PackedText, TextMemories, left_aligned, right_aligned, slice_rows, take
 
 
 class MemoryModelCache(ReadText, Cache):
-    """What a memory model has read of a text: memories of finished chunks, and the unfinished chunk.
+    """Cache of a text that a memory model reads: memories of finished chunks, and the unfinished chunk.
 
     The decoder's own cache holds one row: the slots of memories, and at most `chunk_length` others. The ids of the
     whole text are kept besides, eight bytes a token. The model makes such a cache in `generate` and with
@@ -100,13 +100,10 @@ class MemoryModelCache(ReadText, Cache):
         if self.ids is None:
             self.ids, self.is_token = text.ids[:, :0], text.is_token[:, :0]
             self.memories, self.memory_mask = memories, memory_mask
-        elif self.ids.shape[0] != text.ids.shape[0]:
-            raise ValueError(
-                f"The cache has read {self.ids.shape[0]} rows, but {text.ids.shape[0]} are passed: they must be as "
-                "many."
-            )
+        else:
+            check_num_rows(self.ids.shape[0], text.ids.shape[0])
 
-    def open_chunk(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def unfinished_chunk(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the ids `(B, P)` of the unfinished chunk, and which are tokens `(B, P)`."""
         assert self.ids is not None and self.is_token is not None
         return self.ids, self.is_token
@@ -116,9 +113,9 @@ class MemoryModelCache(ReadText, Cache):
         assert self.memories is not None and self.memory_mask is not None
         return self.memories, self.memory_mask
 
-    def open_text(self, text: PackedText) -> PackedText:
+    def unfinished_text(self, text: PackedText) -> PackedText:
         """Return the text that consists of the unfinished chunk and, behind it, a new text."""
-        ids, is_token = self.open_chunk()
+        ids, is_token = self.unfinished_chunk()
         ids, is_token = torch.cat([ids, text.ids], dim=1), torch.cat([is_token, text.is_token], dim=1)
         order = left_aligned(is_token)
         return PackedText(take(ids, order), take(is_token, order), order)
@@ -131,7 +128,7 @@ class MemoryModelCache(ReadText, Cache):
         order = right_aligned(context.mask)[:, -max(1, int(context.mask.sum(-1).max())) :]
         self.memories, self.memory_mask = take(context.memories, order), take(context.mask, order)
 
-    def open_row(self, decoder_config: PreTrainedConfig) -> None:
+    def start_row(self, decoder_config: PreTrainedConfig) -> None:
         """Begin a new decoder row, without any slot."""
         self.row, self.row_mask = DynamicCache(config=decoder_config), None
 

@@ -80,7 +80,7 @@ class ReadText:
     get_seq_length: Callable[..., int]
 
     def forget_text(self) -> None:
-        """Begin without any text."""
+        """Forget the text and its writer."""
         self.knows_ids = True  # until something comes as embeddings
         self.read_ids: torch.Tensor | None = None
         self.read_mask: torch.Tensor | None = None
@@ -94,12 +94,14 @@ class ReadText:
             is_token (`torch.Tensor` of shape `(B, T)`, *optional*): False at padding. All are tokens when absent.
         """
         num_read = self.get_seq_length()
-        self.knows_ids = self.knows_ids and input_ids is not None
+        # Pairs may have been stored without their ids: then the whole text is unknown.
+        if input_ids is None or (num_read > 0 and self.read_ids is None):
+            self.knows_ids = False
         if input_ids is None or not self.knows_ids:
             self.read_ids = None
         else:
             # Cut first: a call that failed may have noted more than the memory then held.
-            before = input_ids[:, :0] if num_read == 0 or self.read_ids is None else self.read_ids[:, :num_read]
+            before = input_ids[:, :0] if self.read_ids is None else self.read_ids[:, :num_read]
             self.read_ids = torch.cat([before, input_ids], dim=1).long()
         if is_token is not None:
             before = is_token[:, :0] if self.read_mask is None else self.read_mask[:, :num_read]
@@ -267,7 +269,7 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
 
 
 class ContinuousMemoryMosaicCacheLayer(MemoryMosaicCacheLayer):
-    """The layer of a `ContinuousMemoryMosaicModel`, whose only running state is the leaky sum of its keys."""
+    """Layer of a `ContinuousMemoryMosaicModel`. Its only running state is the last key, or the leaky sum of keys."""
 
     _layer_type = "continuous_memory_mosaic"
     state_names = ("contextual_sum",)
@@ -279,11 +281,6 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
     _layer_type = "memory_mosaic"
 
     def check_room(self, num_tokens: int) -> None:
-        if torch.compiler.is_exporting():
-            raise ValueError(
-                "`torch.export` of a static memory is not supported: its states would be constants of the program. "
-                "Export with `use_cache=False`, or compile the model, which static memories are for."
-            )
         # Compiled, the length is not known before the graph runs.
         if is_torchdynamo_compiling():
             return
@@ -380,11 +377,11 @@ def check_memory(memory: Cache, config: PreTrainedConfig, num_rows: int) -> None
     layers: Any = getattr(memory, "layers", ())  # a tuple of tensors, as older code made them, has none
     # By name, as a model loaded with `trust_remote_code=True` has classes of its own. More layers than the model uses
     # are in order: decoding with an early exit lowers num_hidden_layers.
-    is_of_kind = all(getattr(layer, "_layer_type", None) == config.model_type for layer in layers)
+    is_of_kind = all(getattr(layer, "_layer_type", None) in config.layer_types for layer in layers)
     if len(layers) < config.num_hidden_layers or not is_of_kind:
         raise ValueError(
             f"This {type(memory).__name__} was not made for this model. Build it from the model's config: "
-            "`DynamicCache(config=model.config)`. (Prefix tuning of PEFT makes such a one: use prompt tuning or LoRA.)"
+            "`DynamicCache(config=model.config)`. (A cache that prefix tuning of PEFT makes is refused too: use LoRA.)"
         )
     check_num_rows(layers[0].num_rows(), num_rows)
 

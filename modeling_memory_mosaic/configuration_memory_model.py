@@ -188,7 +188,7 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that encoder and decoder know; assigned, it is that of both."""
+        """Number of token ids of encoder and decoder. Setting it sets both."""
         return self.decoder.vocab_size
 
     @vocab_size.setter
@@ -226,7 +226,7 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
             )
 
     def validate_architecture(self) -> None:
-        """Raise if fields do not fit together. `@strict` calls this after `__init__`, before saving and building."""
+        """Raise if fields do not fit together. `@strict` calls this after `__init__` and before saving."""
         self.check_vocabularies()
         self.check_sizes()
         self.check_choices()

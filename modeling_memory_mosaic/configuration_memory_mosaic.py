@@ -37,7 +37,7 @@ warn_of_untested_versions()
 
 
 class DerivedSizes:
-    """Part of a configuration some of whose fields are derived from others, and follow them, unless they are chosen.
+    """Base of configurations with derived fields: unless a value is chosen, such a field follows the others.
 
     A field that has its default value counts as derived, also in files, where all fields are written down. So
     `from_pretrained(folder, hidden_size=256)` and `config.hidden_size = 256` change the fields that depend on it; a

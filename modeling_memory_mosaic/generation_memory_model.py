@@ -32,11 +32,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .adapters_memory_mosaic import check_routers
 from .cache_memory_model import MemoryModelCache
-from .cache_memory_mosaic import MEMORY_NAME, one_memory
+from .cache_memory_mosaic import MEMORY_NAME, memory_kwargs, one_memory
 from .configuration_memory_model import MemoryModelConfig
 from .generation_memory_mosaic import continue_from, generation_settings, repeated_rows
 from .identity_memory_mosaic import note_writer
-from .inspection_memory_model import decoder_states, states_at
 from .layout_memory_model import (
     BEGIN,
     MemoryModelReader,
@@ -50,6 +49,7 @@ from .layout_memory_model import (
     take,
     visible_memories,
 )
+from .outputs_memory_model import decoder_states, states_at
 
 
 class MemoryModelGenerationMixin(GenerationMixin, nn.Module):
@@ -113,7 +113,7 @@ class MemoryModelGenerationMixin(GenerationMixin, nn.Module):
             use_cache=True,
             return_dict=True,
             logits_to_keep=logits_to_keep,
-            **{MEMORY_NAME: cache.row},
+            **memory_kwargs(cache.row),
             **self.decoder_masks(row_mask, inputs.shape[1]),
             **requested,
         )
@@ -135,12 +135,12 @@ class MemoryModelGenerationMixin(GenerationMixin, nn.Module):
 
     def open_row(self, cache: MemoryModelCache) -> torch.Tensor:
         """Open the row behind each text's last full chunk, and return logits `(B, 1, V)` after its last token."""
-        ids, is_token = cache.open_chunk()
+        ids, is_token = cache.unfinished_chunk()
         tokens = embed_tokens(self.decoder, ids)[:, None]
         inputs, mask = self.reader(tokens, is_token[:, None], *self.visible_to_open_row(cache), task=BEGIN)
         # Padding goes to the left, so that the row's next tokens follow its last one.
         order = right_aligned(mask[:, 0])
-        cache.open_row(self.config.decoder)
+        cache.start_row(self.config.decoder)
         outputs = self.step_decoder(cache, take(inputs[:, 0], order), take(mask[:, 0], order), logits_to_keep=1)
         assert outputs.logits is not None
         return outputs.logits
@@ -193,8 +193,8 @@ class MemoryModelGenerationMixin(GenerationMixin, nn.Module):
         note_writer(cache, self, num_new)
         as_given = text.order.argsort(dim=1)
         cache.note_text(take(text.ids, as_given), take(text.is_token, as_given))
-        num_open = cache.open_chunk()[1].sum(-1, keepdim=True)
-        open_text = cache.open_text(text)
+        num_open = cache.unfinished_chunk()[1].sum(-1, keepdim=True)
+        open_text = cache.unfinished_text(text)
         if cache.row is not None and open_text.is_token.sum(-1).max() < self.config.chunk_length:
             logits, states = self.continue_row(cache, text, num_open + text.is_token.cumsum(-1), **requested)
             cache.ids, cache.is_token = open_text.ids, open_text.is_token
@@ -230,7 +230,7 @@ class MemoryModelGenerationMixin(GenerationMixin, nn.Module):
             return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Prepare inputs as the library does; of the ids, those that the cache has not read."""
+        """Prepare inputs as the library does, with only those ids that the cache has not read."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if kwargs.get("use_cache", self.config.use_cache):
             check_routers(self)

@@ -183,7 +183,9 @@ def weights_state(module: nn.Module) -> tuple:
 
 
 class MemoryWriter:
-    """The weights that wrote a memory: a module while it exists, or only their fingerprint once they were saved.
+    """The weights that wrote a memory.
+
+    It is the module itself while that exists, and only their fingerprint if the memory was saved and loaded again.
 
     Args:
         module (`nn.Module`, *optional*): held weakly.

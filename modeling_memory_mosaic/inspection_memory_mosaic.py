@@ -198,7 +198,7 @@ def _error(
 def _additions(memory: Any, retrieved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what units with retrievals `(B, H, T, D)` add to the stream, `(H, B, T, C)`, and the shared bias `(C,)`.
 
-    The sum of all is the memory's output.
+    The units' sum plus the bias is the memory's output.
     """
     retrieved = retrieved.transpose(1, 2)
     alone = torch.eye(retrieved.shape[2], dtype=retrieved.dtype, device=retrieved.device)
@@ -244,6 +244,11 @@ def memories_of(model: nn.Module) -> list[Any]:
 
 def _check_readable(model: nn.Module) -> None:
     if not memories_of(model):
+        if any(hasattr(module, "sum_keys") for module in model.modules()):
+            raise ValueError(
+                f"This {type(model).__name__} runs the code that an earlier version saved beside it, which cannot be "
+                "inspected: load the folder with `trust_remote_code=False`, so that the installed package runs it."
+            )
         raise ValueError(
             f"{type(model).__name__} has no memories whose units could be inspected: pass a Memory Mosaic."
         )

@@ -30,12 +30,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_torchdynamo_compiling
 
 from .configuration_memory_model import MemoryModelConfig
-from .masking_memory_mosaic import FOREIGN_PACKING_NAMES, PACKING_NAMES, raise_where
+from .masking_memory_mosaic import DOCUMENT_MARKS, raise_where
 from .ops_memory_mosaic import embed_ids
 
-
-# Arguments that mark where each document of a packed batch begins.
-DOCUMENT_MARKS = ("position_ids", *PACKING_NAMES, *FOREIGN_PACKING_NAMES)
 
 # Rows of `slot_embeddings`: two tasks, and what stands in place of hidden tokens.
 BEGIN, COPY, BLANK = range(3)
@@ -253,7 +250,7 @@ class MemoryModelReader(nn.Module):
             return numbers[..., index]
         return numbers.gather(-1, index.flatten(-2)).unflatten(-1, index.shape[-2:])
 
-    def prefix_slots(self, memories: torch.Tensor) -> torch.Tensor:
+    def embed_prefix(self, memories: torch.Tensor) -> torch.Tensor:
         """Return the slots `(..., slots, C)` that stand for memories `(..., K, D)` in front of a chunk."""
         if self.config.memory_read != "unrolled_prefix":
             return self.prefix_proj(memories)
@@ -317,13 +314,13 @@ class MemoryModelReader(nn.Module):
             blank_inputs = self.slot_embeddings[BLANK].expand_as(tokens)
             tokens = blank_inputs + zero_from(tokens)
         if task is not None:
-            bos_inputs = self.slot_embeddings[task].expand(*tokens.shape[:-2], 1, -1)
-            tokens, is_token = torch.cat([bos_inputs, tokens], dim=-2), F.pad(is_token, (1, 0), value=True)
+            task_inputs = self.slot_embeddings[task].expand(*tokens.shape[:-2], 1, -1)
+            tokens, is_token = torch.cat([task_inputs, tokens], dim=-2), F.pad(is_token, (1, 0), value=True)
             positions = torch.arange(tokens.shape[2], device=tokens.device)
         assert positions is not None
         inputs = self.add_chunk_features(tokens, memories, memory_mask, positions)
         if task is None or memories.shape[2] == 0:
             return inputs, is_token
-        slots = self.prefix_slots(memories) * memory_mask[..., None, None]
+        slots = self.embed_prefix(memories) * memory_mask[..., None, None]
         slot_mask = memory_mask[..., None].expand(slots.shape[:-1]).flatten(2)
         return torch.cat([slots.flatten(2, 3), inputs], dim=2), torch.cat([slot_mask, is_token], dim=2)

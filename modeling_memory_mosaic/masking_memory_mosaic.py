@@ -40,6 +40,8 @@ from .ops_memory_mosaic import forward_fill
 PACKING_NAMES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # What other libraries call them: without a check they would be passed over.
 FOREIGN_PACKING_NAMES = ("document_ids", "segment_ids", "sequence_ids", "cu_seqlens", "cu_seqlens_q")
+# All arguments that mark where each document of a packed batch begins.
+DOCUMENT_MARKS = ("position_ids", *PACKING_NAMES, *FOREIGN_PACKING_NAMES)
 
 
 def raise_where(is_wrong: torch.Tensor, message: str, values: torch.Tensor | None = None) -> None:

@@ -37,10 +37,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_memory_mosaic import AdaptableModel
-from .cache_memory_mosaic import MEMORY_NAME, check_memory, memory_layer, one_memory
+from .cache_memory_mosaic import check_memory, memory_kwargs, memory_layer, one_memory
 from .configuration_continuous_memory_mosaic import ContinuousMemoryMosaicConfig
 from .identity_memory_mosaic import note_writer
-from .masking_memory_mosaic import FOREIGN_PACKING_NAMES, PACKING_NAMES, create_memory_masks, raise_where
+from .masking_memory_mosaic import DOCUMENT_MARKS, create_memory_masks, raise_where
 from .modeling_memory_mosaic import PARAMETER_SCALE, MemoryMosaicPairStore
 from .ops_memory_mosaic import at_least_float32, leaky_average
 
@@ -190,7 +190,7 @@ def check_series(kwargs: dict[str, Any]) -> None:
     """Raise `ValueError` for arguments that mark padding or packed documents: the model would ignore them."""
     if kwargs.get("attention_mask") is not None:
         raise ValueError("Continuous observations have no padding: pass rows of one length, without a mask.")
-    for name in ("position_ids", *PACKING_NAMES, *FOREIGN_PACKING_NAMES):
+    for name in DOCUMENT_MARKS:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is not supported: each row is one series, so give each series its own row.")
 
@@ -316,12 +316,11 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):  # type: ign
             note_writer(memory_layer(past_key_values), self, observations.shape[1])
             memory_layer(past_key_values).note_text(None, None)
         retrieved, _, predictions = self.memory(observations, slot_mask, past_key_values, **kwargs)
-        memory: dict[str, Any] = {MEMORY_NAME: past_key_values}
         return ContinuousMemoryMosaicOutput(
             last_hidden_state=retrieved,
             loss=None if labels is None else self.clipped_loss(predictions, labels, num_items_in_batch),
             predictions=predictions,
-            **memory,
+            **memory_kwargs(past_key_values),
         )
 
     @torch.no_grad()
@@ -346,7 +345,7 @@ class ContinuousMemoryMosaicModel(AdaptableModel, PreTrainedModel):  # type: ign
         memory = DynamicCache(config=self.config) if past_key_values is None else past_key_values
         latest, predictions = observations, []
         for _ in range(num_steps):
-            latest = self(latest, use_cache=True, **{MEMORY_NAME: memory}).predictions[:, -1:]
+            latest = self(latest, use_cache=True, **memory_kwargs(memory)).predictions[:, -1:]
             predictions.append(latest)
         return torch.cat(predictions, dim=1)
 

@@ -25,7 +25,8 @@ Notable features:
 - padding anywhere; a text that is read in parts has the logits of one pass
 
 Other files, each named `..._memory_model.py`: `layout_` makes chunks and rows of texts, `objectives_` has the losses,
-`generation_` reads a text in parts, `store_` keeps memories on disk, `inspection_` has the outputs.
+`generation_` reads a text in parts, `cache_` keeps what was read, `store_` keeps memories on disk, `outputs_` has the
+outputs, `configuration_` the settings.
 
 Shapes use B batch, T tokens, L tokens of a chunk, M or N memories, K vectors of a memory, D their width, R rows of the
 decoder (one for each chunk), C = hidden size of the decoder, V = vocabulary.
@@ -54,14 +55,6 @@ from .cache_memory_mosaic import MEMORY_NAME, one_memory
 from .configuration_memory_model import MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .generation_memory_model import MemoryModelGenerationMixin
-from .inspection_memory_model import (
-    MemoryModelEncoderOutput,
-    MemoryModelOutput,
-    decoder_states,
-    map_layers,
-    requested_states,
-    states_at,
-)
 from .layout_memory_model import (
     BEGIN,
     MemoryModelReader,
@@ -79,6 +72,14 @@ from .layout_memory_model import (
 )
 from .modeling_memory_mosaic import MemoryMosaicForCausalLM, MemoryMosaicModel
 from .objectives_memory_model import MemoryModelObjectives
+from .outputs_memory_model import (
+    MemoryModelEncoderOutput,
+    MemoryModelOutput,
+    decoder_states,
+    map_layers,
+    requested_states,
+    states_at,
+)
 from .store_memory_model import (
     check_memories,
     encoder_fingerprint,
@@ -119,7 +120,7 @@ def embedding_std(backbone: PreTrainedModel) -> float:
 
 # trf-ignore: TRF057
 class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
-    """What the encoder and the whole model share: initialisation, and saving together with this code."""
+    """Base class of the encoder and the whole model: initialisation, and saving together with this code."""
 
     config: MemoryModelConfig
     base_model_prefix = "encoder"
@@ -599,7 +600,7 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
             logits, states = take(logits, positions[:, -logits_to_keep:]), states_at(states, positions)
         named: dict[str, Any] = {f"{name}_loss": part for name, part in parts.items()}
         if parts:
-            weights = self.weights()
+            weights = self.loss_weights()
             named["loss"] = sum(weights[name] * part for name, part in parts.items())
         order = right_aligned(context.mask)
         memories, memory_mask = take(context.memories, order), take(context.mask, order)

@@ -375,7 +375,7 @@ class MemoryMosaicPreTrainedModel(AdaptableModel, PreTrainedModel):
 
         | parameter | start |
         | --- | --- |
-        | `k_proj`, `v_proj`, `lm_head`, tied `embed_tokens` | normal, std C^-0.5 |
+        | `k_proj`, `v_proj`, `lm_head`, `score`, tied `embed_tokens` | normal, std C^-0.5 |
         | `o_proj` | normal, std (H D layers)^-0.5 |
         | `embed_tokens`, not tied | normal, std 1 |
         | `slot_keys`, `slot_values` | normal, std D^-0.5 |
@@ -484,6 +484,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         if masks["is_token"] is not None:
             # Padding behind a text repeats its last token in all layers: there `generate` asks what comes next.
             hidden_states = forward_fill(embeds[:, None], masks["is_token"], None)[:, 0]
+        # Decoding with an early exit lowers num_hidden_layers.
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, **masks, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **memory_kwargs(past_key_values))
@@ -494,6 +495,11 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             raise ValueError(
                 "A memory cannot be read or written under gradient checkpointing, which reads everything twice: call "
                 "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
+            )
+        if torch.compiler.is_exporting() and getattr(past_key_values, "is_compileable", False):
+            raise ValueError(
+                "`torch.export` of a static memory is not supported: its states would be constants of the program. "
+                "Export with `use_cache=False`, or compile the model, which static memories are for."
             )
         check_memory(past_key_values, self.config, num_rows=embeds.shape[0])
         layer = memory_layer(past_key_values)
@@ -567,7 +573,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
             **memory_kwargs(one_memory(past_key_values, cache)),
             **kwargs,
         )
-        kept = outputs[0][:, positions_to_keep(logits_to_keep), :]
+        kept = outputs.last_hidden_state[:, positions_to_keep(logits_to_keep), :]
         # Scaling the hidden states costs C operations a token, scaling the logits vocab_size.
         logits = self.lm_head(kept / cast(float, self.config.logits_scaling))
 
@@ -636,7 +642,7 @@ class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
             **memory_kwargs(past_key_values),
             **kwargs,
         )
-        hidden_states, packing = outputs[0], {"position_ids": position_ids, **kwargs}
+        hidden_states, packing = outputs.last_hidden_state, {"position_ids": position_ids, **kwargs}
         # Compiled, the answer is not known.
         if not is_torchdynamo_compiling() and (
             find_documents(hidden_states, attention_mask, past_key_values, **packing) is not None

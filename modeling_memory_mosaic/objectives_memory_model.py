@@ -125,13 +125,13 @@ class MemoryModelObjectives:
     decode_rows: Callable[..., tuple[torch.Tensor, dict[str, Any]]]
     loss_function: Callable[..., torch.Tensor]
 
-    def weights(self) -> dict[str, float]:
+    def loss_weights(self) -> dict[str, float]:
         """Return the weight of each objective's loss."""
         return {objective: getattr(self.config, f"{objective}_weight") for objective in OBJECTIVES}
 
     def check_causal_only(self) -> None:
         """Raise if the loss has other parts than that of the next token."""
-        weights = {f"{objective}_weight": weight for objective, weight in self.weights().items()}
+        weights = {f"{objective}_weight": weight for objective, weight in self.loss_weights().items()}
         if any(weight != (name == "causal_weight") for name, weight in weights.items()):
             raise ValueError(
                 f"The loss of the next token is computed outside of this model, which leaves its own out: {weights}. "
@@ -181,7 +181,7 @@ class MemoryModelObjectives:
         # Gradient accumulation sums the losses of a batch's parts, so each part counts by its share of the targets.
         share = 1.0 if num_items is None else (labels[:, 1:] != -100).sum() / num_items
         parts = {}
-        for objective, weight in self.weights().items():
+        for objective, weight in self.loss_weights().items():
             if weight == 0:
                 continue
             if objective == "causal":

@@ -105,7 +105,9 @@ def saved_bytes(model: PreTrainedModel, ids: torch.Tensor, precision: str = "no"
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _masked(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+def _dropout_with_mask(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
     # Dropout as GPUs compute it: it keeps its mask, one byte a number.
     return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
@@ -123,7 +125,7 @@ class _GpuKernels(TorchFunctionMode):
                 # The library spells causality out because it cannot ask fake tensors whether anything is padded.
                 options |= {"attn_mask": None, "is_causal": True}
         if function is F.dropout:
-            return _masked(*arguments, **options)
+            return _dropout_with_mask(*arguments, **options)
         return function(*arguments, **options)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoModelForCausalLM)
 from training.files import refuse_damage
-from training.metrics.mean_loss import bits_per_byte, perplexity
+from training.metrics.mean_loss import bits_per_byte_of_loss, perplexity
 from training.recipe import SourceSection
 from training.text.sources import load_stories, source_provenance
 from training.text.tokenizer import load_tokenizer
@@ -116,7 +116,7 @@ def evaluate_folder(
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
-        "bits_per_byte": bits_per_byte(loss, *tokens_and_bytes(stories, tokenizer)),
+        "bits_per_byte": bits_per_byte_of_loss(loss, *tokens_and_bytes(stories, tokenizer)),
         "num_tokens": num_tokens,
         "context_length": context_length,
         "data": source_provenance(**source.model_dump()),

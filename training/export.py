@@ -17,7 +17,8 @@ from training import clean_process
 from training.files import staged_folder, write_checksums
 
 
-# What a clean process inherits: the paths of programs and libraries, and what may change the last bit of a sum.
+# Prefixes of the environment variables that a clean process inherits: paths of programs and libraries, and what may
+# change the last bit of a sum.
 _CLEAN_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_", "TMP", "TEMP", "SYSTEMROOT", "OMP_", "MKL_", "ATEN_")
 
 
@@ -94,8 +95,8 @@ def verify_export(
     """Load an exported folder as on a stranger's machine, and generate from it.
 
     A new Python process, isolated from this clone, offline and with an empty cache, loads the folder through
-    `pipeline("text-generation", trust_remote_code=True)`. Its logits on fixed input must equal
-    those of `model` bit for bit.
+    `pipeline("text-generation", trust_remote_code=True)`. Its logits on fixed input must
+    equal those of `model` bit for bit.
 
     Args:
         folder: what `export_model` wrote, or a checkpoint.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole and as they were written, after a kill, on a full disk and on a bad one.
+"""Atomic writes, and checksums by which later starts notice a change: after a kill, on a full disk, on a bad one.
 
 A file or folder is written under another name on the same file system, forced to the disk and renamed to its place:
-readers find all of it or nothing. Its content is believed by its checksum. A folder has a list, `checksums.json`, of
-the sha256 of each of its files and of the list itself; the list of a finished run names what others read of it.
-A text that stands alone is sealed: its last line states the sha256 of the lines before.
+a reader sees all of it or nothing. A checksum shows whether the content has changed. A folder has a list,
+`checksums.json`, of the sha256 of each of its files and of the list itself; the list of a finished run names what
+others read of it. A text that stands alone is sealed: its last line states the sha256 of the lines before.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _CHUNK = 2**20
 logger = logging.getLogger(__name__)
 
 
-# Whole or not at all
+# Atomic writes
 
 
 def _force_to_disk(path: Path) -> None:
@@ -117,7 +117,7 @@ def set_aside(path: Path) -> Path:
     return path.replace(aside)
 
 
-# As it was written
+# Checksums
 
 
 def checksum(path: Path) -> str:

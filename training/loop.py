@@ -247,7 +247,7 @@ class LanguageModelTrainer(Trainer):
             raise OSError(f"cannot save {final} ({error}); make room and start again: {resume}") from error
         finally:
             self._staging = None
-        # Trainer removed old checkpoints in the staged folder, where there are none: now it is their turn.
+        # Trainer rotated checkpoints in the staged folder, where there are no old ones. Rotate those of the run here.
         if self.is_world_process_zero():
             rotate_checkpoints(str(run_folder), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()

@@ -39,7 +39,7 @@ def recipe_job(recipe: BaseRecipe) -> Job:
     return Job(recipe.folder, _run_recipe, (recipe,))
 
 
-# What a worker does
+# In a worker
 
 
 _messages: Any = None  # of a worker: the queue to its parent

@@ -49,7 +49,8 @@ from training.secrecy import masked, names_secret, refuse_secrets
 
 MOST_LAYERS = 10_000
 
-# The module of each task has a class `Recipe` and functions `plan`, `run` and `summary` that take one.
+# The module of each task has a class `Recipe`, functions `plan` and `run` that take one, and `summary`, which takes
+# the result and the folder. A task that comparisons train has `training_arguments` too.
 TASKS = {
     "language_modeling": "training.tasks.language_modeling",
     "fine_tuning": "training.tasks.fine_tuning",

@@ -185,4 +185,9 @@ def run_once(
         if state.is_main_process:
             write_result(result, recipe.folder, kept)
         state.wait_for_everyone()
-        return read_result(recipe.folder) or result  # on another machine the file may appear a moment later
+        try:
+            return read_result(recipe.folder) or result
+        except ValueError:
+            if state.is_main_process:
+                raise
+            return result  # on another machine the two files may appear a moment later, one before the other

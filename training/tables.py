@@ -171,9 +171,15 @@ def table_of(name: str) -> str:
 
 
 def rewrite_tables(*paths: str | Path) -> None:
-    """Rewrite the blocks of each file from the committed results."""
-    options = ["-r", "-P", "-p", "from training.tables import table_of", "--verbosity=0"]
-    Cog().callable_main(["cog", *options, *map(str, paths)])
+    """Rewrite the blocks of each file from the committed results.
+
+    Raises:
+        cogapp.CogError: a block has no results, or no end. The file stays as it is.
+    """
+    options = ["-P", "-p", "from training.tables import table_of", "--verbosity=0"]
+    for path in map(Path, paths):
+        with staged_file(path) as staged:
+            Cog().callable_main(["cog", *options, "-o", str(staged), str(path)])
 
 
 def collect(*names: str) -> None:

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from helpers.models import SIZES, make_ids, make_model
+from helpers.models import SIZES, make_ids, make_model, randomize_parameters
 from modeling_memory_mosaic import (
     ContinuousMemoryMosaicConfig,
     ContinuousMemoryMosaicModel,
@@ -56,14 +56,6 @@ GPT2 = GPT2Config(
     eos_token_id=None,
 )
 BACKBONES = {"mosaic": (MOSAIC, MOSAIC), "llama": (LLAMA, LLAMA), "gpt2": (GPT2, GPT2), "mixed": (MOSAIC, LLAMA)}
-
-
-def randomize_parameters(model: PreTrainedModel) -> PreTrainedModel:
-    """Make each parameter random, so that no two heads and no two layers are alike; return the model in eval mode."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def make_classifier(
@@ -148,11 +140,7 @@ class Kind:
     def inputs(self, model: PreTrainedModel, *shape: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Return inputs of shape `(rows, tokens)`."""
         if self.model == "continuous":
-            generator = torch.Generator().manual_seed(seed)
-            size = model.config.observation_size
-            return {
-                "observations": torch.randn(*shape, size, generator=generator, dtype=torch.float64).to(model.dtype)
-            }
+            return {"observations": observe(model, *shape, seed=seed).to(model.dtype)}
         ids = make_ids(*shape, seed=seed, vocab_size=model.config.vocab_size)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -232,7 +220,6 @@ KINDS = {
 }
 MODELS = ("mosaic", "memory model", "continuous", "classifier")
 BACKBONE_KINDS = ("memory model", "memory model of llama", "memory model of gpt2", "memory model of both")
-TEXT_KINDS = ("mosaic", "memory model", "classifier")
 
 
 def for_kinds(*names: str) -> pytest.MarkDecorator:

@@ -12,14 +12,18 @@ from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
 SIZES = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
 
 
-def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> MemoryMosaicForCausalLM:
-    """Return a small model in eval mode, with random parameters, so that no two heads and no two layers are alike."""
-    torch.manual_seed(seed)
-    model = MemoryMosaicForCausalLM(MemoryMosaicConfig(**SIZES | config))
+def randomize_parameters(model: PreTrainedModel) -> PreTrainedModel:
+    """Make each parameter random, so that no two heads and no two layers are alike; return the model in eval mode."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
+    return model.eval()
+
+
+def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> MemoryMosaicForCausalLM:
+    """Return a small model in eval mode, with random parameters, so that no two heads and no two layers are alike."""
+    torch.manual_seed(seed)
+    return randomize_parameters(MemoryMosaicForCausalLM(MemoryMosaicConfig(**SIZES | config))).to(dtype)
 
 
 def make_ids(*shape: int, seed: int = 0, vocab_size: int = SIZES["vocab_size"]) -> torch.Tensor:

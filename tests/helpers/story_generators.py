@@ -18,10 +18,6 @@ from training.recipe import load_recipe
 from training.tasks.babistories import Recipe
 
 
-# SPDX-License-Identifier: Apache-2.0
-"""BabiStories: the same stories on any number of processes and after any kill, clean ones only, and honest numbers."""
-
-
 RECIPE = str(CONFIGURATION / "recipe" / "babistories.yaml")
 LISTS = {
     "names": ["Anna", "Ben", "Lily"],

@@ -341,7 +341,7 @@ KINDS = dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING, {}) | {
 SOFT_PROMPTS = ("CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING", "P_TUNING")
 # Methods that PEFT refuses, as it knows the layers of other models only, or that fail before there is a model.
 NOT_ATTACHED = {"ADAPTION_PROMPT": "Unsupported model type", "SHADOW": "layer_types"}
-REFUSED = {"LILY": "pass `use_cache=False`"} | dict.fromkeys(PREFIX_TYPES, "use prompt tuning or LoRA")
+REFUSED = {"LILY": "pass `use_cache=False`"} | dict.fromkeys(PREFIX_TYPES, "prefix tuning of PEFT makes is refused")
 NEEDS_TASKS = ("MULTITASK_PROMPT_TUNING", "POLY")
 
 
@@ -532,7 +532,7 @@ def test_a_classifier_behind_a_soft_prompt_reads_each_row_as_if_alone(kind):
         assert_near(together[row : row + 1], adapted(**alone, **of_row).logits)
     with pytest.raises(ValueError, match="pass attention_mask"):
         adapted(input_ids=batch["input_ids"], **tasks)
-    with pytest.raises(ValueError, match="use prompt tuning or LoRA"):
+    with pytest.raises(ValueError, match="prefix tuning of PEFT makes is refused"):
         prefix = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=NUM_VIRTUAL_TOKENS)
         get_peft_model(build("classifier"), prefix)(**batch)
 

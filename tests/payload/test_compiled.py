@@ -69,7 +69,7 @@ def test_tracing_is_refused():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("static", [False, True])
 def test_32_compiled_steps_compile_at_most_thrice(static, masked):
-    model, num_seen, length = make_model(), 8, 40
+    model, past_length, length = make_model(), 8, 40
     cache = StaticCache(model.config, max_cache_len=length) if static else DynamicCache(config=model.config)
     ids, mask = make_ids(2, length), None
     if masked:  # a padded prompt
@@ -82,16 +82,16 @@ def test_32_compiled_steps_compile_at_most_thrice(static, masked):
     backend = Compiles()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
-        model(ids[:, :num_seen], attention_mask=mask_until(num_seen), past_key_values=cache)
+        model(ids[:, :past_length], attention_mask=mask_until(past_length), past_key_values=cache)
         steps = []
-        for t in range(num_seen, length):
+        for t in range(past_length, length):
             step, step_mask = ids[:, t : t + 1], mask_until(t + 1)
             if static:  # as `generate` does, outside the compiled step
                 embeddings = model.get_input_embeddings()(step)
                 step_mask = model.create_masks_for_generate(model.config, embeddings, step_mask, cache)
             steps.append(compiled(step, attention_mask=step_mask, past_key_values=cache).logits)
-        expected = model(ids, attention_mask=mask).logits[:, num_seen:]
-    is_token = torch.ones_like(ids[:, num_seen:]) if mask is None else mask[:, num_seen:]
+        expected = model(ids, attention_mask=mask).logits[:, past_length:]
+    is_token = torch.ones_like(ids[:, past_length:]) if mask is None else mask[:, past_length:]
     torch.testing.assert_close(torch.cat(steps, dim=1)[is_token == 1], expected[is_token == 1], rtol=0, atol=1e-5)
     assert 1 <= backend.count <= (1 if static else 3)
 

@@ -208,8 +208,8 @@ def test_bits_per_byte_is_its_formula_and_that_of_results(bits_per_byte):
     assert results["bits"] == pytest.approx(sum(nats) * math.log2(math.e), rel=1e-15)
     assert results["bits_per_byte"] == results["bits"] / results["bytes"]
     loss = sum(nats) / num_tokens
-    assert results["bits_per_byte"] == pytest.approx(mean_loss.bits_per_byte(loss, num_tokens, 22), rel=1e-15)
-    assert mean_loss.bits_per_byte(math.log(2), 8, 1) == pytest.approx(8.0)
+    assert results["bits_per_byte"] == pytest.approx(mean_loss.bits_per_byte_of_loss(loss, num_tokens, 22), rel=1e-15)
+    assert mean_loss.bits_per_byte_of_loss(math.log(2), 8, 1) == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize(

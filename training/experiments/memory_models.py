@@ -57,13 +57,14 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     """Train all models and compare them; returns the content of `result.json`."""
-    encoders = [training.recipe.encoder_source() for training in recipe.trainings if _learns_encoder(training)]
+    encoders = [training.recipe.encoder_source() for training in recipe.trainings if _takes_trained_encoder(training)]
     # Before the trainings, because several may want the same one at once.
     run_all([recipe_job(source) for source in {source.folder: source for source in encoders}.values()], recipe.workers)
     return comparison.run_comparison(recipe, restart, {}, _measure)
 
 
-def _learns_encoder(training: Trained) -> bool:
+def _takes_trained_encoder(training: Trained) -> bool:
+    """Return whether another recipe trains the encoder first."""
     return training.recipe.encoder is not None and not training.recipe.encoder.untrained
 
 

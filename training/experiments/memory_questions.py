@@ -22,7 +22,7 @@ from datasets import Dataset
 
 from modeling_memory_mosaic import MemoryModelForCausalLM
 from training.experiments.comparison import Trained
-from training.metrics.mean_loss import bits_per_byte
+from training.metrics.mean_loss import bits_per_byte_of_loss
 from training.metrics.retrieval_accuracy.retrieval_accuracy import retrieval_accuracy
 from training.tables import Claim, mean_and_deviation
 from training.tasks import language_modeling
@@ -82,7 +82,7 @@ def prepare_windows(training: Trained) -> dict[str, Dataset]:
     return language_modeling.prepare_windows(training.recipe, tokenizer, state)
 
 
-# Columns that take a look at the trained models.
+# Columns that are measured on the trained models.
 
 
 def _entropy(series: Series) -> dict[str, list[float]]:
@@ -98,9 +98,9 @@ def _entropy_and_retrieval(series: Series) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def _retrieval_accuracy(training: Trained) -> float:
-    """Return how often a chunk's embedding finds that of the chunk that begins a quarter of its length later.
+    """Return the share of chunks whose embedding is nearest to that of the chunk a quarter of its length later.
 
-    Both are of validation text; it chooses among NUM_CANDIDATES.
+    All are chunks of validation text. Each embedding has NUM_CANDIDATES candidates.
     """
     model = cast(MemoryModelForCausalLM, training.load()[0])
     length = model.config.chunk_length
@@ -135,7 +135,7 @@ def _stored_bits_per_byte(training: Trained, result: dict[str, Any]) -> float:
     num_chunks = size["tokens"] / config.chunk_length
     stored = 8 * config.memory_numbers + 32 * config.num_memory_embeddings  # codes, and a scale for each vector
     loss = result["stages"][-1]["metrics"]["autoencoding_loss"]
-    return bits_per_byte(loss, size["tokens"], size["bytes"]) + num_chunks * stored / size["bytes"]
+    return bits_per_byte_of_loss(loss, size["tokens"], size["bytes"]) + num_chunks * stored / size["bytes"]
 
 
 def _no_columns(series: Series) -> dict[str, list[float]]:
@@ -227,19 +227,19 @@ def _claims_on_causal_and_combined(causal: Series, combined: Series) -> Iterator
 
 
 def _claim_on_the_curriculum(curriculum: Series, combined: Series) -> Claim:
-    tells_more = min(curriculum.values("blank_copy_accuracy")) > max(combined.values("blank_copy_accuracy"))
+    copies_more = min(curriculum.values("blank_copy_accuracy")) > max(combined.values("blank_copy_accuracy"))
     predicts_worse = curriculum.mean("causal_loss") > combined.mean("causal_loss") + EQUAL_LOSS
     blank_copy, copy, causal_loss = (
         _side_by_side(measure, curriculum, combined)
         for measure in ("blank_copy_accuracy", "copy_accuracy", "causal_loss")
     )
-    # Without the last stage, the probe, which measures and does not train.
+    # Without the last stage, the probe: it trains a new decoder only to measure the encoder.
     operations = " and ".join(f"{sum(series.flops[:-1]) / 1e12:.1f}" for series in (curriculum, combined))
     return Claim(
         "A frozen encoder and a curriculum make the training more efficient",
         "works best of all (figures only)",
         f"blank copy: {blank_copy}; copy: {copy}; causal loss: {causal_loss}; at {operations} x 10^12 operations",
-        "contradicted" if not tells_more else "not at this size" if predicts_worse else "reproduced",
+        "contradicted" if not copies_more else "not at this size" if predicts_worse else "reproduced",
     )
 
 

@@ -23,7 +23,7 @@ from training.evaluate import tokens_and_bytes
 from training.experiments import comparison
 from training.experiments.comparison import DepthComparisonRecipe, fits_context, plan, summary
 from training.figures import new_figure, save_figure
-from training.metrics.mean_loss import bits_per_byte
+from training.metrics.mean_loss import bits_per_byte_of_loss
 from training.metrics.per_position_loss.per_position_loss import per_position_loss
 from training.recipe import SourceSection
 from training.tables import Claim, markdown_table
@@ -109,7 +109,7 @@ def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any
         "num_windows": len(groups),
         "num_documents": len(set(groups)),
         "positions": centres.tolist(),
-        "bits_per_byte": {key: bits_per_byte(float(mean.mean()), *sizes) for key, mean in means.items()},
+        "bits_per_byte": {key: bits_per_byte_of_loss(float(mean.mean()), *sizes) for key, mean in means.items()},
         "loss": {key: _bands(mean, groups) for key, mean in means.items()},
         "differences": _differences(recipe, means, groups),
         "late_fall": _late_falls(recipe, means, groups),

@@ -45,7 +45,7 @@ __all__ = ["Recipe", "plan", "run", "summary"]
 
 IDENTITY_BETAS = (5000.0, 50.0)  # a kernel with nearly no blur, and the kernel of the trained models
 AMPLITUDE = 1.0  # of each coordinate of a moon
-FALL = 0.9  # a deviation falls if it is at most this times the one before
+FALL = 0.9  # a deviation falls if it is at most this share of the one before
 NEAR_PERMUTATION = 0.9  # least measure of matrices that count as permutations
 SYSTEM_NAMES = {
     name: f"{name} moons, periods {', '.join(f'{period:g}' for period in periods)}"
@@ -106,7 +106,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     lines: dict[str, Any] = {}
     for (heads, seed), folder in recipe.parts.items():
         finished = "finished" if (folder / PART).is_file() else "to be trained"
-        parameters = sum(parameter.numel() for parameter in build_model(recipe, heads).parameters())
+        parameters = build_model(recipe, heads).num_parameters()
         lines[f"{heads_in_words(heads)}, seed {seed}"] = f"{parameters} parameters, {finished}, {folder}"
     lines |= {"trainings": len(recipe.parts), "steps": recipe.steps, "predictions": len(context_lengths(recipe))}
     return lines | {"folder": str(recipe.folder), "hash": recipe.hash}
@@ -364,11 +364,18 @@ def _draw_units(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
     save_figure(figure, recipe.folder / f"{recipe.name}_units.png")
 
 
+def _read_part(folder: Path) -> dict[str, Any]:
+    part = read_result(folder, PART)
+    if part is None:
+        raise ValueError(f"{folder} holds no {PART}: run the experiment again, which trains this model")
+    return part
+
+
 def _results(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
     """Train the missing parts, measure them and the identity models, draw all figures and judge the claims."""
     jobs = [Job(folder, train_part, (recipe, *part, folder)) for part, folder in recipe.parts.items()]
     run_all(jobs, recipe.workers)
-    parts = [part for folder in recipe.parts.values() if (part := read_result(folder, PART)) is not None]
+    parts = [_read_part(folder) for folder in recipe.parts.values()]
     combinations = [(heads, beta) for beta in IDENTITY_BETAS for heads in recipe.heads]
     identities = [
         {"heads": heads, "beta": beta} | measure(identity_model(recipe, heads, beta), recipe)

@@ -9,8 +9,10 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
+def bits_per_byte_of_loss(loss: float, num_tokens: int, num_bytes: int) -> float:
     """Return a loss in nats per token as bits per byte of text, which does not depend on the tokenizer.
+
+    The metric `bits_per_byte` computes it from texts.
 
     Args:
         loss: mean over the tokens, in nats.

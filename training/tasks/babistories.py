@@ -80,14 +80,14 @@ class Recipe(BaseRecipe):
         return self
 
     def content(self) -> dict[str, Any]:
-        """All that determines the run: not the licence, which only the card states."""
+        """Return all that determines the run: not the licence, which only the card states."""
         content = super().content()
         del content["license"]
         return content
 
     @functools.cached_property
     def needed(self) -> list[str]:
-        """The lists that something is drawn from: those of the template's placeholders, and always the openings."""
+        """Names of the lists to draw from: those of the template's placeholders, and always the openings."""
         used = story_prompts.placeholders(self.template) | {"opening"}
         return [kind for placeholder, kind in LISTS.items() if placeholder in used]
 

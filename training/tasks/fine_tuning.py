@@ -138,7 +138,7 @@ class Recipe(TextRecipe):
 
 
 def _base_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """Return the base's tokenizer; `ValueError` if it adds tokens of itself."""
+    """Return the base's tokenizer; `ValueError` if it adds tokens to a text by itself."""
     folder = str(recipe.base_folder)
     if added := added_tokens(load_tokenizer(folder, keep_added=True)):
         raise ValueError(

@@ -38,7 +38,7 @@ from training.export import export_model, verify_export
 from training.figures import draw_learning_curve
 from training.files import faults, staged_folder, write_checksums
 from training.loop import LanguageModelTrainer, build_training_arguments
-from training.metrics.mean_loss import bits_per_byte, perplexity
+from training.metrics.mean_loss import bits_per_byte_of_loss, perplexity
 from training.recipe import DataSection, Recipe, TextRecipe, TrainingRecipe
 from training.result import header, learning_curve, tokens_per_second
 from training.run_folder import run_once
@@ -321,7 +321,7 @@ def _result(
             "training_loss": curve["training"][-1]["loss"],
             "validation_loss": loss,
             "validation_perplexity": perplexity(loss),
-            "validation_bits_per_byte": bits_per_byte(loss, *size),
+            "validation_bits_per_byte": bits_per_byte_of_loss(loss, *size),
         },
         "learning_curve": curve,
         "samples": [{"prompt": prompt, "text": text} for prompt, text in samples],

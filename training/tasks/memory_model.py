@@ -161,7 +161,7 @@ def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) ->
     device: Any = model.device  # a checker takes attributes of modules for tensors
     model.eval()
     causal: list[torch.Tensor] = []
-    recalled: dict[str, list[torch.Tensor]] = defaultdict(list)
+    reconstructed: dict[str, list[torch.Tensor]] = defaultdict(list)
     for start in range(0, len(windows), batch_size):
         rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
         ids = collate_windows(rows)["input_ids"].to(device)
@@ -172,10 +172,10 @@ def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) ->
         for objective in OBJECTIVES[1:] if model.config.max_memories != 0 else ():
             logits, targets, _ = model.reconstruct(objective, text, context)
             is_right = logits.argmax(-1) == targets
-            recalled[objective].append(torch.stack([_token_losses(logits, targets), is_right]).flatten(1, 2))
+            reconstructed[objective].append(torch.stack([_token_losses(logits, targets), is_right]).flatten(1, 2))
     model.train(was_training)
     measures: dict[str, Any] = {"causal_loss": torch.cat(causal).mean().item()}
-    for objective, parts in recalled.items():
+    for objective, parts in reconstructed.items():
         losses, is_right = torch.cat(parts, dim=1)  # each (chunks, L)
         measures |= {
             f"{objective}_loss": losses.mean().item(),

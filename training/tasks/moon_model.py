@@ -5,6 +5,7 @@ A part of the experiment is one number of heads and one seed. It has its own fol
 then `model/` and `part.json`. A killed part resumes from its last checkpoint and, on the CPU, ends with the same bits.
 """
 
+import json
 import logging
 import shutil
 import statistics
@@ -27,7 +28,7 @@ from modeling_memory_mosaic import (
     inspect_continuous_units,
     kernel_smoothing,
 )
-from training.files import faults, read_json, refuse_damage, set_aside, staged_folder, write_checksums, write_json
+from training.files import faults, read_json, refuse_damage, set_aside, staged_folder, write_checksums, write_text
 from training.parallel import report_progress
 from training.result import read_result, write_result
 from training.synthetic import moons
@@ -392,7 +393,7 @@ def train_part(recipe: MoonSettings, heads: int, seed: int, folder: Path) -> Non
         with staged_folder(folder / "model") as staged:
             model.save_pretrained(staged)
             record: dict[str, Any] = {"losses": losses, "seconds": round(time.monotonic() - started, 1)}
-            write_json(staged / "training.json", record)
+            write_text(staged / "training.json", json.dumps(record))  # one line: a loss for each step
             write_checksums(staged)
     model, record = load_part(folder)
     last = record["losses"][-5 * LOGGED_STEPS :]

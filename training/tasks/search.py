@@ -109,7 +109,7 @@ def _folder_name(settings: Settings, digest: str) -> str:
 
 
 class Recipe(BaseRecipe):
-    """Which settings of which recipe are tried, and by what they are compared; see `configuration/README.md`."""
+    """A space of settings for a base recipe, and the measure that compares trials; see `configuration/README.md`."""
 
     task: Literal["search"]
     base: str

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on an artificial language: one training of the experiments `regbench` and `induction`.
 
-A language is a module with a section of settings, `provenance`, `draw_splits`, `collate` and `score`. What counts is
-the accuracy that `score` returns: the model of the best evaluation on validation data is kept, as RegBench chooses the
-number of epochs.
+A language is a module with `VOCAB_SIZE`, a section of settings, `provenance`, `draw_splits`, `collate` and `score`.
+What counts is the accuracy that `score` returns: the model of the best evaluation on validation data is kept, as
+RegBench chooses the number of epochs.
 """
 
 import math

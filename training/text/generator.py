@@ -69,8 +69,9 @@ def check_quantization(section: GeneratorSection) -> None:
 def _check_no_stacked_experts(name: str) -> None:
     """Raise `ValueError` if quantization would leave most of a model as it is.
 
-    bitsandbytes packs linear layers only, and leaves out experts that transformers 5 stacks into one tensor. Without a
-    word such a model would take several times the memory that 4 bit promises (issue 1849 of bitsandbytes).
+    bitsandbytes packs linear layers only, and leaves out experts that transformers 5 stacks into one tensor. Without
+    this check such a model would take several times the memory that 4 bit promises, and no message would show it
+    (issue 1849 of bitsandbytes).
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False))

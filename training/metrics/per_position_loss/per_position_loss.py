@@ -28,7 +28,11 @@ Documents = Sequence[str] | Sequence[int] | Sequence[None]
 
 
 def per_position_loss(
-    predictions: Losses, references: Documents, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
+    predictions: Losses,
+    references: Documents | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, list[float]]:
     """Return the mean loss at each position and its band.
 
@@ -56,6 +60,10 @@ def per_position_loss(
         >>> metric.compute(predictions=[[3.0, 1.0], [1.0]])["mean"]
         [2.0, 1.0]
     """
+    if len(predictions) == 0:
+        raise ValueError("predictions are empty: give the losses of at least one window")
+    if references is None:
+        references = [None] * len(predictions)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}: give a share above 0 and below 1, such as 0.95")
     if num_resamples < 1:

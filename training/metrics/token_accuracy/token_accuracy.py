@@ -48,6 +48,8 @@ def token_accuracy(predictions: Tokens, references: Tokens, ignore_index: int = 
         0.75
     """
     length = max(map(len, references), default=0)
+    is_right: np.ndarray
+    is_target: np.ndarray
     is_right, is_target = np.zeros((2, len(references), length), bool)
     for index, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
         if None in predicted or None in true:
