@@ -20,9 +20,10 @@ from helpers.runs import assert_same_run, weights
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from typer.testing import CliRunner
 
-from modeling_memory_mosaic import memory_from_state_dict
+from modeling_memory_mosaic import MemoryMosaicForCausalLM, inspect_units, memory_from_state_dict
 from training.__main__ import app
 
 
@@ -217,3 +218,12 @@ def test_an_old_published_folder_is_not_run_by_code_of_another_version(runs):
     assert result.exit_code == 1
     message = r"lacks code that is published with it|differs from this project's .*: read it before you trust it"
     assert re.search(message, result.output), result.output
+
+
+def test_old_code_is_not_inspected_by_this_version(formats):
+    folder = formats / "finished" / "model"
+    old_class = get_class_from_dynamic_module("modeling_memory_mosaic.MemoryMosaicForCausalLM", str(folder))
+    model = old_class.from_pretrained(folder)
+    assert not isinstance(model, MemoryMosaicForCausalLM)
+    with pytest.raises(ValueError, match="code that an earlier version saved beside it"):
+        inspect_units(model, IDS)

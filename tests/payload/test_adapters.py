@@ -341,7 +341,7 @@ KINDS = dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING, {}) | {
 SOFT_PROMPTS = ("CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING", "P_TUNING")
 # Methods that PEFT refuses, as it knows the layers of other models only, or that fail before there is a model.
 NOT_ATTACHED = {"ADAPTION_PROMPT": "Unsupported model type", "SHADOW": "layer_types"}
-REFUSED = {"LILY": "pass `use_cache=False`"} | dict.fromkeys(PREFIX_TYPES, "prefix tuning of PEFT makes is refused")
+REFUSED = {"LILY": "pass `use_cache=False`"} | dict.fromkeys(PREFIX_TYPES, "use prompt tuning or LoRA")
 NEEDS_TASKS = ("MULTITASK_PROMPT_TUNING", "POLY")
 
 

@@ -16,6 +16,7 @@ from transformers.utils import generic as library_generic
 
 from modeling_memory_mosaic import (
     MemoryMosaicCacheLayer,
+    MemoryMosaicConfig,
     MemoryMosaicForCausalLM,
     MemoryMosaicForSequenceClassification,
     memory_from_state_dict,
@@ -431,3 +432,31 @@ def test_layers_are_chosen_by_the_configuration(model):
 def test_saved_files_hold_tensors_of_their_own(model, tmp_path):
     save_file(memory_state_dict(read(model, make_ids(1, 5))[1]), tmp_path / "memory.safetensors")
     assert len(load_file(tmp_path / "memory.safetensors")) == 2 * (2 + len(STATES)) + 2
+
+
+def test_pairs_without_their_ids_are_no_text_that_is_known(model):
+    """A memory that something else filled does not claim to hold only the ids read behind that."""
+    memory, empty = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    model(make_ids(1, 4), **{MEMORY_NAME: memory})
+    for layer, (source, filled) in enumerate(zip(memory.layers, empty.layers, strict=True)):
+        empty.update(source.keys, source.values, layer)
+        for name in source.state_names:
+            filled.set_state(name, source.states[name])
+    model(make_ids(1, 2, seed=1), **{MEMORY_NAME: empty})
+    assert empty.get_seq_length() == 6 and empty.layers[0].past_ids() is None
+
+
+class TwinConfig(MemoryMosaicConfig):
+    model_type = "twin_of_memory_mosaic"
+
+    @property
+    def layer_types(self):
+        return ["memory_mosaic"] * self.num_hidden_layers
+
+
+def test_a_configuration_of_another_name_reads_the_memory_that_it_makes():
+    model = MemoryMosaicForCausalLM(TwinConfig(vocab_size=61, hidden_size=24, num_attention_heads=3)).eval()
+    memory, ids = DynamicCache(config=model.config), make_ids(1, 7)
+    model(ids[:, :4], **{MEMORY_NAME: memory})
+    logits = model(ids[:, 4:], **{MEMORY_NAME: memory}).logits
+    torch.testing.assert_close(logits, model(ids).logits[:, 4:], rtol=0, atol=1e-5)

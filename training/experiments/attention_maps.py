@@ -153,6 +153,7 @@ def _leak(model: PreTrainedModel, head: int) -> dict[str, float]:
     if not isinstance(model, MemoryMosaicForCausalLM):
         return {}
     memory: Any = model.model.layers[0].contextual_memory
+    # In float64: the committed results were computed so, and float32 would change their last digits.
     leaks = memory.leak(torch.float64)
     return {"leak_coefficient": math.exp(-leaks[head].item())}
 
