@@ -109,16 +109,6 @@ def _peak_of_reading(name: str, num_tokens: int, threads: int, pipe: Connection)
     pipe.send(peak_resident() - before)
 
 
-def multiplications(name: str, num_tokens: int) -> float:
-    """Return the multiplications of reading a text, by the formula."""
-    weights = {key: weights_per_token(sizes) for key, sizes in (("decoder", SIZES), ("encoder", ENCODERS.get(name)))}
-    if name == FULL:
-        return num_tokens * weights["decoder"] + pair_width(SIZES) * num_tokens**2 / 2
-    row = num_tokens // CHUNK_LENGTH + 1
-    encoder = num_tokens * (weights["encoder"] + pair_width(ENCODERS[name]) * CHUNK_LENGTH / 2)
-    return encoder + row * weights["decoder"] + pair_width(SIZES) * row**2 / 2
-
-
 def weights_per_token(sizes: dict[str, int] | None) -> int:
     """Return the matrix entries that a token is multiplied with in the blocks.
 
@@ -134,6 +124,36 @@ def weights_per_token(sizes: dict[str, int] | None) -> int:
 def pair_width(sizes: dict[str, int]) -> int:
     """Return the multiplications for a pair of tokens: a product of keys and a weighted value, in every layer."""
     return 2 * sizes["hidden_size"] * sizes["num_hidden_layers"]
+
+
+def multiplications(name: str, num_tokens: int) -> float:
+    """Return the multiplications of reading a text, by the formula."""
+    weights = {key: weights_per_token(sizes) for key, sizes in (("decoder", SIZES), ("encoder", ENCODERS.get(name)))}
+    if name == FULL:
+        return num_tokens * weights["decoder"] + pair_width(SIZES) * num_tokens**2 / 2
+    row = num_tokens // CHUNK_LENGTH + 1
+    encoder = num_tokens * (weights["encoder"] + pair_width(ENCODERS[name]) * CHUNK_LENGTH / 2)
+    return encoder + row * weights["decoder"] + pair_width(SIZES) * row**2 / 2
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return a measurement as the cells of a table's row."""
+    reading, writing = row["prefill"], row["decode"]
+    return [
+        f"{row['tokens']:,}",
+        row["encoder"],
+        f"{reading['ours']:.3g}",
+        f"{reading['theirs']:.3g}",
+        "{:.2f} ({:.2f} to {:.2f})".format(reading["ratio"], *reading["ratio_quartiles"]),
+        f"{row['formula']:.2f}",
+        f"{writing['ours']:.0f}",
+        f"{writing['theirs']:.0f}",
+        f"{writing['ratio']:.2f}",
+        f"{row['slots']['ours']:,}",
+        f"{row['slots']['theirs']:,}",
+        f"{row['peak_mib']['ours']:.0f}",
+        f"{row['peak_mib']['theirs']:.0f}",
+    ]
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
@@ -160,27 +180,29 @@ COLUMNS = (
     *("decode, tokens/s", "all in view", "ratio", "pairs held", "all in view"),
     *("memory of prefill, MiB", "all in view"),
 )
+
+
 ALIGNMENT = "rl" + "r" * (len(COLUMNS) - 2)
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """Return a measurement as the cells of a table's row."""
-    reading, writing = row["prefill"], row["decode"]
-    return [
-        f"{row['tokens']:,}",
-        row["encoder"],
-        f"{reading['ours']:.3g}",
-        f"{reading['theirs']:.3g}",
-        "{:.2f} ({:.2f} to {:.2f})".format(reading["ratio"], *reading["ratio_quartiles"]),
-        f"{row['formula']:.2f}",
-        f"{writing['ours']:.0f}",
-        f"{writing['theirs']:.0f}",
-        f"{writing['ratio']:.2f}",
-        f"{row['slots']['ours']:,}",
-        f"{row['slots']['theirs']:,}",
-        f"{row['peak_mib']['ours']:.0f}",
-        f"{row['peak_mib']['theirs']:.0f}",
-    ]
+def pays_from(rows: list[dict[str, Any]], what: str) -> int | None:
+    """Return the shortest text from which on the lower quartile of the ratio is above 1 at every measured length."""
+    start = None
+    for row in sorted(rows, key=lambda row: row["tokens"], reverse=True):
+        if row[what]["ratio_quartiles"][0] <= 1:
+            break
+        start = row["tokens"]
+    return start
+
+
+def payoffs(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each encoder: from which measured length on the memory model is faster."""
+    sentences = []
+    for name in dict.fromkeys(row["encoder"] for row in rows):
+        starts = [pays_from([row for row in rows if row["encoder"] == name], what) for what in ("prefill", "decode")]
+        reading, decoding = (f"from {start:,} tokens on" if start else "at no length" for start in starts)
+        sentences.append(f"With an {name} it is faster to read {reading}, and to decode {decoding}.")
+    return sentences
 
 
 def table(report: dict[str, Any]) -> str:
@@ -194,26 +216,6 @@ def table(report: dict[str, Any]) -> str:
     )
     rows = markdown_table(COLUMNS, ALIGNMENT, map(cells, report["rows"]))
     return "\n".join([setting, rows, "", *payoffs(report["rows"])])
-
-
-def payoffs(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a sentence for each encoder: from which measured length on the memory model is faster."""
-    sentences = []
-    for name in dict.fromkeys(row["encoder"] for row in rows):
-        starts = [pays_from([row for row in rows if row["encoder"] == name], what) for what in ("prefill", "decode")]
-        reading, decoding = (f"from {start:,} tokens on" if start else "at no length" for start in starts)
-        sentences.append(f"With an {name} it is faster to read {reading}, and to decode {decoding}.")
-    return sentences
-
-
-def pays_from(rows: list[dict[str, Any]], what: str) -> int | None:
-    """Return the shortest text from which on the lower quartile of the ratio is above 1 at every measured length."""
-    start = None
-    for row in sorted(rows, key=lambda row: row["tokens"], reverse=True):
-        if row[what]["ratio_quartiles"][0] <= 1:
-            break
-        start = row["tokens"]
-    return start
 
 
 def main(

@@ -170,11 +170,6 @@ def _peak_of_training(name: str, num_tokens: int, threads: int, pipe: Connection
     pipe.send(peak_resident() - before)
 
 
-def peak_memory(name: str, num_tokens: int) -> float:
-    """Return the MiB that two training steps, model included, add to a new process at its largest."""
-    return in_process_of_its_own(_peak_of_training, name, num_tokens)
-
-
 def in_process_of_its_own(function: Callable[..., None], *arguments: Any) -> Any:
     """Run a function in a new process and return the object that it sends.
 
@@ -190,6 +185,18 @@ def in_process_of_its_own(function: Callable[..., None], *arguments: Any) -> Any
     sent = receiver.recv()
     process.join()
     return sent
+
+
+def peak_memory(name: str, num_tokens: int) -> float:
+    """Return the MiB that two training steps, model included, add to a new process at its largest."""
+    return in_process_of_its_own(_peak_of_training, name, num_tokens)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return a measurement as the cells of a table's row."""
+    quartiles = " ({:.2f} to {:.2f})".format(*row["ratio_quartiles"]) if "ratio_quartiles" in row else ""
+    figures = [f"{row['ours']:.4g}", f"{row['theirs']:.4g}", row["unit"], f"{row['ratio']:.2f}{quartiles}"]
+    return [row["what"], row["peer"], str(row["tokens"]), *figures]
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
@@ -217,13 +224,6 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
 
 COLUMNS = ("measured", "beside", "T", "ours", "theirs", "unit", "ratio (quartiles)")
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """Return a measurement as the cells of a table's row."""
-    quartiles = " ({:.2f} to {:.2f})".format(*row["ratio_quartiles"]) if "ratio_quartiles" in row else ""
-    figures = [f"{row['ours']:.4g}", f"{row['theirs']:.4g}", row["unit"], f"{row['ratio']:.2f}{quartiles}"]
-    return [row["what"], row["peer"], str(row["tokens"]), *figures]
 
 
 def table(report: dict[str, Any]) -> str:

@@ -106,6 +106,40 @@ def draw_stages(result: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def _draw_map(axis: Axes, numbers: torch.Tensor, title: str) -> None:
+    """Draw numbers `(L, H, T)` as colours, units counted from above; NaN is grey."""
+    num_layers, num_heads, _ = numbers.shape
+    # An error may be large at a few tokens, which would leave all the others in one colour.
+    known = numbers[~numbers.isnan()]
+    top = known.quantile(0.99).item() if known.numel() else 1.0
+    image = axis.imshow(
+        numbers.flatten(0, 1).numpy(), aspect="auto", interpolation="nearest", vmin=0, vmax=max(top, 1e-6)
+    )
+    axis.figure.colorbar(image, ax=axis, extend="max", fraction=0.03, pad=0.01)
+    axis.grid(False)
+    axis.set_facecolor("lightgrey")
+    axis.set_title(title, fontsize=9)
+    axis.set_ylabel("layer, head")
+    axis.set_yticks(np.arange(num_layers) * num_heads, [str(layer) for layer in range(num_layers)])
+    for layer in range(1, num_layers):
+        axis.axhline(layer * num_heads - 0.5, color="white", lw=0.8)
+
+
+def _name_tokens(axes: np.ndarray, tokens: list[str]) -> None:
+    # A dollar sign would begin a formula.
+    names = [token.replace("\n", "\\n").replace(" ", "␣").replace("$", r"\$") for token in tokens]
+    for axis in axes:
+        axis.set_xticks(np.arange(len(names)), names, rotation=90, fontsize=7)
+
+
+def _draw_bars(axis: Axes, table: list[dict[str, Any]], name: str, kind: str) -> None:
+    numbers = [row[name] for row in table if row["kind"] == kind]
+    axis.barh(np.arange(len(numbers)), numbers, color="C0")
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_title(f"{name}, {kind}", fontsize=9)
+    axis.grid(False, axis="y")
+
+
 def draw_units(units: MemoryMosaicUnits, path: Path, tokens: list[str] | None = None, row: int = 0) -> None:
     """Draw the units of one text as a PNG: error and entropy over its tokens, means of share and norm.
 
@@ -143,37 +177,3 @@ def draw_units(units: MemoryMosaicUnits, path: Path, tokens: list[str] | None = 
     _draw_bars(axes[2, 1], table, "share", "persistent")
     axes[-1, 0].set_xlabel("token")
     save_figure(figure, path)
-
-
-def _draw_map(axis: Axes, numbers: torch.Tensor, title: str) -> None:
-    """Draw numbers `(L, H, T)` as colours, units counted from above; NaN is grey."""
-    num_layers, num_heads, _ = numbers.shape
-    # An error may be large at a few tokens, which would leave all the others in one colour.
-    known = numbers[~numbers.isnan()]
-    top = known.quantile(0.99).item() if known.numel() else 1.0
-    image = axis.imshow(
-        numbers.flatten(0, 1).numpy(), aspect="auto", interpolation="nearest", vmin=0, vmax=max(top, 1e-6)
-    )
-    axis.figure.colorbar(image, ax=axis, extend="max", fraction=0.03, pad=0.01)
-    axis.grid(False)
-    axis.set_facecolor("lightgrey")
-    axis.set_title(title, fontsize=9)
-    axis.set_ylabel("layer, head")
-    axis.set_yticks(np.arange(num_layers) * num_heads, [str(layer) for layer in range(num_layers)])
-    for layer in range(1, num_layers):
-        axis.axhline(layer * num_heads - 0.5, color="white", lw=0.8)
-
-
-def _name_tokens(axes: np.ndarray, tokens: list[str]) -> None:
-    # A dollar sign would begin a formula.
-    names = [token.replace("\n", "\\n").replace(" ", "␣").replace("$", r"\$") for token in tokens]
-    for axis in axes:
-        axis.set_xticks(np.arange(len(names)), names, rotation=90, fontsize=7)
-
-
-def _draw_bars(axis: Axes, table: list[dict[str, Any]], name: str, kind: str) -> None:
-    numbers = [row[name] for row in table if row["kind"] == kind]
-    axis.barh(np.arange(len(numbers)), numbers, color="C0")
-    axis.axvline(0, color="black", lw=0.8)
-    axis.set_title(f"{name}, {kind}", fontsize=9)
-    axis.grid(False, axis="y")

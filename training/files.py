@@ -74,20 +74,6 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@contextlib.contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
-    """Give an empty folder that takes the place of `final` when the block ends well, and vanishes when it fails."""
-    staged = final.with_name(STAGED_PREFIX + final.name)
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        yield staged
-        move_into_place(staged, final)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-
-
 def move_into_place(staged: Path, final: Path) -> None:
     """Force a finished folder to the disk and rename it to `final`, replacing what was there."""
     for path in (*staged.rglob("*"), staged):
@@ -100,6 +86,20 @@ def move_into_place(staged: Path, final: Path) -> None:
     staged.rename(final)
     _force_to_disk(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """Give an empty folder that takes the place of `final` when the block ends well, and vanishes when it fails."""
+    staged = final.with_name(STAGED_PREFIX + final.name)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        move_into_place(staged, final)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
 
 
 def remove_leftovers(folder: Path) -> None:

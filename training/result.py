@@ -38,26 +38,14 @@ PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "pe
 SHOWN = (".png", ".md")
 
 
-def header(recipe: BaseRecipe) -> dict[str, Any]:
-    """Return the part of `result.json` that all tasks share: the recipe, and when and where it was run."""
-    return {
-        "name": recipe.name,
-        "task": recipe.task,
-        "recipe": recipe.model_dump(exclude={"output_dir"}),
-        "recipe_hash": recipe.hash,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **environment(),
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Return versions, hardware and commit of this process, None for those that cannot be known."""
-    return {
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in PACKAGES},
-        "hardware": _hardware(),
-        "commit": _commit(),
-    }
+def cpu_name() -> str | None:
+    """Return the processor's name as the system gives it; None if it gives none."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        names = re.findall(r"^model name\s*: (.+)$", information.read_text(encoding="utf-8"), re.MULTILINE)
+        if names:
+            return names[0]
+    return platform.processor() or None
 
 
 def _hardware() -> dict[str, Any]:
@@ -72,16 +60,6 @@ def _hardware() -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str | None:
-    """Return the processor's name as the system gives it; None if it gives none."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        names = re.findall(r"^model name\s*: (.+)$", information.read_text(encoding="utf-8"), re.MULTILINE)
-        if names:
-            return names[0]
-    return platform.processor() or None
-
-
 def _commit() -> dict[str, Any] | None:
     """Return the commit of the clone and whether its files differ from it; None outside a git repository."""
 
@@ -93,6 +71,28 @@ def _commit() -> dict[str, Any] | None:
         return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None  # unpacked from an archive, or nothing committed yet
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, hardware and commit of this process, None for those that cannot be known."""
+    return {
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in PACKAGES},
+        "hardware": _hardware(),
+        "commit": _commit(),
+    }
+
+
+def header(recipe: BaseRecipe) -> dict[str, Any]:
+    """Return the part of `result.json` that all tasks share: the recipe, and when and where it was run."""
+    return {
+        "name": recipe.name,
+        "task": recipe.task,
+        "recipe": recipe.model_dump(exclude={"output_dir"}),
+        "recipe_hash": recipe.hash,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **environment(),
+    }
 
 
 def learning_curve(log_history: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -38,6 +38,8 @@ class Claim(NamedTuple):
 
 
 _ROW = DataRow("| ", " | ", " |")
+
+
 _ALIGNMENTS = {"l": "---", "r": "---:"}
 
 
@@ -60,6 +62,23 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def _results_row(model: str, results: list[dict[str, Any]]) -> list[str]:
+    loss, perplexity, bits = (
+        [result["metrics"][f"validation_{name}"] for result in results]
+        for name in ("loss", "perplexity", "bits_per_byte")
+    )
+    return [
+        model,
+        f"{results[0]['parameters']:,}",
+        ", ".join(str(seed) for seed in sorted(result["seed"] for result in results)),
+        f"{results[0]['tokens']:,}",
+        mean_and_deviation(loss, 4),
+        mean_and_deviation(perplexity, 2),
+        mean_and_deviation(bits, 4),
+        f"{statistics.mean(result['seconds'] for result in results):,.0f}",
+    ]
+
+
 def results_table(results: list[dict[str, Any]]) -> str:
     """Return a Markdown table with a line for each model: mean and, over several seeds, standard deviation.
 
@@ -80,21 +99,12 @@ def results_table(results: list[dict[str, Any]]) -> str:
     return markdown_table(columns, "lrrrrrrr", [_results_row(model, by_model[model]) for model in sorted(by_model)])
 
 
-def _results_row(model: str, results: list[dict[str, Any]]) -> list[str]:
-    loss, perplexity, bits = (
-        [result["metrics"][f"validation_{name}"] for result in results]
-        for name in ("loss", "perplexity", "bits_per_byte")
+def _fine_tuning_row(name: str, results: list[dict[str, Any]], num_trained: int) -> list[str]:
+    seeds = ", ".join(str(result["seed"]) for result in results if "seed" in result)
+    loss, perplexity = (
+        [result["metrics"][f"validation_{measure}"] for result in results] for measure in ("loss", "perplexity")
     )
-    return [
-        model,
-        f"{results[0]['parameters']:,}",
-        ", ".join(str(seed) for seed in sorted(result["seed"] for result in results)),
-        f"{results[0]['tokens']:,}",
-        mean_and_deviation(loss, 4),
-        mean_and_deviation(perplexity, 2),
-        mean_and_deviation(bits, 4),
-        f"{statistics.mean(result['seconds'] for result in results):,.0f}",
-    ]
+    return [name, f"{num_trained:,}", seeds, mean_and_deviation(loss, 4), mean_and_deviation(perplexity, 2)]
 
 
 def fine_tuning_table(results: list[dict[str, Any]]) -> str:
@@ -118,14 +128,6 @@ def fine_tuning_table(results: list[dict[str, Any]]) -> str:
     for name, adapted in sorted(by_adapter.items()):
         rows.append(_fine_tuning_row(name, adapted, adapted[0]["trained_parameters"]))
     return markdown_table(["model", "trained numbers", "seeds", "validation loss", "perplexity"], "lrrrr", rows)
-
-
-def _fine_tuning_row(name: str, results: list[dict[str, Any]], num_trained: int) -> list[str]:
-    seeds = ", ".join(str(result["seed"]) for result in results if "seed" in result)
-    loss, perplexity = (
-        [result["metrics"][f"validation_{measure}"] for result in results] for measure in ("loss", "perplexity")
-    )
-    return [name, f"{num_trained:,}", seeds, mean_and_deviation(loss, 4), mean_and_deviation(perplexity, 2)]
 
 
 def claims_table(results: list[dict[str, Any]]) -> str:

@@ -54,43 +54,6 @@ class Recipe(DepthComparisonRecipe):
         return self
 
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Average every model's maps; returns the content of `result.json`."""
-    data = {"text": source_provenance(**recipe.text.model_dump())}
-    return comparison.run_comparison(recipe, restart, data, _measure)
-
-
-def _measure(recipe: Recipe) -> dict[str, Any]:
-    documents = load_stories(**recipe.text.model_dump())
-    maps: dict[MapKey, np.ndarray] = {}
-    heads: list[dict[str, Any]] = []
-    num_windows: dict[int, int] = {}
-    for training in tqdm(recipe.trainings, desc="maps"):
-        model, tokenizer = training.load(attn_implementation="eager")
-        for length in recipe.lengths:
-            if not fits_context(model, length):
-                continue  # the model is absent from the result
-            windows, _ = cut_windows(documents, tokenizer, length, "stream", recipe.num_windows)
-            num_windows[length] = len(windows)
-            head_maps = last_position_map(model, windows, recipe.batch_size)
-            maps[training.label, length, training.seed] = head_maps
-            for head, weights in enumerate(head_maps):
-                place = {"label": training.label, "length": length, "seed": training.seed, "head": head}
-                heads.append(place | _leak(model, head) | describe(weights))
-    _draw_maps(recipe, maps)
-    _draw_leaks(recipe, heads)
-    binned = [
-        {"label": label, "length": length, "seed": seed, "bins": [_rounded_bins(weights) for weights in head_maps]}
-        for (label, length, seed), head_maps in maps.items()
-        if seed == recipe.seeds[0]
-    ]
-    return {
-        "measured": {"num_windows": num_windows, "heads": heads, "maps": binned},
-        "table": _table(recipe, heads),
-        "claims": _claims(recipe, heads),
-    }
-
-
 @torch.no_grad()
 def last_position_map(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> np.ndarray:
     """Return the weights of the last position on each position, averaged over windows.
@@ -108,6 +71,12 @@ def last_position_map(model: PreTrainedModel, windows: torch.Tensor, batch_size:
         attentions = model(input_ids=batch.to(model.device), use_cache=False, output_attentions=True).attentions
         sums.append(attentions[0][:, :, -1].double().sum(0))
     return (sum(sums) / len(windows)).cpu().numpy()
+
+
+def _binned(weights: np.ndarray) -> np.ndarray:
+    """Return means over bins; positions that fill no bin are left out at the old end."""
+    whole = len(weights) - len(weights) % BIN
+    return weights[len(weights) - whole :].reshape(-1, BIN).mean(axis=1)
 
 
 def describe(weights: np.ndarray) -> dict[str, float]:
@@ -136,12 +105,6 @@ def describe(weights: np.ndarray) -> dict[str, float]:
         "newest": float(newest.sum()),
         "peak_width": int(len(above) if above.all() else np.argmin(above)),
     }
-
-
-def _binned(weights: np.ndarray) -> np.ndarray:
-    """Return means over bins; positions that fill no bin are left out at the old end."""
-    whole = len(weights) - len(weights) % BIN
-    return weights[len(weights) - whole :].reshape(-1, BIN).mean(axis=1)
 
 
 def _rounded_bins(weights: np.ndarray) -> list[float]:
@@ -186,14 +149,6 @@ def _table(recipe: Recipe, heads: list[dict[str, Any]]) -> str:
     return markdown_table(["model", "length", "seeds", *measures], "lrrrrrrr", rows)
 
 
-def _claims(recipe: Recipe, heads: list[dict[str, Any]]) -> list[Claim]:
-    return [
-        _claim_on_learnt_positions(recipe, heads),
-        *(_claim_beyond(recipe, heads, length) for length in recipe.lengths[1:]),
-        _claim_on_leaks(recipe, heads),
-    ]
-
-
 def _claim_on_learnt_positions(recipe: Recipe, heads: list[dict[str, Any]]) -> Claim:
     mosaic, learnt = list(recipe.runs)[:2]
     sink, unevenness = (
@@ -225,6 +180,10 @@ def _claim_beyond(recipe: Recipe, heads: list[dict[str, Any]], length: int) -> C
     )
 
 
+def _heads_of_mosaic(heads: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:
+    return [head for head in heads if "leak_coefficient" in head and head["length"] == length]
+
+
 def _claim_on_leaks(recipe: Recipe, heads: list[dict[str, Any]]) -> Claim:
     of_mosaic = _heads_of_mosaic(heads, recipe.lengths[0])
     rank = spearmanr([head["leak_coefficient"] for head in of_mosaic], [head["peak_width"] for head in of_mosaic])
@@ -237,8 +196,12 @@ def _claim_on_leaks(recipe: Recipe, heads: list[dict[str, Any]]) -> Claim:
     )
 
 
-def _heads_of_mosaic(heads: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:
-    return [head for head in heads if "leak_coefficient" in head and head["length"] == length]
+def _claims(recipe: Recipe, heads: list[dict[str, Any]]) -> list[Claim]:
+    return [
+        _claim_on_learnt_positions(recipe, heads),
+        *(_claim_beyond(recipe, heads, length) for length in recipe.lengths[1:]),
+        _claim_on_leaks(recipe, heads),
+    ]
 
 
 def _draw_maps(recipe: Recipe, maps: dict[MapKey, np.ndarray]) -> None:
@@ -275,3 +238,40 @@ def _draw_leaks(recipe: Recipe, heads: list[dict[str, Any]]) -> None:
     axes[0, 0].set_ylabel("width of the peak (positions)")
     axes[0, 0].legend()
     save_figure(figure, recipe.folder / f"{recipe.name}_leak.png")
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    documents = load_stories(**recipe.text.model_dump())
+    maps: dict[MapKey, np.ndarray] = {}
+    heads: list[dict[str, Any]] = []
+    num_windows: dict[int, int] = {}
+    for training in tqdm(recipe.trainings, desc="maps"):
+        model, tokenizer = training.load(attn_implementation="eager")
+        for length in recipe.lengths:
+            if not fits_context(model, length):
+                continue  # the model is absent from the result
+            windows, _ = cut_windows(documents, tokenizer, length, "stream", recipe.num_windows)
+            num_windows[length] = len(windows)
+            head_maps = last_position_map(model, windows, recipe.batch_size)
+            maps[training.label, length, training.seed] = head_maps
+            for head, weights in enumerate(head_maps):
+                place = {"label": training.label, "length": length, "seed": training.seed, "head": head}
+                heads.append(place | _leak(model, head) | describe(weights))
+    _draw_maps(recipe, maps)
+    _draw_leaks(recipe, heads)
+    binned = [
+        {"label": label, "length": length, "seed": seed, "bins": [_rounded_bins(weights) for weights in head_maps]}
+        for (label, length, seed), head_maps in maps.items()
+        if seed == recipe.seeds[0]
+    ]
+    return {
+        "measured": {"num_windows": num_windows, "heads": heads, "maps": binned},
+        "table": _table(recipe, heads),
+        "claims": _claims(recipe, heads),
+    }
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Average every model's maps; returns the content of `result.json`."""
+    data = {"text": source_provenance(**recipe.text.model_dump())}
+    return comparison.run_comparison(recipe, restart, data, _measure)

@@ -55,6 +55,24 @@ class Trained(NamedTuple):
         return result
 
 
+def _merged(settings: dict[str, Any], more: dict[str, Any]) -> Any:
+    return OmegaConf.to_container(OmegaConf.merge(settings, more))
+
+
+def _changed_settings(variant: dict[str, Any], recipe: Any) -> dict[str, Any]:
+    """Return what a variant changes in a recipe.
+
+    A setting that the recipe has already is left out: it would give the same training another folder.
+    """
+    changes = {}
+    for section, settings in variant.items():
+        current = recipe.build_config() if section == "model_args" else getattr(recipe, section)
+        changed = {name: value for name, value in settings.items() if getattr(current, name) != value}
+        if changed:
+            changes[section] = changed
+    return changes
+
+
 class ComparisonRecipe(BaseRecipe):
     """Models side by side; see `configuration/README.md` for each field."""
 
@@ -112,24 +130,6 @@ class DepthComparisonRecipe(ComparisonRecipe):
         return [{"model_args": {"num_hidden_layers": depth}} for depth in self.depths]
 
 
-def _merged(settings: dict[str, Any], more: dict[str, Any]) -> Any:
-    return OmegaConf.to_container(OmegaConf.merge(settings, more))
-
-
-def _changed_settings(variant: dict[str, Any], recipe: Any) -> dict[str, Any]:
-    """Return what a variant changes in a recipe.
-
-    A setting that the recipe has already is left out: it would give the same training another folder.
-    """
-    changes = {}
-    for section, settings in variant.items():
-        current = recipe.build_config() if section == "model_args" else getattr(recipe, section)
-        changed = {name: value for name, value in settings.items() if getattr(current, name) != value}
-        if changed:
-            changes[section] = changed
-    return changes
-
-
 def plan(
     recipe: ComparisonRecipe,
     teraflops: float | None = None,
@@ -159,6 +159,29 @@ def plan(
     return lines | {"trainings": len(recipe.trainings), "folder": str(recipe.folder), "hash": recipe.hash}
 
 
+def _training_summary(training: Trained) -> dict[str, Any]:
+    result = training.result()
+    kept = ["model", "recipe_hash", "commit", "versions", "data"]
+    kept += ["parameters", "steps", "tokens", "seconds", "metrics"]
+    place = {"label": training.label, "depth": training.depth, "seed": training.seed}
+    return place | {name: result[name] for name in kept if name in result}
+
+
+def _compare(
+    recipe: ComparisonRecipe,
+    state: PartialState,
+    data: dict[str, Any],
+    measure: Callable[[ComparisonRecipe], dict[str, Any]],
+) -> dict[str, Any]:
+    run_all([recipe_job(training.recipe) for training in recipe.trainings], recipe.workers)
+    if not state.is_main_process:
+        return {}
+    trainings = [_training_summary(training) for training in recipe.trainings]
+    result = header(recipe) | {"data": data, "trainings": trainings} | measure(recipe)
+    result["claims"] = [claim._asdict() for claim in result["claims"]]
+    return result
+
+
 def run_comparison(
     recipe: ComparisonRecipe,
     restart: bool,
@@ -182,29 +205,6 @@ def run_comparison(
     state = PartialState()
     identity = {"hash": recipe.hash, "data": data, "recipe": recipe.content()}
     return run_once(recipe, state, restart, lambda: identity, make=lambda data: _compare(recipe, state, data, measure))
-
-
-def _compare(
-    recipe: ComparisonRecipe,
-    state: PartialState,
-    data: dict[str, Any],
-    measure: Callable[[ComparisonRecipe], dict[str, Any]],
-) -> dict[str, Any]:
-    run_all([recipe_job(training.recipe) for training in recipe.trainings], recipe.workers)
-    if not state.is_main_process:
-        return {}
-    trainings = [_training_summary(training) for training in recipe.trainings]
-    result = header(recipe) | {"data": data, "trainings": trainings} | measure(recipe)
-    result["claims"] = [claim._asdict() for claim in result["claims"]]
-    return result
-
-
-def _training_summary(training: Trained) -> dict[str, Any]:
-    result = training.result()
-    kept = ["model", "recipe_hash", "commit", "versions", "data"]
-    kept += ["parameters", "steps", "tokens", "seconds", "metrics"]
-    place = {"label": training.label, "depth": training.depth, "seed": training.seed}
-    return place | {name: result[name] for name in kept if name in result}
 
 
 def summary(result: dict[str, Any], folder: Path) -> str:

@@ -41,37 +41,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     return comparison.plan(recipe)
 
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Train all models and compare them; returns the content of `result.json`."""
-    return comparison.run_comparison(recipe, restart, {}, _measure)
-
-
-def _measure(recipe: Recipe) -> dict[str, Any]:
-    results = {label: [t.result() for t in recipe.trainings if t.label == label] for label in recipe.runs}
-    _draw(recipe, results)
-    curves = {
-        label: [[(point["step"], round(point["accuracy"], 4)) for point in run["learning_curve"]] for run in runs]
-        for label, runs in results.items()
-    }
-    informed = _informed(recipe)
-    scores = {
-        label: [{"seed": run["seed"], **run["metrics"]["test"]} for run in runs] for label, runs in results.items()
-    }
-    return {
-        "measured": {"test": scores, "informed_reader": informed, "validation_accuracy": curves},
-        "table": _table(recipe, results, informed),
-        "claims": [_claim(results, informed["accuracy"])],
-    }
-
-
 def _informed(recipe: Recipe) -> dict[str, float]:
     """Return the scores, on the same test sequences, of a reader who knows all that training can teach."""
     test = bigrams.draw_splits(recipe.trainings[0].recipe.data)["test"]
     return bigrams.score(InformedReader(test), test)
-
-
-def _accuracy(runs: list[dict[str, Any]]) -> list[float]:
-    return [run["metrics"]["test"]["accuracy"] for run in runs]
 
 
 def _table(recipe: Recipe, results: dict[str, list[dict[str, Any]]], informed: dict[str, float]) -> str:
@@ -87,6 +60,10 @@ def _table(recipe: Recipe, results: dict[str, list[dict[str, Any]]], informed: d
     accuracy, loss, first = (f"{informed[name]:.3f}" for name in ("accuracy", "loss", "first_accuracy"))
     rows.append(["a reader who knows the bigrams", "", "", accuracy, "", loss, first])
     return markdown_table(columns, "lrrrrrr", rows)
+
+
+def _accuracy(runs: list[dict[str, Any]]) -> list[float]:
+    return [run["metrics"]["test"]["accuracy"] for run in runs]
 
 
 def _claim(results: dict[str, list[dict[str, Any]]], informed: float) -> Claim:
@@ -117,3 +94,26 @@ def _draw(recipe: Recipe, results: dict[str, list[dict[str, Any]]]) -> None:
     axis.set(xlabel="step", ylabel="accuracy on triggers seen before (validation)", ylim=(0, 1))
     axis.legend()
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    results = {label: [t.result() for t in recipe.trainings if t.label == label] for label in recipe.runs}
+    _draw(recipe, results)
+    curves = {
+        label: [[(point["step"], round(point["accuracy"], 4)) for point in run["learning_curve"]] for run in runs]
+        for label, runs in results.items()
+    }
+    informed = _informed(recipe)
+    scores = {
+        label: [{"seed": run["seed"], **run["metrics"]["test"]} for run in runs] for label, runs in results.items()
+    }
+    return {
+        "measured": {"test": scores, "informed_reader": informed, "validation_accuracy": curves},
+        "table": _table(recipe, results, informed),
+        "claims": [_claim(results, informed["accuracy"])],
+    }
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train all models and compare them; returns the content of `result.json`."""
+    return comparison.run_comparison(recipe, restart, {}, _measure)

@@ -55,34 +55,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     return comparison.plan(recipe)
 
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Train all models and compare them; returns the content of `result.json`."""
-    encoders = [training.recipe.encoder_source() for training in recipe.trainings if _takes_trained_encoder(training)]
-    # Before the trainings, because several may want the same one at once.
-    run_all([recipe_job(source) for source in {source.folder: source for source in encoders}.values()], recipe.workers)
-    return comparison.run_comparison(recipe, restart, {}, _measure)
-
-
 def _takes_trained_encoder(training: Trained) -> bool:
     """Return whether another recipe trains the encoder first."""
     return training.recipe.encoder is not None and not training.recipe.encoder.untrained
-
-
-def _measure(recipe: Recipe) -> dict[str, Any]:
-    models = []
-    for label in recipe.runs:
-        trainings = [training for training in recipe.trainings if training.label == label]
-        results = [training.result() for training in trainings]
-        models.append(Series(label, trainings, results, training_flops(trainings[0].recipe)))
-    question, first = QUESTIONS[recipe.question], recipe.trainings[0]
-    guess = unigram(prepare_windows(first), first.recipe.build_config().vocab_size)
-    measured = [_summarize(series) | {"more": question.more_columns(series)} for series in models]
-    _draw(recipe, question, models, guess["accuracy"])
-    return {
-        "measured": {"unigram": guess, "series": measured},
-        "table": _table(question, models, [numbers["more"] for numbers in measured], guess),
-        "claims": list(question.claims(recipe.roles, {series.label: series for series in models}, guess)),
-    }
 
 
 def _summarize(series: Series) -> dict[str, Any]:
@@ -109,6 +84,20 @@ def _table(
     return f"{table}\n\nA guess by the tokens' frequencies alone: {alone}."
 
 
+def _curve(result: dict[str, Any], flops: list[int], measure: str) -> list[tuple[float, float]]:
+    """Return points (operations of all stages so far, validation measure); a probe after other stages is left out."""
+    points: list[tuple[float, float]] = []
+    flops_before = 0.0
+    for stage, stage_flops in zip(result["stages"], flops, strict=True):
+        if stage["name"] == PROBE and points:
+            break
+        flops_per_step = stage_flops / stage["steps"]
+        entries = [entry for entry in stage["learning_curve"] if f"eval_{measure}" in entry]
+        points += [(flops_before + entry["step"] * flops_per_step, entry[f"eval_{measure}"]) for entry in entries]
+        flops_before += stage_flops
+    return points
+
+
 def _draw(recipe: Recipe, question: Question, models: list[Series], accuracy_of_guess: float) -> None:
     """Draw the question's measure: left for each model and seed, right over training."""
     figure, ((points, curves),) = new_figure(1, 2, width=6.5, height=4.4)
@@ -132,15 +121,26 @@ def _draw(recipe: Recipe, question: Question, models: list[Series], accuracy_of_
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 
-def _curve(result: dict[str, Any], flops: list[int], measure: str) -> list[tuple[float, float]]:
-    """Return points (operations of all stages so far, validation measure); a probe after other stages is left out."""
-    points: list[tuple[float, float]] = []
-    flops_before = 0.0
-    for stage, stage_flops in zip(result["stages"], flops, strict=True):
-        if stage["name"] == PROBE and points:
-            break
-        flops_per_step = stage_flops / stage["steps"]
-        entries = [entry for entry in stage["learning_curve"] if f"eval_{measure}" in entry]
-        points += [(flops_before + entry["step"] * flops_per_step, entry[f"eval_{measure}"]) for entry in entries]
-        flops_before += stage_flops
-    return points
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    models = []
+    for label in recipe.runs:
+        trainings = [training for training in recipe.trainings if training.label == label]
+        results = [training.result() for training in trainings]
+        models.append(Series(label, trainings, results, training_flops(trainings[0].recipe)))
+    question, first = QUESTIONS[recipe.question], recipe.trainings[0]
+    guess = unigram(prepare_windows(first), first.recipe.build_config().vocab_size)
+    measured = [_summarize(series) | {"more": question.more_columns(series)} for series in models]
+    _draw(recipe, question, models, guess["accuracy"])
+    return {
+        "measured": {"unigram": guess, "series": measured},
+        "table": _table(question, models, [numbers["more"] for numbers in measured], guess),
+        "claims": list(question.claims(recipe.roles, {series.label: series for series in models}, guess)),
+    }
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train all models and compare them; returns the content of `result.json`."""
+    encoders = [training.recipe.encoder_source() for training in recipe.trainings if _takes_trained_encoder(training)]
+    # Before the trainings, because several may want the same one at once.
+    run_all([recipe_job(source) for source in {source.folder: source for source in encoders}.values()], recipe.workers)
+    return comparison.run_comparison(recipe, restart, {}, _measure)

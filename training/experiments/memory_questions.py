@@ -40,6 +40,16 @@ FAR_LESS = 0.5
 EQUAL_LOSS = 0.02
 
 
+def _value(stages: list[dict[str, Any]], measure: str) -> float | None:
+    if measure == "recovered":
+        probes = [stage for stage in stages if stage["name"] == PROBE]
+        return probes[-1]["metrics"].get("autoencoding_accuracy") if probes else None
+    judged = [stage for stage in stages if stage["name"] != PROBE]
+    if measure == "steps":
+        return sum(stage["steps"] for stage in judged)
+    return judged[-1]["metrics"].get(measure) if judged else None
+
+
 class Series(NamedTuple):
     """One model with every seed."""
 
@@ -65,16 +75,6 @@ class Series(NamedTuple):
         return f"{values[0]:,}" if measure == "steps" else mean_and_deviation(values, digits)
 
 
-def _value(stages: list[dict[str, Any]], measure: str) -> float | None:
-    if measure == "recovered":
-        probes = [stage for stage in stages if stage["name"] == PROBE]
-        return probes[-1]["metrics"].get("autoencoding_accuracy") if probes else None
-    judged = [stage for stage in stages if stage["name"] != PROBE]
-    if measure == "steps":
-        return sum(stage["steps"] for stage in judged)
-    return judged[-1]["metrics"].get(measure) if judged else None
-
-
 def prepare_windows(training: Trained) -> dict[str, Dataset]:
     """Return the windows, by split, that a training reads."""
     state = PartialState()
@@ -90,10 +90,6 @@ def _entropy(series: Series) -> dict[str, list[float]]:
     losses = [result["stages"][-1]["metrics"]["autoencoding_loss"] for result in series.results]
     vocab_size = series.trainings[0].recipe.build_config().vocab_size
     return {"entropy ratio": [1 - loss / math.log(vocab_size) for loss in losses]}
-
-
-def _entropy_and_retrieval(series: Series) -> dict[str, list[float]]:
-    return _entropy(series) | {"retrieval": [_retrieval_accuracy(training) for training in series.trainings]}
 
 
 @torch.no_grad()
@@ -112,13 +108,8 @@ def _retrieval_accuracy(training: Trained) -> float:
     return retrieval_accuracy(queries.tolist(), candidates.tolist())["accuracy"]
 
 
-def _storage(series: Series) -> dict[str, list[float]]:
-    """Return the accuracy with stored numbers of one byte, and bits per byte of text, those of the vector included."""
-    accuracies = {
-        name: [_stored_accuracy(training, name) for training in series.trainings] for name in ("int8", "fp8")
-    }
-    bits = [_stored_bits_per_byte(*pair) for pair in zip(series.trainings, series.results, strict=True)]
-    return accuracies | {"bits per byte with int8": bits}
+def _entropy_and_retrieval(series: Series) -> dict[str, list[float]]:
+    return _entropy(series) | {"retrieval": [_retrieval_accuracy(training) for training in series.trainings]}
 
 
 def _stored_accuracy(training: Trained, quantization: str) -> float:
@@ -136,6 +127,15 @@ def _stored_bits_per_byte(training: Trained, result: dict[str, Any]) -> float:
     stored = 8 * config.memory_numbers + 32 * config.num_memory_embeddings  # codes, and a scale for each vector
     loss = result["stages"][-1]["metrics"]["autoencoding_loss"]
     return bits_per_byte_of_loss(loss, size["tokens"], size["bytes"]) + num_chunks * stored / size["bytes"]
+
+
+def _storage(series: Series) -> dict[str, list[float]]:
+    """Return the accuracy with stored numbers of one byte, and bits per byte of text, those of the vector included."""
+    accuracies = {
+        name: [_stored_accuracy(training, name) for training in series.trainings] for name in ("int8", "fp8")
+    }
+    bits = [_stored_bits_per_byte(*pair) for pair in zip(series.trainings, series.results, strict=True)]
+    return accuracies | {"bits per byte with int8": bits}
 
 
 def _no_columns(series: Series) -> dict[str, list[float]]:
@@ -178,31 +178,6 @@ def _capacity_claims(
     )
 
 
-def _objectives_claims(
-    roles: dict[str, list[str]], models: dict[str, Series], unigram: dict[str, float]
-) -> Iterator[Claim]:
-    by_role = {role: models[labels[0]] for role, labels in roles.items()}
-    causal, combined, curriculum = by_role["causal"], by_role["combined"], by_role["curriculum"]
-    yield from _claims_on_causal_and_combined(causal, combined)
-    yield _claim_on_the_curriculum(curriculum, combined)
-    frozen_causal = by_role["frozen_causal"]
-    fails = _is_far_less(frozen_causal.values("blank_copy_accuracy"), curriculum.values("blank_copy_accuracy"))
-    yield Claim(
-        "The same curriculum on a frozen causal encoder fails",
-        "very slow on blank copy (figures only)",
-        f"blank copy: {_side_by_side('blank_copy_accuracy', frozen_causal, curriculum)}",
-        "reproduced" if fails else "not at this size",
-    )
-    no_memory = by_role["no_memory"]
-    gain = min(no_memory.values("causal_loss")) - max(causal.values("causal_loss"))
-    yield Claim(
-        "A memory makes the next token easier to predict than none",
-        "clearly better than no memory (figures only)",
-        f"causal loss: {_side_by_side('causal_loss', no_memory, causal, combined, curriculum)}",
-        "reproduced" if gain > EQUAL_LOSS else "not at this size",
-    )
-
-
 def _side_by_side(measure: str, *models: Series) -> str:
     return ", ".join(f"{series.label} {series.format(measure)}" for series in models)
 
@@ -240,6 +215,31 @@ def _claim_on_the_curriculum(curriculum: Series, combined: Series) -> Claim:
         "works best of all (figures only)",
         f"blank copy: {blank_copy}; copy: {copy}; causal loss: {causal_loss}; at {operations} x 10^12 operations",
         "contradicted" if not copies_more else "not at this size" if predicts_worse else "reproduced",
+    )
+
+
+def _objectives_claims(
+    roles: dict[str, list[str]], models: dict[str, Series], unigram: dict[str, float]
+) -> Iterator[Claim]:
+    by_role = {role: models[labels[0]] for role, labels in roles.items()}
+    causal, combined, curriculum = by_role["causal"], by_role["combined"], by_role["curriculum"]
+    yield from _claims_on_causal_and_combined(causal, combined)
+    yield _claim_on_the_curriculum(curriculum, combined)
+    frozen_causal = by_role["frozen_causal"]
+    fails = _is_far_less(frozen_causal.values("blank_copy_accuracy"), curriculum.values("blank_copy_accuracy"))
+    yield Claim(
+        "The same curriculum on a frozen causal encoder fails",
+        "very slow on blank copy (figures only)",
+        f"blank copy: {_side_by_side('blank_copy_accuracy', frozen_causal, curriculum)}",
+        "reproduced" if fails else "not at this size",
+    )
+    no_memory = by_role["no_memory"]
+    gain = min(no_memory.values("causal_loss")) - max(causal.values("causal_loss"))
+    yield Claim(
+        "A memory makes the next token easier to predict than none",
+        "clearly better than no memory (figures only)",
+        f"causal loss: {_side_by_side('causal_loss', no_memory, causal, combined, curriculum)}",
+        "reproduced" if gain > EQUAL_LOSS else "not at this size",
     )
 
 
@@ -308,19 +308,29 @@ class Question(NamedTuple):
 
 
 _RECOVERED_NAME = "share of tokens recovered from the embedding"
+
+
 _AUTOENCODING = Plot("autoencoding_accuracy", _RECOVERED_NAME)
+
+
 _BLANK_COPY = Plot("blank_copy_accuracy", "share of tokens reproduced from memory (blank copy)")
+
+
 _WHOLE_MODEL = (
     Column("steps", "steps", 0),
     Column("causal_loss", "causal loss", 3),
     Column("blank_copy_accuracy", "blank copy", 3),
     Column("copy_accuracy", "copy", 3),
 )
+
+
 _EMBEDDINGS_ALONE = (
     Column("autoencoding_accuracy", "tokens recovered", 4),
     Column("autoencoding_exact", "chunks recovered", 3),
     Column("autoencoding_loss", "loss", 3),
 )
+
+
 QUESTIONS = {
     "fidelity": Question(
         columns=(Column("recovered", "tokens recovered", 3),),

@@ -73,47 +73,18 @@ class Recipe(DepthComparisonRecipe):
         return self.trainings[0].recipe.data.context_length
 
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Measure every model on every text; returns the content of `result.json`."""
-    data = {name: source_provenance(**_source(text)) for name, text in recipe.texts.items()}
-    return comparison.run_comparison(recipe, restart, data, _measure)
-
-
 def _source(text: TextSection) -> dict[str, Any]:
     return text.model_dump(include=set(SourceSection.model_fields))
 
 
-def _measure(recipe: Recipe) -> dict[str, Any]:
-    measured = {name: _measure_text(recipe, name, text) for name, text in recipe.texts.items()}
-    _draw(recipe, measured)
-    claims = [claim for name, text in recipe.texts.items() for claim in _claims(recipe, name, text, measured[name])]
-    return {"measured": measured, "table": _table(recipe, measured), "claims": claims}
-
-
-def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any]:
-    documents = load_stories(**_source(text))
-    losses: dict[str, list[np.ndarray]] = {}
-    groups: list[int] = []
-    for training in tqdm(recipe.trainings, desc=name):
-        model, tokenizer = training.load()
-        if not fits_context(model, recipe.context_length):
-            continue  # the model is absent from the result
-        if not groups:  # only now is a tokenizer at hand; all models have the same
-            windows, groups = cut_windows(documents, tokenizer, recipe.context_length, text.windows, text.num_windows)
-            sizes = tokens_and_bytes(documents, tokenizer)
-        by_token = token_losses(model, windows, recipe.batch_size)
-        losses.setdefault(training.name, []).append(_binned(by_token, recipe.bin_width))
-    means = {key: np.mean(runs, axis=0) for key, runs in losses.items()}  # over seeds
-    centres = (np.arange(recipe.context_length // recipe.bin_width) + 0.5) * recipe.bin_width
-    return {
-        "num_windows": len(groups),
-        "num_documents": len(set(groups)),
-        "positions": centres.tolist(),
-        "bits_per_byte": {key: bits_per_byte_of_loss(float(mean.mean()), *sizes) for key, mean in means.items()},
-        "loss": {key: _bands(mean, groups) for key, mean in means.items()},
-        "differences": _differences(recipe, means, groups),
-        "late_fall": _late_falls(recipe, means, groups),
-    }
+def _windows_within(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield for each window that lies within a document the document's number and the ids."""
+    for number, text in enumerate(documents["text"]):
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for start in range(0, len(ids) - context_length + 1, context_length):
+            yield number, ids[start : start + context_length]
 
 
 def cut_windows(
@@ -146,16 +117,6 @@ def cut_windows(
     chosen = np.unique(np.linspace(0, len(windows) - 1, min(num_windows, len(windows))).round().astype(int))
     ids = torch.tensor([list(windows[index][1]) for index in chosen], dtype=torch.int64)
     return ids, [windows[index][0] for index in chosen]
-
-
-def _windows_within(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int
-) -> Iterator[tuple[int, list[int]]]:
-    """Yield for each window that lies within a document the document's number and the ids."""
-    for number, text in enumerate(documents["text"]):
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        for start in range(0, len(ids) - context_length + 1, context_length):
-            yield number, ids[start : start + context_length]
 
 
 @torch.no_grad()
@@ -208,6 +169,32 @@ def _late_falls(recipe: Recipe, means: dict[str, np.ndarray], groups: list[int])
     return {key: {name: numbers[0] for name, numbers in band.items()} for key, band in bands.items()}
 
 
+def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any]:
+    documents = load_stories(**_source(text))
+    losses: dict[str, list[np.ndarray]] = {}
+    groups: list[int] = []
+    for training in tqdm(recipe.trainings, desc=name):
+        model, tokenizer = training.load()
+        if not fits_context(model, recipe.context_length):
+            continue  # the model is absent from the result
+        if not groups:  # only now is a tokenizer at hand; all models have the same
+            windows, groups = cut_windows(documents, tokenizer, recipe.context_length, text.windows, text.num_windows)
+            sizes = tokens_and_bytes(documents, tokenizer)
+        by_token = token_losses(model, windows, recipe.batch_size)
+        losses.setdefault(training.name, []).append(_binned(by_token, recipe.bin_width))
+    means = {key: np.mean(runs, axis=0) for key, runs in losses.items()}  # over seeds
+    centres = (np.arange(recipe.context_length // recipe.bin_width) + 0.5) * recipe.bin_width
+    return {
+        "num_windows": len(groups),
+        "num_documents": len(set(groups)),
+        "positions": centres.tolist(),
+        "bits_per_byte": {key: bits_per_byte_of_loss(float(mean.mean()), *sizes) for key, mean in means.items()},
+        "loss": {key: _bands(mean, groups) for key, mean in means.items()},
+        "differences": _differences(recipe, means, groups),
+        "late_fall": _late_falls(recipe, means, groups),
+    }
+
+
 def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
     length, trained = recipe.context_length, recipe.training_length
     edges = [("first 32", 0, 32), ("32 to 64", 32, 64), ("64 to 128", 64, 128), ("from 128", 128, length)]
@@ -225,11 +212,18 @@ def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
     return markdown_table(columns, "ll" + "r" * (len(columns) - 2), rows)
 
 
-def _claims(recipe: Recipe, name: str, text: TextSection, measured: dict[str, Any]) -> Iterator[Claim]:
-    if recipe.context_length > recipe.training_length:
-        yield from _claims_beyond(recipe, name, measured)
-    elif not text.in_distribution:
-        yield from _claims_out_of_distribution(recipe, name, measured)
+def _claim_on_late_fall(recipe: Recipe, name: str, pair: str, falls: dict[str, dict[str, float]]) -> Claim:
+    ours, theirs = pair.split(" - ")
+    fall, other_fall, difference = (falls[key] for key in (ours, theirs, pair))
+    bands = {key: f"{band['mean']:.3f} ({band['low']:.3f} to {band['high']:.3f})" for key, band in falls.items()}
+    falls_more = fall["low"] > 0 and (other_fall["low"] <= 0 or difference["low"] > 0)
+    return Claim(
+        f"Out of distribution ({name}), the mosaic's loss keeps falling where the transformer's is flat",
+        "transformer flat after 100 to 150 tokens, mosaic still falling (Fig. 10; plotted only)",
+        f"fall past {recipe.flat_from} tokens: {ours} {bands[ours]}, {theirs} {bands[theirs]}, "
+        f"difference {bands[pair]} nats",
+        "reproduced" if falls_more else "contradicted" if difference["high"] < 0 else "not at this size",
+    )
 
 
 def _claims_out_of_distribution(recipe: Recipe, name: str, measured: dict[str, Any]) -> Iterator[Claim]:
@@ -247,20 +241,6 @@ def _claims_out_of_distribution(recipe: Recipe, name: str, measured: dict[str, A
         yield _claim_on_late_fall(recipe, name, pair, measured["late_fall"])
 
 
-def _claim_on_late_fall(recipe: Recipe, name: str, pair: str, falls: dict[str, dict[str, float]]) -> Claim:
-    ours, theirs = pair.split(" - ")
-    fall, other_fall, difference = (falls[key] for key in (ours, theirs, pair))
-    bands = {key: f"{band['mean']:.3f} ({band['low']:.3f} to {band['high']:.3f})" for key, band in falls.items()}
-    falls_more = fall["low"] > 0 and (other_fall["low"] <= 0 or difference["low"] > 0)
-    return Claim(
-        f"Out of distribution ({name}), the mosaic's loss keeps falling where the transformer's is flat",
-        "transformer flat after 100 to 150 tokens, mosaic still falling (Fig. 10; plotted only)",
-        f"fall past {recipe.flat_from} tokens: {ours} {bands[ours]}, {theirs} {bands[theirs]}, "
-        f"difference {bands[pair]} nats",
-        "reproduced" if falls_more else "contradicted" if difference["high"] < 0 else "not at this size",
-    )
-
-
 def _claims_beyond(recipe: Recipe, name: str, measured: dict[str, Any]) -> Iterator[Claim]:
     positions = np.array(measured["positions"])
     is_beyond = positions >= recipe.training_length
@@ -275,6 +255,13 @@ def _claims_beyond(recipe: Recipe, name: str, measured: dict[str, Any]) -> Itera
         f"loss beyond {recipe.training_length} tokens minus that of the second half before: {listed} nats",
         "reproduced" if max(rises_of_mosaic) < LEVEL else "contradicted",
     )
+
+
+def _claims(recipe: Recipe, name: str, text: TextSection, measured: dict[str, Any]) -> Iterator[Claim]:
+    if recipe.context_length > recipe.training_length:
+        yield from _claims_beyond(recipe, name, measured)
+    elif not text.in_distribution:
+        yield from _claims_out_of_distribution(recipe, name, measured)
 
 
 def _draw(recipe: Recipe, measured: dict[str, Any]) -> None:
@@ -301,3 +288,16 @@ def _draw(recipe: Recipe, measured: dict[str, Any]) -> None:
         for axis in axes[1]:
             axis.axhline(0, color="black", lw=0.8)
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    measured = {name: _measure_text(recipe, name, text) for name, text in recipe.texts.items()}
+    _draw(recipe, measured)
+    claims = [claim for name, text in recipe.texts.items() for claim in _claims(recipe, name, text, measured[name])]
+    return {"measured": measured, "table": _table(recipe, measured), "claims": claims}
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Measure every model on every text; returns the content of `result.json`."""
+    data = {name: source_provenance(**_source(text)) for name, text in recipe.texts.items()}
+    return comparison.run_comparison(recipe, restart, data, _measure)

@@ -83,21 +83,6 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     return comparison.plan(recipe)
 
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Train all models and compare them; returns the content of `result.json`."""
-    return comparison.run_comparison(recipe, restart, {}, _measure)
-
-
-def _measure(recipe: Recipe) -> dict[str, Any]:
-    series = _series(recipe, recipe.trainings)
-    _draw(recipe, series)
-    return {
-        "measured": {"series": [_numbers(one) for one in series], "units": _inspect(recipe)},
-        "table": _table(series),
-        "claims": list(_claims(recipe, series)),
-    }
-
-
 def _series(recipe: Recipe, trainings: Iterable[Trained]) -> list[Series]:
     results = {(t.label, t.recipe.data.num_automata, t.seed): t.result() for t in trainings}
     return [
@@ -148,19 +133,6 @@ def _table(series: list[Series]) -> str:
         rows.append([one.label, f"{one.results[0]['parameters']:,}", f"{one.num_automata:,}", seeds, *cells])
     columns = ["model", "parameters", "training automata", "seeds", *measures]
     return markdown_table(columns, "l" + "r" * (len(columns) - 1), rows)
-
-
-def _claims(recipe: Recipe, series: list[Series]) -> Iterable[Claim]:
-    by_name = {(one.label, one.num_automata): one for one in series}
-    mosaic = next(iter(recipe.runs))
-    for number in recipe.num_automata:
-        for label in recipe.transformers:
-            pair = by_name[mosaic, number], by_name[label, number]
-            yield _claim_out_of_distribution(*pair)
-            yield _claim_on_distance(*pair)
-            yield _claim_in_distribution(by_name[label, number])
-    if len(recipe.num_automata) > 1:
-        yield from _claims_on_number([by_name[mosaic, number] for number in sorted(recipe.num_automata)])
 
 
 def _paper(values: dict[int, tuple[float, float]], num_automata: int, column: int) -> str:
@@ -223,6 +195,19 @@ def _claims_on_number(mosaics: list[Series]) -> Iterable[Claim]:
         )
 
 
+def _claims(recipe: Recipe, series: list[Series]) -> Iterable[Claim]:
+    by_name = {(one.label, one.num_automata): one for one in series}
+    mosaic = next(iter(recipe.runs))
+    for number in recipe.num_automata:
+        for label in recipe.transformers:
+            pair = by_name[mosaic, number], by_name[label, number]
+            yield _claim_out_of_distribution(*pair)
+            yield _claim_on_distance(*pair)
+            yield _claim_in_distribution(by_name[label, number])
+    if len(recipe.num_automata) > 1:
+        yield from _claims_on_number([by_name[mosaic, number] for number in sorted(recipe.num_automata)])
+
+
 def _draw_bars(axis: Axes, series: list[Series], measure: str) -> None:
     """Draw a measure of each model, out of and in distribution, for one number of automata."""
     for shift, split, name in ((-0.2, "test", "new automata"), (0.2, "test_iid", "training automata")):
@@ -272,3 +257,18 @@ def _draw(recipe: Recipe, series: list[Series]) -> None:
     curves.set(xlabel="step", ylabel="validation accuracy", title="while training")
     curves.legend()
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    series = _series(recipe, recipe.trainings)
+    _draw(recipe, series)
+    return {
+        "measured": {"series": [_numbers(one) for one in series], "units": _inspect(recipe)},
+        "table": _table(series),
+        "claims": list(_claims(recipe, series)),
+    }
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train all models and compare them; returns the content of `result.json`."""
+    return comparison.run_comparison(recipe, restart, {}, _measure)

@@ -52,14 +52,6 @@ class Recipe(DepthComparisonRecipe):
     decoding: DecodingSection = DecodingSection()
 
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Continue all prompts with every model; returns the content of `result.json`."""
-    read_prompts(recipe.prompts, recipe.prompt_set)  # a mistake there must not show after hours of training
-    file = Path(recipe.prompts).expanduser()
-    data = {"prompts": {"kind": "files", "files": {file.name: checksum(file)}}}
-    return comparison.run_comparison(recipe, restart, data, _measure)
-
-
 def read_prompts(path: str, prompt_set: str | None = None) -> list[Prompt]:
     """Return the prompts of a file, in its order.
 
@@ -96,27 +88,6 @@ def read_prompts(path: str, prompt_set: str | None = None) -> list[Prompt]:
     return prompts
 
 
-def _measure(recipe: Recipe) -> dict[str, Any]:
-    prompts = read_prompts(recipe.prompts, recipe.prompt_set)
-    texts = [prompt["prompt"].strip() for prompt in prompts]
-    samples: dict[str, list[str]] = {}
-    trainings = [training for training in recipe.trainings if training.seed == recipe.seeds[0]]
-    for training in tqdm(trainings, desc="samples"):
-        model, tokenizer = training.load()
-        samples[training.name] = continuations(model, tokenizer, texts, recipe.seeds[0], recipe.decoding.model_dump())
-    judged = {training.name: _judge(training, trainings, texts, samples) for training in trainings}
-    write_text(recipe.folder / f"{recipe.name}.md", _side_by_side(recipe, prompts, samples))
-    rows = [
-        prompt | {"continuations": {name: sample[index] for name, sample in samples.items()}}
-        for index, prompt in enumerate(prompts)
-    ]
-    return {
-        "measured": {"judged": judged, "samples": rows},
-        "table": _table(judged),
-        "claims": _claims(recipe, judged),
-    }
-
-
 def continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -142,21 +113,6 @@ def continuations(
         ids = cast(GenerationMixin, model).generate(**inputs, **decoding, pad_token_id=tokenizer.pad_token_id)
         texts.append(str(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)))
     return texts
-
-
-def _judge(
-    training: Trained, trainings: list[Trained], prompts: list[str], samples: dict[str, list[str]]
-) -> dict[str, float]:
-    """Return counts of a model's continuations, and their loss under the other models of its depth."""
-    texts = samples[training.name]
-    judges = [other for other in trainings if other.depth == training.depth and other.label != training.label]
-    losses = [continuation_loss(*judge.load(), prompts, texts) for judge in judges]
-    bigrams = [pair for text in texts for pair in _bigrams(text)]
-    return {
-        "repetition": float(np.mean([_repeats(text) for text in texts])),
-        "distinct_bigrams": len(set(bigrams)) / max(1, len(bigrams)),
-        "loss_under_others": float(np.mean(losses)) if losses else float("nan"),
-    }
 
 
 def _bigrams(text: str) -> Iterator[tuple[str, str]]:
@@ -188,6 +144,26 @@ def continuation_loss(
     return total / max(count, 1)
 
 
+def _judge(
+    training: Trained, trainings: list[Trained], prompts: list[str], samples: dict[str, list[str]]
+) -> dict[str, float]:
+    """Return counts of a model's continuations, and their loss under the other models of its depth."""
+    texts = samples[training.name]
+    judges = [other for other in trainings if other.depth == training.depth and other.label != training.label]
+    losses = [continuation_loss(*judge.load(), prompts, texts) for judge in judges]
+    bigrams = [pair for text in texts for pair in _bigrams(text)]
+    return {
+        "repetition": float(np.mean([_repeats(text) for text in texts])),
+        "distinct_bigrams": len(set(bigrams)) / max(1, len(bigrams)),
+        "loss_under_others": float(np.mean(losses)) if losses else float("nan"),
+    }
+
+
+def _cell(text: str) -> str:
+    """Return a text on one line, with `|` escaped for Markdown."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def _side_by_side(recipe: Recipe, prompts: list[Prompt], samples: dict[str, list[str]]) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in recipe.decoding.model_dump(exclude_unset=True).items())
     lines = [
@@ -202,11 +178,6 @@ def _side_by_side(recipe: Recipe, prompts: list[Prompt], samples: dict[str, list
     ]
     table = markdown_table(["kind", "prompt", *samples], "ll" + "l" * len(samples), rows)
     return "\n".join([*lines, table]) + "\n"
-
-
-def _cell(text: str) -> str:
-    """Return a text on one line, with `|` escaped for Markdown."""
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _table(judged: dict[str, dict[str, float]]) -> str:
@@ -240,3 +211,32 @@ def _claims(recipe: Recipe, judged: dict[str, dict[str, float]]) -> list[Claim]:
             )
         )
     return claims
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    prompts = read_prompts(recipe.prompts, recipe.prompt_set)
+    texts = [prompt["prompt"].strip() for prompt in prompts]
+    samples: dict[str, list[str]] = {}
+    trainings = [training for training in recipe.trainings if training.seed == recipe.seeds[0]]
+    for training in tqdm(trainings, desc="samples"):
+        model, tokenizer = training.load()
+        samples[training.name] = continuations(model, tokenizer, texts, recipe.seeds[0], recipe.decoding.model_dump())
+    judged = {training.name: _judge(training, trainings, texts, samples) for training in trainings}
+    write_text(recipe.folder / f"{recipe.name}.md", _side_by_side(recipe, prompts, samples))
+    rows = [
+        prompt | {"continuations": {name: sample[index] for name, sample in samples.items()}}
+        for index, prompt in enumerate(prompts)
+    ]
+    return {
+        "measured": {"judged": judged, "samples": rows},
+        "table": _table(judged),
+        "claims": _claims(recipe, judged),
+    }
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Continue all prompts with every model; returns the content of `result.json`."""
+    read_prompts(recipe.prompts, recipe.prompt_set)  # a mistake there must not show after hours of training
+    file = Path(recipe.prompts).expanduser()
+    data = {"prompts": {"kind": "files", "files": {file.name: checksum(file)}}}
+    return comparison.run_comparison(recipe, restart, data, _measure)

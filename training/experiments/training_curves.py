@@ -37,26 +37,6 @@ class Recipe(DepthComparisonRecipe):
         return self
 
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Train all models and compare their curves; returns the content of `result.json`."""
-    return comparison.run_comparison(recipe, restart, {}, _measure)
-
-
-def _measure(recipe: Recipe) -> dict[str, Any]:
-    results = {(training.label, training.depth, training.seed): training.result() for training in recipe.trainings}
-    curves = [
-        {"label": label, "depth": depth, "seed": seed, "validation": result["learning_curve"]["validation"]}
-        for (label, depth, seed), result in results.items()
-    ]
-    _draw(recipe, results, recipe.folder / f"{recipe.name}.png")
-    gaps = _gaps(recipe, recipe.baseline, results) if recipe.baseline else {}
-    return {
-        "measured": {"gaps": gaps, "curves": curves},
-        "table": _table(recipe, results),
-        "claims": _claims(recipe, gaps) if recipe.baseline else [],
-    }
-
-
 def _gaps(recipe: Recipe, baseline: str, results: Results) -> dict[int, list[float]]:
     """Return by depth the baseline's validation loss minus the first model's, for each seed.
 
@@ -125,3 +105,23 @@ def _draw(recipe: Recipe, results: Results, path: Path) -> None:
     axes[0, 0].set_ylabel("validation loss (nats per token)")
     axes[0, -1].legend()
     save_figure(figure, path)
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    results = {(training.label, training.depth, training.seed): training.result() for training in recipe.trainings}
+    curves = [
+        {"label": label, "depth": depth, "seed": seed, "validation": result["learning_curve"]["validation"]}
+        for (label, depth, seed), result in results.items()
+    ]
+    _draw(recipe, results, recipe.folder / f"{recipe.name}.png")
+    gaps = _gaps(recipe, recipe.baseline, results) if recipe.baseline else {}
+    return {
+        "measured": {"gaps": gaps, "curves": curves},
+        "table": _table(recipe, results),
+        "claims": _claims(recipe, gaps) if recipe.baseline else [],
+    }
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train all models and compare their curves; returns the content of `result.json`."""
+    return comparison.run_comparison(recipe, restart, {}, _measure)

@@ -24,6 +24,32 @@ CITATION = """\
 """
 
 
+def _count_tokens(references: Sequence[Sequence[int]], vocab_size: int) -> Counter[int]:
+    counts = Counter(token for text in references for token in text)
+    if counts.total() == 0:
+        raise ValueError("references have no tokens: give at least one")
+    if None in counts:
+        raise ValueError("a token of the references is missing: leave it out, and what it cost")
+    if not 0 <= min(counts) <= max(counts) < vocab_size:
+        raise ValueError(f"tokens range from {min(counts)} to {max(counts)}, but vocab_size is {vocab_size}")
+    return counts
+
+
+def _unigram_cross_entropy(counts: Counter[int], vocab_size: int, frequencies: Sequence[int] | None) -> float:
+    # The references have every token that is scored, so only counts of another corpus need raising.
+    raised = int(frequencies is not None)
+    if frequencies is None:
+        frequencies = [counts[token] for token in range(vocab_size)]
+    if len(frequencies) != vocab_size:
+        raise ValueError(f"there are {len(frequencies)} frequencies: give each of the {vocab_size} tokens its count")
+    for token, number in enumerate(frequencies):
+        if not (math.isfinite(number) and number >= 0):
+            raise ValueError(f"the frequency of token {token} is {number}: it has to be finite and at least 0")
+    whole = sum(frequencies) + raised * vocab_size
+    nats = math.fsum(count * math.log(whole / (frequencies[token] + raised)) for token, count in counts.items())
+    return nats / counts.total()
+
+
 def entropy_ratio(
     predictions: Sequence[float],
     references: Sequence[Sequence[int]],
@@ -74,32 +100,6 @@ def entropy_ratio(
         "uniform_cross_entropy": uniform,
         "count": total,
     }
-
-
-def _count_tokens(references: Sequence[Sequence[int]], vocab_size: int) -> Counter[int]:
-    counts = Counter(token for text in references for token in text)
-    if counts.total() == 0:
-        raise ValueError("references have no tokens: give at least one")
-    if None in counts:
-        raise ValueError("a token of the references is missing: leave it out, and what it cost")
-    if not 0 <= min(counts) <= max(counts) < vocab_size:
-        raise ValueError(f"tokens range from {min(counts)} to {max(counts)}, but vocab_size is {vocab_size}")
-    return counts
-
-
-def _unigram_cross_entropy(counts: Counter[int], vocab_size: int, frequencies: Sequence[int] | None) -> float:
-    # The references have every token that is scored, so only counts of another corpus need raising.
-    raised = int(frequencies is not None)
-    if frequencies is None:
-        frequencies = [counts[token] for token in range(vocab_size)]
-    if len(frequencies) != vocab_size:
-        raise ValueError(f"there are {len(frequencies)} frequencies: give each of the {vocab_size} tokens its count")
-    for token, number in enumerate(frequencies):
-        if not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"the frequency of token {token} is {number}: it has to be finite and at least 0")
-    whole = sum(frequencies) + raised * vocab_size
-    nats = math.fsum(count * math.log(whole / (frequencies[token] + raised)) for token, count in counts.items())
-    return nats / counts.total()
 
 
 class EntropyRatio(evaluate.Metric):

@@ -27,6 +27,59 @@ Losses = Sequence[Sequence[float]] | np.ndarray
 Documents = Sequence[str] | Sequence[int] | Sequence[None]
 
 
+def _document_ids(references: Documents) -> np.ndarray:
+    """Return for each window the number of its document, counted from 0."""
+    num_missing = sum(label is None for label in references)
+    if num_missing == len(references):
+        return np.arange(len(references))
+    if num_missing:
+        raise ValueError(f"{num_missing} of {len(references)} windows have no document: give one for all, or for none")
+    return np.unique(np.array(references), return_inverse=True)[1]
+
+
+def _sums(predictions: Losses, document_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return sums of losses and numbers of windows, each of shape (documents, positions)."""
+    shape = (document_ids.max() + 1, max(len(losses) for losses in predictions))
+    sums, counts = np.zeros(shape), np.zeros(shape)
+    for index, (losses, document) in enumerate(zip(predictions, document_ids, strict=True)):
+        if len(losses) == 0:
+            raise ValueError(f"window {index} is empty: leave it out")
+        values = np.asarray(losses, np.float64)
+        if not np.isfinite(values).all():
+            position = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise ValueError(
+                f"the loss at position {position} of window {index} is {values[position]}: repair or leave out the "
+                "window, for no mean could be trusted"
+            )
+        sums[document, : len(values)] += values
+        counts[document, : len(values)] += 1
+    return sums, counts
+
+
+def _band(
+    sums: np.ndarray, counts: np.ndarray, confidence: float, num_resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return percentiles, at each position, of the ratio sum / count over documents drawn with replacement."""
+    num_documents = len(sums)
+    generator = np.random.default_rng(seed)
+    # (resamples, documents): how often each document was drawn.
+    shares = np.full(num_documents, 1 / num_documents)
+    weights = generator.multinomial(num_documents, shares, num_resamples).astype(np.float64)
+    low, high = np.full((2, sums.shape[1]), np.nan)
+    # One document alone would be drawn again and again, and look certain.
+    known = np.flatnonzero((counts > 0).sum(axis=0) > 1)
+    for block in np.split(known, range(BLOCK, len(known), BLOCK)):
+        drawn = weights @ counts[:, block]
+        means = np.full(drawn.shape, np.nan)
+        # With few documents a draw may hold none that reaches a position: it says nothing about it.
+        np.divide(weights @ sums[:, block], drawn, out=means, where=drawn > 0)
+        is_reached = (drawn > 0).any(axis=0)
+        if is_reached.any():
+            ends = np.nanquantile(means[:, is_reached], [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+            low[block[is_reached]], high[block[is_reached]] = ends
+    return low, high
+
+
 def per_position_loss(
     predictions: Losses,
     references: Documents | None = None,
@@ -79,59 +132,6 @@ def per_position_loss(
         "high": high.tolist(),
         "count": total.astype(int).tolist(),
     }
-
-
-def _document_ids(references: Documents) -> np.ndarray:
-    """Return for each window the number of its document, counted from 0."""
-    num_missing = sum(label is None for label in references)
-    if num_missing == len(references):
-        return np.arange(len(references))
-    if num_missing:
-        raise ValueError(f"{num_missing} of {len(references)} windows have no document: give one for all, or for none")
-    return np.unique(np.array(references), return_inverse=True)[1]
-
-
-def _sums(predictions: Losses, document_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return sums of losses and numbers of windows, each of shape (documents, positions)."""
-    shape = (document_ids.max() + 1, max(len(losses) for losses in predictions))
-    sums, counts = np.zeros(shape), np.zeros(shape)
-    for index, (losses, document) in enumerate(zip(predictions, document_ids, strict=True)):
-        if len(losses) == 0:
-            raise ValueError(f"window {index} is empty: leave it out")
-        values = np.asarray(losses, np.float64)
-        if not np.isfinite(values).all():
-            position = int(np.flatnonzero(~np.isfinite(values))[0])
-            raise ValueError(
-                f"the loss at position {position} of window {index} is {values[position]}: repair or leave out the "
-                "window, for no mean could be trusted"
-            )
-        sums[document, : len(values)] += values
-        counts[document, : len(values)] += 1
-    return sums, counts
-
-
-def _band(
-    sums: np.ndarray, counts: np.ndarray, confidence: float, num_resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return percentiles, at each position, of the ratio sum / count over documents drawn with replacement."""
-    num_documents = len(sums)
-    generator = np.random.default_rng(seed)
-    # (resamples, documents): how often each document was drawn.
-    shares = np.full(num_documents, 1 / num_documents)
-    weights = generator.multinomial(num_documents, shares, num_resamples).astype(np.float64)
-    low, high = np.full((2, sums.shape[1]), np.nan)
-    # One document alone would be drawn again and again, and look certain.
-    known = np.flatnonzero((counts > 0).sum(axis=0) > 1)
-    for block in np.split(known, range(BLOCK, len(known), BLOCK)):
-        drawn = weights @ counts[:, block]
-        means = np.full(drawn.shape, np.nan)
-        # With few documents a draw may hold none that reaches a position: it says nothing about it.
-        np.divide(weights @ sums[:, block], drawn, out=means, where=drawn > 0)
-        is_reached = (drawn > 0).any(axis=0)
-        if is_reached.any():
-            ends = np.nanquantile(means[:, is_reached], [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-            low[block[is_reached]], high[block[is_reached]] = ends
-    return low, high
 
 
 class PerPositionLoss(evaluate.Metric):

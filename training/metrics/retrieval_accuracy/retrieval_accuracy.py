@@ -25,6 +25,21 @@ CITATION = """\
 Vectors = Sequence[Sequence[float]]
 
 
+def _directions(rows: Vectors, argument: str) -> np.ndarray:
+    """Return vectors scaled to length one, as an array."""
+    sizes = {len(row) for row in rows}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{argument} have {min(sizes)} to {max(sizes)} numbers: all embeddings have to be of one size"
+        )
+    vectors = np.asarray(rows, np.float64)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    is_bad = ~(np.isfinite(lengths) & (lengths > 0))[:, 0]
+    if is_bad.any():
+        raise ValueError(f"{argument}[{int(np.flatnonzero(is_bad)[0])}] has no direction: it is zero or not finite")
+    return vectors / lengths
+
+
 def retrieval_accuracy(predictions: Vectors, references: Vectors, temperature: float = 0.02) -> dict[str, float]:
     """Return how well queries find their candidates.
 
@@ -68,21 +83,6 @@ def retrieval_accuracy(predictions: Vectors, references: Vectors, temperature: f
         "chance_info_nce": math.log(len(cosines)),
         "count": len(cosines),
     }
-
-
-def _directions(rows: Vectors, argument: str) -> np.ndarray:
-    """Return vectors scaled to length one, as an array."""
-    sizes = {len(row) for row in rows}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{argument} have {min(sizes)} to {max(sizes)} numbers: all embeddings have to be of one size"
-        )
-    vectors = np.asarray(rows, np.float64)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    is_bad = ~(np.isfinite(lengths) & (lengths > 0))[:, 0]
-    if is_bad.any():
-        raise ValueError(f"{argument}[{int(np.flatnonzero(is_bad)[0])}] has no direction: it is zero or not finite")
-    return vectors / lengths
 
 
 class RetrievalAccuracy(evaluate.Metric):

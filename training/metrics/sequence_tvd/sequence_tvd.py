@@ -27,6 +27,27 @@ TOLERANCE = 1e-3
 Distributions = Sequence[Sequence[Sequence[float]]]
 
 
+def _distributions(rows: Sequence[Sequence[float]], argument: str) -> np.ndarray:
+    """Return one sequence as an array of shape (positions, symbols), each row a probability distribution."""
+    if len(rows) == 0:
+        raise ValueError(f"{argument} has no positions: leave the sequence out")
+    lengths = {len(row) for row in rows}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"{argument} has rows of {min(lengths)} to {max(lengths)} symbols: give all of them everywhere"
+        )
+    array = np.asarray(rows, np.float64)
+    sums = array.sum(axis=1)
+    is_bad = ~np.isfinite(array).all(axis=1) | (array < 0).any(axis=1) | ~(np.abs(sums - 1) <= TOLERANCE)
+    if is_bad.any():
+        position = int(np.flatnonzero(is_bad)[0])
+        raise ValueError(
+            f"{argument}, position {position}, is no probability distribution (smallest entry "
+            f"{array[position].min()}, sum {sums[position]}): give probabilities, not logits, that sum to 1"
+        )
+    return array
+
+
 def sequence_tvd(predictions: Distributions, references: Distributions, positions: str = "all") -> dict[str, float]:
     """Return the mean total variation distance of sequences of distributions.
 
@@ -67,27 +88,6 @@ def sequence_tvd(predictions: Distributions, references: Distributions, position
         distances.append(distance if positions == "all" else distance[-1:])
     l1 = float(np.concatenate(distances).mean())
     return {"tvd": l1 / 2, "l1": l1, "count": sum(map(len, distances))}
-
-
-def _distributions(rows: Sequence[Sequence[float]], argument: str) -> np.ndarray:
-    """Return one sequence as an array of shape (positions, symbols), each row a probability distribution."""
-    if len(rows) == 0:
-        raise ValueError(f"{argument} has no positions: leave the sequence out")
-    lengths = {len(row) for row in rows}
-    if len(lengths) > 1:
-        raise ValueError(
-            f"{argument} has rows of {min(lengths)} to {max(lengths)} symbols: give all of them everywhere"
-        )
-    array = np.asarray(rows, np.float64)
-    sums = array.sum(axis=1)
-    is_bad = ~np.isfinite(array).all(axis=1) | (array < 0).any(axis=1) | ~(np.abs(sums - 1) <= TOLERANCE)
-    if is_bad.any():
-        position = int(np.flatnonzero(is_bad)[0])
-        raise ValueError(
-            f"{argument}, position {position}, is no probability distribution (smallest entry "
-            f"{array[position].min()}, sum {sums[position]}): give probabilities, not logits, that sum to 1"
-        )
-    return array
 
 
 class SequenceTvd(evaluate.Metric):
