@@ -196,7 +196,7 @@ def publish(
     ] = False,
     revision: Annotated[str | None, typer.Option(help="With --verify-only: a commit, branch or tag.")] = None,
 ) -> None:
-    """Stage what a run has made with its card, prove that it works, show it, and upload it in one commit."""
+    """Stage what a run has made with its card, check and try it, list its files, and upload it in one commit."""
     with _plain_errors(context):
         from training.publishing import publish as publishing
 

@@ -19,7 +19,7 @@ from training.recipe import Section
 
 TEMPLATES = CLONE / "hub_cards"
 ABOUT = TEMPLATES / "about"
-# The files that the card of a data set of stories tells the library to load.
+# The `configs` of a data set's card: `datasets` loads these files.
 STORIES = [{"config_name": "default", "data_files": "stories.jsonl.gz"}]
 # On arXiv, by model type. Only models of these types are published.
 PAPERS = {"memory_mosaic": "2405.06394", "memory_model": "2602.13466"}

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hub: download, look up, create and commit, with every refusal in plain words and without the token.
+"""The Hub: download, look up, create and commit.
+
+`download` and `check_weights` explain every refusal in plain words and without the token. The other functions raise
+the library's errors: call them inside `plain_errors`.
 
 Endpoint and token are those of `huggingface_hub` (`HF_ENDPOINT`, `HF_TOKEN`).
 """
@@ -27,7 +30,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile, SpaceInfo
 
 from training.secrecy import masked
 
@@ -112,6 +115,12 @@ def plain_errors(target: Target, uploading: bool = True) -> Iterator[None]:
         raise OSError(f"the upload broke off ({_plain(error.__cause__ or error)}).{remedy}") from None
 
 
+def _commit_of(info: ModelInfo | DatasetInfo | SpaceInfo) -> str:
+    if info.sha is None:
+        raise OSError(f"the Hub names no commit of {info.id}: try again")
+    return info.sha
+
+
 def download(repo_id: str, revision: str | None = None, repo_type: str = "model", into: Path | None = None) -> Path:
     """Download all files of a repository at one commit and return their folder.
 
@@ -129,8 +138,8 @@ def download(repo_id: str, revision: str | None = None, repo_type: str = "model"
         if into is None:
             return Path(snapshot_download(**target.address, revision=revision))
         # The commit first, so that all files are of one; `local_dir` gives real files, where the cache has links.
-        commit = HfApi().repo_info(**target.address, revision=revision).sha or ""
-        return Path(snapshot_download(**target.address, revision=commit, local_dir=into / commit))
+        newest = _commit_of(HfApi().repo_info(**target.address, revision=revision))
+        return Path(snapshot_download(**target.address, revision=newest, local_dir=into / newest))
 
 
 def check_weights(repo_id: str, revision: str, weights: dict[str, str]) -> None:
@@ -154,14 +163,14 @@ def find_repository(target: Target) -> Repository | None:
     except RepositoryNotFoundError:
         return None
     files = frozenset(file.rfilename for file in getattr(info, "siblings", None) or [])
-    return Repository(info.sha or "", files, bool(info.private))
+    return Repository(_commit_of(info), files, bool(info.private))
 
 
 def create_repository(target: Target) -> str:
     """Create a repository, private unless `public`, and return its first commit."""
     sdk = "gradio" if target.repo_type == "space" else None
     HfApi().create_repo(**target.address, private=not target.public, space_sdk=sdk)
-    return HfApi().repo_info(**target.address).sha or ""
+    return _commit_of(HfApi().repo_info(**target.address))
 
 
 def list_files(target: Target, revision: str) -> set[str]:

@@ -189,7 +189,7 @@ def shown_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str
     tokens, begins = [], 0
     for end in range(1, len(ids) + 1):
         text = str(tokenizer.decode(ids[begins:end]))
-        # A character has at most four bytes. Five tokens that make none are shown as they are.
+        # A character has at most four bytes. Four tokens that make none are shown as they are.
         is_open = text.endswith("\ufffd") and end < len(ids) and end - begins < 4
         tokens.append("" if is_open else text)
         begins = begins if is_open else end

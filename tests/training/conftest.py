@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of training share."""
 
+import datasets
 import pytest
 
 from training.tasks import language_modeling
@@ -10,3 +11,10 @@ from training.tasks import language_modeling
 def without_clean_process(monkeypatch):
     """Leave out a run's last check, which takes seconds; `test_export_of_a_run` and `test_cli.py` keep it."""
     monkeypatch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

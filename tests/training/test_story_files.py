@@ -5,7 +5,6 @@ import gzip
 import json
 import tracemalloc
 
-import datasets
 import pytest
 from datasets import Dataset, IterableDataset
 from helpers.stories import END, GOOD_LINE, STORIES, json_lines
@@ -15,11 +14,7 @@ from training.text import story_files
 from training.text.sources import load_stories
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 FORMS = {

@@ -18,11 +18,7 @@ from training.text.sources import load_stories, source_provenance
 from training.text.story_writer import write_stories
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_a_folder_is_read_whole_and_in_order(tmp_path):

@@ -117,7 +117,7 @@ def check_config(path: Path, num_values: int, num_tensors: int) -> None:
         if "layer" in key and type(value) is int and value > max(num_tensors, MOST_LAYERS):
             raise ValueError(f"`{key}` in {path.name} is {value}, but the weights have {num_tensors} tensors")
         is_size = key.startswith(("num_", "n_")) or key.endswith("_size")
-        # A small model may well have a larger setting than it has weights, such as a vocabulary.
+        # Some settings count nothing that has weights, such as a window: a small model may have larger ones.
         if is_size and type(value) is int and not -1 <= value <= max(num_values, 10**6):
             raise ValueError(f"`{key}` in {path.name} is {value}, but the weights have {num_values:,} numbers")
 

@@ -2,7 +2,6 @@
 """What can be published of a run: how each artifact is staged, what its card says, and how it is tried."""
 
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import shutil
@@ -27,6 +26,7 @@ from training.publishing.results import comparable_results
 from training.tables import TABLES
 from training.tasks import babistories
 from training.tasks.fine_tuning import weights_checksums
+from training.text.story_selection import REJECTED_FILE, STORIES_FILE
 
 
 # Files of a run that are not published: the cards that libraries write, and a chat template that came with a
@@ -66,7 +66,7 @@ class Publication:
         run: folder of the run.
         result: content of its `result.json`, without paths of this machine.
         what: name of the artifact: `model`, `adapter`, `merged`, `dataset` or `space`.
-        artifact: what `what` stands for.
+        artifact: how such a thing is staged, described and tried.
         repo_id: `user/name` on the Hub.
         about: what the card says and no result knows; none for a data set.
         base: the model that this one was made from, or that a Space shows.
@@ -82,14 +82,15 @@ class Publication:
 
     @property
     def model_folder(self) -> Path:
-        """What the run has written: a model, or an adapter. A Space shows a whole model."""
+        """The folder of the model or adapter that the run has written; for a Space, that of the whole model."""
         whole_model = "merged" if self.result["task"] == "fine_tuning" else "model"
         folder = self.run / (whole_model if self.what == "space" else self.what)
         if not folder.is_dir():
             raise ValueError(f"{folder} is missing: run the recipe again with --restart")
         return folder
 
-    @functools.cached_property
+    # Compared at each use: the base may change while the publication is tried.
+    @property
     def base_folder(self) -> Path:
         """The base on this machine or from the Hub; `ValueError` if its weights are not those that the run adapted."""
         # `self.result` has lost the path.
@@ -165,7 +166,7 @@ def _stage_space(publication: Publication, staged: Path) -> None:
 
 
 def _stage_stories(publication: Publication, staged: Path) -> None:
-    for name in ("stories.jsonl.gz", "rejected.jsonl"):
+    for name in (STORIES_FILE, REJECTED_FILE):
         if (publication.run / name).is_file():
             shutil.copyfile(publication.run / name, staged / name)
     write_json(staged / RESULT, publication.result)

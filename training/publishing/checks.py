@@ -190,7 +190,7 @@ def check_code(folder: Path) -> str:
 
 def _check_settings_file(folder: Path, name: str) -> None:
     content, file = read_object(folder / name), PurePosixPath(name).name
-    # These two settings have to lead elsewhere. `check_weights` compares the first, `check_adapter` the second.
+    # `check_values` would refuse these two settings. `check_weights` compares the first, `check_adapter` the second.
     if file == "config.json":
         content.pop("auto_map", None)
     if file == "adapter_config.json":

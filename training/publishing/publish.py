@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two commands: `publish` stages, checks and uploads what a run has made; `verify_published` checks what is there.
+"""The command `publish`: it stages, checks and uploads what a run has made, or verifies what is published already.
 
 The folder `RUN/published/WHAT` receives all files that a repository will hold. It is uploaded only if it loads in a
 clean offline process with the logits of the run's own model, its card has no empty place, and the card's snippets run.
@@ -46,9 +46,10 @@ def _choose_artifact(run: Path, result: dict[str, Any], what: str | None) -> str
     choices = [name for task, name in ARTIFACTS if task == result["task"]]
     if not choices:
         raise ValueError(f"{run} is a run of the task {result['task']!r}, which makes nothing to publish")
-    if what is not None and what not in choices:
+    what = what or choices[0]
+    if what not in choices:
         raise ValueError(f"--what is {what!r}, but a run of {result['task']!r} has {', '.join(choices)}")
-    return what or choices[0]
+    return what
 
 
 def _pin_base(base: str, what: str) -> PinnedRepo:
@@ -151,8 +152,8 @@ def publish(
     log(_list_files(final))
     if dry_run:
         log(f"nothing was uploaded; it is in {final}, its card without the commit that it will pin")
-        later = ", and at the base" if publication.base is not None else ""
-        log(f"left for the upload: the Hub's own look at the card's metadata{later}")
+        later = ", and the weights of the base" if publication.base is not None else ""
+        log(f"to be checked at the upload, by the Hub: the metadata of the card{later}")
         return final
     if publication.base is not None:
         hub.check_weights(*publication.base, publication.base_weights(final))

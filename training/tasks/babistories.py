@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """BabiStories: stories for small children, written by a language model from words and a beginning drawn for each.
 
-The data set on which the paper trains its language models (arXiv 2405.06394, Fig. 14 and Table 2), as a recipe. What
-is drawn for a prompt: `story_prompts.py`; the model that answers: `generator.py`; the files of its answers:
-`shards.py`; which answers become stories: `story_filters.py` and `story_selection.py`.
+The data set on which the paper trains its language models (arXiv 2405.06394, Fig. 14 and Table 2), as a recipe. The
+parts are in `training/text/`: `story_prompts.py` draws the words of a prompt, `generator.py` answers it, `shards.py`
+keeps the answers, `story_filters.py` and `story_selection.py` choose the stories.
 
 The unit of work is a batch of answers, one file, seeded by its number: the stories depend neither on the number of
 processes nor on when a run was interrupted. Answers are kept as they came: after a change of the filters, remove
@@ -116,7 +116,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def _batch_seed(recipe: Recipe, name: str, number: int) -> int:
-    # 63 bits: neighbouring seeds and batches share nothing.
+    # Hashed, so that neighbouring seeds and batches share nothing; 63 bits, as torch takes a signed integer.
     return int.from_bytes(hashlib.sha256(f"{recipe.seed} {name} {number}".encode()).digest()[:8], "big") >> 1
 
 
@@ -176,6 +176,7 @@ def _ask_for_stories(
     drawn = [story_prompts.draw(lists, recipe.seed, index) for index in indices]
     prompts = [story_prompts.fill(recipe.template, words) for words in drawn]
     openings = [words["opening"] for words in drawn]
+    # "part" is in the seed: another name would give other stories.
     texts = generator.answer(prompts, openings, _batch_seed(recipe, "part", number))
     added = [text is not None and text[len(opening) :].strip() for text, opening in zip(texts, openings, strict=True)]
     # A single answer may well be empty; that of a whole batch is a model, or a template, that does not work.
@@ -344,6 +345,6 @@ def summary(result: dict[str, Any], folder: Path) -> str:
         f"{result['generator']['name']}: {metrics['kept']:,} stories of {metrics['prompted']:,} prompts "
         f"(rejected: {rejected}), {metrics['tokens']:,} tokens, {metrics['characters_mean']:.0f} characters a story, "
         f"in {result['seconds']:,.0f} s",
-        f"stories.jsonl.gz, rejected.jsonl, README.md and result.json are in {folder}",
+        f"{STORIES_FILE}, {REJECTED_FILE}, README.md and result.json are in {folder}",
     ]
     return "\n".join(lines)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text: stories from their source to windows of tokens."""
+"""Text: stories, read or written, on their way to windows of tokens."""

@@ -127,14 +127,15 @@ def _explain_errors(path: Path) -> Iterator[None]:
 
 
 def _check_complete(volumes: list[Path]) -> None:
-    """Raise if bytes of the archive are missing, and name the volume.
+    """Raise `ValueError` if the file is no 7z archive, its header is damaged, or bytes are missing; name the volume.
 
     The header says how long the archive is, so that nothing has to be unpacked for it.
     """
     with _open_volumes(volumes) as stream:
-        if not py7zr.is_7zfile(stream):
-            stream.seek(0)
-            raise ValueError(f"{volumes[0]} is no 7z archive, it begins with {stream.read(6)!r}: get the file again")
+        start = stream.read(_HEADER_LENGTH)
+        if len(start) < _HEADER_LENGTH or not py7zr.is_7zfile(io.BytesIO(start)):
+            raise ValueError(f"{volumes[0]} is no 7z archive, it begins with {start[:6]!r}: get the file again")
+        stream.seek(0)
         with _explain_errors(volumes[0]):
             header = SignatureHeader.retrieve(stream)
     needed = _HEADER_LENGTH + header.nextheaderofs + header.nextheadersize

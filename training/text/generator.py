@@ -43,7 +43,7 @@ class GeneratorSection(Section):
 
     @property
     def name(self) -> str:
-        """The model as readers may know it: of a folder, the end of its path only (a run's ends in `/model`)."""
+        """The model's name for readers: on the Hub, or the last two parts of its folder's path."""
         folder = Path(self.model)
         return "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else self.model
 

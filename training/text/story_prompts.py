@@ -27,8 +27,6 @@ LISTS = {
     "features": "features",
     "opening": "openings",
 }
-# The lists that a model can be asked for. Features are few, and listed below.
-ASKED = ("names", "openings", "verbs", "nouns", "adjectives")
 FEATURES = {
     "BadEnding": "a sad ending",
     "Conflict": "a quarrel or a problem that somebody has to deal with",
@@ -160,7 +158,7 @@ def parse_answers(kind: str, answers: Iterable[str]) -> list[str]:
     adjective is a single word, in lower case. Other lines are skipped.
 
     Args:
-        kind: one of `ASKED`.
+        kind: a key of `REQUESTS`.
         answers: texts with lines such as `12. Anna`.
     """
     entries: dict[str, None] = {}
