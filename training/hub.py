@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hub: download, look up, create and commit.
 
-`download` and `check_weights` explain every refusal in plain words and without the token. The other functions raise
+`download` and `check_base_weights` explain every refusal in plain words and without the token. The other functions raise
 the library's errors: call them inside `plain_errors`.
 
 Endpoint and token are those of `huggingface_hub` (`HF_ENDPOINT`, `HF_TOKEN`).
@@ -142,7 +142,7 @@ def download(repo_id: str, revision: str | None = None, repo_type: str = "model"
         return Path(snapshot_download(**target.address, revision=newest, local_dir=into / newest))
 
 
-def check_weights(repo_id: str, revision: str, weights: dict[str, str]) -> None:
+def check_base_weights(repo_id: str, revision: str, weights: dict[str, str]) -> None:
     """Raise `ValueError` unless a model on the Hub has, at a commit, these weights (sha256 by file name)."""
     with plain_errors(Target(repo_id), uploading=False):
         entries = HfApi().get_paths_info(repo_id, list(weights), revision=revision)
@@ -151,7 +151,7 @@ def check_weights(repo_id: str, revision: str, weights: dict[str, str]) -> None:
         raise ValueError(f"{repo_id} at {revision} has not the weights that this builds on: give the right --base")
 
 
-def check_metadata(card: str, repo_type: str) -> None:
+def check_card(card: str, repo_type: str) -> None:
     """Raise `ValueError` if the Hub does not accept the metadata of a card."""
     RepoCard(card).validate(repo_type)
 
@@ -197,7 +197,7 @@ def find_pull_request(target: Target, title: str) -> str | None:
     return None
 
 
-def commit(
+def create_commit(
     target: Target,
     revision: str,
     files: dict[str, Path],

@@ -10,7 +10,7 @@ import pytest
 from helpers.hub_server import TOKEN, Hub, Refusal
 from huggingface_hub import constants
 
-from training.hub import Target, check_weights, download
+from training.hub import Target, check_base_weights, download
 from training.publishing.folder import CARD, published_files, write_sums
 from training.publishing.upload import upload_folder
 
@@ -309,12 +309,12 @@ def test_a_refusal_is_explained(hub, folder, status, at, message):
 def test_weights_of_a_base_are_compared(hub, folder):
     _, pinned = send(folder)
     weights = {"model.safetensors": hashlib.sha256(WEIGHTS).hexdigest()}
-    check_weights("someone/stories", pinned, weights)
+    check_base_weights("someone/stories", pinned, weights)
     for wrong in ({}, {"model.safetensors": "0" * 64}, {"other.safetensors": weights["model.safetensors"]}):
         with pytest.raises(ValueError, match="has not the weights"):
-            check_weights("someone/stories", pinned, wrong)
+            check_base_weights("someone/stories", pinned, wrong)
     with pytest.raises(OSError, match="not there, or hidden"):
-        check_weights("someone/nothing", pinned, weights)
+        check_base_weights("someone/nothing", pinned, weights)
 
 
 @pytest.mark.parametrize("kind", ["dataset", "space"])

@@ -125,7 +125,7 @@ def test_a_base_that_has_other_weights_is_refused(adapted, about, monkeypatch):
     key = "fine_tuning", "adapter"
     untried = artifacts.ARTIFACTS[key]._replace(run_trials=lambda *arguments: [])
     monkeypatch.setitem(artifacts.ARTIFACTS, key, untried)
-    monkeypatch.setattr(hub, "check_weights", refuse)  # `test_hub.py` tests it
+    monkeypatch.setattr(hub, "check_base_weights", refuse)  # `test_hub.py` tests it
     monkeypatch.setattr(upload, "upload_folder", lambda *arguments: pytest.fail("it was uploaded"))
     with pytest.raises(ValueError, match="^other weights$"):
         publish.publish(adapted, "someone/lora", "adapter", about, f"someone/gpt2@{COMMIT}", log=lambda line: None)

@@ -381,7 +381,7 @@ def weight_files(folder: Path, names: list[str], is_adapter: bool = False) -> li
     return [folder / name for name in present]
 
 
-def check_metadata(path: Path) -> None:
+def check_weights_header(path: Path) -> None:
     """Check that a file of weights says nothing beside its tensors but that they are torch's."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}

@@ -81,7 +81,7 @@ class Publication:
     base: PinnedRepo | None = None
 
     @property
-    def model_folder(self) -> Path:
+    def source_folder(self) -> Path:
         """The folder of the model or adapter that the run has written; for a Space, that of the whole model."""
         whole_model = "merged" if self.result["task"] == "fine_tuning" else "model"
         folder = self.run / (whole_model if self.what == "space" else self.what)
@@ -106,13 +106,13 @@ class Publication:
         assert self.base is not None
         return self.base
 
-    def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the run's model, or its adapter on the base, and its tokenizer."""
         if self.what != "adapter":
-            return load_model(self.model_folder)
+            return load_model(self.source_folder)
         base, tokenizer = load_model(self.base_folder)
         # PEFT's wrapper has the methods of the model within it.
-        return cast(PreTrainedModel, PeftModel.from_pretrained(base, self.model_folder)), tokenizer
+        return cast(PreTrainedModel, PeftModel.from_pretrained(base, self.source_folder)), tokenizer
 
     def base_weights(self, staged: Path) -> dict[str, str]:
         """Return sha256 by file name of the weights that the base on the Hub has to have.
@@ -135,12 +135,12 @@ def _stage_results(publication: Publication, staged: Path) -> None:
 
 
 def _stage_model(publication: Publication, staged: Path) -> None:
-    folder = publication.model_folder
+    folder = publication.source_folder
     checks.check_formats(folder)  # before a pickle could be copied
     shutil.copytree(folder, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_NOT_PUBLISHED))
     _stage_results(publication, staged)
     if publication.result["architecture"]["model_type"] == "memory_mosaic":
-        model, tokenizer = publication.load_model()
+        model, tokenizer = publication.load()
         texts = [sample["text"] for sample in publication.result["samples"]] or [_DEFAULT_PROMPT]
         write_json(staged / "units.json", measure_units(model, tokenizer, texts))
 
@@ -154,7 +154,7 @@ def _stage_adapter(publication: Publication, staged: Path) -> None:
 
 
 def _stage_space(publication: Publication, staged: Path) -> None:
-    folder = publication.model_folder
+    folder = publication.source_folder
     checks.check_formats(folder)  # before a pickle could be copied
     shutil.copytree(folder, staged / "model", ignore=shutil.ignore_patterns(*_NOT_PUBLISHED))
     for name in checks.SPACE_CODE:
@@ -234,7 +234,7 @@ def _try_model(publication: Publication, staged: Path) -> list[str]:
     text = (staged / CARD).read_text(encoding="utf-8")
     return [
         *([trials.check_lint(staged)] if base is None else []),  # an adapter has no code
-        trials.check_loads(staged, prompts, base, publication.load_model()[0]),
+        trials.check_loads(staged, prompts, base, publication.load()[0]),
         trials.check_snippets(text, repositories),
     ]
 

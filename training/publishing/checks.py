@@ -226,7 +226,7 @@ def check_weights(folder: Path) -> str:
     place = model_folder(folder)
     files = allowed_values.weight_files(place, published_files(place), is_adapter=type_ == "adapter")
     for path in files:
-        allowed_values.check_metadata(path)
+        allowed_values.check_weights_header(path)
     shapes = allowed_values.tensor_shapes(files)
     if type_ == "adapter":
         others = sorted(name for name in shapes if ".lora_" not in name)

@@ -98,7 +98,7 @@ def _stage(publication: Publication, staged: Path, log: Log) -> None:
         log(f"ok: {line}")
     if publication.what != "dataset":
         # The whole result: the portable one has lost the paths of the data.
-        log(trials.check_loss(read_object(publication.run / RESULT), publication.load_model))
+        log(trials.check_loss(read_object(publication.run / RESULT), publication.load))
     checks.check_sums(staged)  # no trial may have changed a file
 
 
@@ -156,7 +156,7 @@ def publish(
         log(f"to be checked at the upload, by the Hub: the metadata of the card{later}")
         return final
     if publication.base is not None:
-        hub.check_weights(*publication.base, publication.base_weights(final))
+        hub.check_base_weights(*publication.base, publication.base_weights(final))
     artifact, target = publication.artifact, hub.Target(repo_id, publication.artifact.repo_type, public, create_pr)
     message = f"Publish {publication.result['name']} by modeling-memory-mosaic {_version()}"
     address, pinned = upload.upload_folder(

@@ -89,7 +89,7 @@ def _commit_folder(
     files = {name: folder / name for name in published_files(folder) if name != without}
     # Only what an earlier upload has listed: a file that somebody has added by hand is not ours to delete.
     outdated = _uploaded_before(target, revision) - {*files, without}
-    return hub.commit(target, revision, files, outdated, message, **options)
+    return hub.create_commit(target, revision, files, outdated, message, **options)
 
 
 def upload_folder(folder: Path, target: Target, message: str, card: Callable[[str], str]) -> tuple[str, str]:
@@ -109,7 +109,7 @@ def upload_folder(folder: Path, target: Target, message: str, card: Callable[[st
         OSError: the Hub refused or was not reached, in plain words and without the token.
     """
     with hub.plain_errors(target):
-        hub.check_metadata(card(NO_COMMIT), target.repo_type)
+        hub.check_card(card(NO_COMMIT), target.repo_type)
         head = _claim_repository(folder, target)
         payload = checksum(folder / SUMS)[:12]
         message = f"{message} (payload {payload})"
