@@ -213,11 +213,11 @@ class MemoryMosaicTokenMemory(MemoryMosaicAssociativeMemory):
         past_key_values: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the leaky sums of projected keys `(B, H, T, D)`, and the sum before them `(B, H, 1, D)` or `None`."""
-        states = self.split_heads(self.k_proj(hidden_states))
+        projected = self.split_heads(self.k_proj(hidden_states))
         if is_token is not None:
-            states = states * is_token[:, None, :, None]
+            projected = projected * is_token[:, None, :, None]
         previous = None if past_key_values is None else self.states(past_key_values).get_state(self.sum_name)
-        sums, _ = leaky_average(states, self.leak(), previous, is_token, document_ids)
+        sums, _ = leaky_average(projected, self.leak(), previous, elapsed=is_token, document_ids=document_ids)
         if past_key_values is not None:
             self.states(past_key_values).set_state(self.sum_name, sums)
         return sums, previous

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory Mosaics as the paper writes them: one token, one head, one stored pair at a time.
 
-Read it beside arXiv 2405.06394. Nothing here is fast and nothing is shared with `modeling_memory_mosaic.py`, which
-must equal it in value and in gradient: this file is the statement, that one the implementation. Every function takes
-plain tensors of any floating dtype (float64 for comparisons) and is differentiable. This file does not travel to the
-Hub.
+Read it beside arXiv 2405.06394. `ops_` and `modeling_memory_mosaic.py` must equal it in value and in gradient: this
+file is the statement, those are the implementation. Nothing here is fast, and nothing is shared with them. Every
+function takes plain tensors of any floating dtype (float64 for comparisons) and is differentiable. This file does not
+travel to the Hub.
 """
 
 from typing import Any

@@ -14,8 +14,9 @@
 # limitations under the License.
 """Operators of Memory Mosaics on plain tensors: leaky average, scaling to a length, kernel smoothing.
 
-Shapes use B batch, T tokens, H heads, D head width, N stored pairs, C hidden size. `naive_memory_mosaic.py` states the
-same operators as loops.
+One function serves whole texts, chunks and single tokens. `naive_memory_mosaic.py` states the same operators as loops.
+
+Shapes use B batch, T tokens, H heads, D head width, N stored pairs, C hidden size.
 """
 
 from typing import Any

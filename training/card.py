@@ -2,7 +2,8 @@
 """Cards: the README of a published folder, from templates in `hub_cards/`.
 
 Every number in a card comes from the run's `result.json` or from `units.json`. Facts that no run can know (licence,
-origin of the data, limits) stand in `hub_cards/about/NAME.yaml`, one file a recipe. A missing value is an error.
+origin of the data, limits) stand in `hub_cards/about/NAME.yaml`, one file a recipe. A missing value is an error:
+`load_about` raises it for a fact, `render` for a place in a template.
 """
 
 from pathlib import Path
@@ -12,9 +13,9 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 from pydantic import Field, ValidationError
 
-from training.bounded import parse_yaml
 from training.paths import CLONE
 from training.recipe import Section
+from training.untrusted import parse_yaml
 
 
 TEMPLATES = CLONE / "hub_cards"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hub: download, look up, create and commit.
 
-`download` and `check_base_weights` explain every refusal in plain words and without the token. The other functions raise
-the library's errors: call them inside `plain_errors`.
+`download` and `check_base_weights` explain every refusal in plain words and without the token. The other functions
+raise the library's errors: call them inside `plain_errors`.
 
 Endpoint and token are those of `huggingface_hub` (`HF_ENDPOINT`, `HF_TOKEN`).
 """

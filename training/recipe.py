@@ -4,6 +4,9 @@
 A recipe is read strictly. A key that nothing would read, in the file or in a dotted override, is an error that names
 the nearest valid key; so is a field of the model that its configuration class does not have. `configuration/README.md`
 says what the fields mean, and which units they have.
+
+Two things are registered here: tasks, in `TASKS`, and the models that transformers lacks, by the imports of
+`modeling_memory_mosaic` and `training.baselines`.
 """
 
 import dataclasses
@@ -40,11 +43,11 @@ from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 from typing_extensions import Self
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
-import training.baselines.lstm  # noqa: F401  (likewise)
-from training.bounded import check_yaml, walk, yaml_fault
+import training.baselines  # noqa: F401  (registers the baselines that transformers lacks, likewise)
 from training.files import read_json
 from training.paths import CONFIGURATION, refuse_system_folder
 from training.secrecy import masked, names_secret, refuse_secrets
+from training.untrusted import check_yaml, walk, yaml_fault
 
 
 MOST_LAYERS = 10_000

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of a run, `result.json`: what stands in it, and how it is written and read.
 
-`files.py` has the checksums that mark a record as whole, `tables.py` the tables made from records, `figures.py` the
-pictures.
+Three functions read records. `read_result`, below, reads one of a run's folder and compares it with its checksums, so
+that a finished run is not repeated. `tables.committed_results` reads those in `training/results`, for tables.
+`publishing.portable_results` reads those that are published and takes the paths of this machine out.
+
+`files.py` has the checksums, `figures.py` the pictures.
 """
 
 import importlib.metadata

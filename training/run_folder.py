@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The life of a run: ownership, locking and recovery of its folder, and its work done once.
 
-Every task goes through `run_once`.
+Every task goes through `run_once`. Checkpoints are verified by their checksums before a run resumes: a damaged one is
+set aside, and the run resumes from the one before it (`loop.set_aside_broken_checkpoints`). `tasks/moon_model.py` has
+one checkpoint, checks it likewise, and trains again if it is damaged.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from huggingface_hub import get_token
 from huggingface_hub.utils import get_stored_tokens
 
-from training.bounded import open_packed, walk
+from training.untrusted import open_packed, walk
 
 
 # The form of each type of secret. They match bytes, so that a file is searched whatever its encoding.

@@ -101,6 +101,11 @@ def test_leaky_average_equals_its_recurrence(num_tokens):
 
     torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(last, expected[:, :, -1:], rtol=1e-12, atol=1e-12)
+    state, decoded = None, []
+    for t in range(num_tokens):  # as decoding does
+        sum_of_token, state = leaky_average(states[:, :, t : t + 1], leak, state)
+        decoded.append(sum_of_token)
+    torch.testing.assert_close(torch.cat(decoded, dim=2), expected, rtol=1e-12, atol=1e-12)
     for gradient, expected_gradient in zip(
         torch.autograd.grad((sums * weights).sum(), (states, leak), materialize_grads=True),
         torch.autograd.grad((expected * weights).sum(), (states, leak), materialize_grads=True),

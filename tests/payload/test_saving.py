@@ -3,13 +3,14 @@
 
 import ast
 import json
+import re
 import sys
 
 import pytest
 import torch
 from helpers.isolation import run_clean
 from helpers.kinds import BACKBONE_KINDS, KINDS, MODELS, VOCAB_SIZE, for_kinds
-from helpers.payload import CONTINUOUS_PAYLOAD, MEMORY_MODEL_PAYLOAD, PAYLOAD, WHOLE_PAYLOAD
+from helpers.payload import CONTINUOUS_PAYLOAD, MEMORY_MODEL_PAYLOAD, PACKAGE, PAYLOAD, WHOLE_PAYLOAD
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
@@ -45,6 +46,20 @@ def test_every_parameter_survives_bitwise(tmp_path, kind, sharded, by):
     again.load_state_dict(expected)
     inputs = kind.inputs(model, 2, 12)
     assert torch.equal(kind.answer(loaded, inputs), kind.answer(again, inputs))
+
+
+def test_the_page_of_the_package_lists_the_files_that_travel():
+    """The table states the files that all payloads share in its header, and those that a model adds in its rows."""
+    page = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    header, _, *rows = page.split("| saved model |")[1].split("\n\n")[0].splitlines()
+    shared = {f"{role}memory_mosaic.py" for role in re.findall(r"`(\w+_)`", header)}
+    listed = {}
+    for row in rows:
+        model, roles = re.fullmatch(r"\| `(\w+)` \| (.*) \|", row).groups()
+        listed[model] = shared | {f"{role}{model}.py" for role in re.findall(r"`(\w+_)`", roles)}
+    payloads = {"memory_mosaic": PAYLOAD, "continuous_memory_mosaic": CONTINUOUS_PAYLOAD}
+    payloads["memory_model"] = MEMORY_MODEL_PAYLOAD
+    assert listed == {model: set(payload) for model, payload in payloads.items()}
 
 
 @for_kinds("mosaic", "untied mosaic", *BACKBONE_KINDS)

@@ -153,7 +153,7 @@ def test_a_run_of_another_kind_of_model_is_refused(tmp_path, run, about):
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     result["architecture"]["model_type"] = "gpt2"
     write_result(result, tmp_path)
-    with pytest.raises(ValueError, match="holds a gpt2"):
+    with pytest.raises(ValueError, match="holds a gpt2: only Memory Mosaics and memory models"):
         prepare(tmp_path, about)
 
 

@@ -19,7 +19,7 @@ from training import secrecy
 from training.paths import RESULTS
 from training.publishing import artifacts, checks, publish, trials
 from training.publishing.folder import published_files, write_sums
-from training.publishing.results import comparable_results, read_portable_result
+from training.publishing.portable_results import comparable_results, read_portable_result
 from training.result import write_result
 from training.tasks import memory_model
 

@@ -14,7 +14,7 @@ import py7zr
 import pytest
 from helpers.damage import flip
 
-from training import bounded
+from training import untrusted
 from training.files import STAGED_PREFIX
 from training.text import archive, sources
 from training.text.sources import load_stories, source_provenance
@@ -312,7 +312,7 @@ def test_permissions_of_the_packer_do_not_matter(tmp_path):
 
 
 def test_an_archive_that_unpacks_without_end_is_refused_before_it_is_unpacked(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(bounded, "ALWAYS_UNPACKED", 2**20)
+    monkeypatch.setattr(untrusted, "ALWAYS_UNPACKED", 2**20)
     (tmp_path / "a.7z").write_bytes(packed({"train.txt": '"A."\n' + "\n" * 2_000_000}))
     with pytest.raises(ValueError, match=r"a\.7z: [\d,]+ bytes unpack to 2,000,005 and more, over 100 times"):
         texts(tmp_path / "a.7z")

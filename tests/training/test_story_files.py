@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from helpers.stories import END, GOOD_LINE, STORIES, json_lines
 
-from training import bounded
+from training import untrusted
 from training.text import story_files
 from training.text.sources import load_stories
 
@@ -188,7 +188,7 @@ def bomb(path, beginning, line, times):
 )
 def test_what_unpacks_without_end_fills_no_memory(tmp_path, monkeypatch, name, beginning, line, message):
     monkeypatch.setattr(story_files, "LARGEST_STORY", 2**20)
-    monkeypatch.setattr(bounded, "ALWAYS_UNPACKED", 2**22)
+    monkeypatch.setattr(untrusted, "ALWAYS_UNPACKED", 2**22)
     bomb(tmp_path / name, beginning, line * (2**24 // len(line)), 2)
     tracemalloc.start()
     try:
@@ -200,7 +200,7 @@ def test_what_unpacks_without_end_fills_no_memory(tmp_path, monkeypatch, name, b
 
 
 def test_stories_that_repeat_without_end_fill_no_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(bounded, "ALWAYS_UNPACKED", 2**20)
+    monkeypatch.setattr(untrusted, "ALWAYS_UNPACKED", 2**20)
     bomb(tmp_path / "a.jsonl.gz", b"", GOOD_LINE * 1000, 500)
     with pytest.raises(ValueError, match="over 100 times as much: if you trust the file, unpack it yourself"):
         load_stories(str(tmp_path / "a.jsonl.gz"))

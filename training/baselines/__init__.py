@@ -1,2 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baselines that transformers lacks."""
+"""Baselines that transformers lacks. An import of this package registers them with transformers' Auto classes.
+
+To add one, write its module here, import it below, and put its JSON into `configuration/model`.
+"""
+
+import training.baselines.lstm  # noqa: F401  (registers its classes)

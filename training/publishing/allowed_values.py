@@ -24,10 +24,10 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from training.bounded import parse_yaml, read_object, walk
 from training.card import STORIES, render
 from training.hub import COMMIT, REPO_ID
 from training.publishing.folder import CARD
+from training.untrusted import parse_yaml, read_object, walk
 
 
 # Models that are published with their code: `save_pretrained` writes it beside the weights.

@@ -16,17 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
 from training import card, hub
-from training.bounded import read_object
 from training.evaluate import load_model
 from training.files import write_json, write_text
 from training.paths import CLONE
 from training.publishing import checks, trials
 from training.publishing.folder import CARD, LICENSE, NO_COMMIT, RESULT, read_sums
-from training.publishing.results import comparable_results
+from training.publishing.portable_results import comparable_results
 from training.tables import TABLES
 from training.tasks import babistories
 from training.tasks.fine_tuning import weights_checksums
 from training.text.story_selection import REJECTED_FILE, STORIES_FILE
+from training.untrusted import read_object
 
 
 # Files of a run that are not published: the cards that libraries write, and a chat template that came with a

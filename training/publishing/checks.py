@@ -17,7 +17,6 @@ from pathlib import Path, PurePosixPath
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from training.bounded import read_object
 from training.files import checksum
 from training.paths import CLONE
 from training.publishing import allowed_values
@@ -34,6 +33,7 @@ from training.publishing.folder import (
     read_sums,
     summed_files,
 )
+from training.untrusted import read_object
 
 
 PACKAGE, SPACE = CLONE / "modeling_memory_mosaic", CLONE / "hub_cards" / "space"

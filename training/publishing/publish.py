@@ -2,7 +2,8 @@
 """The command `publish`: it stages, checks and uploads what a run has made, or verifies what is published already.
 
 The folder `RUN/published/WHAT` receives all files that a repository will hold. It is uploaded only if it loads in a
-clean offline process with the logits of the run's own model, its card has no empty place, and the card's snippets run.
+clean offline process with the logits of the run's own model, and the card's snippets run. A card with an empty place
+is refused where it is made: `card.load_about` and `card.render` raise.
 """
 
 import importlib.metadata
@@ -17,15 +18,15 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from training import card, hub, secrecy
-from training.bounded import read_object
 from training.evaluate import load_model
 from training.files import staged_folder, write_text
 from training.publishing import allowed_values, checks, trials, upload
 from training.publishing.artifacts import ARTIFACTS, PinnedRepo, Publication
 from training.publishing.folder import CARD, NO_COMMIT, RESULT, folder_type, model_folder, published_files, write_sums
-from training.publishing.results import read_portable_result
+from training.publishing.portable_results import read_portable_result
 from training.result import refuse_change
 from training.run_folder import locked
+from training.untrusted import read_object
 
 
 # A step that has succeeded, or what a reader has to know, in one or more lines.
@@ -74,7 +75,10 @@ def prepare(
     result = read_portable_result(run / RESULT)
     what = _choose_artifact(run, result, what)
     if what != "dataset" and result["architecture"]["model_type"] not in card.PAPERS:
-        raise ValueError(f"{run} holds a {result['architecture']['model_type']}: only memory models are published")
+        raise ValueError(
+            f"{run} holds a {result['architecture']['model_type']}: "
+            "only Memory Mosaics and memory models are published"
+        )
     if base is not None and what in ("model", "dataset"):
         raise ValueError(f"--base is {base!r}, but a {what} builds on nothing: leave it out")
     if about is not None and what == "dataset":

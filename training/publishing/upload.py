@@ -14,11 +14,11 @@ from huggingface_hub import CommitInfo
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from training import hub
-from training.bounded import read_object
 from training.files import checksum, write_text
 from training.hub import Repository, Target
 from training.publishing.folder import CARD, HUB_FILES, NO_COMMIT, RESULT, SUMS, parse_sums, published_files
-from training.publishing.results import without_display_settings
+from training.publishing.portable_results import without_display_settings
+from training.untrusted import read_object
 
 
 def _identity(path: Path) -> dict[str, Any]:

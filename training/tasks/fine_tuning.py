@@ -27,7 +27,6 @@ from transformers import (
 from typing_extensions import Self
 
 from training import hub
-from training.bounded import read_object
 from training.evaluate import load_causal_lm, mean_loss
 from training.export import export_model
 from training.files import checksum, staged_folder
@@ -36,6 +35,7 @@ from training.paths import CONFIGURATION
 from training.recipe import Section, TextRecipe, load_recipe
 from training.tasks import language_modeling
 from training.text.tokenizer import added_tokens, load_tokenizer
+from training.untrusted import read_object
 
 
 plan, summary = language_modeling.plan, language_modeling.summary

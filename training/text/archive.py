@@ -25,8 +25,8 @@ from py7zr import FileInfo
 from py7zr.archiveinfo import SignatureHeader
 from py7zr.exceptions import DecompressionBombError, PasswordRequired, UnsupportedCompressionMethodError
 
-from training.bounded import ALWAYS_UNPACKED, MOST_TIMES, refuse_bomb
 from training.files import CHECKSUMS, make_once
+from training.untrusted import ALWAYS_UNPACKED, MOST_TIMES, refuse_bomb
 
 
 # How the file of a split begins, by the names that a split may have.

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
-from training.bounded import open_packed, parse_json
+from training.untrusted import open_packed, parse_json
 
 
 FILE_FORMS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")

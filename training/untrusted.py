@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading of untrusted JSON, YAML and gzip files within bounds; every fault is a `ValueError` that names the file.
+"""Reading of files that others wrote, within bounds: JSON, YAML and gzip. A fault is a `ValueError` with its file.
 
 A file of a few kilobytes can ask for any amount of memory: it unpacks to gigabytes, nests a hundred thousand lists, or
 repeats an alias of an alias. The bounds below limit the memory that these functions take.
@@ -25,7 +25,8 @@ ALWAYS_UNPACKED = 64 * MEBIBYTE
 LARGEST_JSON, LARGEST_YAML = 256 * MEBIBYTE, MEBIBYTE
 # A value counts each time that an alias repeats it.
 MOST_YAML_VALUES = 20_000
-_WHERE = "in training/bounded.py"
+# For messages: where the bounds are.
+_WHERE = "in training/untrusted.py"
 
 
 def refuse_bomb(path: str | Path, packed: int, unpacked: int) -> None:

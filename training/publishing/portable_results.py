@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from training.bounded import read_object
 from training.paths import RESULTS
+from training.untrusted import read_object
 
 
 # Fields of a result that may be paths on the machine of the run.

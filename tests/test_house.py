@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of the house that CONTRIBUTING.md states: the order of imports, the length of files, and plain words."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from training.paths import CLONE
+
+
+ROOMS = ("modeling_memory_mosaic", "training", "benchmarks", "hub_cards", "tests", "configuration")
+PYTHON = [path for room in ROOMS for path in sorted((CLONE / room).rglob("*.py"))]
+ARCHAIC = re.compile(r"\b(whoever|nobody(?!/)|anew|had\s+better|told|whom|kin)\b", re.IGNORECASE)
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Yield the dotted names that a file imports, also within functions; of `from a import b` both `a` and `a.b`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def code_lines(path: Path) -> int:
+    """Return the number of a file's lines without blank lines, comments and docstrings."""
+    source = path.read_text(encoding="utf-8")
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    documented = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds) and ast.get_docstring(node)]
+    in_docstrings = {n for node in documented for n in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    lines = [line.strip() for n, line in enumerate(source.splitlines(), 1) if n not in in_docstrings]
+    return sum(line != "" and line[0] != "#" for line in lines)
+
+
+def test_imports_go_down_the_order_of_rooms():
+    section = (CLONE / "CONTRIBUTING.md").read_text(encoding="utf-8").split("### The order of imports")[1]
+    lines = re.findall(r"^(\d+)\. (.*)$", section.split("\n## ")[0], flags=re.MULTILINE)
+    floors = {name: int(number) for number, names in lines for name in re.findall(r"`(\w+)`", names)}
+    rooms = [path.relative_to(CLONE / "training").with_suffix("").parts for path in CLONE.glob("training/**/*.py")]
+    assert floors.keys() == {room[0] for room in rooms} - {"__init__"}
+    for room in rooms:
+        for name in imported_names((CLONE / "training").joinpath(*room).with_suffix(".py")):
+            target = name.split(".")[1] if name.startswith("training.") else room[0]
+            assert target not in floors or target == room[0] or floors[room[0]] < floors[target], f"{room}: {name}"
+
+
+def test_files_are_short_and_tests_do_not_import_each_other():
+    assert not [str(path) for path in PYTHON if "tests" not in path.parts and code_lines(path) > 450]
+    imports = [(path, name) for path in PYTHON if "tests" in path.parts for name in imported_names(path)]
+    assert not [f"{path}: {name}" for path, name in imports if re.search(r"(^|\.)(test_|conftest)", name)]
+
+
+def test_words_are_plain():
+    pages = [
+        path for room in ROOMS for ending in ("py", "md", "jinja") for path in (CLONE / room).rglob(f"*.{ending}")
+    ]
+    for path in (*pages, *CLONE.glob("*.md"), *CLONE.glob("*.toml")):
+        if path != Path(__file__).resolve() and path.parent.parent.name != "results":  # stories are quoted there
+            assert not (found := ARCHAIC.search(path.read_text(encoding="utf-8"))), f"{path}: {found}"
