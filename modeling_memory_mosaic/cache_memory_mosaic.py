@@ -372,8 +372,14 @@ def check_memory(memory: Cache, config: PreTrainedConfig, num_rows: int) -> None
         num_rows: of the new tokens.
 
     Raises:
-        ValueError: if the memory has too few layers or layers of another kind, or another number of rows.
+        ValueError: if the memory has too few layers or layers of another kind, or another number of rows, or a static
+            one is exported.
     """
+    if torch.compiler.is_exporting() and getattr(memory, "is_compileable", False):
+        raise ValueError(
+            "`torch.export` of a static memory is not supported: its states would be constants of the program. "
+            "Export with `use_cache=False`, or compile the model, which static memories are for."
+        )
     layers: Any = getattr(memory, "layers", ())  # a tuple of tensors, as older code made them, has none
     # By name, as a model loaded with `trust_remote_code=True` has classes of its own. More layers than the model uses
     # are in order: decoding with an early exit lowers num_hidden_layers.

@@ -496,11 +496,6 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
                 "A memory cannot be read or written under gradient checkpointing, which reads everything twice: call "
                 "`model.gradient_checkpointing_disable()` or `model.eval()`, or pass `use_cache=False`."
             )
-        if torch.compiler.is_exporting() and getattr(past_key_values, "is_compileable", False):
-            raise ValueError(
-                "`torch.export` of a static memory is not supported: its states would be constants of the program. "
-                "Export with `use_cache=False`, or compile the model, which static memories are for."
-            )
         check_memory(past_key_values, self.config, num_rows=embeds.shape[0])
         layer = memory_layer(past_key_values)
         # Under autocast norms return float32, whatever the embeddings are.
