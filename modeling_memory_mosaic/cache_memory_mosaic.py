@@ -389,6 +389,11 @@ def check_memory(memory: Cache, config: PreTrainedConfig, num_rows: int) -> None
             f"This {type(memory).__name__} was not made for this model. Build it from the model's config: "
             "`DynamicCache(config=model.config)`. (A cache that prefix tuning of PEFT makes is refused too: use LoRA.)"
         )
+    if not hasattr(layers[0], "check_precision"):
+        raise ValueError(
+            "The layers of this memory come from another version of this code, which was loaded later in this "
+            "process: load the models of two versions in processes of their own."
+        )
     check_num_rows(layers[0].num_rows(), num_rows)
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.isolation import run_clean
+from helpers.processes import call
 from helpers.runs import assert_same_run, weights
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from typer.testing import CliRunner
 
-from modeling_memory_mosaic import MemoryMosaicForCausalLM, inspect_units, memory_from_state_dict
+from modeling_memory_mosaic import memory_from_state_dict
 from training.__main__ import app
 
 
@@ -220,10 +220,28 @@ def test_an_old_published_folder_is_not_run_by_code_of_another_version(runs):
     assert re.search(message, result.output), result.output
 
 
-def test_old_code_is_not_inspected_by_this_version(formats):
-    folder = formats / "finished" / "model"
-    old_class = get_class_from_dynamic_module("modeling_memory_mosaic.MemoryMosaicForCausalLM", str(folder))
-    model = old_class.from_pretrained(folder)
-    assert not isinstance(model, MemoryMosaicForCausalLM)
-    with pytest.raises(ValueError, match="code that an earlier version saved beside it"):
-        inspect_units(model, IDS)
+BESIDE_OLD_CODE = """
+import sys
+import torch
+from modeling_memory_mosaic import MemoryMosaicForCausalLM, inspect_units
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+folder, ids = sys.argv[1], torch.zeros(1, 4, dtype=torch.long)
+old = get_class_from_dynamic_module("modeling_memory_mosaic.MemoryMosaicForCausalLM", folder).from_pretrained(folder)
+new = MemoryMosaicForCausalLM.from_pretrained(folder)
+assert torch.equal(old(ids, use_cache=False).logits, new(ids, use_cache=False).logits)
+for call in (lambda: inspect_units(old, ids), lambda: new.generate(ids, max_new_tokens=2)):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_old_code_in_the_same_process_is_named(formats):
+    """Loaded later, it makes the memories of both: transformers knows the layers of a cache by their name alone."""
+    process = call("-c", BESIDE_OLD_CODE, str(formats / "finished" / "model"))
+    assert process.returncode == 0, process.stderr
+    inspected, read = process.stdout.strip().splitlines()
+    assert "runs the code that an earlier version saved beside it" in inspected
+    assert "another version of this code" in read

@@ -401,7 +401,7 @@ def test_a_cache_is_not_read_on_by_other_rows_or_with_other_memories():
     ids = make_ids(2, 12, vocab_size=VOCAB_SIZE)
     outputs = model(ids, use_cache=True)
     cache = outputs.past_key_values or outputs.cache
-    with pytest.raises(ValueError, match="has read 2 rows, but 1 are passed"):
+    with pytest.raises(ValueError, match="holds 2 rows, but 1 are passed"):
         model(ids[:1, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="give them at first"):
         model(ids[:, :1], past_key_values=cache, memories=outputs.memories)
