@@ -35,7 +35,9 @@ from training.tables import markdown_table
 
 
 SIZES: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+# Half the heads too, so that each is as wide as before.
 HALF = SIZES | {"hidden_size": 64, "num_attention_heads": 2}
+# The length of chunks in the author's runs.
 CHUNK_LENGTH = 256
 LENGTHS = (512, 1024, 4096, 16384)
 ENCODERS = {"encoder of equal size": SIZES, "encoder of half the width": HALF}
@@ -64,6 +66,7 @@ def read(model: PreTrainedModel, num_tokens: int) -> DynamicCache | MemoryModelC
     """Return a cache into which the model has read one text."""
     ids = torch.randint(0, SIZES["vocab_size"], (1, num_tokens), generator=torch.Generator().manual_seed(0))
     cache = MemoryModelCache() if isinstance(model, MemoryModelForCausalLM) else DynamicCache(config=model.config)
+    # A prefill needs the logits of the last token alone.
     model(input_ids=ids, **{MEMORY_NAME: cache}, logits_to_keep=1)
     return cache
 
@@ -81,10 +84,12 @@ def prefill(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
 
 def decode(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
     """Return a measurement: tokens per second over one chunk after the text, one at a time."""
+    # Which token is read does not change the speed.
     ids, before = torch.zeros(1, 1, dtype=torch.long), read(model, num_tokens)
 
     @torch.no_grad()
     def run() -> float:
+        # Every run begins after the same text, and copying is not timed.
         cache = copy.deepcopy(before)
         start = time.perf_counter()
         for _ in range(CHUNK_LENGTH):
@@ -104,6 +109,7 @@ def slots(model: PreTrainedModel, num_tokens: int) -> int:
 def _peak_of_reading(name: str, num_tokens: int, threads: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
     model = build(name)
+    # After the model is built: its weights are not part of reading.
     before = peak_resident()
     read(model, num_tokens)
     pipe.send(peak_resident() - before)
@@ -116,6 +122,7 @@ def weights_per_token(sizes: dict[str, int] | None) -> int:
     """
     if sizes is None:
         return 0
+    # Only shapes count, so that no weight is allocated.
     with torch.device("meta"):
         layers = MemoryMosaicForCausalLM(backbone(sizes)).model.layers
         return sum(parameter.numel() for parameter in layers.parameters() if parameter.ndim > 1)
@@ -128,9 +135,11 @@ def pair_width(sizes: dict[str, int]) -> int:
 
 def multiplications(name: str, num_tokens: int) -> float:
     """Return the multiplications of reading a text, by the formula."""
+    # `FULL` has no encoder, so that `get` gives None.
     weights = {key: weights_per_token(sizes) for key, sizes in (("decoder", SIZES), ("encoder", ENCODERS.get(name)))}
     if name == FULL:
         return num_tokens * weights["decoder"] + pair_width(SIZES) * num_tokens**2 / 2
+    # All lengths are whole chunks: the row of the next has their memories and the slot that begins it.
     row = num_tokens // CHUNK_LENGTH + 1
     encoder = num_tokens * (weights["encoder"] + pair_width(ENCODERS[name]) * CHUNK_LENGTH / 2)
     return encoder + row * weights["decoder"] + pair_width(SIZES) * row**2 / 2
@@ -160,6 +169,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     """Return one row for each length and encoder, printed as it is taken."""
     full, rows = build(FULL), []
     for num_tokens in LENGTHS:
+        # Once for each length: encoders do not matter to it.
         peak = in_process_of_its_own(_peak_of_reading, FULL, num_tokens)
         for name in ENCODERS:
             model = build(name)

@@ -43,6 +43,7 @@ def build(name: str) -> PreTrainedModel:
     if name == "mosaic":
         return MemoryMosaicForCausalLM(MemoryMosaicConfig(**SIZES, attention_dropout=0.0, hidden_dropout=0.0))
     if name == "llama":
+        # Llama's feed-forward layer has three matrices, GPT-2's two of four times the width.
         intermediate_size = 8 * SIZES["hidden_size"] // 3
         return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=intermediate_size, tie_word_embeddings=True))
     config = GPT2Config(
@@ -51,6 +52,7 @@ def build(name: str) -> PreTrainedModel:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        # GPT-2's own ids lie beyond this vocabulary.
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -96,6 +98,7 @@ def decode(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
 
     @torch.no_grad()
     def run() -> float:
+        # Each run reads the text again, untimed, for decoding makes the cache longer.
         cache = DynamicCache(config=model.config)
         model.eval()(input_ids=ids, past_key_values=cache, logits_to_keep=1)
         start = time.perf_counter()
@@ -114,6 +117,7 @@ def dense_leaky_average(states: torch.Tensor, leak: torch.Tensor) -> torch.Tenso
         leak: `(H,)`.
     """
     positions = torch.arange(states.shape[2], dtype=states.dtype)
+    # Future lags are cut by `tril`. Without the clamp their exp() overflows, and gradients are NaN.
     lags = (positions[:, None] - positions).clamp(min=0)
     return torch.exp(-leak[:, None, None] * lags).tril() @ states
 
@@ -122,6 +126,7 @@ def leaky_step(average: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], nu
     """Return a measurement: milliseconds of forward and backward of a leaky average in rows of `num_tokens`."""
     heads, width = SIZES["num_attention_heads"], SIZES["hidden_size"] // SIZES["num_attention_heads"]
     states = torch.randn(TOKENS_PER_STEP // num_tokens, heads, num_tokens, width, requires_grad=True)
+    # The leaks of a newly initialised mosaic.
     leak = torch.linspace(0.5, 5.0, heads).requires_grad_()
     weights = torch.randn(states.shape)
 
@@ -177,10 +182,12 @@ def in_process_of_its_own(function: Callable[..., None], *arguments: Any) -> Any
         function: takes the arguments, the number of torch's threads and the pipe to send to.
         arguments: picklable.
     """
+    # A fork would begin with the memory of this process.
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=function, args=(*arguments, torch.get_num_threads(), sender))
     process.start()
+    # If the process dies, `recv` then fails and does not wait for ever.
     sender.close()
     sent = receiver.recv()
     process.join()

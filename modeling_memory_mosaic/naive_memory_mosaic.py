@@ -26,6 +26,7 @@ def naive_leaky_average(states: torch.Tensor, leak: torch.Tensor) -> torch.Tenso
 def naive_norm(vector: torch.Tensor) -> torch.Tensor:
     """Scale a vector `(D,)` to unit length; zero stays zero."""
     length = vector.norm()
+    # Division by a length of 0 would give NaN, as in the authors' code.
     return vector / length if length > 0 else vector
 
 
@@ -48,6 +49,7 @@ def naive_kernel_smoothing(
 
 def naive_keys(states: torch.Tensor, key_leak: torch.Tensor, key_scale: torch.Tensor, power: int = 1) -> torch.Tensor:
     """Return the keys `(T, D)` of one memory: leaky sums of projected inputs at length exp(min(10 a, 5)) ** power."""
+    # Stored scalars are divided by 10, so that Adam moves them ten times as fast. The cap is the authors'.
     length = torch.exp((10 * key_scale).clamp(max=5)) ** power
     return torch.stack([length * naive_norm(s) for s in naive_leaky_average(states, (10 * key_leak).abs())])
 
@@ -92,6 +94,7 @@ def naive_persistent_memory(
     """
     queries = naive_keys(k_states, key_leak, key_scale, power=2)
     outputs = [naive_kernel_smoothing(q, list(slot_keys), list(slot_values), slot_values.shape[1]) for q in queries]
+    # Learnt values carry no scale either, so that their mean takes it.
     return torch.exp(10 * value_scale) * torch.stack(outputs)
 
 
@@ -137,6 +140,7 @@ def naive_logits(state_dict: dict[str, torch.Tensor], config: Any, input_ids: to
         )
         return linear(f"{name}.o_proj", torch.cat([naive_persistent_memory(*memory) for memory in memories], dim=-1))
 
+    # No positions are added: order enters by the leaky sums and by the pairs.
     hidden_states = state_dict["model.embed_tokens.weight"][input_ids]
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}"
@@ -146,4 +150,5 @@ def naive_logits(state_dict: dict[str, torch.Tensor], config: Any, input_ids: to
         hidden_states = hidden_states + persistent(
             f"{layer}.persistent_memory", norm(f"{layer}.persistent_norm", hidden_states)
         )
+    # The scale of the logits is in the authors' code, not in the paper.
     return norm("model.norm", hidden_states) @ state_dict["lm_head.weight"].T / config.logits_scaling

@@ -88,6 +88,7 @@ def draw_stages(result: dict[str, Any], path: Path) -> None:
     figure, ((loss, accuracy),) = new_figure(1, 2, width=4, height=4)
     for axis, names in (
         (loss, ["eval_causal_loss"]),
+        # The first objective is the causal one, whose loss is on the left.
         (accuracy, [f"eval_{name}_accuracy" for name in OBJECTIVES[1:]]),
     ):
         for name in names:
@@ -98,6 +99,7 @@ def draw_stages(result: dict[str, Any], path: Path) -> None:
                 steps_before += stage["steps"]
                 axis.axvline(steps_before, color="lightgrey", zorder=0)
             label = name.removeprefix("eval_").removesuffix("_accuracy").replace("_", " ")
+            # A measure that no stage logged keeps its entry in the legend.
             axis.plot(*zip(*points, strict=True) if points else ([], []), marker="o", markersize=3, label=label)
         axis.set_xlabel("steps; a grey line ends a stage")
         axis.legend(loc="center right")
@@ -157,10 +159,12 @@ def draw_units(units: MemoryMosaicUnits, path: Path, tokens: list[str] | None = 
         raise ValueError(f"row={row}, but units of {batch_size} rows are given: count them from 0.")
     if tokens is not None and len(tokens) != num_tokens:
         raise ValueError(f"{len(tokens)} tokens are given, but units were inspected at {num_tokens}.")
+    # A list as index keeps the axis of rows, which `summarize_units` expects.
     by_kind = (units.entropy[:, :, [row]], units.share[:, :, [row]], units.norm[:, :, [row]])
     units_of_row = MemoryMosaicUnits(units.error[:, [row]], *by_kind)
     num_layers, _, num_heads, _ = units_of_row.error.shape
     height = min(6.0, 1.2 + 0.16 * num_layers * num_heads)
+    # A shared axis puts each bar beside the row of its unit in the map.
     figure, axes = new_figure(3, 2, 6.5, height, sharey="row", width_ratios=[4, 1])
     maps = {
         "error of contextual units, |y - v|² / |v|²": units_of_row.error[:, 0],

@@ -43,6 +43,7 @@ SHOWN = (".png", ".md")
 
 def cpu_name() -> str | None:
     """Return the processor's name as the system gives it; None if it gives none."""
+    # First, for on Linux `platform.processor` names at most the architecture.
     information = Path("/proc/cpuinfo")
     if information.is_file():
         names = re.findall(r"^model name\s*: (.+)$", information.read_text(encoding="utf-8"), re.MULTILINE)
@@ -91,6 +92,7 @@ def header(recipe: BaseRecipe) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "task": recipe.task,
+        # The folder is a path of this machine, and results are published.
         "recipe": recipe.model_dump(exclude={"output_dir"}),
         "recipe_hash": recipe.hash,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -131,6 +133,7 @@ def tokens_per_second(log_history: list[dict[str, Any]]) -> float | None:
         if "tokens_per_second" in entry:
             new_tokens = entry["num_input_tokens_seen"] - tokens_before
             tokens += new_tokens
+            # Tokens over seconds, for a mean of speeds would weigh short entries too much.
             seconds += new_tokens / entry["tokens_per_second"]
         tokens_before = entry["num_input_tokens_seen"]
     return round(tokens / seconds, 3) if seconds else None
@@ -148,6 +151,7 @@ def write_result(result: dict[str, Any], folder: Path, kept: Sequence[str] = (),
     text = json_text(result)
     shown = [path.name for path in folder.iterdir() if path.suffix in SHOWN]
     sums = checksums_of(folder, [*kept, *shown]) | {name: checksum_of_text(text)}
+    # The result comes last: a run that is killed before it counts as not finished.
     write_text(folder / CHECKSUMS, checksums_text(sums))
     write_text(folder / name, text)
 
@@ -170,6 +174,7 @@ def read_result(folder: Path, name: str = "result.json") -> dict[str, Any] | Non
 
 def refuse_change(folder: Path) -> None:
     """Raise `ValueError` if a file that `write_result` listed in the folder is missing or changed."""
+    # A run's folder also has files that the list leaves out, such as checkpoints.
     if damage := faults(folder, unlisted=False):
         raise ValueError(
             f"{folder} is damaged ({'; '.join(damage)}): restore it, or remove its result.json and run the recipe "

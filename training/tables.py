@@ -52,7 +52,9 @@ def markdown_table(columns: Sequence[str], alignment: str, rows: Iterable[Sequen
         rows: cells of each row.
     """
     marks = f"| {' | '.join(_ALIGNMENTS[letter] for letter in alignment)} |"
+    # tabulate's own layouts for Markdown pad the cells.
     layout = TableFormat(None, lambda widths, alignments: marks, None, None, _ROW, _ROW, 0, None)
+    # Cells are formatted already: tabulate must not parse and format them again.
     return tabulate(list(rows), columns, layout, disable_numparse=True, stralign=None)
 
 
@@ -100,6 +102,7 @@ def results_table(results: list[dict[str, Any]]) -> str:
 
 
 def _fine_tuning_row(name: str, results: list[dict[str, Any]], num_trained: int) -> list[str]:
+    # The base stands in the table without a seed.
     seeds = ", ".join(str(result["seed"]) for result in results if "seed" in result)
     loss, perplexity = (
         [result["metrics"][f"validation_{measure}"] for result in results] for measure in ("loss", "perplexity")
@@ -178,8 +181,10 @@ def rewrite_tables(*paths: str | Path) -> None:
     Raises:
         cogapp.CogError: a block has no results, or no end. The file stays as it is.
     """
+    # cog's -P takes what a block prints, and -p gives each block the import.
     options = ["-P", "-p", "from training.tables import table_of", "--verbosity=0"]
     for path in map(Path, paths):
+        # cog writes to another path, so that a failure leaves the file as it is.
         with staged_file(path) as staged:
             Cog().callable_main(["cog", *options, "-o", str(staged), str(path)])
 

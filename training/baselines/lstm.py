@@ -20,7 +20,7 @@ class LstmConfig(PreTrainedConfig):
     vocab_size: int = 50257
     hidden_size: int = 64
     num_hidden_layers: int = 2
-    dropout: float | int = 0.0
+    dropout: float | int = 0.0  # `strict` does not take an int for a float
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -45,6 +45,7 @@ class LstmForCausalLM(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.LSTM):
+            # By transformers' `init`, which leaves loaded weights as they are.
             for weight in module.parameters():  # torch's own distribution
                 init.uniform_(weight, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
         else:
@@ -58,6 +59,7 @@ class LstmForCausalLM(PreTrainedModel):
         **kwargs: Any,
     ) -> CausalLMOutput:
         """Return logits `(B, T, V)` of ids `(B, T)`, and the loss by labels `(B, T)`, not shifted; -100 is ignored."""
+        # Without `use_cache`, which callers pass to every model.
         states, _ = self.lstm(self.embed_tokens(input_ids))
         logits = self.lm_head(self.norm(states))
         loss = None

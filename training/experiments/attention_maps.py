@@ -69,6 +69,7 @@ def last_position_map(model: PreTrainedModel, windows: torch.Tensor, batch_size:
     sums = []
     for batch in windows.split(batch_size):
         attentions = model(input_ids=batch.to(model.device), use_cache=False, output_attentions=True).attentions
+        # (B, H, T, T) -> (H, T). In float64, for thousands of windows are summed.
         sums.append(attentions[0][:, :, -1].double().sum(0))
     return (sum(sums) / len(windows)).cpu().numpy()
 
@@ -93,7 +94,9 @@ def describe(weights: np.ndarray) -> dict[str, float]:
     """
     weights = np.trim_zeros(weights, "b")  # a mosaic's last pair is not complete yet
     middle, newest = weights[FIRST:-NEWEST], weights[-NEWEST:]
+    # A weight may underflow to 0, which has no logarithm.
     bins = np.maximum(_binned(middle), 1e-12)
+    # A median, because a wide peak can reach into the middle.
     level = float(np.median(bins))
     above = weights[::-1] > 2 * level
     return {
@@ -103,6 +106,7 @@ def describe(weights: np.ndarray) -> dict[str, float]:
         "unevenness": float(np.std(np.log(bins))),
         "middle": float(middle.sum()),
         "newest": float(newest.sum()),
+        # `argmin` finds the first position that is not above. If all are, it returns 0.
         "peak_width": int(len(above) if above.all() else np.argmin(above)),
     }
 
@@ -187,6 +191,7 @@ def _heads_of_mosaic(heads: list[dict[str, Any]], length: int) -> list[dict[str,
 def _claim_on_leaks(recipe: Recipe, heads: list[dict[str, Any]]) -> Claim:
     of_mosaic = _heads_of_mosaic(heads, recipe.lengths[0])
     rank = spearmanr([head["leak_coefficient"] for head in of_mosaic], [head["peak_width"] for head in of_mosaic])
+    # Also false for NaN, the p-value of widths that are all equal.
     is_significant = rank.pvalue < 0.05
     return Claim(
         "The larger a head's leak coefficient, the wider the peak on the newest positions",
@@ -215,6 +220,7 @@ def _draw_maps(recipe: Recipe, maps: dict[MapKey, np.ndarray]) -> None:
                 axis.set_axis_off()
                 continue
             for head, weights in enumerate(maps[label, length, seed]):
+                # A weight of 0 would break the line: here it goes below the lower end of the axis.
                 axis.semilogy(np.maximum(weights, 1e-7), lw=0.8, label=f"head {head}")
             axis.set_ylim(1e-6, 1)
             axis.set_title(f"{label}, {length} tokens", fontsize=9)
@@ -246,6 +252,7 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     heads: list[dict[str, Any]] = []
     num_windows: dict[int, int] = {}
     for training in tqdm(recipe.trainings, desc="maps"):
+        # Only eager attention returns its weights.
         model, tokenizer = training.load(attn_implementation="eager")
         for length in recipe.lengths:
             if not fits_context(model, length):

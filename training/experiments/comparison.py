@@ -56,6 +56,7 @@ class Trained(NamedTuple):
 
 
 def _merged(settings: dict[str, Any], more: dict[str, Any]) -> Any:
+    # A deep merge: `|` would drop the other settings of a section.
     return OmegaConf.to_container(OmegaConf.merge(settings, more))
 
 
@@ -66,6 +67,7 @@ def _changed_settings(variant: dict[str, Any], recipe: Any) -> dict[str, Any]:
     """
     changes = {}
     for section, settings in variant.items():
+        # What `model_args` leaves out stands in the model's file.
         current = recipe.build_config() if section == "model_args" else getattr(recipe, section)
         changed = {name: value for name, value in settings.items() if getattr(current, name) != value}
         if changed:
@@ -107,6 +109,7 @@ class ComparisonRecipe(BaseRecipe):
 
     def _training(self, label: str, variant: dict[str, Any], seed: int) -> Trained:
         path = CONFIGURATION / "recipe" / f"{self.base}.yaml"
+        # Read twice: only the recipe tells which settings of the variant change anything.
         without_variant: Any = load_recipe(path, settings=[self.common, self.runs[label], {"seed": seed}])
         settings = _merged(self.runs[label], _changed_settings(variant, without_variant))
         folder = f"runs/{self.base}/{'-'.join([*leaves(settings), f'seed{seed}'])}"
@@ -115,6 +118,7 @@ class ComparisonRecipe(BaseRecipe):
 
     def content(self) -> dict[str, Any]:
         """Return what determines the result: the trainings too, but not how many run at once."""
+        # The base recipe is another file: its hash makes a change of it count.
         content = super().content() | {"trainings": [training.recipe.hash for training in self.trainings]}
         del content["workers"]
         return content
@@ -164,6 +168,7 @@ def _training_summary(training: Trained) -> dict[str, Any]:
     kept = ["model", "recipe_hash", "commit", "versions", "data"]
     kept += ["parameters", "steps", "tokens", "seconds", "metrics"]
     place = {"label": training.label, "depth": training.depth, "seed": training.seed}
+    # Tasks differ in what they record.
     return place | {name: result[name] for name in kept if name in result}
 
 
@@ -174,10 +179,12 @@ def _compare(
     measure: Callable[[ComparisonRecipe], dict[str, Any]],
 ) -> dict[str, Any]:
     run_all([recipe_job(training.recipe) for training in recipe.trainings], recipe.workers)
+    # The other processes take part in the trainings alone.
     if not state.is_main_process:
         return {}
     trainings = [_training_summary(training) for training in recipe.trainings]
     result = header(recipe) | {"data": data, "trainings": trainings} | measure(recipe)
+    # JSON would write a named tuple as a list, without names.
     result["claims"] = [claim._asdict() for claim in result["claims"]]
     return result
 

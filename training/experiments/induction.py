@@ -28,6 +28,7 @@ class Recipe(ComparisonRecipe):
 
     @model_validator(mode="after")
     def _check_depths(self) -> "Recipe":
+        # Trainings of the first seed: one for each label.
         depths = [training.depth for training in self.trainings[: len(self.runs)]]
         if depths[:3] != [1, 1, 2]:
             raise ValueError(
@@ -38,6 +39,7 @@ class Recipe(ComparisonRecipe):
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Return the trainings of the experiment and whether each is finished. Draws no data."""
+    # Without an estimate of hours: it counts tokens of text, which these trainings do not read.
     return comparison.plan(recipe)
 
 
@@ -71,6 +73,7 @@ def _claim(results: dict[str, list[dict[str, Any]]], informed: float) -> Claim:
     accuracies = [f"{label} {mean_and_deviation(_accuracy(runs), 3)}" for label, runs in list(results.items())[:3]]
     accuracies.append(f"a reader who knows the bigrams {informed:.3f}")
     verdict: Verdict
+    # No seed of the mosaic or of two blocks may fail, and none of one block may succeed.
     if min(mosaic) >= SOLVED * informed and min(deep) >= LEARNT * informed > max(shallow):
         verdict = "reproduced"
     else:
@@ -90,6 +93,7 @@ def _draw(recipe: Recipe, results: dict[str, list[dict[str, Any]]]) -> None:
         for index, result in enumerate(runs):
             points = result["learning_curve"]
             steps, accuracy = [p["step"] for p in points], [p["accuracy"] for p in points]
+            # The legend has one entry for all seeds of a model.
             axis.plot(steps, accuracy, color=f"C{number}", lw=1.4, alpha=0.8, label=None if index else label)
     axis.set(xlabel="step", ylabel="accuracy on triggers seen before (validation)", ylim=(0, 1))
     axis.legend()

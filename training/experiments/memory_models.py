@@ -89,8 +89,10 @@ def _curve(result: dict[str, Any], flops: list[int], measure: str) -> list[tuple
     points: list[tuple[float, float]] = []
     flops_before = 0.0
     for stage, stage_flops in zip(result["stages"], flops, strict=True):
+        # A probe that comes first is the only training of this model, so that its curve is drawn.
         if stage["name"] == PROBE and points:
             break
+        # The log counts steps, and a step costs more in some stages than in others.
         flops_per_step = stage_flops / stage["steps"]
         entries = [entry for entry in stage["learning_curve"] if f"eval_{measure}" in entry]
         points += [(flops_before + entry["step"] * flops_per_step, entry[f"eval_{measure}"]) for entry in entries]
@@ -107,12 +109,15 @@ def _draw(recipe: Recipe, question: Question, models: list[Series], accuracy_of_
         points.plot(values, [place] * len(values), "o", color=color)
         for index, result in enumerate(series.results):
             curve = _curve(result, series.flops, question.curve.measure)
+            # The legend has one entry for all seeds of a model.
             label = series.label if index == 0 else None
             curves.plot([x / 1e12 for x, _ in curve], [y for _, y in curve], color=color, lw=1, label=label)
     points.set_yticks(range(len(models)), [series.label for series in models])
+    # The first model on top, as in the table.
     points.invert_yaxis()
     points.axvline(accuracy_of_guess, color="grey", ls=":", label="frequencies alone")
     points.set_xlabel(question.points.name)
+    # A little beyond 1, where a dot would be cut in half.
     points.set_xlim(0, 1.02)
     points.legend()
     curves.set_xlabel("training so far ($10^{12}$ operations)")

@@ -44,6 +44,7 @@ def _value(stages: list[dict[str, Any]], measure: str) -> float | None:
     if measure == "recovered":
         probes = [stage for stage in stages if stage["name"] == PROBE]
         return probes[-1]["metrics"].get("autoencoding_accuracy") if probes else None
+    # A model that is only probed has no stage to judge.
     judged = [stage for stage in stages if stage["name"] != PROBE]
     if measure == "steps":
         return sum(stage["steps"] for stage in judged)
@@ -72,6 +73,7 @@ class Series(NamedTuple):
         values = self.values(measure)
         if not values:
             return ""
+        # The recipe sets the steps, so that seeds do not differ in them.
         return f"{values[0]:,}" if measure == "steps" else mean_and_deviation(values, digits)
 
 
@@ -87,6 +89,7 @@ def prepare_windows(training: Trained) -> dict[str, Dataset]:
 
 def _entropy(series: Series) -> dict[str, list[float]]:
     """Return the entropy ratio of what was recovered: 1 is everything, 0 a uniform guess."""
+    # The last stage of each model is its probe.
     losses = [result["stages"][-1]["metrics"]["autoencoding_loss"] for result in series.results]
     vocab_size = series.trainings[0].recipe.build_config().vocab_size
     return {"entropy ratio": [1 - loss / math.log(vocab_size) for loss in losses]}
@@ -103,7 +106,7 @@ def _retrieval_accuracy(training: Trained) -> float:
     rows = prepare_windows(training)["validation"].with_format("torch")["input_ids"][:]
     text = rows.flatten()[: NUM_CANDIDATES * 2 * length]
     chunks = text.unfold(0, length, 2 * length)  # every other one, so that no two candidates share a token
-    later = text.roll(-(length // 4)).unfold(0, length, 2 * length)
+    later = text.roll(-(length // 4)).unfold(0, length, 2 * length)  # (N, L), as `chunks`
     queries, candidates = (model.encoder(part.to(model.device)).memories.flatten(1) for part in (chunks, later))
     return retrieval_accuracy(queries.tolist(), candidates.tolist())["accuracy"]
 
@@ -146,6 +149,7 @@ def _no_columns(series: Series) -> dict[str, list[float]]:
 
 
 def _is_far_less(values: Sequence[float], others: Sequence[float]) -> bool:
+    # The worst pair of seeds decides, so that one good seed is not enough.
     return max(values) <= FAR_LESS * min(others)
 
 
@@ -247,6 +251,7 @@ def _remedies_claims(
     roles: dict[str, list[str]], models: dict[str, Series], unigram: dict[str, float]
 ) -> Iterator[Claim]:
     known = {labels[0] for labels in roles.values()}
+    # Every run without a role is a remedy, so that a recipe may add more of them.
     remedies = [series for label, series in models.items() if label not in known]
     best = min(remedies, key=lambda series: series.mean("causal_loss"))
     is_level = best.mean("causal_loss") <= models[roles["combined"][0]].mean("causal_loss") + EQUAL_LOSS

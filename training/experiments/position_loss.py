@@ -53,8 +53,8 @@ class Recipe(DepthComparisonRecipe):
     context_length: int = Field(ge=2)
     bin_width: PositiveInt = 8
     batch_size: PositiveInt = 16
-    better_from: PositiveInt = 50
-    flat_from: PositiveInt = 100
+    better_from: PositiveInt = 50  # Fig. 10: better from about 50 tokens
+    flat_from: PositiveInt = 100  # Fig. 10: flat after 100 to 150
 
     @model_validator(mode="after")
     def _check_positions(self) -> "Recipe":
@@ -82,6 +82,7 @@ def _windows_within(
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield for each window that lies within a document the document's number and the ids."""
     for number, text in enumerate(documents["text"]):
+        # Text that spells a special token stays text. Documents may exceed the model's length: no warning of that.
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         for start in range(0, len(ids) - context_length + 1, context_length):
             yield number, ids[start : start + context_length]
@@ -125,13 +126,14 @@ def token_losses(model: PreTrainedModel, windows: torch.Tensor, batch_size: int)
     rows = []
     for batch in windows.split(batch_size):
         batch = batch.to(model.device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()  # (B, T - 1, V)
         rows.append(cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").cpu())
     return torch.nn.functional.pad(torch.cat(rows), (1, 0), value=math.nan).numpy()
 
 
 def _binned(by_token: np.ndarray, bin_width: int) -> np.ndarray:
     """Return means `(N, T / bin_width)` over neighbouring positions."""
+    # The first bin has the NaN of the first token.
     return np.nanmean(by_token.reshape(len(by_token), -1, bin_width), axis=2)
 
 
@@ -145,6 +147,7 @@ def _bands(values: np.ndarray, groups: list[int]) -> dict[str, list[float]]:
 def _pairs(recipe: Recipe, means: dict[str, np.ndarray]) -> Iterator[tuple[str, str]]:
     """Yield the names of the first model and of each other one of its depth."""
     first = next(iter(recipe.runs))
+    # Models that cannot read windows of this length have no means.
     measured = [training for training in recipe.trainings if training.name in means]
     ours = {training.depth: training.name for training in measured if training.label == first}
     theirs = {training.name: training.depth for training in measured if training.label != first}
@@ -154,6 +157,7 @@ def _pairs(recipe: Recipe, means: dict[str, np.ndarray]) -> Iterator[tuple[str, 
 
 def _differences(recipe: Recipe, means: dict[str, np.ndarray], groups: list[int]) -> dict[str, dict[str, list[float]]]:
     """Return the loss of the first model minus that of each other one of its depth, on the same windows."""
+    # Paired by window: how hard a window is cancels out, and the band is narrower.
     pairs = _pairs(recipe, means)
     return {f"{ours} - {theirs}": _bands(means[ours] - means[theirs], groups) for ours, theirs in pairs}
 
@@ -216,6 +220,7 @@ def _claim_on_late_fall(recipe: Recipe, name: str, pair: str, falls: dict[str, d
     ours, theirs = pair.split(" - ")
     fall, other_fall, difference = (falls[key] for key in (ours, theirs, pair))
     bands = {key: f"{band['mean']:.3f} ({band['low']:.3f} to {band['high']:.3f})" for key, band in falls.items()}
+    # Either the other model's fall is not sure to be one, or the mosaic's is surely larger.
     falls_more = fall["low"] > 0 and (other_fall["low"] <= 0 or difference["low"] > 0)
     return Claim(
         f"Out of distribution ({name}), the mosaic's loss keeps falling where the transformer's is flat",
@@ -244,9 +249,11 @@ def _claims_out_of_distribution(recipe: Recipe, name: str, measured: dict[str, A
 def _claims_beyond(recipe: Recipe, name: str, measured: dict[str, Any]) -> Iterator[Claim]:
     positions = np.array(measured["positions"])
     is_beyond = positions >= recipe.training_length
+    # Without the first half, whose losses are high for want of context.
     is_before = ~is_beyond & (positions >= recipe.training_length // 2)
     means = {key: np.array(band["mean"]) for key, band in measured["loss"].items()}
     rises = {key: float(mean[is_beyond].mean() - mean[is_before].mean()) for key, mean in means.items()}
+    # The comma keeps out labels that only begin alike.
     rises_of_mosaic = [rise for key, rise in rises.items() if key.startswith(f"{next(iter(recipe.runs))},")]
     listed = ", ".join(f"{key} {rise:+.3f}" for key, rise in rises.items())
     yield Claim(

@@ -44,6 +44,7 @@ NUM_INSPECTED, NUM_DRAWN = 20, 80
 # How the tokens are written in the picture.
 SYMBOLS = "abcdefghijklmnopqr|."
 # The accuracy from which a model counts as having learnt to learn, and that up to which it counts as not.
+# In Fig. 11 mosaics are above 0.92, and transformers of few automata below 0.55.
 SOLVED, UNSOLVED = 0.90, 0.60
 
 
@@ -104,9 +105,11 @@ def _numbers(series: Series) -> dict[str, Any]:
 def _inspect(recipe: Recipe) -> list[dict[str, Any]]:
     """Measure the units of the first mosaic on test sequences, and draw them on the beginning of the first."""
     first = recipe.trainings[0].recipe
+    # The model of the best validation accuracy, as in the table.
     model = load_causal_lm(first.folder / "best")
     rows = automata.draw_splits(first.data)["test"].to_list()[:NUM_INSPECTED]
     batch = cast(torch.LongTensor, automata.collate(rows)["input_ids"])
+    # `collate` gives no mask. Here padding would count in the means of units.
     units = inspect_units(model, batch, attention_mask=(batch != automata.PADDING).long())
     beginning = cast(torch.LongTensor, batch[:1, :NUM_DRAWN])
     letters = [SYMBOLS[token] for token in beginning[0].tolist()]
@@ -142,6 +145,7 @@ def _paper(values: dict[int, tuple[float, float]], num_automata: int, column: in
 
 def _claim_out_of_distribution(mosaic: Series, transformer: Series) -> Claim:
     ours, theirs = (one.values("test", "accuracy") for one in (mosaic, transformer))
+    # Every seed has to agree, not the mean.
     reproduced = min(ours) >= SOLVED and max(theirs) <= UNSOLVED
     verdict: Verdict = (
         "reproduced" if reproduced else "contradicted" if max(ours) <= min(theirs) else "not at this size"
@@ -170,6 +174,7 @@ def _claim_on_distance(mosaic: Series, transformer: Series) -> Claim:
 
 def _claim_in_distribution(baseline: Series) -> Claim:
     inside, outside = (baseline.values(split, "accuracy") for split in ("test_iid", "test"))
+    # Paired by seed: both numbers are of one model.
     gaps = [accuracy - other for accuracy, other in zip(inside, outside, strict=True)]
     return Claim(
         f"{baseline.label} does far better on new sequences of its {baseline.num_automata} training automata: it has "
@@ -183,6 +188,7 @@ def _claim_in_distribution(baseline: Series) -> Claim:
 def _claims_on_number(mosaics: list[Series]) -> Iterable[Claim]:
     fewest, most = mosaics[0], mosaics[-1]
     numbers = ", ".join(f"{one.num_automata:,}" for one in mosaics)
+    # The sign of a change for the better: a distance should fall.
     for measure, name, column, sign in (("accuracy", "accuracy", 0, 1), ("tvd", "TVD", 1, -1)):
         means = [mean_and_deviation(one.values("test", measure), 3) for one in mosaics]
         first, last = (statistics.mean(one.values("test", measure)) for one in (fewest, most))
@@ -205,11 +211,13 @@ def _claims(recipe: Recipe, series: list[Series]) -> Iterable[Claim]:
             yield _claim_on_distance(*pair)
             yield _claim_in_distribution(by_name[label, number])
     if len(recipe.num_automata) > 1:
+        # The claim goes from the fewest to the most, in whatever order the recipe names them.
         yield from _claims_on_number([by_name[mosaic, number] for number in sorted(recipe.num_automata)])
 
 
 def _draw_bars(axis: Axes, series: list[Series], measure: str) -> None:
     """Draw a measure of each model, out of and in distribution, for one number of automata."""
+    # At these shifts two bars of height 0.4 touch.
     for shift, split, name in ((-0.2, "test", "new automata"), (0.2, "test_iid", "training automata")):
         places = [number + shift for number in range(len(series))]
         by_model = [one.values(split, measure) for one in series]
@@ -232,6 +240,7 @@ def _draw_over_automata(recipe: Recipe, axis: Axes, series: list[Series], measur
             axis.plot([one.num_automata] * len(values), values, ".", color=f"C{number}", alpha=0.4)
     axis.set_xlabel("training automata")
     axis.set_xticks(recipe.num_automata, [f"{number:,}" for number in recipe.num_automata])
+    # A logarithmic axis would put more labels between these.
     axis.minorticks_off()
     axis.legend()
 
@@ -253,6 +262,7 @@ def _draw(recipe: Recipe, series: list[Series]) -> None:
         for index, result in enumerate(one.results):
             points = result["learning_curve"]
             steps, accuracy = [p["step"] for p in points], [p["accuracy"] for p in points]
+            # The legend has one entry for all seeds of a model.
             curves.plot(steps, accuracy, color=f"C{number}", lw=1, alpha=0.7, label=None if index else label)
     curves.set(xlabel="step", ylabel="validation accuracy", title="while training")
     curves.legend()

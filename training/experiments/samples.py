@@ -10,7 +10,7 @@ import torch
 from pydantic import PositiveInt, TypeAdapter, ValidationError
 from tqdm import tqdm
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic refuses that of `typing` before Python 3.12
 
 from training.experiments import comparison
 from training.experiments.comparison import DepthComparisonRecipe, Trained, plan, summary
@@ -73,10 +73,12 @@ def read_prompts(path: str, prompt_set: str | None = None) -> list[Prompt]:
         raise ValueError(
             f"cannot read the prompts {path!r} ({error.strerror}): set `prompts` to a JSON file"
         ) from error
+    # A `TypeError`: the file is a list, which has no fields.
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: no field {prompt_set!r}: set `prompt_set` to the field that holds {form}"
         ) from error
+    # Before `ValueError`, of which it is a kind.
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the whole"
@@ -104,6 +106,7 @@ def continuations(
         seed: of the sampling.
         decoding: fields of `DecodingSection`.
     """
+    # `generate` warns of settings that greedy decoding does not read.
     if not decoding["do_sample"]:
         decoding = {name: value for name, value in decoding.items() if name not in ("temperature", "top_p")}
     set_seed(seed)
@@ -138,6 +141,7 @@ def continuation_loss(
         after = tokenizer(text, add_special_tokens=False)["input_ids"]
         if after:
             ids = torch.tensor([before + after], device=model.device)
+            # The prompt is no target, so that the loss is a mean over the continuation's tokens.
             labels = torch.tensor([[-100] * len(before) + after], device=model.device)
             total += model(input_ids=ids, labels=labels, use_cache=False).loss.item() * len(after)
             count += len(after)
@@ -149,6 +153,7 @@ def _judge(
 ) -> dict[str, float]:
     """Return counts of a model's continuations, and their loss under the other models of its depth."""
     texts = samples[training.name]
+    # A model finds its own text likely, so that only the others judge it.
     judges = [other for other in trainings if other.depth == training.depth and other.label != training.label]
     losses = [continuation_loss(*judge.load(), prompts, texts) for judge in judges]
     bigrams = [pair for text in texts for pair in _bigrams(text)]
@@ -204,6 +209,7 @@ def _claims(recipe: Recipe, judged: dict[str, dict[str, float]]) -> list[Claim]:
         is_similar = max(rates) - min(rates) <= SIMILAR_REPETITION and max(losses) - min(losses) <= SIMILAR_LOSS
         claims.append(
             Claim(
+                # The second part of a name is the depth in words.
                 f"Continuations of the prompts are of similar quality ({names[0].split(', ')[1]})",
                 "very similar (Tables 1 and 5)",
                 "; ".join(described[name] for name in names) + "; readers may judge the texts themselves",
@@ -215,6 +221,7 @@ def _claims(recipe: Recipe, judged: dict[str, dict[str, float]]) -> list[Claim]:
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
     prompts = read_prompts(recipe.prompts, recipe.prompt_set)
+    # A space at the end would be a token of its own, for the next word's token begins with its space.
     texts = [prompt["prompt"].strip() for prompt in prompts]
     samples: dict[str, list[str]] = {}
     trainings = [training for training in recipe.trainings if training.seed == recipe.seeds[0]]

@@ -59,6 +59,7 @@ class Recipe(BaseRecipe):
     task: Literal["three_moons"]
     heads: list[Literal[1, 3]] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
+    # Length, steps, learning rates, beta, clip and horizon are those of the authors' code.
     length: PositiveInt = 800
     batch_size: PositiveInt
     steps: PositiveInt = 500
@@ -87,6 +88,7 @@ class Recipe(BaseRecipe):
                 f"or the length is over {moons.TRAJECTORY_LENGTH}"
             )
         first = min(moons.landmarks(periods, self.length)[0] for periods in SYSTEMS.values())
+        # A longer stride could leave a section between two periods without any prediction.
         if self.eval_stride >= first:
             raise ValueError(f"`eval_stride` is {self.eval_stride}: it must be below the shortest period, {first:.1f}")
         return self
@@ -133,6 +135,7 @@ def falls_at_each_period(sections: dict[str, float]) -> bool:
 
     Deviations above `AMPLITUDE` fail: such predictions diverge, so that a fall from there shows nothing.
     """
+    # Without the fall at the common period: three memories need not wait for it.
     return all(falls(sections)[:3]) and max(sections.values()) <= AMPLITUDE
 
 
@@ -238,6 +241,7 @@ def _claim_before_the_common_period(one: list[dict[str, Any]], three: list[dict[
 
 
 def _claim_on_the_identity(identities: list[dict[str, Any]]) -> Claim:
+    # The kernel of the trained models blurs, and its errors add up over predictions in a row.
     sharp = [row for row in identities if row["beta"] == max(IDENTITY_BETAS)]
     rules = {1: falls_at_the_end_only, 3: falls_at_each_period}
     hold = [rules[row["heads"]](row["sections"]["validation"]) for row in sharp]
@@ -296,6 +300,7 @@ def _draw_curves(recipe: Recipe, parts: list[dict[str, Any]], identities: list[d
 
 def _draw_matrix(axis: Axes, matrix: np.ndarray) -> None:
     """Draw a matrix as colours with its numbers."""
+    # A matrix of zeros would leave no range of colours.
     axis.imshow(matrix, cmap="Blues", vmin=0, vmax=matrix.max() or 1)
     axis.grid(False)
     for (row, column), value in np.ndenumerate(matrix):
@@ -310,6 +315,7 @@ def _draw_weights(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
     names = list(parts[0]["weights"])
     figure, axes = new_figure(len(names) * len(recipe.heads), len(recipe.seeds), width=1.15, height=1.15)
     for index, part in enumerate(parts):
+        # Parts are all seeds of one number of heads, then all of the next.
         block, column = divmod(index, len(recipe.seeds))
         for offset, name in enumerate(names):
             axis = axes[block * len(names) + offset, column]
@@ -317,6 +323,7 @@ def _draw_weights(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
             if offset == 0:
                 axis.set_title(f"{heads_in_words(part['heads'])}\nseed {part['seed']}", fontsize=7)
             if column == 0:
+                # W_z is transposed, so that in all three a column is a moon.
                 axis.set_ylabel(("$W_\\phi$", "$W_\\psi$", "$W_z^T$")[offset], fontsize=9)
     save_figure(figure, recipe.folder / f"{recipe.name}_weights.png")
 
@@ -343,6 +350,7 @@ def _draw_units(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
     for column, part in zip(axes.T, best, strict=True):
         model, _ = load_part(recipe.parts[part["heads"], part["seed"]])
         units = inspect_continuous_units(model, windows)
+        # The fourth axis of a column is for the matrix below. There is one window, `rows[0]`.
         for axis, rows in zip(column, (units.error, units.effective_pairs, units.share), strict=False):
             for head, values in enumerate(rows[0].tolist()):
                 axis.plot(range(1, len(values) + 1), values, lw=0.8, label=f"head {head}")
@@ -388,6 +396,7 @@ def _results(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
         "context_lengths": context_lengths(recipe),
         "landmarks": {name: _rounded_landmarks(recipe, name) for name in SYSTEMS},
         "trained": parts,
+        # The weights of the identity and their measures are known.
         "identity": [{k: row[k] for k in ("heads", "beta", "curves", "sections")} for row in identities],
     }
     claims = [claim._asdict() for claim in _claims(parts, identities)]
@@ -407,6 +416,7 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
             f"{state.num_processes} processes were launched, but the models are too small to be spread: start one, "
             "and train several at once by `workers`"
         )
+    # No file is read: the periods of the systems stand for the data.
     data = {name: list(periods) for name, periods in SYSTEMS.items()}
     identity = {"hash": recipe.hash, "data": data, "recipe": recipe.content()}
     return run_once(recipe, state, restart, lambda: identity, make=lambda data: _results(recipe, data))

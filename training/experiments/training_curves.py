@@ -60,6 +60,7 @@ def _table(recipe: Recipe, results: Results) -> str:
             loss = mean_and_deviation([run["metrics"]["validation_loss"] for run in runs], 4)
             perplexity = mean_and_deviation([run["metrics"]["validation_perplexity"] for run in runs], 2)
             seeds = ", ".join(map(str, recipe.seeds))
+            # Seeds do not differ in parameters and tokens.
             size = [str(depth), f"{runs[0]['parameters']:,}", seeds, f"{runs[0]['tokens']:,}"]
             rows.append([label, *size, loss, perplexity])
     return markdown_table(columns, "lrrrrrr", rows)
@@ -82,6 +83,7 @@ def _claims(recipe: Recipe, gaps: dict[int, list[float]]) -> list[Claim]:
             "As depth grows the two become indistinguishable",
             "gone at depth 8 (Fig. 9)",
             f"{baseline}: {', '.join(gap_at.values())}",
+            # The paper sees the gap gone at 8 blocks, so that a gap that is left at fewer contradicts nothing.
             "reproduced" if is_closed else "contradicted" if deep_gap < 0 else "not at this size",
         ),
     ]
@@ -97,6 +99,7 @@ def _draw(recipe: Recipe, results: Results, path: Path) -> None:
                 points = results[label, depth, seed]["learning_curve"]["validation"]
                 column.plot([p["tokens"] for p in points], [p["loss"] for p in points], color=color, alpha=0.35, lw=1)
                 for point in points:
+                    # All seeds are evaluated after the same numbers of tokens.
                     by_tokens[point["tokens"]].append(point["loss"])
             mean = [statistics.mean(losses) for losses in by_tokens.values()]
             column.plot(list(by_tokens), mean, color=color, label=label, lw=1.8)

@@ -24,10 +24,11 @@ from training.files import checksum, make_once
 from training.recipe import Section
 
 
+# RegBench's vocabulary: 18 symbols, a separator and padding.
 NUM_SYMBOLS = 18
 SEPARATOR, PADDING = NUM_SYMBOLS, NUM_SYMBOLS + 1
 VOCAB_SIZE = NUM_SYMBOLS + 2
-IGNORED = -100
+IGNORED = -100  # by torch's cross entropy
 # Numbers of the random streams. `test_iid` has new strings of the training automata.
 TRAIN, VALIDATION, TEST, TEST_IID = range(4)
 SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST, "test_iid": TEST_IID}
@@ -53,7 +54,7 @@ class AutomataSection(Section):
     num_test: int = 500
     num_states: tuple[int, int] = (4, 12)
     num_symbols: tuple[int, int] = (4, NUM_SYMBOLS)
-    num_edges: tuple[int, int] = (1, 3)
+    num_edges: tuple[int, int] = (1, 3)  # RegBench's option says 4, but its draw leaves out the upper end
     num_strings: tuple[int, int] = (10, 19)
     string_length: tuple[int, int] = (1, 49)
     seed: int = 0
@@ -109,6 +110,7 @@ def _renumber(transitions: np.ndarray, kept: Iterable[int], numbers: dict[int, i
 def trim(transitions: np.ndarray) -> np.ndarray:
     """Keep the states that can be reached from state 0, in the order of a breadth-first search."""
     reached = [0]
+    # The list grows while it is read: it is the queue of the search.
     for state in reached:
         reached += [target for target in transitions[state] if target >= 0 and target not in reached]
     return _renumber(transitions, reached, {state: number for number, state in enumerate(reached)})
@@ -116,10 +118,13 @@ def trim(transitions: np.ndarray) -> np.ndarray:
 
 def minimize(transitions: np.ndarray) -> np.ndarray:
     """Merge states from which the same strings follow (Moore's partition refinement); state 0 stays first."""
+    # All states accept, so that they are alike until their symbols tell them apart.
     group = np.zeros(len(transitions), dtype=int)
     while True:
+        # Where there is no edge, -1 reads a wrong group, which `where` replaces.
         led_to = np.where(transitions >= 0, group[transitions], -1)
         _, first, refined = np.unique(np.column_stack([group, led_to]), axis=0, return_index=True, return_inverse=True)
+        # `reshape`, because numpy 2.0 returns the inverse as a column.
         refined = np.argsort(np.argsort(first))[refined.reshape(-1)]  # numbered by their first states
         if refined.max() == group.max():
             return _renumber(transitions, np.sort(first), dict(enumerate(refined)))
@@ -133,6 +138,7 @@ def draw_automaton(section: AutomataSection, rng: np.random.Generator) -> Automa
     transitions = np.full((num_states, NUM_SYMBOLS), -1)
     for state in range(num_states):
         num_edges = rng.integers(*section.num_edges, endpoint=True)
+        # As in RegBench: no edge leads back to its state, and no two edges to one state.
         others = np.delete(np.arange(num_states), state)
         symbols = rng.choice(alphabet, num_edges, replace=False)
         transitions[state, symbols] = rng.choice(others, num_edges, replace=False)
@@ -159,10 +165,12 @@ def draw_split(section: AutomataSection, split: int) -> Dataset:
     count = section.num_automata if split == TRAIN else section.num_test // 2
     rows = []
     for index in range(count):
+        # The test may have more sequences than there are training automata: it goes through them again.
         number = index % section.num_automata if is_iid else index
         rng = np.random.default_rng([section.seed, TRAIN if is_iid else split, number])
         automaton = draw_automaton(section, rng)
         if is_iid:
+            # The automaton came from its training stream. Its strings must not.
             rng = np.random.default_rng([section.seed, TEST_IID, index])
         rows.append({"automaton": number, **draw_sequence(section, automaton, rng)})
     return Dataset.from_list(rows, features=FEATURES)
@@ -188,6 +196,7 @@ def next_symbol_probabilities(rows: list[dict[str, Any]], length: int) -> torch.
     probabilities = torch.zeros(len(rows), length, VOCAB_SIZE, dtype=torch.float64)
     for row, batch_row in zip(rows, probabilities, strict=True):
         ids = torch.tensor(row["input_ids"])
+        # The state after a token decides which symbols may be next, each with equal probability.
         allowed = (torch.tensor(row["transitions"]) >= 0).double()[torch.tensor(row["states"])]  # (T, symbols)
         is_next_symbol = torch.cat([ids[1:] < NUM_SYMBOLS, torch.tensor([False])])
         batch_row[: len(ids), :NUM_SYMBOLS] = allowed / allowed.sum(-1, keepdim=True) * is_next_symbol[:, None]
@@ -200,10 +209,11 @@ def _score_batch(model: PreTrainedModel, rows: list[dict[str, Any]]) -> tuple[to
     ids = collate(rows)["input_ids"]
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits[..., :VOCAB_SIZE]
     log_predicted = logits.double().log_softmax(-1).cpu()
-    true = next_symbol_probabilities(rows, ids.shape[1])
+    true = next_symbol_probabilities(rows, ids.shape[1])  # (B, T, V)
+    # Several symbols may come next, and each of them is right.
     is_right = true.gather(-1, log_predicted.argmax(-1, keepdim=True))[..., 0] > 0
     distance = (log_predicted.exp() - true).abs().sum(-1) / 2
-    loss = -log_predicted[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    loss = -log_predicted[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]  # (B, T - 1)
     scores = torch.stack([is_right.double(), distance, torch.nn.functional.pad(loss, (0, 1))], dim=-1)
     is_next_symbol = true.sum(-1) > 0
     positions = torch.arange(ids.shape[1]).expand_as(is_next_symbol)

@@ -54,8 +54,10 @@ def bits_per_byte(
     if len(predictions) == 0:
         raise ValueError("predictions are empty: give at least one text and its negative log likelihood")
     for index, (nats, text) in enumerate(zip(predictions, references, strict=True)):
+        # Arrow takes a None for a missing text and does not refuse it.
         if text is None:
             raise ValueError(f"text {index} is missing: leave it and its prediction out")
+        # NaN and infinity are not below 0 either: the test names what is right.
         if nats is None or not (math.isfinite(nats) and nats >= 0):
             raise ValueError(
                 f"the negative log likelihood of text {index} is {nats}: it has to be finite and at least 0 (in nats, "
@@ -66,7 +68,7 @@ def bits_per_byte(
     num_bytes = sum(len(text.encode("utf-8")) for text in references)
     if num_bytes == 0:
         raise ValueError("the texts have no bytes: give at least one that is not empty")
-    bits = math.fsum(predictions) / math.log(2)
+    bits = math.fsum(predictions) / math.log(2)  # `fsum`: the order of texts does not matter
     if stored_bits is None:
         return {"bits_per_byte": bits / num_bytes, "bits": bits, "bytes": num_bytes}
     return {

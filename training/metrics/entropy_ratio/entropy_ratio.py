@@ -28,6 +28,7 @@ def _count_tokens(references: Sequence[Sequence[int]], vocab_size: int) -> Count
     counts = Counter(token for text in references for token in text)
     if counts.total() == 0:
         raise ValueError("references have no tokens: give at least one")
+    # Before `min`, which cannot compare None. Arrow lets missing tokens pass.
     if None in counts:
         raise ValueError("a token of the references is missing: leave it out, and what it cost")
     if not 0 <= min(counts) <= max(counts) < vocab_size:
@@ -81,6 +82,7 @@ def entropy_ratio(
         >>> metric.compute(predictions=[0.0], references=[[0, 1, 2]], vocab_size=4)["entropy_ratio"]
         1.0
     """
+    # The uniform guess would cost log(1) = 0, by which the ratio divides.
     if vocab_size < 2:
         raise ValueError(f"vocab_size is {vocab_size}: there is nothing to tell with fewer than two tokens")
     for index, nats in enumerate(predictions):
@@ -90,6 +92,7 @@ def entropy_ratio(
             )
     counts = _count_tokens(references, vocab_size)
     total = counts.total()
+    # The author takes random logits from U[0, 1) as the guess, whose loss is a little above log(V).
     uniform, cross_entropy = math.log(vocab_size), math.fsum(predictions) / total
     unigram = _unigram_cross_entropy(counts, vocab_size, frequencies)
     return {

@@ -65,15 +65,18 @@ def retrieval_accuracy(predictions: Vectors, references: Vectors, temperature: f
     """
     if len(references) < 2:
         raise ValueError(f"there are {len(references)} candidates: give at least two to choose from")
+    # `not >` refuses NaN too.
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: it has to be positive")
     queries, candidates = _directions(predictions, "predictions"), _directions(references, "references")
     if queries.shape != candidates.shape:
         raise ValueError(f"queries have shape {queries.shape}, candidates {candidates.shape}: they must be alike")
-    cosines = queries @ candidates.T
+    cosines = queries @ candidates.T  # (N, N), a row for each query
     of_partners = cosines.diagonal()
+    # A tie does not count as found: else embeddings that are all equal would have accuracy 1.
     best_of_others = np.where(np.eye(len(cosines), dtype=bool), -np.inf, cosines).max(1)
     scores = cosines / temperature
+    # The largest score becomes 0, so that exp() stays finite at any temperature.
     log_shares = scores - scores.max(1, keepdims=True)
     log_shares -= np.log(np.exp(log_shares).sum(1, keepdims=True))
     return {

@@ -31,6 +31,7 @@ def _distributions(rows: Sequence[Sequence[float]], argument: str) -> np.ndarray
     """Return one sequence as an array of shape (positions, symbols), each row a probability distribution."""
     if len(rows) == 0:
         raise ValueError(f"{argument} has no positions: leave the sequence out")
+    # Before `asarray`, whose error would not name the argument.
     lengths = {len(row) for row in rows}
     if len(lengths) > 1:
         raise ValueError(
@@ -38,6 +39,7 @@ def _distributions(rows: Sequence[Sequence[float]], argument: str) -> np.ndarray
         )
     array = np.asarray(rows, np.float64)
     sums = array.sum(axis=1)
+    # `~(... <= ...)` also holds for a sum of NaN.
     is_bad = ~np.isfinite(array).all(axis=1) | (array < 0).any(axis=1) | ~(np.abs(sums - 1) <= TOLERANCE)
     if is_bad.any():
         position = int(np.flatnonzero(is_bad)[0])
@@ -84,9 +86,10 @@ def sequence_tvd(predictions: Distributions, references: Distributions, position
                 f"predictions[{index}] has shape {predicted.shape} (positions, symbols), but references[{index}] "
                 f"{true.shape}: give both at the same positions, over the same symbols"
             )
-        distance = np.abs(predicted - true).sum(axis=1)
+        distance = np.abs(predicted - true).sum(axis=1)  # (positions,)
         distances.append(distance if positions == "all" else distance[-1:])
     l1 = float(np.concatenate(distances).mean())
+    # Both, because RegBench's code reports the sum that is not halved.
     return {"tvd": l1 / 2, "l1": l1, "count": sum(map(len, distances))}
 
 

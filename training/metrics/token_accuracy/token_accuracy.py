@@ -52,6 +52,7 @@ def token_accuracy(predictions: Tokens, references: Tokens, ignore_index: int = 
     is_target: np.ndarray
     is_right, is_target = np.zeros((2, len(references), length), bool)
     for index, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
+        # Arrow takes a None for a missing token and does not refuse it.
         if None in predicted or None in true:
             raise ValueError(f"token missing in sequence {index}: give {ignore_index} where there is no target")
         if len(predicted) != len(true):
@@ -62,9 +63,11 @@ def token_accuracy(predictions: Tokens, references: Tokens, ignore_index: int = 
         targets = np.asarray(true, np.int64)
         is_target[index, : len(true)] = targets != ignore_index
         is_right[index, : len(true)] = np.asarray(predicted, np.int64) == targets
+    # Then `is_right == is_target` holds at every place that is no target or padding.
     is_right &= is_target
     if not is_target.any():
         raise ValueError(f"there is no target: give at least one reference that is not {ignore_index}")
+    # A sequence without targets would count as one without a mistake.
     has_target, targets_by_place = is_target.any(1), is_target.sum(0)
     with np.errstate(invalid="ignore"):  # 0 / 0 is the nan of a place without targets
         by_place = is_right.sum(0) / targets_by_place
