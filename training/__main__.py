@@ -51,6 +51,7 @@ def _plain_errors(context: typer.Context) -> Iterator[None]:
             raise
         from training.secrecy import masked
 
+        # A message may quote a setting or an answer of the Hub.
         message = masked(f"{type(error).__name__}: {error}")
         typer.echo(f"{message}\n(python -m training --debug ... shows where)", err=True)
         raise typer.Exit(1) from error
@@ -72,6 +73,7 @@ def run(
         parsed = load_recipe(recipe, overrides)
         task = task_module(parsed.task)
         result = task.run(parsed, restart=restart)
+        # Under `accelerate launch` all processes come here.
         if PartialState().is_main_process:
             typer.echo(task.summary(result, parsed.folder))
 
@@ -151,6 +153,7 @@ def generate(
     with _plain_errors(context):
         from training.generate import generate_texts
 
+        # transformers refuses a temperature of 0 and has another name for it.
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -198,8 +201,9 @@ def publish(
 ) -> None:
     """Stage what a run has made with its card, check and try it, list its files, and upload it in one commit."""
     with _plain_errors(context):
-        from training.publishing import publish as publishing
+        from training.publishing import publish as publishing  # under another name: `publish` is this command
 
+        # Not `what`, which --verify-only takes too.
         for_publishing: dict[str, Any] = {"repo-id": repo_id, "base": base, "about": about}
         for_publishing |= {"public": public, "create-pr": create_pr, "dry-run": dry_run}
         needless = [f"--{name}" for name, value in for_publishing.items() if value]

@@ -122,7 +122,7 @@ def model_metadata(result: dict[str, Any], about: About, base: str | None = None
             model_type.replace("_", "-"),
             "associative-memory",
             f"arxiv:{PAPERS[model_type]}",
-            "lora" if adapter else "custom_code",
+            "lora" if adapter else "custom_code",  # the Hub marks models by it that need `trust_remote_code`
         ],
         datasets=about.data.datasets or None,
         base_model=base,

@@ -25,10 +25,11 @@ def logits_hash(model: PreTrainedModel, ids: list[list[int]]) -> str:
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """Load `job["folder"]` through a pipeline with its own code, hash its logits, continue its prompts."""
+    # As many as the other process has: the last bit of a sum may depend on it.
     torch.set_num_threads(job["threads"])
     generator: Any = pipeline("text-generation", model=job["folder"], trust_remote_code=True, device="cpu")
     if job["adapter"] is not None:
-        from peft import PeftModel
+        from peft import PeftModel  # only here: a model without an adapter needs no PEFT
 
         generator.model = PeftModel.from_pretrained(generator.model, job["adapter"])
     digest = logits_hash(generator.model, job["ids"])
@@ -38,4 +39,5 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # The last line is the answer: libraries may have printed before it.
     print(json.dumps(answer(json.load(sys.stdin))))

@@ -78,6 +78,7 @@ def check_model_args(model_args: Any) -> None:
             f"The checkpoint's arguments are a {type(model_args).__name__}, not a dict of values by name."
         )
     for name, value in model_args.items():
+        # By its type, because True is an int to `isinstance`.
         if name in SIZES and (type(value) is not int or value < 1):
             raise ValueError(f"Argument {name} of this checkpoint is {_show(value)}: it has to be a whole number.")
         if name in SHARES and (type(value) not in (int, float) or not 0 <= value < 1):
@@ -148,6 +149,7 @@ def refuse_sizes_without_parameters(state_dict: dict[str, torch.Tensor], model_a
     numbers = sum(tensor.numel() for tensor in state_dict.values())
     for name in SIZES:
         value = model_args.get(name, DEFAULT_ARGS.get(name, 1))
+        # No parameter depends on the length of a block, and each layer has parameters of its own.
         most = 2**31 if name == "block_size" else len(state_dict) if name == "n_layer" else numbers
         if value > most:
             raise ValueError(f"{name} is {_show(value)}, but the {len(state_dict)} parameters hold {numbers} numbers.")
@@ -228,7 +230,7 @@ def convert_authors_state_dict(
         if ours.endswith("k_proj.weight") and tensor.shape[2:].numel() == 1:
             tensor = tensor.reshape(tensor.shape[:2])  # their Conv1d of kernel size 1
         elif ours.endswith(("slot_keys", "slot_values")):
-            tensor = tensor.squeeze(0)
+            tensor = tensor.squeeze(0)  # (1, H, N, D) to (H, N, D)
         converted[ours] = tensor
     if config.tie_word_embeddings:
         store_tied_matrix_once(converted)
@@ -254,6 +256,7 @@ def read_checkpoint(path: Path) -> Any:
         raise ValueError(
             f"{path} is not a whole file of `torch.save`: get it again, or save it by a torch of today."
         ) from None
+    # `torch.save` does not compress, so the parts are never larger than the file.
     if packed or size > path.stat().st_size:
         raise ValueError(f"{path} holds more than it has bytes, which `torch.save` never writes: do not trust it.")
     try:
@@ -283,6 +286,7 @@ def convert_checkpoint(checkpoint: Path, output: Path) -> MemoryMosaicForCausalL
         )
     config, state_dict = convert_authors_state_dict(content["model"], content["model_args"])
     model: Any = MemoryMosaicForCausalLM(config)  # a checker takes attributes of modules for tensors
+    # A tied head is not among the parameters: `tie_weights` makes it the embedding.
     model.load_state_dict(state_dict, strict=not config.tie_word_embeddings)
     model.tie_weights()
     export_model(model, None, output)

@@ -54,6 +54,7 @@ def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
         ) from None
     except (StrictDataclassError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the config.json in {str(folder)!r} describes no model ({_first_line(error)})") from None
+    # The library only warns, and draws at random what is missing.
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ValueError(
             f"the weights in {str(folder)!r} do not fill the model: missing {sorted(report['missing_keys'])}, of "
@@ -77,6 +78,7 @@ def mean_loss(model: PreTrainedModel, windows: Dataset, batch_size: int) -> floa
         rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
         batch = {name: tensor.to(model.device) for name, tensor in collate_windows(rows).items()}
         count = int((batch["labels"][:, 1:] != -100).sum())  # nothing predicts the first token
+        # The loss is the mean of a batch, and the last batch may be smaller.
         total += model(**batch, use_cache=False).loss.item() * count
         predicted += count
     return total / predicted
@@ -86,6 +88,7 @@ def tokens_and_bytes(stories: Dataset, tokenizer: PreTrainedTokenizerFast) -> tu
     """Count the tokens of all stories, each with its end-of-text token, and their UTF-8 bytes without separators."""
     num_tokens = num_bytes = 0
     for batch in stories.iter(batch_size=1000):
+        # As in the windows: a special token that is written out in a story is text.
         encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
         num_tokens += sum(len(ids) + 1 for ids in encoded)
         num_bytes += sum(len(text.encode()) for text in batch["text"])

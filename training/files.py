@@ -47,8 +47,10 @@ def staged_file(final: Path) -> Iterator[Path]:
         yield staged
         _force_to_disk(staged)
         staged.replace(final)
+        # A new name is on the disk only when its folder is.
         _force_to_disk(final.parent)
     except BaseException:
+        # An interrupt from the keyboard must leave nothing half written either.
         staged.unlink(missing_ok=True)
         raise
 
@@ -92,6 +94,7 @@ def move_into_place(staged: Path, final: Path) -> None:
 def staged_folder(final: Path) -> Iterator[Path]:
     """Give an empty folder that takes the place of `final` when the block ends well, and vanishes when it fails."""
     staged = final.with_name(STAGED_PREFIX + final.name)
+    # A process that was killed may have left it.
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
@@ -142,9 +145,11 @@ def sealed(text: str) -> str:
 def read_sealed(path: Path) -> str | None:
     """Return the text of a sealed file; None if it is not there or not what was written."""
     try:
+        # `read_text` would turn all ends of lines into one kind, and change the checksum.
         text = path.read_bytes().decode("utf-8")
     except (FileNotFoundError, UnicodeDecodeError):
         return None
+    # All lines but the last, whose own end is at -1.
     body = text[: text.rfind("\n", 0, -1) + 1]
     return body if sealed(body) == text else None
 

@@ -25,5 +25,5 @@ def generate_texts(folder: str | Path, prompts: list[str], seed: int = 0, **opti
         raise ValueError("a prompt is empty: give it at least one character")
     model, tokenizer = load_model(folder)
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    set_seed(seed)
+    set_seed(seed)  # after loading, which may draw random numbers
     return [generator(prompt, **options)[0]["generated_text"] for prompt in prompts]

@@ -146,6 +146,7 @@ def check_base_weights(repo_id: str, revision: str, weights: dict[str, str]) -> 
     """Raise `ValueError` unless a model on the Hub has, at a commit, these weights (sha256 by file name)."""
     with plain_errors(Target(repo_id), uploading=False):
         entries = HfApi().get_paths_info(repo_id, list(weights), revision=revision)
+    # The Hub knows the sha256 of its large files, so that none is downloaded.
     sums = {entry.path: entry.lfs.sha256 for entry in entries if isinstance(entry, RepoFile) and entry.lfs is not None}
     if not weights or sums != weights:
         raise ValueError(f"{repo_id} at {revision} has not the weights that this builds on: give the right --base")
@@ -168,6 +169,7 @@ def find_repository(target: Target) -> Repository | None:
 
 def create_repository(target: Target) -> str:
     """Create a repository, private unless `public`, and return its first commit."""
+    # A Space cannot be created without one.
     sdk = "gradio" if target.repo_type == "space" else None
     HfApi().create_repo(**target.address, private=not target.public, space_sdk=sdk)
     return _commit_of(HfApi().repo_info(**target.address))
@@ -186,6 +188,7 @@ def fetch_file(target: Target, name: str, revision: str) -> Path:
 
 def create_branch(target: Target, name: str, commit: str) -> None:
     """Create a branch at a commit; leave it as it is if it exists."""
+    # An upload that was interrupted has left its branch.
     HfApi().create_branch(**target.address, branch=name, revision=commit, exist_ok=True)
 
 

@@ -34,6 +34,7 @@ def build_training_arguments(settings: dict[str, Any], folder: Path, seed: int, 
         fixed: further arguments, which no recipe may set.
     """
     accelerator = torch.accelerator.is_available()
+    # Pinned memory is for copies to an accelerator.
     defaults = {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator}
     return TrainingArguments(
         **defaults | settings,
@@ -41,7 +42,7 @@ def build_training_arguments(settings: dict[str, Any], folder: Path, seed: int, 
         seed=seed,
         data_seed=seed,
         include_num_input_tokens_seen="all",
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # `log` has to see a loss that is not finite, to end the run
         **fixed,
     )
 
@@ -207,6 +208,7 @@ class LanguageModelTrainer(Trainer):
                 return super().evaluate(*args, **kwargs)
         metrics = {f"eval_{name}": score for name, score in scores.items()}
         self.log(metrics)
+        # As Trainer's own evaluation does, which is not called here.
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -155,6 +155,7 @@ class _TrainingFields(Section):
 
     @model_serializer
     def _dump_set_fields(self) -> dict[str, Any]:
+        # A field that was not set holds None, which is not the default of `TrainingArguments`.
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     @model_validator(mode="after")
@@ -216,6 +217,7 @@ class BaseRecipe(Section):
     @functools.cached_property
     def hash(self) -> str:
         """The sha256 of all that determines the run; `output_dir` does not."""
+        # Sorted, so that the order of keys in a file does not count.
         canonical = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -359,6 +361,7 @@ def task_module(task: str) -> ModuleType:
 
 
 def _unreadable(path: Path, overrides: list[str], error: Exception) -> ValueError:
+    # The library quotes what it cannot read, and that may be a secret.
     return ValueError(f"cannot read recipe {str(path)!r} " + masked(f"with overrides {overrides}: {error}"))
 
 
@@ -369,6 +372,7 @@ def _refuse_secrets_and_resolvers(values: Any, where: str) -> None:
     """
     refuse_secrets(values, where)
     for place, _, text in walk(values):
+        # What is left when plain references, such as ${seed}, are taken out.
         if isinstance(text, str) and "${" in re.sub(r"\$\{[\w.\[\]]+\}", "", text):
             raise ValueError(
                 f"`{place}` in {where} has ${{...}} with more than the key of another setting: a recipe does not read "
@@ -379,6 +383,7 @@ def _refuse_secrets_and_resolvers(values: Any, where: str) -> None:
 def _merged(path: Path, settings: list[dict[str, Any]], overrides: list[str]) -> Any:
     """Return what a file, settings and overrides give together, with references to other settings followed."""
     try:
+        # Before OmegaConf reads it: a few aliases can stand for any amount of values.
         check_yaml(path.read_text(encoding="utf-8"), "it")
         parts = [OmegaConf.load(path), *map(OmegaConf.create, settings), OmegaConf.from_dotlist(overrides)]
         containers = [OmegaConf.to_container(part) for part in parts]

@@ -152,9 +152,11 @@ def generate(
     seed: int,
 ) -> torch.Tensor:
     """Return the ids of a text and its continuation, `(1, T)`. The global random state stays as it is."""
+    # With `top_k` at 0 all tokens can be drawn: by default only the 50 likeliest can.
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     settings = GenerationConfig(max_new_tokens=num_tokens, **sampling, **ends)
+    # The model is on the CPU. Without the list, the state of every GPU would be kept.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -221,7 +223,9 @@ def words_of_slots(
         alone[range(len(in_layer)), heads] = memory.slot_values[heads, slots]
         output = memory.o_proj(alone.flatten(1))
         output = output[:-1] - output[-1]  # the row of zeros gives the bias
+        # The final norm without its division, which keeps the order of the logits.
         logits = model.lm_head((output - output.mean(-1, keepdim=True)) * model.model.norm.weight)
+        # More than are shown, because some are left out below.
         ranking = logits.topk(min(3 * WORDS_OF_A_SLOT, logits.shape[1])).indices.tolist()
         for place, best in zip(in_layer, ranking, strict=True):
             tokens = [str(tokenizer.decode([token])) for token in best]
@@ -237,6 +241,7 @@ def recalled_by(reading: Reading, position: int, layer: int, kind: str, head: in
     else:
         row = reading.trace.weights[layer, 0, head, position - 1]
         weights, slots = row.topk(min(PAIRS_OF_A_UNIT, len(row)))
+    # A smaller weight would be shown as 0%.
     return [(slot, weight) for slot, weight in zip(slots.tolist(), weights.tolist(), strict=True) if weight >= 0.005]
 
 
@@ -284,8 +289,10 @@ def write(
     ids, notice = tokenize_end(tokenizer, beginning)
     text = generate(model, tokenizer, ids, int(num_tokens), temperature, int(seed))
     trace = trace_tokens(model, text)
+    # Without the last token: nothing follows it, so that its numbers are NaN.
     if not (trace.logit[:, :-1].isfinite().all() and trace.contribution[..., :-1].isfinite().all()):
         raise ValueError(NOT_FINITE)
+    # Both have the shape (L, H, T, 3).
     weights, slots = trace.slot_weights[:, 0].topk(min(PAIRS_OF_A_UNIT, trace.slot_weights.shape[-1]))
     trace = dataclasses.replace(trace, slot_weights=torch.empty(0))
     reading = Reading(shown_tokens(tokenizer, text[0].tolist()), ids.shape[1], trace, (slots, weights), {})
@@ -310,6 +317,7 @@ def coloured_text(reading: Reading, position: int) -> list[tuple[str, str]]:
     """Return tokens and labels: the probability that the model gave the token, or that it was given or is chosen."""
     probabilities = reading.trace.log_probability[0].exp().tolist()
     labels = [GIVEN] * reading.num_given
+    # Entry t is of token t + 1, and the last entry of none.
     labels += [label_of(number, PROBABILITIES) for number in probabilities[reading.num_given - 1 : -1]]
     labels[position] = CHOSEN
     # The sign of a line break does not break the line.
@@ -378,6 +386,7 @@ def parts_of_logit(reading: Reading, position: int) -> dict[str, float]:
 
 def bar(name: str, value: float, longest: float) -> str:
     """Return one bar as HTML, to the right if it speaks for the token, to the left if against it."""
+    # In percent of the track, which has one half for each side.
     width = 50 * abs(value) / max(longest, 1e-9)
     left, side = (50, "for") if value >= 0 else (50 - width, "against")
     return (
@@ -464,6 +473,7 @@ def choose_unit(reading: Reading | None, position: int, event: gr.SelectData) ->
     # The content of the row, and not its number: visitors may sort the table.
     _, layer, kind, head, *_ = event.row_value
     num_layers, _, num_heads, *_ = reading.trace.weights.shape
+    # Whatever is not the second kind counts as the first: a program can send any text.
     unit = place_among(layer, num_layers), KINDS[kind == KINDS[1]], place_among(head, num_heads)
     return show_unit(reading, place_among(position, len(reading.tokens)), *unit)
 
@@ -589,6 +599,7 @@ class BoundedRequests:
             return await self.app(scope, receive, send)
         received = 0
         stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        # By its digits first: a number of thousands of them takes long to read.
         if not stated.isdigit() or len(stated) > 9 or int(stated) > LARGEST_REQUEST:
             return await self.refuse(send)
 
@@ -602,6 +613,7 @@ class BoundedRequests:
         return await self.app(scope, counted, send)
 
     async def refuse(self, send: Send) -> None:
+        # The rest of the request is not read, so the connection cannot take another.
         headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": 413, "headers": headers})
         await send({"type": "http.response.body", "body": f"over {LARGEST_REQUEST:,} bytes".encode()})

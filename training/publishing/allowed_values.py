@@ -63,6 +63,7 @@ CARD_KEYS = {
 CARD_KEYS["adapter"] = CARD_KEYS["model"]
 # A setting with "layer" in its name may exceed the depth of the model, but not by any amount: each layer takes memory.
 MOST_LAYERS = 1000
+# Floating-point types, as safetensors names them.
 DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
@@ -227,6 +228,7 @@ def check_tokenizer(folder: Path) -> None:
     tokenizer, config = read_object(folder / "tokenizer.json"), read_object(folder / "config.json")
     vocabulary, added = _vocabulary(tokenizer), _added_tokens(tokenizer)
     ids = {**vocabulary, **{text: token["id"] for text, token in added.items()}}
+    # The vocabulary of a memory model is that of its decoder.
     size = config.get("vocab_size") or (config.get("decoder") or {}).get("vocab_size")
     if ids and type(size) is int and max(ids.values()) >= size:
         raise ValueError(f"tokenizer.json has the id {max(ids.values())}, but the model has {size} tokens")
@@ -235,6 +237,7 @@ def check_tokenizer(folder: Path) -> None:
             content = read_object(folder / name)
             _check_special_tokens(name, content, added)
             for key in ("bos_token", "eos_token", "pad_token"):
+                # `_check_special_tokens` has made sure that the text is among the added tokens.
                 text, expected = _text(content.get(key)), config.get(f"{key}_id")
                 if text is not None and type(expected) is int and added[text]["id"] != expected:
                     raise ValueError(f"`{key}` in {name} is {text!r}, but the model's has the id {expected}")
@@ -400,7 +403,7 @@ def check_finite(files: list[Path]) -> str:
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
-                dtype = file.get_slice(name).get_dtype()
+                dtype = file.get_slice(name).get_dtype()  # from the header, before the tensor is read
                 if dtype not in DTYPES:
                     raise ValueError(
                         f"{name!r} in {path.name} is of {dtype}: weights here are of {', '.join(sorted(DTYPES))}"

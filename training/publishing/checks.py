@@ -74,8 +74,9 @@ def _is_text(path: Path) -> bool:
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         with path.open("rb") as file:
+            # In pieces, because stories may be larger than the memory. A piece may end within a character.
             while chunk := file.read(2**20):
-                if b"\0" in chunk:
+                if b"\0" in chunk:  # valid UTF-8, but not in a text
                     return False
                 decoder.decode(chunk)
             decoder.decode(b"", final=True)
@@ -198,6 +199,7 @@ def _check_settings_file(folder: Path, name: str) -> None:
     if file == "generation_config.json":
         config = read_object((folder / name).with_name("config.json"))
         allowed_values.check_generation(name, content, config)
+    # The index names files, and `check_weights` compares them with those that are there.
     if file != "model.safetensors.index.json":
         allowed_values.check_values(name, content)
     if file in ("config.json", "generation_config.json"):
@@ -207,6 +209,7 @@ def _check_settings_file(folder: Path, name: str) -> None:
 def check_settings(folder: Path) -> str:
     """Check that settings are such as this project writes, and lead to no other code, weights or repository."""
     type_, files = folder_type(folder), published_files(folder)
+    # By its end, `config.json` of generation, tokenizer and adapter too.
     settings = [name for name in files if name.endswith(("config.json", ".index.json", "special_tokens_map.json"))]
     for name in settings:
         _check_settings_file(folder, name)
@@ -243,6 +246,7 @@ def _stated_license(folder: Path) -> str:
     if not (folder / CARD).is_file():
         return "of the code alone: there is no card at this commit"
     stated = allowed_values.card_data(folder / CARD).get("license")
+    # A recipe for stories has `unknown` if it names no licence.
     if not isinstance(stated, str) or stated == "unknown" or not re.fullmatch(r"[\w.+-]+", stated):
         raise ValueError(f"the card of {folder} states no licence: give one in its `license`")
     return stated
@@ -271,5 +275,6 @@ def check_folder(folder: Path) -> list[str]:
     Raises:
         ValueError: a check fails; the message says what is wrong and what to do.
     """
+    # Files first, because all others read them.
     checks = (check_files, check_sums, check_code, check_settings, check_weights, check_license)
     return [check(folder) for check in checks]

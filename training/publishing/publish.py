@@ -87,6 +87,7 @@ def prepare(
     if what != "dataset":
         described = card.load_about(result["name"], about)
         card.check_data(described, result)
+    # A recipe that adapts a base on the Hub names it with its commit.
     pinned = None if what in ("model", "dataset") else _pin_base(base or result["recipe"]["model"], what)
     return Publication(run, result, what, ARTIFACTS[result["task"], what], repo_id, described, pinned)
 
@@ -96,6 +97,7 @@ def _stage(publication: Publication, staged: Path, log: Log) -> None:
     artifact = publication.artifact
     artifact.stage(publication, staged)
     write_sums(staged)
+    # After the checksums, which the card shows.
     write_text(staged / CARD, artifact.card(publication, staged, NO_COMMIT))
     log(f"ok: {secrecy.check_no_secrets(staged, published_files(staged))}")
     for line in (*checks.check_folder(staged), *artifact.run_trials(publication, staged)):
@@ -151,6 +153,7 @@ def publish(
     """
     publication = prepare(run, repo_id, what, about, base)
     final = run / "published" / publication.what
+    # Locked, so that no start of the run changes what is being copied.
     with locked(run), staged_folder(final) as staged:
         _stage(publication, staged, log)
     log(_list_files(final))
@@ -174,6 +177,7 @@ def _try_published_adapter(folder: Path, result: dict[str, Any], downloads: Path
     name, commit = allowed_values.base_of_adapter(folder)
     base = hub.download(name, commit, into=downloads)
     log(f"its base is {name} at commit {commit}")
+    # The base comes from the Hub like the adapter, so it is checked before it is loaded.
     lines = [*checks.check_folder(base), trials.check_loads(folder, [], base)]
 
     def load() -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -210,6 +214,7 @@ def verify_published(where: str, revision: str | None = None, what: str | None =
         ValueError: a check fails, or the folder does not load in a clean process.
         OSError: the repository is not there, or could not be reached.
     """
+    # For the Hub, an adapter is a model too.
     folder, repo_type = Path(where), what if what in ("dataset", "space") else "model"
     if folder.is_dir() and (revision or what):
         raise ValueError(f"{where} is a folder: leave out --revision and --what, which are for the Hub")

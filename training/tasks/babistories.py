@@ -88,6 +88,7 @@ class Recipe(BaseRecipe):
     @functools.cached_property
     def needed(self) -> list[str]:
         """Names of the lists to draw from: those of the template's placeholders, and always the openings."""
+        # Every answer begins with an opening, whether or not the template shows it.
         used = story_prompts.placeholders(self.template) | {"opening"}
         return [kind for placeholder, kind in LISTS.items() if placeholder in used]
 
@@ -132,12 +133,14 @@ def _given_lists(recipe: Recipe) -> dict[str, list[str]]:
     given = [kind for kind in recipe.needed if kind not in recipe.requests]
     if recipe.lists is not None:
         return story_prompts.read_lists(recipe.lists, given)
+    # Without a list file only features can be left: the recipe was refused if anything else had no origin.
     return {"features": list(FEATURES.values())} if given else {}
 
 
 def _ask_for_list(recipe: Recipe, generator: Generator, kind: str, number: int) -> list[dict[str, Any]]:
     """Return the rows of one batch of answers that hold a list."""
     indices = _batch_indices(number, recipe.requests[kind], recipe.generator.batch_size)
+    # A list with two requests gets them in turn.
     prompts = [REQUESTS[kind][index % len(REQUESTS[kind])] for index in indices]
     texts = generator.answer(prompts, [FIRST_NUMBER] * len(prompts), _batch_seed(recipe, kind, number))
     return [{"index": index, "text": text} for index, text in zip(indices, texts, strict=True)]
@@ -152,6 +155,7 @@ def _collect_lists(
         ask = functools.partial(_ask_for_list, recipe, generator, kind)
         batches = math.ceil(count / recipe.generator.batch_size)
         paths = writer.write("asked", kind, batches, ask, f"lists of {kind}")
+        # A text is None where the tokenizer did not give the prompt back as it was.
         lists[kind] = story_prompts.parse_answers(kind, (row["text"] or "" for row in read_rows(paths)))
         if not lists[kind]:
             raise ValueError(
@@ -269,6 +273,7 @@ def _make_stories(
 ) -> dict[str, Any]:
     """Make what is missing of lists, answers and stories; return the result, on the main process alone."""
     if state.is_main_process:
+        # Only here: `run_once` tidies the folder of the run, but not those within it.
         for name in ("asked", "parts") if recipe.requests else ("parts",):
             (recipe.folder / name).mkdir(exist_ok=True)
             remove_leftovers(recipe.folder / name)
@@ -278,8 +283,10 @@ def _make_stories(
     lists = _collect_lists(recipe, given, generator, writer)
     ask = functools.partial(_ask_for_stories, recipe, lists, generator)
     paths = writer.write("parts", "part", recipe.num_batches, ask, "stories")
+    # One process filters, because each story is compared with all before it.
     if not state.is_main_process:
         return {}
+    # Every answer has its opening by force, and a feature is no word to look for.
     required = [word for word in ("name", "verb", "noun", "adjective") if LISTS[word] in recipe.needed]
     counted = select_stories(
         recipe.folder, paths, recipe.num_stories, recipe.near_duplicates, required, generator.tokenizer

@@ -103,6 +103,7 @@ class Recipe(TextRecipe):
     @functools.cached_property
     def base_folder(self) -> Path:
         """The folder of the base on this machine; a base on the Hub is downloaded."""
+        # Without a look at the disk: `run` trains a base that is not there yet.
         if self.base is not None:
             return Path(self.model)
         if (Path(self.model) / "config.json").is_file():
@@ -133,6 +134,7 @@ class Recipe(TextRecipe):
 
     def content(self) -> dict[str, Any]:
         """Return all that determines the run: the recipe, and the base's weights, or the recipe that trains them."""
+        # A base that is not trained yet has no weights, but its recipe determines them.
         base = weights_checksums(self.base_folder) if self.base_recipe is None else self.base_recipe.hash
         return super().content() | {"base_made_of": base}
 
@@ -140,6 +142,7 @@ class Recipe(TextRecipe):
 def _base_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     """Return the base's tokenizer; `ValueError` if it adds tokens to a text by itself."""
     folder = str(recipe.base_folder)
+    # Loaded as it is. By default these tokens would be taken away, and nothing would be seen.
     if added := added_tokens(load_tokenizer(folder, keep_added=True)):
         raise ValueError(
             f"the tokenizer of the base {recipe.model!r} adds {' and '.join(added)} of each text by itself, but the "
@@ -153,7 +156,7 @@ def _base_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     """Return the base with new adapters, initialised from the recipe's seed; nothing else is trained."""
     base = load_causal_lm(recipe.base_folder)
-    base.loss_type = "ForCausalLM"
+    base.loss_type = "ForCausalLM"  # as for a new model: not every class name says it
     set_seed(recipe.seed)  # after the base is loaded, which must not change what the adapters draw
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()))
 
@@ -163,7 +166,10 @@ def export(
 ) -> tuple[Path, PreTrainedModel]:
     """Write `adapter/` and, with the tokenizer, `merged/`; returns the merged folder and model, to be evaluated."""
     with staged_folder(recipe.folder / "adapter") as staged:
+        # LoRA leaves the embedding as it is. By default PEFT may ask the Hub whether its size has changed.
         model.save_pretrained(str(staged), save_embedding_layers=False)
+    # After the adapter is saved: the model has none once it is merged. The state dict is not needed, because `run`
+    # refuses models that are sharded.
     merged = model.merge_and_unload()
     export_model(merged, tokenizer, recipe.folder / "merged")
     return recipe.folder / "merged", merged
@@ -173,6 +179,7 @@ def describe(recipe: Recipe, windows: Dataset, batch_size: int) -> dict[str, Any
     """Return what was adapted, by how many parameters, and how good the base is on the same windows."""
     base = load_causal_lm(recipe.base_folder)
     loss = mean_loss(base, windows, batch_size)
+    # From the file: the model in memory is merged by now, and has no adapter to count.
     adapter = load_file(recipe.folder / "adapter" / "adapter_model.safetensors")
     return {
         "base": {

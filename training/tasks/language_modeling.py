@@ -66,6 +66,7 @@ def num_devices(arguments: TrainingArguments) -> int:
 
 def windows_per_step(arguments: TrainingArguments) -> int:
     """Return the windows that one optimizer step sees, over all processes and accumulated micro-batches."""
+    # `train_batch_size` counts all devices of one process.
     return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
 
 
@@ -79,6 +80,7 @@ def training_arguments(recipe: TextRecipe) -> TrainingArguments:
 
     Counting the steps of a token budget sets up the processes: only after this is `PartialState` that of the run.
     """
+    # Each step uses every parameter, so that DDP need not search for the others.
     settings = {"ddp_find_unused_parameters": False} | recipe.training.model_dump()
     arguments = build_training_arguments(settings, recipe.folder, recipe.seed)
     per_step = tokens_per_step(recipe, arguments)
@@ -105,6 +107,7 @@ def _estimate_cost(recipe: TextRecipe, arguments: TrainingArguments, tokens: int
         bool(arguments.activation_checkpointing),
         cast("dict[str, Any] | None", arguments.activation_checkpointing_kwargs),
     )
+    # `adamw_torch_4bit` and `adamw_torch_8bit` keep smaller moments.
     is_adamw = arguments.optim.startswith("adamw_torch") and "bit" not in arguments.optim
     state = round(STATE_BYTES_PER_PARAMETER * num_parameters(recipe) / 1e9, 3)
     return {
@@ -251,6 +254,7 @@ def build_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> P
     config = recipe.build_config()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
+    # Just before the weights are drawn, so that nothing before it changes them.
     set_seed(recipe.seed)
     model = AutoModelForCausalLM.from_config(config)
     model.loss_type = "ForCausalLM"  # GPT-2's class name does not say it, and each forward would warn
@@ -303,6 +307,7 @@ def _result(
     speed = tokens_per_second(history)
     peak, tokenizer = trainer.peak_tokens_per_second, cast(PreTrainedTokenizerFast, trainer.processing_class)
     utilisation = None if speed is None or peak is None else round(speed / peak, 5)
+    # A loss per token depends on the tokenizer. Bits per byte do not.
     size = tokens_and_bytes(load_stories(**recipe.data.validation.model_dump()), tokenizer)
     return {
         **header(recipe),
@@ -315,6 +320,7 @@ def _result(
         "parameters": num_parameters(recipe),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
+        # Each log entry also counts the sessions before it.
         "seconds": max(entry.get("seconds", 0.0) for entry in history),
         "throughput": {"tokens_per_second": speed, "utilisation": utilisation, **cost},
         "metrics": {
@@ -336,6 +342,7 @@ def _finish(
     cost: dict[str, float],
 ) -> dict[str, Any]:
     """Export and measure what was trained; returns the content of `result.json`, on the main process alone."""
+    # All processes take part, as each may hold only a shard.
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     # So torch.compile names what is inside its wrapper; a folder has the model's own names.
     state_dict = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state_dict or {}).items()}
@@ -364,6 +371,7 @@ def _train(
     tokenizer = prepare_tokenizer(recipe, state, mode.tokenizer)
     windows = prepare_windows(recipe, tokenizer, state)
     model = mode.build(recipe, tokenizer)
+    # In teraflops of all devices together.
     peak = measured_teraflops(arguments.device, arguments.mixed_precision) * num_devices(arguments)
     per_token = flops_per_token(model.config, recipe.data.context_length)
     trainer = LanguageModelTrainer(
@@ -375,6 +383,7 @@ def _train(
         processing_class=tokenizer,
         peak_tokens_per_second=peak * 1e12 / per_token,
     )
+    # The newest is whole: `run_once` has set damaged checkpoints aside.
     checkpoint = get_last_checkpoint(str(recipe.folder))
     if checkpoint is not None:
         state.print(f"resuming from {checkpoint}")
@@ -388,7 +397,7 @@ def _train(
 def _identity(recipe: TextRecipe, state: PartialState) -> dict[str, Any]:
     return {
         "hash": recipe.hash,
-        "num_processes": state.num_processes,
+        "num_processes": state.num_processes,  # with another number, a resumed run would not continue exactly
         "recipe": recipe.model_dump(exclude={"output_dir"}),
         "architecture": recipe.architecture,
         "data": {

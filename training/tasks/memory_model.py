@@ -111,6 +111,7 @@ class Recipe(TrainingRecipe):
             raise ValueError(f"stages are called {names}: give each a name of its own")
         if self.data.streaming:
             raise ValueError("`data.streaming` is not supported: a stage begins where the data begin")
+        # A single chunk has no earlier one whose memory it could read.
         chunks = self.data.context_length / config.chunk_length
         if chunks != int(chunks) or chunks < 2:
             raise ValueError(
@@ -133,6 +134,7 @@ class Recipe(TrainingRecipe):
         """Return the recipe that trains the encoder's model; only if `encoder` names one."""
         assert self.encoder is not None
         name, settings = self.encoder.recipe, self.encoder.settings
+        # As comparisons name it: a training that one of them has finished is found and not repeated.
         folder = f"runs/{name}/{'-'.join([*leaves(settings), f'seed{self.seed}'])}"
         # It learns from the same stories, unless its settings name others.
         data = {split: getattr(self.data, split).model_dump() for split in ("train", "validation")}
@@ -145,6 +147,7 @@ class Recipe(TrainingRecipe):
 
 
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    # `cross_entropy` takes the vocabulary as the second dimension: (B, V, ...).
     return torch.nn.functional.cross_entropy(logits.movedim(-1, 1).float(), targets, reduction="none").double()
 
 
@@ -167,9 +170,11 @@ def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) ->
         ids = collate_windows(rows)["input_ids"].to(device)
         text = pack_text(ids)
         context = model.gather_memories(text)
-        logits, _ = model.decode_text(text, context)
+        logits, _ = model.decode_text(text, context)  # (B, T, V)
         causal.append(_token_losses(logits[:, :-1], ids[:, 1:]).flatten())
+        # A model that reads no memories has nothing to reconstruct from.
         for objective in OBJECTIVES[1:] if model.config.max_memories != 0 else ():
+            # (B, R, L, V) and (B, R, L) for R chunks.
             logits, targets, _ = model.reconstruct(objective, text, context)
             is_right = logits.argmax(-1) == targets
             reconstructed[objective].append(torch.stack([_token_losses(logits, targets), is_right]).flatten(1, 2))
@@ -218,6 +223,7 @@ class MemoryModelTrainer(LanguageModelTrainer):
     def measure(self) -> dict[str, float]:
         model: Any = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         measures = measure(model, self.eval_dataset, self.args.eval_batch_size)
+        # A log takes numbers only, and `NAME_by_place` are lists.
         return {name: value for name, value in measures.items() if isinstance(value, float)}
 
 
@@ -257,6 +263,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MemoryMod
     model = cast(MemoryModelForCausalLM, language_modeling.build_model(recipe, tokenizer))
     if recipe.encoder is not None and not recipe.encoder.untrained:
         source: Any = load_causal_lm(recipe.encoder_source().folder / "model")
+        # It was loaded onto the accelerator, where Trainer brings the new model later.
         source.to(model.device)
         # A memory model gives its whole encoder; another model has only what becomes the encoder's backbone.
         if isinstance(source, MemoryModelForCausalLM):
@@ -285,6 +292,7 @@ def training_flops(recipe: Recipe) -> list[int]:
     for stage in recipe.stages:
         begin_stage(model, stage, recipe.seed)
         arguments = training_arguments(recipe, stage)
+        # Both passes are counted: nothing goes back through a frozen encoder.
         per_window = count_flops(lambda: model.train()(ids, labels=ids).loss.backward())
         flops.append(per_window * language_modeling.windows_per_step(arguments) * stage.steps)
     return flops
@@ -324,6 +332,7 @@ def _train_stage(
     arguments, folder = training_arguments(recipe, stage), _stage_folder(recipe, stage)
     if state.is_main_process:
         (folder / CHECKSUMS).unlink(missing_ok=True)  # of a stage whose `stage.json` is gone
+        # `run_once` checks the folder of the run, which has no checkpoints itself.
         set_aside_broken_checkpoints(folder)
     state.wait_for_everyone()
     model: Any = build_model(recipe, tokenizer) if before is None else load_causal_lm(before)
@@ -364,8 +373,10 @@ def _train(recipe: Recipe, state: PartialState, data: dict[str, Any]) -> dict[st
             if state.is_main_process:
                 write_result(result, folder, ["model"], STAGE)
             state.wait_for_everyone()
+        # Read again, so that all processes have it, and a stage of an earlier start is no different.
         stages.append(read_result(folder, STAGE))
         before = folder / "model"
+    # From the folder, because an earlier start may have trained the last stage.
     model = load_causal_lm(_stage_folder(recipe, recipe.stages[-1]) / "model")
     if state.is_main_process:
         export_model(model, tokenizer, recipe.folder / "model")

@@ -75,6 +75,7 @@ def identity_model(recipe: MoonSettings, heads: int, beta: float) -> ContinuousM
     model = build_model(recipe, heads, beta=beta)
     with torch.no_grad():
         for parameter in model.parameters():
+            # Real and imaginary part: (2, 3, 3).
             parameter.copy_(torch.stack([torch.eye(moons.NUM_MOONS), torch.zeros_like(parameter[1])]))
     return model.eval()
 
@@ -115,8 +116,8 @@ def retrieve_shared_and_private(
     """
     (shared_keys, shared_values), (private_keys, private_values) = shared_pairs, private_pairs
     num_private = private_keys.shape[3]
-    private_scores = (private_keys @ queries[..., None]).squeeze(-1)
-    mask = torch.cat([shared_mask.expand(*queries.shape[:3], -1), private_scores], dim=-1)
+    private_scores = (private_keys @ queries[..., None]).squeeze(-1)  # (B, H, P, S)
+    mask = torch.cat([shared_mask.expand(*queries.shape[:3], -1), private_scores], dim=-1)  # (B, H, P, N + S)
     # A key of zeros scores 0, so that the mask alone is the score; a value of zeros adds nothing.
     slots = F.pad(shared_keys, (0, 0, 0, num_private)), F.pad(shared_values, (0, 0, 0, num_private))
     retrieved, weights = kernel_smoothing(queries, *slots, mask)
@@ -133,6 +134,7 @@ def _pairs_of_next(
     batch_size, num_continuations, _ = observations.shape
 
     def unfold(rows: torch.Tensor) -> torch.Tensor:
+        # (B * P, H, 1, D) to (B, H, P, D)
         return rows.squeeze(2).unflatten(0, (batch_size, num_continuations)).transpose(1, 2)
 
     # Each continuation becomes a row of the batch, with one observation.
@@ -168,7 +170,9 @@ def predict_from_prefixes(
     lengths = lengths.to(observations.device)
     latest = model(observations, use_cache=False).predictions[:, lengths - 1]  # (B, P, C)
     _, keys, values = model.memory(observations, pairs_only=True)
+    # An observation completes the pair of the key before it, so the last key has no value yet.
     shared_pairs = keys[:, :, :-1], values[:, :, 1:]
+    # (P, T - 1): whether a prefix has the observation that completes the pair.
     is_stored = torch.arange(1, observations.shape[1], device=lengths.device) < lengths[:, None]
     shared_mask = torch.zeros_like(is_stored, dtype=keys.dtype).masked_fill(~is_stored, float("-inf"))
     key, predictions, private_keys, private_values = keys[:, :, lengths - 1], [latest], [], []
@@ -203,6 +207,7 @@ def deviation_curve(
     prefixes = torch.tensor(lengths)
     for batch in windows.split(WINDOWS_AT_ONCE):
         batch = batch.to(model.device)
+        # Block i of `unfold` is what follows the first i observations.
         expected = batch.unfold(1, horizon, 1).transpose(2, 3)[:, lengths]  # (N, P, horizon, 6)
         predicted = predict_from_prefixes(model, batch, prefixes, horizon)
         total = total + (predicted - expected).abs().double().mean((2, 3)).sum(0)
@@ -236,6 +241,7 @@ def _assigned_share(shares: np.ndarray) -> float:
     """Return the mean share of the best assignment of columns to rows, rescaled so that equal shares give 0."""
     chance = 1 / len(shares)
     mean = shares[linear_sum_assignment(shares, maximize=True)].mean()
+    # A row of zeros has no shares, and can bring the mean below chance.
     return max(0.0, (float(mean) - chance) / (1 - chance))
 
 
@@ -265,6 +271,7 @@ def moons_by_head(model: ContinuousMemoryMosaicModel, recipe: MoonSettings) -> l
     """
     periods = moons.VALIDATION_TRIPLE
     windows = moons.draw_windows(periods, WINDOWS_OF_UNITS, recipe.length, EVALUATION_SEED)
+    # The last landmark is the common period of all moons.
     longest = int(moons.landmarks(periods, recipe.length)[-2])
     device: Any = model.device
     contributions = inspect_continuous_units(model, windows.to(device)).contributions[:, :, longest:].double()
@@ -326,6 +333,7 @@ def _train(
     set_seed(seed)
     model = build_model(recipe, heads)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
+    # A power of 1 is the linear decay that the authors train with.
     scheduler = get_polynomial_decay_schedule_with_warmup(
         optimizer, 0, recipe.steps, lr_end=recipe.final_learning_rate, power=1.0
     )
@@ -396,6 +404,7 @@ def train_part(recipe: MoonSettings, heads: int, seed: int, folder: Path) -> Non
             write_text(staged / "training.json", json.dumps(record))  # one line: a loss for each step
             write_checksums(staged)
     model, record = load_part(folder)
+    # A mean, because the loss of one step depends on its windows.
     last = record["losses"][-5 * LOGGED_STEPS :]
     part = {
         "heads": heads,

@@ -67,6 +67,7 @@ class RangeSection(Section):
 
 
 def _values_type(values: Any) -> str:
+    # pydantic asks for raw values, to read them, and for sections, to write them out.
     return "range" if isinstance(values, (dict, RangeSection)) else "choices"
 
 
@@ -199,6 +200,7 @@ class Recipe(BaseRecipe):
     def trial(self, settings: Settings) -> BaseRecipe:
         """Return the recipe of a trial, which has a folder in the search's; `ValueError` if settings are not valid."""
         recipe = load_recipe(self.base_path, settings=[self.common, _nested(settings)])
+        # `output_dir` is not part of the hash, so the name of the folder can have the hash in it.
         return recipe.model_copy(update={"output_dir": str(self.folder / _folder_name(settings, recipe.hash))})
 
     def content(self) -> dict[str, Any]:
@@ -281,8 +283,10 @@ def run_trial(recipe: BaseRecipe, metric: str) -> Outcome:
         try:
             result = run_logged(recipe_job(recipe))
         except (ValueError, torch.OutOfMemoryError) as error:
+            # Settings can cause these. Any other error is no outcome, and ends the search.
             return Outcome(None, f"{error}", round(time.monotonic() - start, 3))
     value = _look_up(result, metric)
+    # The result's own seconds also count the time before an interruption.
     seconds = result.get("seconds", round(time.monotonic() - start, 3))
     if value is None or not math.isfinite(value):
         return Outcome(None, f"{metric} is {value}", seconds)
@@ -298,6 +302,7 @@ def _distribution(values: list[Any] | RangeSection) -> BaseDistribution:
 
 
 def _sampler(recipe: Recipe, number: int) -> BaseSampler:
+    # Mixed, so that neighbouring seeds and numbers draw nothing alike.
     seed = int(np.random.SeedSequence([recipe.seed, number]).generate_state(1)[0])
     return {"random": RandomSampler, "tpe": TPESampler}[recipe.sampler](seed=seed)
 
@@ -315,13 +320,14 @@ def _next_trials(recipe: Recipe, study: optuna.Study) -> Iterator[Trial | Frozen
             point = recipe.points[number]
             begun = optuna.create_trial(state=TrialState.RUNNING, params=point, distributions=distributions)
             study.add_trial(begun)
-            yield study.trials[-1]
+            yield study.trials[-1]  # `add_trial` returns nothing
         else:
             study.sampler = _sampler(recipe, number)
             yield study.ask(distributions)
 
 
 def _notes(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+    # The study keeps them: the trials of a grid are `FrozenTrial`s, which store no attributes.
     return study.user_attrs[f"trial {trial.number}"]
 
 
@@ -356,6 +362,7 @@ def _run_trials(recipe: Recipe, study: optuna.Study) -> None:
         running: dict[Future, tuple[Trial | FrozenTrial, Executor]] = {}
         while True:
             while idle and (trial := next(drawn, None)) is not None:
+                # Drawing has written the trial into the study.
                 _seal_study(recipe)
                 worker = idle.pop()
                 running[worker.submit(*_job(recipe, study, trial))] = (trial, worker)
@@ -383,6 +390,7 @@ def _row(recipe: Recipe, study: optuna.Study, number: int, trial: FrozenTrial) -
 
 def _ranking(recipe: Recipe, trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the finished trials, best first; settings that were drawn several times appear once."""
+    # Reversed, so that the first of equal trials is the one that stays.
     first = {trial["recipe_hash"]: trial for trial in reversed(trials) if trial["metric"] is not None}
     sign = 1 if recipe.direction == "minimize" else -1
     return sorted(first.values(), key=lambda trial: (sign * trial["metric"], trial["number"]))

@@ -99,6 +99,7 @@ class SymbolTrainer(LanguageModelTrainer):
         # Not by `save_strategy="best"`: it saves checkpoints of the best steps only, so that an interrupted training
         # would go back to one of them. The checkpoints here are those that the recipe asks for.
         history = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
+        # Checkpoints hold the history, so that a resumed training compares with all earlier evaluations.
         if scores["accuracy"] > max(history, default=-math.inf):
             export_model(model, None, self._recipe.folder / "best", checksums=True)
         return scores
@@ -118,7 +119,7 @@ def _train(recipe: Recipe, arguments: TrainingArguments, data: dict[str, Any]) -
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(recipe.folder)))
     curve = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     best = max(curve, key=lambda entry: entry["eval_accuracy"])  # of equals the first, as `measure` keeps it
-    model = load_causal_lm(recipe.folder / "best")
+    model = load_causal_lm(recipe.folder / "best")  # an earlier session may have written it
     return {
         **header(recipe),
         "model": recipe.model,

@@ -75,6 +75,7 @@ def _check_no_stacked_experts(name: str) -> None:
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    # The weight of a linear layer has two dimensions, that of stacked experts three.
     stacked = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 2)
     total = model.num_parameters()
     if stacked > total / 10:
@@ -88,6 +89,7 @@ def _check_no_stacked_experts(name: str) -> None:
 def _check_prompts_stay_open(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise `ValueError` if the tokenizer ends each prompt, so that no answer could follow."""
     behind = [added for added in added_tokens(tokenizer) if added.endswith("behind")]
+    # With a chat template, `answer` lets the tokenizer add nothing.
     if behind and tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of the generator {name!r} adds {behind[0]} each prompt, and no answer "

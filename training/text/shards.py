@@ -53,6 +53,7 @@ class ShardWriter:
         earlier = read_sealed(self._clock)
         if earlier is None and self._clock.is_file():
             logger.warning("%s is damaged: the seconds are counted from this start on", self._clock)
+        # As if all starts had been one: moved back by the seconds of earlier ones.
         self._started = time.perf_counter() - json.loads(earlier or "0.0")
 
     @property

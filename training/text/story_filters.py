@@ -57,6 +57,7 @@ _MARKERS = {
     "code": r"```",
     "template": r"<\|?/?(?:s|im_start|im_end|endoftext|user|assistant|system|eot_id)\|?>|\[/?INST\]",
 }
+# © is no decoration, because one marker begins with it.
 _PATTERNS = {name: re.compile(rf"^[^\w\n©]*(?:{p})", re.I | re.M) for name, p in _LINE_MARKERS.items()}
 _PATTERNS["rule"] = re.compile(rf"^[ \t]*{_LINE_MARKERS['rule']}", re.M)
 _PATTERNS |= {name: re.compile(pattern, re.I) for name, pattern in _MARKERS.items()}
@@ -136,11 +137,13 @@ def words(text: str) -> list[str]:
 
 def contains(text: str, word: str) -> bool:
     """Return whether a word occurs, in any case, with any regular ending: `walk` in "walked", not `run` in "ran"."""
+    # A last e or y changes with the ending: "bake" is in "baking", "happy" in "happily".
     stem = re.sub(r"(?<=\w{3})[ey]$", "", word.lower())
     return re.search(rf"\b{re.escape(stem)}\w*", text.lower()) is not None
 
 
 def _sketch(story_words: list[str]) -> MinHash:
+    # A story of fewer words is a shingle by itself.
     count = max(1, len(story_words) - SHINGLE_WORDS + 1)
     shingles = {" ".join(story_words[start : start + SHINGLE_WORDS]).encode() for start in range(count)}
     sketch = MinHash(num_perm=NUM_PERMUTATIONS)

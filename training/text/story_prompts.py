@@ -99,7 +99,7 @@ def placeholders(template: str) -> set[str]:
         raise ValueError(f"{error}: placeholders are {known}; a brace that is meant as such is doubled") from error
     names = set()
     for _, name, form, conversion in parts:
-        if name is None:
+        if name is None:  # text behind the last placeholder
             continue
         if name not in LISTS or form or conversion:
             raise ValueError(f"unknown placeholder {{{name}}}: there are {known}, and nothing else inside the braces")
@@ -142,6 +142,7 @@ def _entries_of_line(kind: str, line: str) -> list[str]:
         if not line or forbidden(line):  # every story with this beginning would be refused
             return []
         words = line.split()[:LONGEST_OPENING]
+        # All beginnings, as the authors have them: stories begin with one word as well as with twelve.
         return [" ".join(words[:length]) for length in range(1, len(words) + 1)]
     line = line.strip('"“”*_,;. ')
     if not re.fullmatch(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*", line):
@@ -179,6 +180,7 @@ def draw(lists: dict[str, list[str]], seed: int, index: int) -> dict[str, Any]:
     Returns:
         For instance `{"name": "Anna", ..., "features": ["a sad ending"], "opening": "One day"}`; up to 3 features.
     """
+    # A string is hashed, so that neighbouring seeds and stories draw nothing alike.
     rng = random.Random(f"{seed} {index}")
     drawn: dict[str, Any] = {}
     for placeholder, name in LISTS.items():

@@ -46,8 +46,10 @@ class Statistics:
         text = row["text"]
         self.characters.append(len(text))
         self.words.append(len(words(text)))
+        # Not verbose: it would warn of each story that is longer than the model reads.
         self.tokens.append(len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
         self.openings.add(row["opening"])
+        # A template without `{name}` draws none.
         self.names |= {row["name"]} if "name" in row else set()
         self.complete += all(contains(text, row[word]) for word in self.required)
         if len(self.samples) < NUM_SAMPLES:
@@ -75,9 +77,11 @@ class Statistics:
 def _judge(row: dict[str, Any], duplicates: Duplicates) -> Story:
     """Return the story in an answer, or the reason why there is none."""
     if row["text"] is None:
+        # The prompt did not come back from the tokenizer as it was: it is unknown where the story begins.
         return Story("", "undecodable")
     story = clean(row["text"], row["opening"])
     if story.reason is None:
+        # Last, because it remembers the story: one that is refused must not make another a duplicate.
         duplicate = duplicates.find(story.text, row["index"])
         if duplicate is not None:
             reason, earlier = duplicate

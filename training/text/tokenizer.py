@@ -49,6 +49,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             f"vocab_size is {vocab_size}, but the {len(alphabet)} bytes and two special tokens alone need {smallest}"
         )
     backend = Tokenizer(models.BPE())
+    # No space is put in front, as it would come back with the text.
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     # A pair that occurs once belongs to one text and not to the language. All bytes are entries, whether they occur or
@@ -72,7 +73,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=END_OF_TEXT,
         pad_token=PAD,
         padding_side="left",
-        clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False,  # else spaces before punctuation would be lost
     )
 
 
@@ -80,6 +81,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Return what a tokenizer adds to a text by itself, in words such as `'<s>' in front`; empty if nothing."""
     encoding = tokenizer("a", return_special_tokens_mask=True)
     tokens, mask = tokenizer.convert_ids_to_tokens(encoding["input_ids"]), encoding["special_tokens_mask"]
+    # The place of the text's own first token.
     begin = mask.index(0) if 0 in mask else len(mask)
     front, rest = tokens[:begin], tokens[begin:]
     behind = [token for token, is_added in zip(rest, mask[begin:], strict=True) if is_added]
