@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from omegaconf import OmegaConf
 from pydantic import Field, PositiveInt, model_validator
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from training.evaluate import load_model
 from training.parallel import recipe_job, run_all
@@ -39,7 +39,7 @@ class Trained(NamedTuple):
         blocks = "1 block" if self.depth == 1 else f"{self.depth} blocks"
         return f"{self.label}, {blocks}"
 
-    def load(self, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(self, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """Return the finished model, in evaluation mode, and its tokenizer."""
         return load_model(self.recipe.folder / "model", **options)
 
