@@ -14,6 +14,7 @@ from pydantic import Field, PositiveInt, model_validator
 from scipy.stats import spearmanr
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
 from training.experiments import comparison
@@ -46,7 +47,7 @@ class Recipe(DepthComparisonRecipe):
     batch_size: PositiveInt = 4
 
     @model_validator(mode="after")
-    def _check_depth_and_lengths(self) -> "Recipe":
+    def _check_depth_and_lengths(self) -> Self:
         if self.depths != [1]:
             raise ValueError(f"`depths` is {self.depths}: maps are those of one-block models, give [1]")
         if min(self.lengths) < 4 * NEWEST:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from omegaconf import OmegaConf
 from pydantic import Field, PositiveInt, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typing_extensions import Self
 
 from training.evaluate import load_model
 from training.parallel import recipe_job, run_all
@@ -85,7 +86,7 @@ class ComparisonRecipe(BaseRecipe):
     workers: PositiveInt = 1
 
     @model_validator(mode="after")
-    def _check_trainings(self) -> "ComparisonRecipe":
+    def _check_trainings(self) -> Self:
         assert self.trainings  # building them is the check
         return self
 

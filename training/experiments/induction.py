@@ -5,6 +5,7 @@ import statistics
 from typing import Any, Literal
 
 from pydantic import model_validator
+from typing_extensions import Self
 
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, summary
@@ -27,7 +28,7 @@ class Recipe(ComparisonRecipe):
     task: Literal["induction"]
 
     @model_validator(mode="after")
-    def _check_depths(self) -> "Recipe":
+    def _check_depths(self) -> Self:
         # Trainings of the first seed: one for each label.
         depths = [training.depth for training in self.trainings[: len(self.runs)]]
         if depths[:3] != [1, 1, 2]:

@@ -8,6 +8,7 @@ has the questions, this file has the recipe, the table and the picture that they
 from typing import Any, Literal
 
 from pydantic import model_validator
+from typing_extensions import Self
 
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, summary
@@ -31,7 +32,7 @@ class Recipe(ComparisonRecipe):
     roles: dict[str, list[str]] = {}
 
     @model_validator(mode="after")
-    def _check_roles(self) -> "Recipe":
+    def _check_roles(self) -> Self:
         unknown = {label for labels in self.roles.values() for label in labels} - self.runs.keys()
         missing = set(QUESTIONS[self.question].roles) - self.roles.keys()
         if unknown or missing:

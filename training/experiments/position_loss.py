@@ -18,6 +18,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing_extensions import Self
 
 from training.evaluate import tokens_and_bytes
 from training.experiments import comparison
@@ -57,7 +58,7 @@ class Recipe(DepthComparisonRecipe):
     flat_from: PositiveInt = 100  # Fig. 10: flat after 100 to 150
 
     @model_validator(mode="after")
-    def _check_positions(self) -> "Recipe":
+    def _check_positions(self) -> Self:
         if self.context_length % self.bin_width:
             raise ValueError(f"`context_length` {self.context_length} is no multiple of `bin_width` {self.bin_width}")
         if max(self.better_from, self.flat_from) >= self.context_length - self.bin_width:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from matplotlib.axes import Axes
 from pydantic import Field, PositiveInt, model_validator
+from typing_extensions import Self
 
 from modeling_memory_mosaic import inspect_units, summarize_units
 from training.evaluate import load_causal_lm
@@ -60,7 +61,7 @@ class Recipe(ComparisonRecipe):
         return [{"data": {"num_automata": number}} for number in self.num_automata]
 
     @model_validator(mode="after")
-    def _check_transformers(self) -> "Recipe":
+    def _check_transformers(self) -> Self:
         unknown = [label for label in self.transformers if label not in list(self.runs)[1:]]
         if unknown:
             raise ValueError(f"`transformers` names {unknown}, but the runs after the first are {list(self.runs)[1:]}")

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from matplotlib.axes import Axes
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from tqdm import tqdm
+from typing_extensions import Self
 
 from modeling_memory_mosaic import inspect_continuous_units
 from training.experiments.comparison import summary
@@ -74,7 +75,7 @@ class Recipe(BaseRecipe):
     workers: PositiveInt = 1
 
     @model_validator(mode="after")
-    def _check_parts_and_lengths(self) -> "Recipe":
+    def _check_parts_and_lengths(self) -> Self:
         for name in ("heads", "seeds"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise ValueError(f"`{name}` names one twice: {getattr(self, name)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
+from typing_extensions import Self
 
 from training.experiments import comparison
 from training.experiments.comparison import DepthComparisonRecipe, plan, summary
@@ -29,7 +30,7 @@ class Recipe(DepthComparisonRecipe):
     baseline: str | None = None
 
     @model_validator(mode="after")
-    def _check_baseline(self) -> "Recipe":
+    def _check_baseline(self) -> Self:
         if self.baseline is not None and self.baseline not in list(self.runs)[1:]:
             raise ValueError(
                 f"`baseline` is {self.baseline!r}, but the runs after the first are {list(self.runs)[1:]}"

@@ -285,11 +285,15 @@ def card_data(path: Path) -> dict[str, Any]:
     return data
 
 
+def package_requirements() -> list[Requirement]:
+    """Return what the installed package requires, those of its extras included."""
+    return [Requirement(line) for line in importlib.metadata.requires("modeling-memory-mosaic") or []]
+
+
 @functools.cache
 def _gradio_range() -> SpecifierSet:
     """Return the versions of gradio that the package asks for."""
-    requirements = map(Requirement, importlib.metadata.requires("modeling-memory-mosaic") or [])
-    return next(requirement.specifier for requirement in requirements if requirement.name == "gradio")
+    return next(requirement.specifier for requirement in package_requirements() if requirement.name == "gradio")
 
 
 def _check_space_card(data: dict[str, Any]) -> None:

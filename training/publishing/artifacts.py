@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from huggingface_hub import ModelCard
-from packaging.requirements import Requirement
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +19,7 @@ from training.evaluate import load_model
 from training.files import write_json, write_text
 from training.paths import CLONE
 from training.publishing import checks, trials
+from training.publishing.allowed_values import package_requirements
 from training.publishing.folder import CARD, LICENSE, NO_COMMIT, RESULT, read_sums
 from training.publishing.portable_results import comparable_results
 from training.tables import TABLES
@@ -174,9 +174,9 @@ def _stage_stories(publication: Publication, staged: Path) -> None:
 
 def _required_versions() -> dict[str, str]:
     """Return the version ranges that the package requires, by name."""
-    requirements = map(Requirement, importlib.metadata.requires("modeling-memory-mosaic") or [])
     # The requirements of extras have a marker.
-    return {requirement.name: str(requirement.specifier) for requirement in requirements if requirement.marker is None}
+    required = [requirement for requirement in package_requirements() if requirement.marker is None]
+    return {requirement.name: str(requirement.specifier) for requirement in required}
 
 
 def _model_card(template: str) -> Callable[[Publication, Path, str], str]:

@@ -33,6 +33,7 @@ from training.publishing.folder import (
     read_sums,
     summed_files,
 )
+from training.text.story_selection import REJECTED_FILE, STORIES_FILE
 from training.untrusted import read_object
 
 
@@ -47,7 +48,7 @@ _MODEL_FILES = (
 _FILES_BY_TYPE = {
     "model": _MODEL_FILES,
     "adapter": ("adapter_config.json", "adapter_model.safetensors"),
-    "dataset": ("stories.jsonl.gz", "rejected.jsonl"),
+    "dataset": (STORIES_FILE, REJECTED_FILE),
     "space": tuple(f"model/{name}" for name in _MODEL_FILES),
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")

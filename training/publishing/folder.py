@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from training.files import checksum
+from training.text.story_selection import STORIES_FILE
 
 
 CARD, RESULT, SUMS, LICENSE = "README.md", "result.json", "SHA256SUMS", "LICENSE"
@@ -13,7 +14,7 @@ NO_COMMIT = "0" * 40
 # The Hub adds these to every new repository.
 HUB_FILES = (".gitattributes",)
 # The file that only a folder of this type has.
-MARKERS = {"model": "config.json", "adapter": "adapter_config.json", "dataset": "stories.jsonl.gz", "space": "app.py"}
+MARKERS = {"model": "config.json", "adapter": "adapter_config.json", "dataset": STORIES_FILE, "space": "app.py"}
 # Git and the downloads of the Hub keep these in a folder. They are never published.
 _TOOL_FOLDERS = (".git", ".cache")
 

@@ -23,6 +23,7 @@ from training.export import run_isolated, verify_export
 from training.recipe import SourceSection
 from training.secrecy import masked
 from training.text.sources import EMBEDDED, load_stories, source_provenance
+from training.text.story_selection import STORIES_FILE
 from training.text.windows import pack_windows
 
 
@@ -150,7 +151,7 @@ def check_stories(folder: Path, num_stories: int | None) -> str:
         num_stories: the number that its result states.
     """
     # Counted first by our reader, which stops at a file that unpacks to too much. The library would unpack all of it.
-    counted = sum(1 for _ in load_stories(str(folder / "stories.jsonl.gz"), streaming=True))
+    counted = sum(1 for _ in load_stories(str(folder / STORIES_FILE), streaming=True))
     load = f"load_dataset({str(folder.resolve())!r}, split='train')"
     process = run_isolated(["-c", f"from datasets import load_dataset\nprint(len({load}['text']))"])
     if process.returncode != 0:

@@ -18,6 +18,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from huggingface_hub import DatasetCardData
 from pydantic import PositiveInt, model_validator
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from training.card import render
 from training.files import checksum, make_once
@@ -66,7 +67,7 @@ class AutomataSection(Section):
         return {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
 
     @model_validator(mode="after")
-    def _check_sizes(self) -> "AutomataSection":
+    def _check_sizes(self) -> Self:
         for name in ("num_states", "num_symbols", "num_edges", "num_strings", "string_length"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:

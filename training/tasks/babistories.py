@@ -22,6 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import DatasetCard, DatasetCardData
 from pydantic import Field, PositiveInt, model_validator
+from typing_extensions import Self
 
 from training.card import STORIES, render
 from training.files import checksum, remove_leftovers, write_json, write_text
@@ -64,7 +65,7 @@ class Recipe(BaseRecipe):
     license: str = "unknown"
 
     @model_validator(mode="after")
-    def _check_each_list_has_one_origin(self) -> "Recipe":
+    def _check_each_list_has_one_origin(self) -> Self:
         asked, needed = self.requests, self.needed
         for kind in asked:
             if kind not in needed:

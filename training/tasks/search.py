@@ -32,6 +32,7 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, mo
 from sqlalchemy.pool import NullPool
 from tqdm import tqdm
 from transformers.utils.generic import flatten_dict
+from typing_extensions import Self
 
 from training.figures import new_figure, save_figure
 from training.files import checksum, read_sealed, sealed, set_aside, write_text
@@ -58,7 +59,7 @@ class RangeSection(Section):
     log: bool = False
 
     @model_validator(mode="after")
-    def _check_bounds(self) -> "RangeSection":
+    def _check_bounds(self) -> Self:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"low is {self.low} and high is {self.high}: give two numbers, the lower as `low`")
         if self.log and self.low <= 0:
@@ -130,7 +131,7 @@ class Recipe(BaseRecipe):
         return dict(_flat(space)) if isinstance(space, dict) else space
 
     @model_validator(mode="after")
-    def _check_sampler(self) -> "Recipe":
+    def _check_sampler(self) -> Self:
         ranges = [key for key, values in self.space.items() if isinstance(values, RangeSection)]
         for key, values in self.space.items():
             if isinstance(values, list) and any(value in values[:place] for place, value in enumerate(values)):
@@ -150,7 +151,7 @@ class Recipe(BaseRecipe):
         return self
 
     @model_validator(mode="after")
-    def _check_points(self) -> "Recipe":
+    def _check_points(self) -> Self:
         taken = sorted({*self.space, *self.common} & {*RESERVED_KEYS})
         if taken:
             raise ValueError(f"{', '.join(taken)} cannot be set by `space` or `common`: the search decides it")
