@@ -72,7 +72,7 @@ def read(model: PreTrainedModel, num_tokens: int) -> DynamicCache | MemoryModelC
 
 
 def prefill(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
-    """Return a measurement: seconds to read one text."""
+    """Return a function that measures the seconds to read one text."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -83,7 +83,7 @@ def prefill(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
 
 
 def decode(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
-    """Return a measurement: tokens per second over one chunk after the text, one at a time."""
+    """Return a function that measures tokens per second over one chunk behind the text, one at a time."""
     # Which token is read does not change the speed.
     ids, before = torch.zeros(1, 1, dtype=torch.long), read(model, num_tokens)
 

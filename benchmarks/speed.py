@@ -66,7 +66,7 @@ def random_ids(batch_size: int, num_tokens: int) -> torch.Tensor:
 
 
 def training_step(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
-    """Return a measurement: seconds of forward and backward over 2,048 tokens in rows of `num_tokens`."""
+    """Return a function that measures the seconds of forward and backward over 2,048 tokens, `num_tokens` a row."""
     ids = random_ids(TOKENS_PER_STEP // num_tokens, num_tokens)
 
     def run() -> float:
@@ -79,7 +79,7 @@ def training_step(model: PreTrainedModel, num_tokens: int) -> Callable[[], float
 
 
 def prefill(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
-    """Return a measurement: seconds to read one text of `num_tokens` into a cache."""
+    """Return a function that measures the seconds to read one text of `num_tokens` into a cache."""
     ids = random_ids(1, num_tokens)
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ def prefill(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
 
 
 def decode(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
-    """Return a measurement: tokens per second when one at a time is read after `num_tokens` in the cache."""
+    """Return a function that measures tokens per second, read one at a time behind `num_tokens` in the cache."""
     ids = random_ids(1, num_tokens)
 
     @torch.no_grad()
@@ -123,7 +123,10 @@ def dense_leaky_average(states: torch.Tensor, leak: torch.Tensor) -> torch.Tenso
 
 
 def leaky_step(average: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], num_tokens: int) -> Callable[[], float]:
-    """Return a measurement: milliseconds of forward and backward of a leaky average in rows of `num_tokens`."""
+    """Return a function that measures the milliseconds of forward and backward of a leaky average.
+
+    It averages 2,048 tokens, in rows of `num_tokens`.
+    """
     heads, width = SIZES["num_attention_heads"], SIZES["hidden_size"] // SIZES["num_attention_heads"]
     states = torch.randn(TOKENS_PER_STEP // num_tokens, heads, num_tokens, width, requires_grad=True)
     # The leaks of a newly initialised mosaic.
@@ -259,7 +262,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = torch.get_num_threads(),
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> None:
-    """Measure and print. A ratio above 1 means that ours is faster; of memory it is the share that ours takes."""
+    """Measure and print. A ratio above 1 means that ours is faster; for memory, one below 1 that ours needs less."""
     torch.set_num_threads(threads)
     parameters = {name: build(name).num_parameters() for name in ("mosaic", *PEERS)}
     setting = {"sizes": SIZES, "parameters": parameters, **machine(rounds)}

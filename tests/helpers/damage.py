@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bad disks do to files."""
+"""Damage to files, as by a bad disk."""
 
 from pathlib import Path
 

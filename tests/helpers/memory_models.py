@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a memory model reads its memories: the ways that the tests go through."""
+"""Settings of memory models: each way to read memories."""
 
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 

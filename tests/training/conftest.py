@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of training share."""
+"""Fixtures of the tests of training."""
 
 import datasets
 import pytest
