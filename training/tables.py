@@ -18,8 +18,10 @@ import typer
 from cogapp import Cog
 from tabulate import DataRow, TableFormat, tabulate
 
+from training.claims import ClaimSection, measured_effects
 from training.files import read_json, staged_file
-from training.paths import CLONE, RESULTS
+from training.paths import CLONE, CONFIGURATION, RESULTS
+from training.recipe import load_recipe, task_module
 from training.result import SHOWN, read_result
 
 
@@ -133,14 +135,44 @@ def fine_tuning_table(results: list[dict[str, Any]]) -> str:
     return markdown_table(["model", "trained numbers", "seeds", "validation loss", "perplexity"], "lrrrr", rows)
 
 
+# Verdicts in the order of the sections of the table of claims.
+_VERDICTS = ("supported", "contradicted", "undecided")
+
+
+def _claim_row(result: dict[str, Any], claim: ClaimSection) -> tuple[str, list[str]]:
+    """Return the verdict on a claim of today's recipe, computed from a committed result, and its row."""
+    recipe = task_module(result["task"]).Recipe.model_validate(result["recipe"])
+    effects = measured_effects(result["task"], recipe, result["measured"])
+    rule = claim.rule if claim.changed is None else f"{claim.rule} ({claim.changed})"
+    stated = [(then["effects"], ClaimSection(**then).rule) for then in result["recipe"].get("claims", [])]
+    if (claim.effects, claim.rule) not in stated:
+        rule += " (rule stated after the result)"
+    ours = "; ".join(f"{name}: {effects[name]}" for name in claim.effects)
+    return claim.judge(effects), [claim.claim, f"`{result['name']}`", claim.paper, ours, rule]
+
+
 def claims_table(results: list[dict[str, Any]]) -> str:
-    """Return a Markdown table with a row for each claim of the paper that an experiment's result speaks to."""
-    rows = [
-        (claim["claim"], f"`{result['name']}`", claim["paper"], claim["ours"], claim["verdict"])
-        for result in results
-        for claim in result.get("claims", [])
-    ]
-    return markdown_table(["claim", "recipe", "paper", "ours", "verdict"], "lllll", rows)
+    """Return Markdown tables of all claims that the recipes of results make, one table for each verdict.
+
+    A claim counts once, however many effects it speaks of. Its rule is that of the recipe as it is now; a row says so
+    if the result was made before the rule.
+
+    Args:
+        results: contents of `result.json` files.
+    """
+    rows: dict[str, list[list[str]]] = {verdict: [] for verdict in _VERDICTS}
+    for result in results:
+        path = CONFIGURATION / "recipe" / f"{result['name']}.yaml"
+        for claim in getattr(load_recipe(path), "claims", []) if path.is_file() else []:
+            verdict, row = _claim_row(result, claim)
+            rows[verdict].append(row)
+    counts = ", ".join(f"{len(rows[verdict])} {verdict}" for verdict in _VERDICTS)
+    parts = [f"{sum(map(len, rows.values()))} claims: {counts}."]
+    columns = ["claim", "recipe", "paper", "ours (95 % interval)", "rule"]
+    for verdict in _VERDICTS:
+        table = markdown_table(columns, "lllll", rows[verdict]) if rows[verdict] else "None."
+        parts += [f"### {verdict.capitalize()}", table]
+    return "\n\n".join(parts)
 
 
 # By task: the function that makes a table from results of single trainings, which hold no table.

@@ -17,10 +17,11 @@ from pydantic import Field, PositiveInt, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import Self
 
+from training.claims import RecipeWithClaims, describe_claim, judged
 from training.evaluate import load_model
 from training.parallel import recipe_job, run_all
 from training.paths import CONFIGURATION
-from training.recipe import BaseRecipe, leaves, load_recipe, task_module
+from training.recipe import leaves, load_recipe, task_module
 from training.result import SHOWN, header, read_result
 from training.run_folder import run_once
 from training.tasks import language_modeling
@@ -76,7 +77,7 @@ def _changed_settings(variant: dict[str, Any], recipe: Any) -> dict[str, Any]:
     return changes
 
 
-class ComparisonRecipe(BaseRecipe):
+class ComparisonRecipe(RecipeWithClaims):
     """Models side by side; see `configuration/README.md` for each field."""
 
     base: str
@@ -185,9 +186,9 @@ def _compare(
         return {}
     trainings = [_training_summary(training) for training in recipe.trainings]
     result = header(recipe) | {"data": data, "trainings": trainings} | measure(recipe)
-    # JSON would write a named tuple as a list, without names.
-    result["claims"] = [claim._asdict() for claim in result["claims"]]
-    return result
+    if "claims" in result:  # TRANSITION: experiments whose claims are not yet in their recipe
+        return result | {"claims": [claim._asdict() for claim in result["claims"]]}
+    return result | judged(recipe, result["measured"])
 
 
 def run_comparison(
@@ -203,7 +204,7 @@ def run_comparison(
         restart: move what an earlier run of the experiment left aside; finished trainings stay and are used.
         data: provenance of what is measured on, by name.
         measure: looks at the trained models, writes pictures and tables into `recipe.folder` and returns `measured`
-            (numbers), `table` (Markdown, one line a model) and `claims` (a list of `Claim`).
+            (numbers, from which `effects` of the task's module computes the effects) and `table` (Markdown).
 
     Returns:
         Content of `result.json`; of the earlier one, if the experiment was already finished.
@@ -218,7 +219,8 @@ def run_comparison(
 def summary(result: dict[str, Any], folder: Path) -> str:
     """Return the table of a finished experiment, its claims, and where its files are."""
     claims = [
-        f"{row['verdict']}: {row['claim']} (paper: {row['paper']}; ours: {row['ours']})" for row in result["claims"]
+        describe_claim(claim, result["effects"]) if "effects" in claim else str(claim)  # TRANSITION
+        for claim in result["claims"]
     ]
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in (".json", *SHOWN)))
     return "\n".join([result["table"], "", *claims, f"{files} are in {folder}"])

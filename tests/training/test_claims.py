@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: intervals of effects against simulation and scipy, and rules with a made-up effect of each kind."""
+
+import math
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from scipy.stats import ttest_1samp
+
+from training.claims import ClaimSection, Effect, crossed_effect, mean_effect, share_effect
+
+
+def effect(low: float | None, high: float | None) -> Effect:
+    return Effect(0.0 if low is None else (low + high) / 2, low, high, "nats", "5 seeds")
+
+
+def claim(**rule) -> ClaimSection:
+    return ClaimSection(claim="it falls", paper="not asked", effects=["fall"], **rule)
+
+
+def test_the_interval_of_a_mean_is_student_t():
+    values = [0.13, 0.21, 0.08, 0.17, 0.19]
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    measured = mean_effect(values, "nats")
+    assert (measured.low, measured.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert str(measured) == "0.156 (0.0917 to 0.22) nats, 5 seeds"
+    assert str(mean_effect([0.5], "")) == "0.5 (no interval), 1 seed"
+
+
+def test_wilson_interval_of_a_share():
+    # Newcombe (1998), table I: 15 of 148.
+    share = share_effect(15, 148)
+    assert (share.low, share.high) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+
+
+@pytest.mark.parametrize(("seed_noise", "document_noise", "noise"), [(1, 0, 0), (0, 1, 0), (0.3, 1, 2), (1, 0.3, 0.1)])
+def test_crossed_interval_covers_other_seeds_and_other_documents(seed_noise, document_noise, noise):
+    generator = np.random.default_rng(0)
+    documents = np.repeat(np.arange(40), generator.integers(1, 6, 40))
+    covered = []
+    for _ in range(400):
+        values = noise * generator.normal(size=(5, len(documents))) + seed_noise * generator.normal(size=(5, 1))
+        values += (document_noise * generator.normal(size=40))[documents]
+        measured = crossed_effect(values, documents.tolist(), "nats")
+        covered.append(measured.low < 0 < measured.high)
+    assert np.mean(covered) > 0.93
+
+
+def test_crossed_interval_needs_two_seeds_and_two_documents():
+    assert crossed_effect(np.ones((1, 4)), [0, 1, 2, 3], "").low is None
+    assert crossed_effect(np.ones((4, 4)), ["a", "a", "a", "a"], "").low is None
+
+
+KINDS = {"above": {"above": 0.02}, "below": {"below": -0.02}, "within": {"within": 0.02}}
+VERDICTS = {
+    ("above", 0.03, 0.05): "supported",
+    ("above", 0.0, 0.01): "contradicted",
+    ("above", 0.01, 0.05): "undecided",
+    ("below", -0.05, -0.03): "supported",
+    ("below", -0.01, 0.03): "contradicted",
+    ("below", -0.03, 0.0): "undecided",
+    ("within", -0.01, 0.015): "supported",
+    ("within", 0.03, 0.05): "contradicted",
+    ("within", -0.05, -0.03): "contradicted",
+    ("within", -0.01, 0.05): "undecided",
+}
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), VERDICTS)
+def test_each_rule_can_give_each_verdict(kind, low, high):
+    assert claim(**KINDS[kind]).judge({"fall": effect(low, high)}) == VERDICTS[kind, low, high]
+
+
+@pytest.mark.parametrize("rule", KINDS.values(), ids=KINDS)
+def test_without_an_interval_a_claim_is_undecided(rule):
+    assert claim(**rule).judge({"fall": effect(None, None)}) == "undecided"
+    assert claim(**rule).judge({"fall": effect(math.nan, math.nan)}) == "undecided"
+
+
+def test_all_effects_have_to_support_a_claim_and_one_can_contradict_it():
+    both = ClaimSection(claim="it falls", paper="not asked", effects=["one", "other"], above=0.0)
+    yes, no, unsure = effect(1, 2), effect(-2, -1), effect(-1, 1)
+    assert both.judge({"one": yes, "other": yes}) == "supported"
+    assert both.judge({"one": yes, "other": no}) == both.judge({"one": unsure, "other": no}) == "contradicted"
+    assert both.judge({"one": yes, "other": unsure}) == "undecided"
+
+
+def test_a_claim_has_exactly_one_rule():
+    for rule in ({}, {"above": 0.0, "below": 1.0}, {"within": 0.0}):
+        with pytest.raises(ValidationError, match="exactly one of|greater than 0"):
+            claim(**rule)
