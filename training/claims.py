@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, norm, spearmanr, t
 from typing_extensions import Self
 
 from training.files import json_text
@@ -116,6 +116,24 @@ def share_effect(successes: int, trials: int, basis: str | None = None) -> Effec
     """
     interval = binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
     return Effect(successes / trials, float(interval.low), float(interval.high), "", basis or _seeds(trials))
+
+
+def rank_effect(first: Sequence[float], second: Sequence[float], basis: str) -> Effect:
+    """Return Spearman's rank correlation with the interval of Fisher's z.
+
+    The variance of z is 1.06 / (n - 3) (Fieller, Hartley and Pearson, 1957).
+
+    Args:
+        first, second: a value of each for every case; the cases count as independent.
+        basis: what the cases are, such as `48 heads of 3 seeds`.
+    """
+    correlation = float(spearmanr(first, second).statistic)
+    if len(first) < 4:
+        return Effect(correlation, None, None, "", basis)
+    # A correlation of 1 has no z. That of values that are all equal is NaN, and stays so.
+    z = float(np.arctanh(np.clip(correlation, -1 + 1e-12, 1 - 1e-12)))
+    half = float(norm.ppf((1 + CONFIDENCE) / 2)) * (1.06 / (len(first) - 3)) ** 0.5
+    return Effect(correlation, math.tanh(z - half), math.tanh(z + half), "", basis)
 
 
 # Rules

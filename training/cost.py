@@ -13,8 +13,10 @@ import contextlib
 import functools
 import json
 import math
+import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
@@ -193,6 +195,69 @@ def hours(flops: float, teraflops: float, utilisation: float = DEFAULT_UTILISATI
         raise ValueError(f"utilisation is {utilisation}: give a share of the peak above 0 and at most 1, such as 0.4")
     check_devices(devices)
     return flops / (teraflops * 1e12 * utilisation * devices) / 3600
+
+
+def interleaved_seconds(
+    steps: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Return the median seconds of each of several steps, which are timed in turn.
+
+    A machine whose speed drifts then slows all of them alike. Every second round goes through them backwards, so that
+    none is always behind the same other. Each is done once before, untimed.
+
+    Args:
+        steps: by name.
+        rounds: how often each is timed.
+        clock: returns seconds.
+    """
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds):
+        for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
+            start = clock()
+            steps[name]()
+            seconds[name].append(clock() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _training_step(config: PreTrainedConfig, batch_size: int, context_length: int) -> Callable[[], None]:
+    model = _training_model(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    # A generator of its own: what training draws must not depend on a measurement.
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (batch_size, context_length), generator=generator)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def training_step_seconds(
+    configs: Mapping[str, PreTrainedConfig], batch_size: int, context_length: int, rounds: int
+) -> dict[str, float]:
+    """Return the seconds that a training step of each model takes beside the others, on one thread of the CPU.
+
+    A step is a forward and a backward pass of random tokens and a step of AdamW.
+
+    Args:
+        configs: of causal language models, by name.
+        batch_size: sequences of a step.
+        context_length: tokens per sequence.
+        rounds: how often each model is timed, in turn; the median counts.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # The weights are drawn at random, which must not change what is drawn later.
+        with torch.random.fork_rng():
+            steps = {name: _training_step(config, batch_size, context_length) for name, config in configs.items()}
+        return interleaved_seconds(steps, rounds)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rate_of_products(device: torch.device, dtype: torch.dtype) -> float:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import ttest_1samp
 
-from training.claims import ClaimSection, Effect, crossed_effect, mean_effect, share_effect
+from training.claims import ClaimSection, Effect, crossed_effect, mean_effect, rank_effect, share_effect
 
 
 def effect(low: float | None, high: float | None) -> Effect:
@@ -32,6 +32,26 @@ def test_wilson_interval_of_a_share():
     # Newcombe (1998), table I: 15 of 148.
     share = share_effect(15, 148)
     assert (share.low, share.high) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.6])
+def test_interval_of_a_rank_correlation_covers_the_true_one(correlation):
+    generator = np.random.default_rng(0)
+    # Of normal values (Pearson, 1907).
+    true = 6 / math.pi * math.asin(correlation / 2)
+    covered = []
+    for _ in range(400):
+        first, other = generator.normal(size=(2, 48))
+        measured = rank_effect(first, correlation * first + (1 - correlation**2) ** 0.5 * other, "48 heads")
+        covered.append(measured.low < true < measured.high)
+    assert 0.92 < np.mean(covered) < 0.98
+
+
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+def test_a_rank_correlation_at_its_ends():
+    assert rank_effect([1, 2, 3, 4, 5], [2, 3, 4, 5, 9], "heads")[:3] == pytest.approx((1, 1, 1))
+    assert rank_effect([1, 2, 3], [2, 3, 4], "heads").low is None
+    assert all(math.isnan(number) for number in rank_effect([1, 2, 3, 4], [5, 5, 5, 5], "heads")[:3])
 
 
 @pytest.mark.parametrize(("seed_noise", "document_noise", "noise"), [(1, 0, 0), (0, 1, 0), (0.3, 1, 2), (1, 0.3, 0.1)])

@@ -12,7 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from training.__main__ import app
-from training.cost import activation_bytes, flops_per_token, hours, measured_teraflops, peak_memory_bytes, saved_bytes
+from training.cost import (
+    activation_bytes,
+    flops_per_token,
+    hours,
+    interleaved_seconds,
+    measured_teraflops,
+    peak_memory_bytes,
+    saved_bytes,
+    training_step_seconds,
+)
 from training.loop import LanguageModelTrainer
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe
@@ -281,3 +290,28 @@ def test_less_memory_learns_the_same_or_nearly(model, tmp_path, without_clean_pr
     losses = [[point["loss"] for point in result["learning_curve"]["training"]] for result in (plain, half)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+# Seconds of a step
+
+
+def test_steps_are_timed_in_turn_and_back_and_the_median_counts():
+    now, done = 0.0, []
+    durations = {"one": iter([100, 1, 3, 2]), "other": iter([100, 5, 50, 4])}  # the first is not timed
+
+    def step(name):
+        nonlocal now
+        now += next(durations[name])
+        done.append(name)
+
+    steps = {name: lambda name=name: step(name) for name in durations}
+    assert interleaved_seconds(steps, rounds=3, clock=lambda: now) == {"one": 2, "other": 5}
+    assert done == ["one", "other", "one", "other", "other", "one", "one", "other"]
+
+
+def test_timing_models_leaves_threads_and_random_numbers_as_they_were():
+    configs = {"mosaic": configuration("mosaic-smoke"), "gpt2": configuration("gpt2-smoke")}
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    seconds = training_step_seconds(configs, batch_size=2, context_length=16, rounds=1)
+    assert seconds.keys() == configs.keys() and min(seconds.values()) > 0
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)

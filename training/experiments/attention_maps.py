@@ -1,78 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of the last position in each head of a one-block model (Memory Mosaics, Figs. 12, 13, 15).
+"""Attention of the last position in each head (Memory Mosaics, Figs. 12, 13, 15).
 
-The weights come from the models' own `output_attentions`, averaged over windows. Column t of a mosaic's map is the
-pair of token t, so that the last column, whose pair is not complete yet, is 0; in a transformer it is token t itself.
+Maps are of one-block models. How the peak of a head follows its leak coefficient is measured in every block of deeper
+mosaics, which have more heads. The weights come from the models' own `output_attentions`, as means over windows.
+Column t of a mosaic's map is the pair of token t, so that the last column, whose pair is not complete yet, is 0; in a
+transformer it is token t itself.
 """
 
+import functools
 import math
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveInt, model_validator
-from scipy.stats import spearmanr
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
+from training.claims import Effects, mean_effect, rank_effect
 from training.experiments import comparison
-from training.experiments.comparison import DepthComparisonRecipe, fits_context, plan, summary
+from training.experiments.comparison import ComparisonRecipe, Trained, blocks, plan, summary
 from training.experiments.position_loss import cut_windows
 from training.figures import new_figure, save_figure
 from training.recipe import SourceSection
-from training.tables import Claim, markdown_table
+from training.tables import markdown_table
 from training.text.sources import load_stories, source_provenance
 
 
-__all__ = ["Recipe", "plan", "run", "summary"]
+__all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
 # The level of a map is measured between the first and the newest positions, in bins.
 FIRST, NEWEST, BIN = 4, 32, 8
-# Label of the run that the paper makes no claim about: it shows what positions do.
-NO_POSITIONS = "No positions"
+# Measures of a map whose differences between models are effects.
+COMPARED = ("sink", "unevenness")
 
-# Label, length and seed.
-MapKey = tuple[str, int, int]
+# By label, length and seed: `(L, H, T)`.
+Maps = dict[tuple[str, int, int], np.ndarray]
 
 
-class Recipe(DepthComparisonRecipe):
+class Recipe(ComparisonRecipe):
     """The first run is the mosaic. The `lengths` are in tokens; the first is that of the training."""
 
     task: Literal["attention_maps"]
     text: SourceSection
     lengths: list[int] = Field(min_length=1)
     num_windows: PositiveInt
+    heads_depth: PositiveInt
     batch_size: PositiveInt = 4
 
     @model_validator(mode="after")
-    def _check_depth_and_lengths(self) -> Self:
-        if self.depths != [1]:
-            raise ValueError(f"`depths` is {self.depths}: maps are those of one-block models, give [1]")
+    def _check_lengths(self) -> Self:
         if min(self.lengths) < 4 * NEWEST:
             raise ValueError(f"`lengths` are {self.lengths}: each needs at least {4 * NEWEST} tokens")
         return self
 
+    @property
+    def variants(self) -> list[dict[str, Any]]:
+        return [{"model_args": {"num_hidden_layers": 1}}]
+
+    @functools.cached_property
+    def deep_trainings(self) -> list[Trained]:
+        """The mosaics of `heads_depth` blocks."""
+        variant = {"model_args": {"num_hidden_layers": self.heads_depth}}
+        return [self._training(next(iter(self.runs)), variant, seed) for seed in self.seeds]
+
+    @property
+    def all_trainings(self) -> list[Trained]:
+        return [*self.trainings, *self.deep_trainings]
+
+    @property
+    def rank_name(self) -> str:
+        """Name of the effect that relates the leak coefficients of heads to the widths of their peaks."""
+        return f"rank correlation of leak coefficient and peak width, {blocks(self.heads_depth)}"
+
+    @property
+    def differences(self) -> dict[str, tuple[str, str, int]]:
+        """By name: measure, label and length of each effect that compares a model's maps with those of the first."""
+        first = next(iter(self.runs))
+        readers = [one for one in self.trainings if one.seed == self.seeds[0] and one.label != first]
+        return {
+            f"{measure}, {one.label} - {first}, {length} tokens": (measure, one.label, length)
+            for length in self.lengths
+            for one in readers
+            if one.can_read(length)
+            for measure in COMPARED
+        }
+
+    @property
+    def effect_names(self) -> list[str]:
+        return [*self.differences, self.rank_name]
+
+
+# Maps
+
 
 @torch.no_grad()
-def last_position_map(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> np.ndarray:
+def last_position_maps(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> np.ndarray:
     """Return the weights of the last position on each position, averaged over windows.
 
     Args:
-        model: loaded with `attn_implementation="eager"`; its first layer is looked at.
+        model: loaded with `attn_implementation="eager"`.
         windows: ids `(N, T)`.
         batch_size: windows at a time.
 
     Returns:
-        `(H, T)`, a row for each head.
+        `(L, H, T)`, a row for each head of each layer.
     """
-    sums = []
+    total = torch.zeros(())
     for batch in windows.split(batch_size):
         attentions = model(input_ids=batch.to(model.device), use_cache=False, output_attentions=True).attentions
-        # (B, H, T, T) -> (H, T). In float64, for thousands of windows are summed.
-        sums.append(attentions[0][:, :, -1].double().sum(0))
-    return (sum(sums) / len(windows)).cpu().numpy()
+        # L times (B, H, T, T) -> (L, H, T). In float64, for thousands of windows are summed.
+        total = total + torch.stack([layer[:, :, -1].double().sum(0) for layer in attentions]).cpu()
+    return (total / len(windows)).numpy()
 
 
 def _binned(weights: np.ndarray) -> np.ndarray:
@@ -116,24 +157,45 @@ def _rounded_bins(weights: np.ndarray) -> list[float]:
     return [float(f"{weight:.4g}") for weight in _binned(weights)]
 
 
-def _leak(model: PreTrainedModel, head: int) -> dict[str, float]:
+def _leak(model: PreTrainedModel, layer: int, head: int) -> dict[str, float]:
     """Return the factor by which a head of a mosaic fades its keys at each token; nothing for other models."""
     if not isinstance(model, MemoryMosaicForCausalLM):
         return {}
-    memory: Any = model.model.layers[0].contextual_memory
+    memory: Any = model.model.layers[layer].contextual_memory
     # In float64: the committed results were computed so, and float32 would change their last digits.
     leaks = memory.leak(torch.float64)
     return {"leak_coefficient": math.exp(-leaks[head].item())}
 
 
 def _mean(heads: list[dict[str, Any]], name: str, label: str, length: int) -> float:
-    """Return the mean of a measure over heads and seeds; NaN if the model cannot read the length."""
+    """Return the mean of a measure over the given heads of a model; NaN if it cannot read the length."""
     chosen = [head for head in heads if (head["label"], head["length"]) == (label, length)]
     if not chosen:
         return math.nan
     # A head that hardly looks at the middle says little about its shape: each counts by the weight it puts there.
     weights = [head["middle"] for head in chosen] if name in ("sink", "old", "unevenness") else None
     return float(np.average([head[name] for head in chosen], weights=weights))
+
+
+def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
+    """Return how maps differ from the first model's, by seed, and how peaks follow leaks, over all heads.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+    """
+    first, found = next(iter(recipe.runs)), {}
+    by_seed = {seed: [head for head in measured["heads"] if head["seed"] == seed] for seed in recipe.seeds}
+    for name, (measure, label, length) in recipe.differences.items():
+        pairs = [[_mean(heads, measure, one, length) for one in (label, first)] for heads in by_seed.values()]
+        found[name] = mean_effect([theirs - ours for theirs, ours in pairs], "")
+    deep = [head for head in measured["deep_heads"] if head["length"] == recipe.lengths[0]]
+    leaks, widths = ([head[name] for head in deep] for name in ("leak_coefficient", "peak_width"))
+    found[recipe.rank_name] = rank_effect(leaks, widths, f"{len(deep)} heads of {len(recipe.seeds)} seeds")
+    return found
+
+
+# Tables and pictures
 
 
 def _table(recipe: Recipe, heads: list[dict[str, Any]]) -> str:
@@ -154,63 +216,7 @@ def _table(recipe: Recipe, heads: list[dict[str, Any]]) -> str:
     return markdown_table(["model", "length", "seeds", *measures], "lrrrrrrr", rows)
 
 
-def _claim_on_learnt_positions(recipe: Recipe, heads: list[dict[str, Any]]) -> Claim:
-    mosaic, learnt = list(recipe.runs)[:2]
-    sink, unevenness = (
-        [_mean(heads, measure, label, recipe.lengths[0]) for label in (mosaic, learnt)]
-        for measure in ("sink", "unevenness")
-    )
-    is_flatter = sink[0] < sink[1] and unevenness[0] < unevenness[1]
-    is_rougher = unevenness[0] > unevenness[1]
-    return Claim(
-        f"At the training length {learnt}'s map is uneven with a sink at the first position, the mosaic's flat",
-        "Fig. 12 (pictures)",
-        f"{mosaic}: first position {sink[0]:.2f} times the level, unevenness {unevenness[0]:.2f}; "
-        f"{learnt}: {sink[1]:.2f}, {unevenness[1]:.2f}",
-        "reproduced" if is_flatter else "contradicted" if is_rougher else "not at this size",
-    )
-
-
-def _claim_beyond(recipe: Recipe, heads: list[dict[str, Any]], length: int) -> Claim:
-    mosaic, *others = recipe.runs
-    means = {label: _mean(heads, "unevenness", label, length) for label in (mosaic, *others)}
-    unevenness = {label: mean for label, mean in means.items() if not math.isnan(mean)}
-    with_positions = [mean for label, mean in unevenness.items() if label not in (mosaic, NO_POSITIONS)]
-    return Claim(
-        f"Read at {length / recipe.lengths[0]:g} times the training length the mosaic's map stays flat, unlike those "
-        "of transformers with positions",
-        "RoPE does not carry over, ALiBi fades with distance, mosaic flat (Fig. 13; pictures)",
-        f"unevenness at {length} tokens: " + ", ".join(f"{label} {mean:.2f}" for label, mean in unevenness.items()),
-        "reproduced" if unevenness[mosaic] < min(with_positions, default=math.inf) else "contradicted",
-    )
-
-
-def _heads_of_mosaic(heads: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:
-    return [head for head in heads if "leak_coefficient" in head and head["length"] == length]
-
-
-def _claim_on_leaks(recipe: Recipe, heads: list[dict[str, Any]]) -> Claim:
-    of_mosaic = _heads_of_mosaic(heads, recipe.lengths[0])
-    rank = spearmanr([head["leak_coefficient"] for head in of_mosaic], [head["peak_width"] for head in of_mosaic])
-    # Also false for NaN, the p-value of widths that are all equal.
-    is_significant = rank.pvalue < 0.05
-    return Claim(
-        "The larger a head's leak coefficient, the wider the peak on the newest positions",
-        "Fig. 15 (pictures)",
-        f"rank correlation {rank.statistic:.2f} (p = {rank.pvalue:.2g}) over {len(of_mosaic)} heads of all seeds",
-        "not at this size" if not is_significant else "reproduced" if rank.statistic > 0 else "contradicted",
-    )
-
-
-def _claims(recipe: Recipe, heads: list[dict[str, Any]]) -> list[Claim]:
-    return [
-        _claim_on_learnt_positions(recipe, heads),
-        *(_claim_beyond(recipe, heads, length) for length in recipe.lengths[1:]),
-        _claim_on_leaks(recipe, heads),
-    ]
-
-
-def _draw_maps(recipe: Recipe, maps: dict[MapKey, np.ndarray]) -> None:
+def _draw_maps(recipe: Recipe, maps: Maps) -> None:
     """Draw the maps of the first seed: a row for each length, a column for each model."""
     figure, axes = new_figure(len(recipe.lengths), len(recipe.runs), width=3.6, height=2.8, sharex="row")
     seed = recipe.seeds[0]
@@ -220,7 +226,7 @@ def _draw_maps(recipe: Recipe, maps: dict[MapKey, np.ndarray]) -> None:
                 axis.text(0.5, 0.5, "no positions beyond\nthe training length", ha="center", transform=axis.transAxes)
                 axis.set_axis_off()
                 continue
-            for head, weights in enumerate(maps[label, length, seed]):
+            for head, weights in enumerate(maps[label, length, seed][0]):
                 # A weight of 0 would break the line: here it goes below the lower end of the axis.
                 axis.semilogy(np.maximum(weights, 1e-7), lw=0.8, label=f"head {head}")
             axis.set_ylim(1e-6, 1)
@@ -232,51 +238,68 @@ def _draw_maps(recipe: Recipe, maps: dict[MapKey, np.ndarray]) -> None:
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 
-def _draw_leaks(recipe: Recipe, heads: list[dict[str, Any]]) -> None:
-    """Draw the width of the peak over the leak coefficient of each head of the mosaics."""
-    figure, axes = new_figure(1, len(recipe.lengths))
+def _draw_leaks(recipe: Recipe, deep_heads: list[dict[str, Any]]) -> None:
+    """Draw the width of the peak over the leak coefficient of each head of the deeper mosaics."""
+    figure, axes = new_figure(1, len(recipe.lengths), height=4.0)
+    markers = ["o", "s", "^", "D", "v", "P"]
     for axis, length in zip(axes[0], recipe.lengths, strict=True):
-        for seed in recipe.seeds:
-            chosen = [head for head in _heads_of_mosaic(heads, length) if head["seed"] == seed]
-            leaks = [head["leak_coefficient"] for head in chosen]
-            axis.scatter(leaks, [head["peak_width"] for head in chosen], label=f"seed {seed}")
+        for number, seed in enumerate(recipe.seeds):
+            for layer in range(recipe.heads_depth):
+                place = {"length": length, "seed": seed, "layer": layer}
+                chosen = [head for head in deep_heads if place.items() <= head.items()]
+                axis.scatter(
+                    [head["leak_coefficient"] for head in chosen],
+                    [head["peak_width"] for head in chosen],
+                    color=f"C{layer}",
+                    marker=markers[number % len(markers)],
+                    label=f"layer {layer}, seed {seed}",
+                    alpha=0.7,
+                )
         axis.set_title(f"{length} tokens")
         axis.set_xlabel("leak coefficient of the head")
     axes[0, 0].set_ylabel("width of the peak (positions)")
-    axes[0, 0].legend()
+    legend = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=len(recipe.seeds) if len(recipe.seeds) > 1 else 4)
     save_figure(figure, recipe.folder / f"{recipe.name}_leak.png")
 
 
-def _measure(recipe: Recipe) -> dict[str, Any]:
+# All models
+
+
+def _read_maps(recipe: Recipe, trainings: list[Trained]) -> tuple[Maps, list[dict[str, Any]], dict[int, int]]:
+    """Return the maps of trained models, what describes each head, and the number of windows of each length."""
     documents = load_stories(**recipe.text.model_dump())
-    maps: dict[MapKey, np.ndarray] = {}
+    maps: Maps = {}
     heads: list[dict[str, Any]] = []
     num_windows: dict[int, int] = {}
-    for training in tqdm(recipe.trainings, desc="maps"):
+    for training in tqdm(trainings, desc="maps"):
         # Only eager attention returns its weights.
         model, tokenizer = training.load(attn_implementation="eager")
-        for length in recipe.lengths:
-            if not fits_context(model, length):
-                continue  # the model is absent from the result
+        # A model is absent from what it cannot read.
+        for length in filter(training.can_read, recipe.lengths):
             windows, _ = cut_windows(documents, tokenizer, length, "stream", recipe.num_windows)
             num_windows[length] = len(windows)
-            head_maps = last_position_map(model, windows, recipe.batch_size)
-            maps[training.label, length, training.seed] = head_maps
-            for head, weights in enumerate(head_maps):
-                place = {"label": training.label, "length": length, "seed": training.seed, "head": head}
-                heads.append(place | _leak(model, head) | describe(weights))
+            key = (training.label, length, training.seed)
+            maps[key] = last_position_maps(model, windows, recipe.batch_size)
+            for layer, head in np.ndindex(maps[key].shape[:2]):
+                place = {"label": training.label, "length": length, "seed": training.seed}
+                place |= {"layer": layer, "head": head}
+                heads.append(place | _leak(model, layer, head) | describe(maps[key][layer, head]))
+    return maps, heads, num_windows
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    maps, heads, num_windows = _read_maps(recipe, recipe.trainings)
+    _, deep_heads, _ = _read_maps(recipe, recipe.deep_trainings)
     _draw_maps(recipe, maps)
-    _draw_leaks(recipe, heads)
+    _draw_leaks(recipe, deep_heads)
     binned = [
         {"label": label, "length": length, "seed": seed, "bins": [_rounded_bins(weights) for weights in head_maps]}
-        for (label, length, seed), head_maps in maps.items()
+        for (label, length, seed), (head_maps,) in maps.items()
         if seed == recipe.seeds[0]
     ]
-    return {
-        "measured": {"num_windows": num_windows, "heads": heads, "maps": binned},
-        "table": _table(recipe, heads),
-        "claims": _claims(recipe, heads),
-    }
+    measured = {"num_windows": num_windows, "heads": heads, "deep_heads": deep_heads, "maps": binned}
+    return {"measured": measured, "table": _table(recipe, heads)}
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:

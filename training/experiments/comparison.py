@@ -7,14 +7,17 @@ training that is not finished is started or resumed before anything is measured.
 """
 
 import functools
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import PartialState
 from omegaconf import OmegaConf
 from pydantic import Field, PositiveInt, model_validator
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import Self
 
 from training.claims import RecipeWithClaims, describe_claim, judged
@@ -27,23 +30,49 @@ from training.run_folder import run_once
 from training.tasks import language_modeling
 
 
+def blocks(depth: int) -> str:
+    """Return a depth in words."""
+    return "1 block" if depth == 1 else f"{depth} blocks"
+
+
+@functools.lru_cache  # by the text of the configuration, as configurations cannot be hashed
+def _num_positions(config: str) -> float:
+    """Return how many tokens a model can read: a model that learns positions, such as GPT-2, has a table of them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config)))
+    table = getattr(model.base_model, "wpe", None)
+    return math.inf if table is None else table.num_embeddings
+
+
 class Trained(NamedTuple):
-    """One training of a comparison."""
+    """One training of a comparison, and how its model is read.
+
+    Args:
+        label: of the run.
+        depth: in blocks.
+        seed: of the training.
+        recipe: of the training.
+        evaluation: fields of the model's configuration that have another value when the finished model is loaded.
+    """
 
     label: str
     depth: int
     seed: int
     recipe: Any  # a `TrainingRecipe`, whose fields depend on its task
+    evaluation: dict[str, Any] = {}
 
     @property
     def name(self) -> str:
         """Label and depth: all seeds have the same."""
-        blocks = "1 block" if self.depth == 1 else f"{self.depth} blocks"
-        return f"{self.label}, {blocks}"
+        return f"{self.label}, {blocks(self.depth)}"
+
+    def can_read(self, num_tokens: int) -> bool:
+        """Return whether the model can read so many tokens."""
+        return num_tokens <= _num_positions(self.recipe.build_config().to_json_string(use_diff=False))
 
     def load(self, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """Return the finished model, in evaluation mode, and its tokenizer."""
-        return load_model(self.recipe.folder / "model", **options)
+        return load_model(self.recipe.folder / "model", **self.evaluation, **options)
 
     def result(self) -> dict[str, Any]:
         """Return the content of the training's own `result.json`.
@@ -67,8 +96,11 @@ def _changed_settings(variant: dict[str, Any], recipe: Any) -> dict[str, Any]:
 
     A setting that the recipe has already is left out: it would give the same training another folder.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
     for section, settings in variant.items():
+        if not isinstance(settings, dict):
+            changes |= {} if getattr(recipe, section) == settings else {section: settings}
+            continue
         # What `model_args` leaves out stands in the model's file.
         current = recipe.build_config() if section == "model_args" else getattr(recipe, section)
         changed = {name: value for name, value in settings.items() if getattr(current, name) != value}
@@ -88,7 +120,7 @@ class ComparisonRecipe(RecipeWithClaims):
 
     @model_validator(mode="after")
     def _check_trainings(self) -> Self:
-        assert self.trainings  # building them is the check
+        assert self.all_trainings  # building them is the check
         return self
 
     @functools.cached_property
@@ -105,23 +137,57 @@ class ComparisonRecipe(RecipeWithClaims):
         ]
 
     @property
+    def all_trainings(self) -> list[Trained]:
+        """Every training that the experiment needs: by default those that it compares, `trainings`."""
+        return self.trainings
+
+    @property
     def variants(self) -> list[dict[str, Any]]:
         """Settings that are varied for every model, such as the depth."""
         return [{}]
 
+    @property
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """By label: what is changed in the configuration of a trained model when it is loaded."""
+        return {}
+
+    @property
+    def base_path(self) -> Path:
+        """The recipe that all models share."""
+        return CONFIGURATION / "recipe" / f"{self.base}.yaml"
+
+    @functools.cached_property
+    def run_settings(self) -> dict[str, dict[str, Any]]:
+        """By label: in which settings the training of a run differs."""
+        # What is changed in evaluation alone is no setting of the training, whose folder other runs share.
+        ignored = {label: ["evaluation"] for label in self.evaluations}
+        return {
+            label: {key: value for key, value in run.items() if key not in ignored.get(label, [])}
+            for label, run in self.runs.items()
+        }
+
+    @functools.cached_property
+    def run_recipes(self) -> dict[str, Any]:
+        """By label: the recipe of a run, which alone tells what settings of a variant change anything."""
+        return {
+            label: load_recipe(self.base_path, settings=[self.common, settings])
+            for label, settings in self.run_settings.items()
+        }
+
     def _training(self, label: str, variant: dict[str, Any], seed: int) -> Trained:
-        path = CONFIGURATION / "recipe" / f"{self.base}.yaml"
-        # Read twice: only the recipe tells which settings of the variant change anything.
-        without_variant: Any = load_recipe(path, settings=[self.common, self.runs[label], {"seed": seed}])
-        settings = _merged(self.runs[label], _changed_settings(variant, without_variant))
+        settings = _merged(self.run_settings[label], _changed_settings(variant, self.run_recipes[label]))
         folder = f"runs/{self.base}/{'-'.join([*leaves(settings), f'seed{seed}'])}"
-        recipe: Any = load_recipe(path, settings=[self.common, settings, {"seed": seed, "output_dir": folder}])
-        return Trained(label, recipe.build_config().num_hidden_layers, seed, recipe)
+        all_settings = [self.common, settings, {"seed": seed, "output_dir": folder}]
+        recipe: Any = load_recipe(self.base_path, settings=all_settings)
+        evaluation = self.evaluations.get(label, {})
+        if evaluation:  # refused here, before any training, if the model has no such field
+            load_recipe(self.base_path, settings=[*all_settings, {"model_args": evaluation}])
+        return Trained(label, recipe.build_config().num_hidden_layers, seed, recipe, evaluation)
 
     def content(self) -> dict[str, Any]:
         """Return what determines the result: the trainings too, but not how many run at once."""
         # The base recipe is another file: its hash makes a change of it count.
-        content = super().content() | {"trainings": [training.recipe.hash for training in self.trainings]}
+        content = super().content() | {"trainings": [training.recipe.hash for training in self.all_trainings]}
         del content["workers"]
         return content
 
@@ -134,6 +200,11 @@ class DepthComparisonRecipe(ComparisonRecipe):
     @property
     def variants(self) -> list[dict[str, Any]]:
         return [{"model_args": {"num_hidden_layers": depth}} for depth in self.depths]
+
+
+def _by_folder(recipe: ComparisonRecipe) -> list[Trained]:
+    """Return the trainings that the experiment needs, once each: two runs may read one model in two ways."""
+    return list({training.recipe.folder: training for training in reversed(recipe.all_trainings)}.values())[::-1]
 
 
 def plan(
@@ -149,7 +220,8 @@ def plan(
     """
     lines: dict[str, Any] = {}
     remaining_hours = 0.0
-    for training in recipe.trainings:
+    trainings = _by_folder(recipe)
+    for training in trainings:
         finished = (training.recipe.folder / "result.json").is_file()
         facts = [
             f"{language_modeling.num_parameters(training.recipe):,} parameters",
@@ -162,7 +234,7 @@ def plan(
         lines[str(training.recipe.folder)] = ", ".join([f"{training.name}, seed {training.seed}", *facts])
     if teraflops is not None:
         lines["hours"] = round(remaining_hours, 3)
-    return lines | {"trainings": len(recipe.trainings), "folder": str(recipe.folder), "hash": recipe.hash}
+    return lines | {"trainings": len(trainings), "folder": str(recipe.folder), "hash": recipe.hash}
 
 
 def _training_summary(training: Trained) -> dict[str, Any]:
@@ -180,11 +252,11 @@ def _compare(
     data: dict[str, Any],
     measure: Callable[[ComparisonRecipe], dict[str, Any]],
 ) -> dict[str, Any]:
-    run_all([recipe_job(training.recipe) for training in recipe.trainings], recipe.workers)
+    run_all([recipe_job(training.recipe) for training in _by_folder(recipe)], recipe.workers)
     # The other processes take part in the trainings alone.
     if not state.is_main_process:
         return {}
-    trainings = [_training_summary(training) for training in recipe.trainings]
+    trainings = [_training_summary(training) for training in recipe.all_trainings]
     result = header(recipe) | {"data": data, "trainings": trainings} | measure(recipe)
     if "claims" in result:  # TRANSITION: experiments whose claims are not yet in their recipe
         return result | {"claims": [claim._asdict() for claim in result["claims"]]}
@@ -224,10 +296,3 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     ]
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in (".json", *SHOWN)))
     return "\n".join([result["table"], "", *claims, f"{files} are in {folder}"])
-
-
-def fits_context(model: PreTrainedModel, num_tokens: int) -> bool:
-    """Return whether a model can read so many tokens."""
-    # A model that learns positions, such as GPT-2, has a row of a table for each.
-    positions = getattr(model.base_model, "wpe", None)
-    return positions is None or num_tokens <= positions.num_embeddings

@@ -3,13 +3,15 @@
 
 Windows are as long as those of the training, or longer. Each text gives windows of one kind: `stream` cuts all
 documents, joined by end-of-text, as the training does; `documents` takes windows that lie within one document each.
-Every model reads the same windows. Losses are averaged over `bin_width` neighbouring positions and over the seeds. The
-bands are bootstrap intervals over documents, and over windows where a window spans documents.
+Every model reads the same windows. Curves average losses over `bin_width` neighbouring positions and over the seeds.
+Bands and effects are intervals for other seeds and other documents; where a window spans documents, it counts as one.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,22 +22,19 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from typing_extensions import Self
 
+from training.claims import Effect, Effects, crossed_effect
 from training.evaluate import tokens_and_bytes
 from training.experiments import comparison
-from training.experiments.comparison import DepthComparisonRecipe, fits_context, plan, summary
+from training.experiments.comparison import DepthComparisonRecipe, Trained, blocks, plan, summary
 from training.figures import new_figure, save_figure
 from training.metrics.mean_loss import bits_per_byte_of_loss
-from training.metrics.per_position_loss.per_position_loss import per_position_loss
 from training.recipe import SourceSection
-from training.tables import Claim, markdown_table
+from training.tables import markdown_table
 from training.text.sources import load_stories, source_provenance
 from training.text.windows import pack_windows
 
 
-__all__ = ["Recipe", "plan", "run", "summary"]
-
-# A loss that rises by less counts as level, in nats.
-LEVEL = 0.02
+__all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
 
 class TextSection(SourceSection):
@@ -43,11 +42,14 @@ class TextSection(SourceSection):
 
     windows: Literal["stream", "documents"]
     num_windows: PositiveInt
-    in_distribution: bool
 
 
 class Recipe(DepthComparisonRecipe):
-    """The first of the runs is compared with each of the others, on each text."""
+    """Each of the runs is compared with the first, on each text. A run may have `evaluation`.
+
+    These are fields of the model's configuration that are changed when it is loaded; the training is that of the run
+    without them.
+    """
 
     task: Literal["position_loss"]
     texts: dict[str, TextSection] = Field(min_length=1)
@@ -68,10 +70,90 @@ class Recipe(DepthComparisonRecipe):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_first(self) -> Self:
+        first = next(iter(self.runs))
+        if first not in self.labels:
+            raise ValueError(f"{first!r}, with which runs are compared, cannot read {self.context_length} tokens")
+        return self
+
+    @property
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        return {label: run["evaluation"] for label, run in self.runs.items() if "evaluation" in run}
+
     @property
     def training_length(self) -> int:
         """Tokens of a window of the training."""
         return self.trainings[0].recipe.data.context_length
+
+    @property
+    def readers(self) -> list[Trained]:
+        """The trainings whose models can read windows of this length."""
+        return [training for training in self.trainings if training.can_read(self.context_length)]
+
+    @functools.cached_property
+    def labels(self) -> list[str]:
+        """The runs whose models can read windows of this length."""
+        return list(dict.fromkeys(training.label for training in self.readers))
+
+    @property
+    def effect_names(self) -> list[str]:
+        return [f"{text}: {effect.name}" for text in self.texts for effect in _effects(self)]
+
+
+# Effects
+
+
+class _WindowEffect(NamedTuple):
+    """An effect of one text, the mean over windows of a sum.
+
+    Args:
+        name: without the text.
+        depth: in blocks.
+        terms: signs and labels of the models whose measures are summed.
+        measure: of a window, `loss` or `change`.
+    """
+
+    name: str
+    depth: int
+    terms: tuple[tuple[int, str], ...]
+    measure: str
+
+
+def _effects(recipe: Recipe) -> Iterator[_WindowEffect]:
+    """Yield what is measured of each text."""
+    first, *others = recipe.labels
+    is_longer = recipe.context_length > recipe.training_length
+    trained = recipe.training_length
+    past = f"loss beyond {trained} tokens" if is_longer else f"loss past {recipe.better_from} tokens"
+    change = f"rise beyond {trained} tokens" if is_longer else f"fall past {recipe.flat_from} tokens"
+    for depth in recipe.depths:
+        for label in recipe.labels:
+            yield _WindowEffect(f"{change}, {label}, {blocks(depth)}", depth, ((1, label),), "change")
+        for other in others:
+            # A claim of more falling is of the first model, one of less rising is of the other.
+            pair = (other, first) if is_longer else (first, other)
+            terms = ((1, pair[0]), (-1, pair[1]))
+            yield _WindowEffect(f"{change}, {pair[0]} - {pair[1]}, {blocks(depth)}", depth, terms, "change")
+            terms = ((1, other), (-1, first))
+            yield _WindowEffect(f"{past}, {other} - {first}, {blocks(depth)}", depth, terms, "loss")
+
+
+def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
+    """Return the effects of each text, by `TEXT: EFFECT`. They were computed from windows, which results do not keep.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+    """
+    return {
+        f"{text}: {effect.name}": Effect(**measured[text]["effects"][effect.name])
+        for text in recipe.texts
+        for effect in _effects(recipe)
+    }
+
+
+# Windows and their losses
 
 
 def _source(text: TextSection) -> dict[str, Any]:
@@ -138,65 +220,79 @@ def _binned(by_token: np.ndarray, bin_width: int) -> np.ndarray:
     return np.nanmean(by_token.reshape(len(by_token), -1, bin_width), axis=2)
 
 
-def _bands(values: np.ndarray, groups: list[int]) -> dict[str, list[float]]:
-    """Return the mean over windows and its 95 % band, for each column of `(N, bins)`."""
-    # As text, whose order decides which documents a seed draws: that of numbers would give other bands.
-    bands = per_position_loss(values, [str(group) for group in groups])
-    return {name: [round(float(number), 5) for number in bands[name]] for name in ("mean", "low", "high")}
+def _window_measures(recipe: Recipe, by_token: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what effects are made of, for each window of losses `(N, T)`.
+
+    Returns:
+        loss: the mean past `better_from`, or in longer windows past the training length.
+        change: how much the loss falls after `flat_from`, from the first quarter of these positions to the last. In
+            longer windows, how much it rises past the training length, from the second half of this length, whose
+            losses no longer fall for want of context.
+    """
+    trained = recipe.training_length
+    if recipe.context_length > trained:
+        beyond = by_token[:, trained:].mean(1)
+        return {"loss": beyond, "change": beyond - by_token[:, trained // 2 : trained].mean(1)}
+    quarter = max(1, (recipe.context_length - recipe.flat_from) // 4)
+    early, late = by_token[:, recipe.flat_from :][:, :quarter], by_token[:, -quarter:]
+    return {"loss": by_token[:, recipe.better_from :].mean(1), "change": early.mean(1) - late.mean(1)}
 
 
-def _pairs(recipe: Recipe, means: dict[str, np.ndarray]) -> Iterator[tuple[str, str]]:
-    """Yield the names of the first model and of each other one of its depth."""
-    first = next(iter(recipe.runs))
-    # Models that cannot read windows of this length have no means.
-    measured = [training for training in recipe.trainings if training.name in means]
-    ours = {training.depth: training.name for training in measured if training.label == first}
-    theirs = {training.name: training.depth for training in measured if training.label != first}
-    for name, depth in theirs.items():
-        yield ours[depth], name
+class _Measures(NamedTuple):
+    """Measures of one model on the windows of a text, a row for each seed."""
+
+    binned: np.ndarray  # (seeds, N, bins)
+    of_windows: dict[str, np.ndarray]  # each (seeds, N)
 
 
-def _differences(recipe: Recipe, means: dict[str, np.ndarray], groups: list[int]) -> dict[str, dict[str, list[float]]]:
-    """Return the loss of the first model minus that of each other one of its depth, on the same windows."""
-    # Paired by window: how hard a window is cancels out, and the band is narrower.
-    pairs = _pairs(recipe, means)
-    return {f"{ours} - {theirs}": _bands(means[ours] - means[theirs], groups) for ours, theirs in pairs}
+def _rounded(effect: Effect) -> Effect:
+    low, high = (end if end is None else round(end, 5) for end in (effect.low, effect.high))
+    return effect._replace(value=round(effect.value, 5), low=low, high=high)
 
 
-def _late_falls(recipe: Recipe, means: dict[str, np.ndarray], groups: list[int]) -> dict[str, dict[str, float]]:
-    """Return how much the loss falls after `flat_from`: from the first quarter of these positions to the last."""
-    start = recipe.flat_from // recipe.bin_width
-    quarter = max(1, (recipe.context_length // recipe.bin_width - start) // 4)
-    falls = {key: mean[:, start : start + quarter].mean(1) - mean[:, -quarter:].mean(1) for key, mean in means.items()}
-    for ours, theirs in _pairs(recipe, means):
-        falls[f"{ours} - {theirs}"] = falls[ours] - falls[theirs]
-    bands = {key: _bands(fall[:, None], groups) for key, fall in falls.items()}
-    return {key: {name: numbers[0] for name, numbers in band.items()} for key, band in bands.items()}
+def _bands(values: np.ndarray, groups: list[int]) -> dict[str, list[float | None]]:
+    """Return the mean of `(seeds, N, bins)` in each bin, and its interval over seeds and documents."""
+    bands = [_rounded(crossed_effect(values[..., column], groups, "nats")) for column in range(values.shape[2])]
+    parts = {"mean": "value", "low": "low", "high": "high"}
+    return {name: [getattr(band, part) for band in bands] for name, part in parts.items()}
+
+
+def _measured_effect(effect: _WindowEffect, measures: dict[tuple[str, int], _Measures], groups: list[int]) -> Effect:
+    # Paired by seed and by window: how hard a window is cancels out, and the interval is narrower.
+    values = sum(sign * measures[label, effect.depth].of_windows[effect.measure] for sign, label in effect.terms)
+    return _rounded(crossed_effect(np.asarray(values), groups, "nats"))
 
 
 def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any]:
     documents = load_stories(**_source(text))
-    losses: dict[str, list[np.ndarray]] = {}
+    losses: dict[tuple[str, int], list[np.ndarray]] = {}
     groups: list[int] = []
-    for training in tqdm(recipe.trainings, desc=name):
+    for training in tqdm(recipe.readers, desc=name):
         model, tokenizer = training.load()
-        if not fits_context(model, recipe.context_length):
-            continue  # the model is absent from the result
         if not groups:  # only now is a tokenizer at hand; all models have the same
             windows, groups = cut_windows(documents, tokenizer, recipe.context_length, text.windows, text.num_windows)
             sizes = tokens_and_bytes(documents, tokenizer)
         by_token = token_losses(model, windows, recipe.batch_size)
-        losses.setdefault(training.name, []).append(_binned(by_token, recipe.bin_width))
-    means = {key: np.mean(runs, axis=0) for key, runs in losses.items()}  # over seeds
+        losses.setdefault((training.label, training.depth), []).append(by_token)
+    measures = {}
+    for key, runs in losses.items():
+        of_windows = [_window_measures(recipe, by_token) for by_token in runs]
+        by_measure = {measure: np.array([one[measure] for one in of_windows]) for measure in of_windows[0]}
+        measures[key] = _Measures(np.array([_binned(by_token, recipe.bin_width) for by_token in runs]), by_measure)
+    first = next(iter(recipe.runs))
     centres = (np.arange(recipe.context_length // recipe.bin_width) + 0.5) * recipe.bin_width
     return {
         "num_windows": len(groups),
         "num_documents": len(set(groups)),
         "positions": centres.tolist(),
-        "bits_per_byte": {key: bits_per_byte_of_loss(float(mean.mean()), *sizes) for key, mean in means.items()},
-        "loss": {key: _bands(mean, groups) for key, mean in means.items()},
-        "differences": _differences(recipe, means, groups),
-        "late_fall": _late_falls(recipe, means, groups),
+        "models": [
+            {"label": label, "depth": depth}
+            | {"bits_per_byte": bits_per_byte_of_loss(float(one.binned.mean()), *sizes)}
+            | {"loss": _bands(one.binned, groups)}
+            | {"minus_first": _bands(one.binned - measures[first, depth].binned, groups) if label != first else None}
+            for (label, depth), one in measures.items()
+        ],
+        "effects": {effect.name: _measured_effect(effect, measures, groups)._asdict() for effect in _effects(recipe)},
     }
 
 
@@ -210,99 +306,55 @@ def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
     rows = []
     for name, text in measured.items():
         positions = np.array(text["positions"])
-        for key, band in text["loss"].items():
-            mean = np.array(band["mean"])
+        for model in text["models"]:
+            mean = np.array(model["loss"]["mean"])
             cells = [f"{mean[(positions >= low) & (positions < high)].mean():.3f}" for _, low, high in edges]
-            rows.append([name, key, *cells, f"{text['bits_per_byte'][key]:.3f}"])
-    return markdown_table(columns, "ll" + "r" * (len(columns) - 2), rows)
+            label = f"{model['label']}, {blocks(model['depth'])}"
+            rows.append([name, label, *cells, f"{model['bits_per_byte']:.3f}"])
+    seeds = f"\n\nMeans over seeds {', '.join(map(str, recipe.seeds))}."
+    return markdown_table(columns, "ll" + "r" * (len(columns) - 2), rows) + seeds
 
 
-def _claim_on_late_fall(recipe: Recipe, name: str, pair: str, falls: dict[str, dict[str, float]]) -> Claim:
-    ours, theirs = pair.split(" - ")
-    fall, other_fall, difference = (falls[key] for key in (ours, theirs, pair))
-    bands = {key: f"{band['mean']:.3f} ({band['low']:.3f} to {band['high']:.3f})" for key, band in falls.items()}
-    # Either the other model's fall is not sure to be one, or the mosaic's is surely larger.
-    falls_more = fall["low"] > 0 and (other_fall["low"] <= 0 or difference["low"] > 0)
-    return Claim(
-        f"Out of distribution ({name}), the mosaic's loss keeps falling where the transformer's is flat",
-        "transformer flat after 100 to 150 tokens, mosaic still falling (Fig. 10; plotted only)",
-        f"fall past {recipe.flat_from} tokens: {ours} {bands[ours]}, {theirs} {bands[theirs]}, "
-        f"difference {bands[pair]} nats",
-        "reproduced" if falls_more else "contradicted" if difference["high"] < 0 else "not at this size",
-    )
-
-
-def _claims_out_of_distribution(recipe: Recipe, name: str, measured: dict[str, Any]) -> Iterator[Claim]:
-    past = np.array(measured["positions"]) >= recipe.better_from
-    for pair, band in measured["differences"].items():
-        low, mean, high = (np.array(band[part])[past] for part in ("low", "mean", "high"))
-        better, worse = int((high < 0).sum()), int((low > 0).sum())
-        yield Claim(
-            f"Out of distribution ({name}), past about {recipe.better_from} tokens the mosaic predicts better",
-            "better from about 50 tokens on, on Simple English Wikipedia (Fig. 10; plotted only)",
-            f"{pair}: {mean.mean():+.3f} nats on average; of {past.sum()} bins its band lies below 0 in {better}, "
-            f"above in {worse}",
-            "reproduced" if better == past.sum() else "contradicted" if worse > better else "not at this size",
-        )
-        yield _claim_on_late_fall(recipe, name, pair, measured["late_fall"])
-
-
-def _claims_beyond(recipe: Recipe, name: str, measured: dict[str, Any]) -> Iterator[Claim]:
-    positions = np.array(measured["positions"])
-    is_beyond = positions >= recipe.training_length
-    # Without the first half, whose losses are high for want of context.
-    is_before = ~is_beyond & (positions >= recipe.training_length // 2)
-    means = {key: np.array(band["mean"]) for key, band in measured["loss"].items()}
-    rises = {key: float(mean[is_beyond].mean() - mean[is_before].mean()) for key, mean in means.items()}
-    # The comma keeps out labels that only begin alike.
-    rises_of_mosaic = [rise for key, rise in rises.items() if key.startswith(f"{next(iter(recipe.runs))},")]
-    listed = ", ".join(f"{key} {rise:+.3f}" for key, rise in rises.items())
-    yield Claim(
-        f"Beyond the training length ({name}) the mosaic's loss does not rise",
-        "attention maps carry over to three times the length (Fig. 13); no losses given",
-        f"loss beyond {recipe.training_length} tokens minus that of the second half before: {listed} nats",
-        "reproduced" if max(rises_of_mosaic) < LEVEL else "contradicted",
-    )
-
-
-def _claims(recipe: Recipe, name: str, text: TextSection, measured: dict[str, Any]) -> Iterator[Claim]:
-    if recipe.context_length > recipe.training_length:
-        yield from _claims_beyond(recipe, name, measured)
-    elif not text.in_distribution:
-        yield from _claims_out_of_distribution(recipe, name, measured)
+def _draw_bands(recipe: Recipe, axes: np.ndarray, text: dict[str, Any], depth: int) -> None:
+    """Draw the losses of one text and depth above, and the differences from the first model below."""
+    for model in text["models"]:
+        if model["depth"] != depth:
+            continue
+        color = f"C{list(recipe.runs).index(model['label'])}"
+        for axis, bands in zip(axes, (model["loss"], model["minus_first"]), strict=False):
+            if bands is None:
+                continue
+            axis.plot(text["positions"], bands["mean"], color=color, label=model["label"], lw=1.6)
+            if None not in bands["low"]:  # as with one seed
+                axis.fill_between(text["positions"], bands["low"], bands["high"], color=color, alpha=0.15, lw=0)
+    for axis in axes:
+        if recipe.context_length > recipe.training_length:
+            axis.axvline(recipe.training_length, color="black", ls=":", label="training length")
+    axes[-1].set_xlabel("position in the window (tokens)")
 
 
 def _draw(recipe: Recipe, measured: dict[str, Any]) -> None:
-    """Draw the losses of each text above, and the differences from the first model below."""
-    names = list(dict.fromkeys(training.name for training in recipe.trainings))
-    rows = 2 if any(text["differences"] for text in measured.values()) else 1
-    figure, axes = new_figure(rows, len(measured), sharex=True)
-    for column, (name, text) in enumerate(measured.items()):
-        positions = text["positions"]
-        for row, bands in zip(range(rows), (text["loss"], text["differences"]), strict=False):
-            for key, band in bands.items():
-                # A difference has the colour of the other model.
-                color = f"C{names.index(key.split(' - ')[-1])}"
-                axes[row, column].plot(positions, band["mean"], color=color, label=key, lw=1.5)
-                axes[row, column].fill_between(positions, band["low"], band["high"], color=color, alpha=0.2, lw=0)
-            if recipe.context_length > recipe.training_length:
-                axes[row, column].axvline(recipe.training_length, color="black", ls=":", label="training length")
-        axes[0, column].set_title(f"{name} ({text['num_windows']} windows)")
-        axes[-1, column].set_xlabel("position in the window (tokens)")
+    """Draw a column for each text and depth."""
+    columns = list(itertools.product(measured, recipe.depths))
+    rows = 2 if len(recipe.labels) > 1 else 1
+    # A wide legend, of labels that may be long, stands below all columns.
+    figure, axes = new_figure(rows, len(columns), width=max(4.2, 8 / len(columns)), sharex=True)
+    for column, (name, depth) in zip(axes.T, columns, strict=True):
+        _draw_bands(recipe, column, measured[name], depth)
+        column[0].set_title(f"{name}, {blocks(depth)} ({measured[name]['num_windows']} windows)", fontsize=10)
     axes[0, 0].set_ylabel("loss (nats per token)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     if rows == 2:
-        axes[1, 0].set_ylabel(f"{next(iter(recipe.runs))} minus the other (nats per token)")
+        axes[1, 0].set_ylabel(f"minus {next(iter(recipe.runs))} (nats)")
         for axis in axes[1]:
             axis.axhline(0, color="black", lw=0.8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, 2 * len(columns)))
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
     measured = {name: _measure_text(recipe, name, text) for name, text in recipe.texts.items()}
     _draw(recipe, measured)
-    claims = [claim for name, text in recipe.texts.items() for claim in _claims(recipe, name, text, measured[name])]
-    return {"measured": measured, "table": _table(recipe, measured), "claims": claims}
+    return {"measured": measured, "table": _table(recipe, measured)}
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:

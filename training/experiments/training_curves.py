@@ -1,131 +1,362 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training curves over depth (Memory Mosaics, Fig. 9): validation loss by depth, on equal batches."""
+"""Losses over depth (Memory Mosaics, Fig. 9): models trained on equal batches, judged on a test split.
 
+The tuning split, on which trainings are evaluated, selects learning rates (`tuning`) and draws curves. Models of equal
+size and tokens differ in operations and seconds. So with `half_budget_seeds` each is also trained on half the tokens,
+and its loss at another number of tokens is that of a line in the logarithm of tokens:
+L(N) = L(full) + slope ln(N / full), with slope = (L(full) - L(half)) / ln(full / half).
+"""
+
+import functools
+import itertools
+import math
 import statistics
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+import numpy as np
+from pydantic import PositiveInt, model_validator
+from tqdm import tqdm
 from typing_extensions import Self
 
+from training.claims import Effect, Effects, mean_effect
+from training.cost import flops_per_token, training_step_seconds
+from training.evaluate import mean_loss, tokens_and_bytes
 from training.experiments import comparison
-from training.experiments.comparison import DepthComparisonRecipe, plan, summary
+from training.experiments.comparison import DepthComparisonRecipe, Trained, blocks, plan, summary
 from training.figures import new_figure, save_figure
-from training.tables import Claim, markdown_table, mean_and_deviation
+from training.metrics.mean_loss import bits_per_byte_of_loss, perplexity
+from training.recipe import SourceSection
+from training.tables import markdown_table, mean_and_deviation
+from training.text.sources import load_stories, source_provenance
+from training.text.windows import pack_windows
 
 
-__all__ = ["Recipe", "plan", "run", "summary"]
+__all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
-# Mean losses that differ by less count as equal, in nats.
-CLOSED = 0.01
-# Contents of `result.json` by label, depth and seed.
-Results = dict[tuple[str, int, int], dict[str, Any]]
+# Losses of one training each, by label, depth and seed.
+Losses = dict[tuple[str, int, int], float]
+
+
+def _tuned(label: str) -> str:
+    """Return the model of a run of a tuning, whose label is `MODEL, SETTING`."""
+    return label.rpartition(", ")[0]
 
 
 class Recipe(DepthComparisonRecipe):
-    """Curves of a comparison; `baseline` is the label of the run that the first is compared with."""
+    """Runs of a comparison; see `configuration/README.md` for each field."""
 
     task: Literal["training_curves"]
-    baseline: str | None = None
+    test: SourceSection | None = None
+    batch_size: PositiveInt = 16
+    half_budget_seeds: list[int] = []
+    timing_rounds: PositiveInt = 15
+    tuning: bool = False
+
+    @functools.cached_property
+    def half_budget_trainings(self) -> list[Trained]:
+        """Every model at every depth once more, on half the tokens."""
+        tokens = self.trainings[0].recipe.tokens
+        if self.half_budget_seeds and tokens is None:
+            raise ValueError(
+                f"`half_budget_seeds` halve `tokens`, but the recipe {self.base!r} has none: give `common.tokens`"
+            )
+        return [
+            self._training(label, variant | {"tokens": tokens // 2}, seed)
+            for seed in self.half_budget_seeds
+            for variant in self.variants
+            for label in self.runs
+        ]
+
+    @property
+    def all_trainings(self) -> list[Trained]:
+        return [*self.trainings, *self.half_budget_trainings]
 
     @model_validator(mode="after")
-    def _check_baseline(self) -> Self:
-        if self.baseline is not None and self.baseline not in list(self.runs)[1:]:
-            raise ValueError(
-                f"`baseline` is {self.baseline!r}, but the runs after the first are {list(self.runs)[1:]}"
-            )
+    def _check_half_budget(self) -> Self:
+        # The slope of a model is the difference of two trainings of one seed.
+        if absent := sorted(set(self.half_budget_seeds) - set(self.seeds)):
+            raise ValueError(f"`half_budget_seeds` has {absent}, which `seeds` has not: give seeds of both")
         return self
 
+    @model_validator(mode="after")
+    def _check_tuning(self) -> Self:
+        if not self.tuning:
+            return self
+        if self.test or self.half_budget_seeds or self.claims:
+            raise ValueError("a tuning selects: it has no `test`, `half_budget_seeds` or `claims`")
+        models: dict[str, dict[str, Any]] = {}
+        for label, run in self.runs.items():
+            model = {key: value for key, value in run.items() if key != "training"}
+            if models.setdefault(_tuned(label), model) != model or not _tuned(label):
+                raise ValueError(
+                    f"the label {label!r} of a tuning has to be `MODEL, SETTING`, and runs of one MODEL may differ in "
+                    "`training` alone"
+                )
+        return self
 
-def _gaps(recipe: Recipe, baseline: str, results: Results) -> dict[int, list[float]]:
-    """Return by depth the baseline's validation loss minus the first model's, for each seed.
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Labels of every two runs, the later one first."""
+        return [(later, earlier) for earlier, later in itertools.combinations(self.runs, 2)]
 
-    Both saw the same batches, so the difference of a seed has less noise than either loss.
+    @property
+    def effect_names(self) -> list[str]:
+        return [name for name, _ in _differences(self)]
+
+
+def _difference_name(pair: tuple[str, str], depth: int) -> str:
+    return f"{pair[0]} - {pair[1]}, {blocks(depth)}"
+
+
+def _differences(recipe: Recipe) -> Iterator[tuple[str, list[tuple[int, str, int]]]]:
+    """Yield each effect: its name, and the terms `(sign, label, depth)` of which it is the sum for each seed."""
+    if recipe.tuning:
+        return  # it has one seed and selects
+    shallow, deep = min(recipe.depths), max(recipe.depths)
+    for pair in recipe.pairs:
+        later, earlier = pair
+        for depth in recipe.depths:
+            yield _difference_name(pair, depth), [(1, later, depth), (-1, earlier, depth)]
+        if shallow < deep:
+            terms = [(1, later, deep), (-1, earlier, deep), (-1, later, shallow), (1, earlier, shallow)]
+            yield f"growth of {later} - {earlier} from {shallow} to {blocks(deep)}", terms
+
+
+def _losses(recipe: Recipe, measured: dict[str, Any], budget: str = "full") -> Losses:
+    """Return the losses that models are compared by: on the test split, or without one on the tuning split."""
+    name = "validation_loss" if recipe.test is None else "test_loss"
+    runs = [run for run in measured["runs"] if run["budget"] == budget]
+    return {(run["label"], run["depth"], run["seed"]): run[name] for run in runs}
+
+
+def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
+    """Return differences of losses, paired by seed: seeds share their batches, and so part of their noise.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
     """
-    first = next(iter(recipe.runs))
+    losses = _losses(recipe, measured)
+    found = {}
+    for name, terms in _differences(recipe):
+        by_seed = [sum(sign * losses[label, depth, seed] for sign, label, depth in terms) for seed in recipe.seeds]
+        found[name] = mean_effect(by_seed, "nats")
+    return found
 
-    def gap(depth: int, seed: int) -> float:
-        losses = [results[label, depth, seed]["metrics"]["validation_loss"] for label in (baseline, first)]
-        return losses[0] - losses[1]
 
-    return {depth: [gap(depth, seed) for seed in recipe.seeds] for depth in recipe.depths}
+# Measures
 
 
-def _table(recipe: Recipe, results: Results) -> str:
-    columns = ["model", "blocks", "parameters", "seeds", "tokens", "validation loss", "perplexity"]
+def _test_measures(recipe: Recipe, test: SourceSection) -> list[dict[str, float]]:
+    """Return the measures of each training's model on the test split."""
+    stories = load_stories(**test.model_dump())
+    rows = []
+    for training in tqdm(recipe.all_trainings, desc="test"):
+        model, tokenizer = training.load()
+        # Kept in a cache after the first time: all trainings have one tokenizer.
+        windows = pack_windows(stories, tokenizer, training.recipe.data.context_length)
+        loss = mean_loss(model, windows, recipe.batch_size)
+        bits = bits_per_byte_of_loss(loss, *tokens_and_bytes(stories, tokenizer))
+        rows.append({"test_loss": loss, "test_perplexity": perplexity(loss), "test_bits_per_byte": bits})
+    return rows
+
+
+def _runs(recipe: Recipe) -> list[dict[str, Any]]:
+    budgets = ["full"] * len(recipe.trainings) + ["half"] * len(recipe.half_budget_trainings)
+    rows = []
+    for training, budget in zip(recipe.all_trainings, budgets, strict=True):
+        result = training.result()
+        row = {"label": training.label, "depth": training.depth, "seed": training.seed, "budget": budget}
+        row |= {"tokens": result["tokens"], "parameters": result["parameters"]}
+        row |= {"learning_rate": training.recipe.training.learning_rate}
+        rows.append(row | {name: result["metrics"][name] for name in ("validation_loss", "validation_perplexity")})
+    if recipe.test is not None:
+        rows = [row | measures for row, measures in zip(rows, _test_measures(recipe, recipe.test), strict=True)]
+    return rows
+
+
+def _costs(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return for each model and depth operations a token and seconds a step, on this machine and interleaved."""
     rows = []
     for depth in recipe.depths:
-        for label in recipe.runs:
-            runs = [results[label, depth, seed] for seed in recipe.seeds]
-            loss = mean_and_deviation([run["metrics"]["validation_loss"] for run in runs], 4)
-            perplexity = mean_and_deviation([run["metrics"]["validation_perplexity"] for run in runs], 2)
-            seeds = ", ".join(map(str, recipe.seeds))
-            # Seeds do not differ in parameters and tokens.
-            size = [str(depth), f"{runs[0]['parameters']:,}", seeds, f"{runs[0]['tokens']:,}"]
-            rows.append([label, *size, loss, perplexity])
-    return markdown_table(columns, "lrrrrrr", rows)
+        chosen = {
+            one.label: one.recipe for one in recipe.trainings if (one.depth, one.seed) == (depth, recipe.seeds[0])
+        }
+        configs = {label: training.build_config() for label, training in chosen.items()}
+        first = next(iter(chosen.values()))
+        length, batch_size = first.data.context_length, first.training.per_device_train_batch_size
+        seconds = training_step_seconds(configs, batch_size, length, recipe.timing_rounds)
+        for label, config in configs.items():
+            row = {"label": label, "depth": depth, "flops_per_token": flops_per_token(config, length)}
+            rows.append(row | {"step_seconds": seconds[label]})
+    return rows
 
 
-def _claims(recipe: Recipe, gaps: dict[int, list[float]]) -> list[Claim]:
-    shallow, deep = min(recipe.depths), max(recipe.depths)
-    gap_at = {depth: f"{mean_and_deviation(gaps[depth], 3)} nats at depth {depth}" for depth in sorted(gaps)}
-    deep_gap = statistics.mean(gaps[deep])
-    is_closed = abs(deep_gap) <= CLOSED
-    baseline = f"{recipe.baseline} - {next(iter(recipe.runs))}"
-    return [
-        Claim(
-            "At small depth the mosaic's validation loss is below the transformer's of equal size",
-            "slightly better, visible at depth 1 (Fig. 9; plotted only)",
-            f"{baseline}: {gap_at[shallow]}; lower with every seed: {'yes' if min(gaps[shallow]) > 0 else 'no'}",
-            "reproduced" if min(gaps[shallow]) > 0 else "contradicted",
-        ),
-        Claim(
-            "As depth grows the two become indistinguishable",
-            "gone at depth 8 (Fig. 9)",
-            f"{baseline}: {', '.join(gap_at.values())}",
-            # The paper sees the gap gone at 8 blocks, so that a gap that is left at fewer contradicts nothing.
-            "reproduced" if is_closed else "contradicted" if deep_gap < 0 else "not at this size",
-        ),
+def _best(recipe: Recipe, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the best run of each model of a tuning, and whether its rate is at an end of those that were tried."""
+    by_model: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        by_model[_tuned(run["label"]), run["depth"]].append(run)
+    rows = []
+    for (model, depth), tried in by_model.items():
+        losses: dict[str, list[float]] = defaultdict(list)
+        for run in tried:
+            losses[run["label"]].append(run["validation_loss"])
+        best = min(losses, key=lambda label: statistics.mean(losses[label]))
+        rates = {run["label"]: run["learning_rate"] for run in tried}
+        is_at_end = rates[best] in (min(rates.values()), max(rates.values()))
+        rows.append({"model": model, "depth": depth, "best": best, "learning_rate": rates[best], "at_end": is_at_end})
+    return rows
+
+
+# Tables
+
+
+def loss_at(ratio: float, full: float, half: tuple[float, float], tokens: tuple[int, int]) -> float:
+    """Return a loss at another number of tokens, extrapolated by the slope between two trainings.
+
+    Args:
+        ratio: of the number of tokens to that of the full training.
+        full: the loss to begin at, such as a mean over seeds.
+        half: losses of the full and of the shorter training, of one seed.
+        tokens: of the full and of the shorter training.
+    """
+    slope = (half[0] - half[1]) / math.log(tokens[0] / tokens[1])
+    return full + slope * math.log(ratio)
+
+
+def _at_equal(recipe: Recipe, measured: dict[str, Any], label: str, depth: int, cost: str) -> float:
+    """Return a model's loss at the number of tokens for which it costs as much as the first model on all of them."""
+    costs = {row["label"]: row[cost] for row in measured["costs"] if row["depth"] == depth}
+    full, half = _losses(recipe, measured), _losses(recipe, measured, "half")
+    tokens = {run["budget"]: run["tokens"] for run in measured["runs"]}
+    at = [
+        loss_at(
+            costs[next(iter(recipe.runs))] / costs[label],
+            statistics.mean(full[label, depth, one] for one in recipe.seeds),
+            (full[label, depth, seed], half[label, depth, seed]),
+            (tokens["full"], tokens["half"]),
+        )
+        for seed in recipe.half_budget_seeds
     ]
+    return statistics.mean(at)
 
 
-def _draw(recipe: Recipe, results: Results, path: Path) -> None:
+def _interval(effect: Effect) -> str:
+    interval = "no interval" if effect.low is None else f"{effect.low:.3f} to {effect.high:.3f}"
+    return f"{effect.value:+.3f} ({interval})"
+
+
+def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
+    first, found, losses = next(iter(recipe.runs)), effects(recipe, measured), _losses(recipe, measured)
+    split = "loss on the tuning split" if recipe.test is None else "test loss"
+    columns = ["model", "blocks", "parameters", "learning rate", split, f"difference from {first}"]
+    costs = ["flops_per_token", "step_seconds"] if recipe.half_budget_seeds else []
+    columns += ["at equal operations", "at equal seconds"][: len(costs)]
+    rows = []
+    for depth, label in itertools.product(recipe.depths, recipe.runs):
+        run = next(run for run in measured["runs"] if (run["label"], run["depth"]) == (label, depth))
+        loss = mean_and_deviation([losses[label, depth, seed] for seed in recipe.seeds], 4)
+        difference = "" if label == first else _interval(found[_difference_name((label, first), depth)])
+        row = [label, str(depth), f"{run['parameters']:,}", f"{run['learning_rate']:g}", loss, difference]
+        rows.append([*row, *(f"{_at_equal(recipe, measured, label, depth, cost):.3f}" for cost in costs)])
+    seeds = ", ".join(map(str, recipe.seeds))
+    tokens = next(run["tokens"] for run in measured["runs"])
+    caption = f"Losses in nats per token after {tokens:,} tokens, mean ± standard deviation over seeds {seeds}; "
+    caption += "differences with their 95 % interval, paired by seed."
+    if costs:
+        halved = ", ".join(map(str, recipe.half_budget_seeds))
+        caption += (
+            " The last two columns are extrapolations: the mean loss, moved to the number of tokens for which a model "
+            f"takes as many operations, or as many seconds on one thread, as {first} on all of them, along the slope "
+            f"between trainings on all and on half of the tokens (seed {halved})."
+        )
+    return markdown_table(columns, "l" + "r" * (len(columns) - 1), rows) + f"\n\n{caption}"
+
+
+def _tuning_table(recipe: Recipe, measured: dict[str, Any]) -> str:
+    best = {(row["best"], row["depth"]): row["at_end"] for row in measured["best"]}
+    rows = []
+    for depth, label in itertools.product(recipe.depths, recipe.runs):
+        runs = [run for run in measured["runs"] if (run["label"], run["depth"]) == (label, depth)]
+        loss = mean_and_deviation([run["validation_loss"] for run in runs], 4)
+        perplexities = mean_and_deviation([run["validation_perplexity"] for run in runs], 2)
+        mark = {None: "", False: "best", True: "best, at an end"}[best.get((label, depth))]
+        rows.append([_tuned(label), str(depth), f"{runs[0]['learning_rate']:g}", loss, perplexities, mark])
+    columns = ["model", "blocks", "learning rate", "loss on the tuning split", "perplexity", ""]
+    return markdown_table(columns, "lrrrrl", rows)
+
+
+# Pictures
+
+
+def _draw(recipe: Recipe, measured: dict[str, Any], path: Path) -> None:
     """Draw the curve of each seed faint and the mean over the seeds strong, one column for each depth."""
-    figure, axes = new_figure(1, len(recipe.depths), sharey=True)
+    figure, axes = new_figure(1, len(recipe.depths), height=4.2, sharey=True)
     for column, depth in zip(axes[0], recipe.depths, strict=True):
         for number, label in enumerate(recipe.runs):
-            color, by_tokens = f"C{number}", defaultdict(list)
-            for seed in recipe.seeds:
-                points = results[label, depth, seed]["learning_curve"]["validation"]
-                column.plot([p["tokens"] for p in points], [p["loss"] for p in points], color=color, alpha=0.35, lw=1)
-                for point in points:
-                    # All seeds are evaluated after the same numbers of tokens.
-                    by_tokens[point["tokens"]].append(point["loss"])
-            mean = [statistics.mean(losses) for losses in by_tokens.values()]
-            column.plot(list(by_tokens), mean, color=color, label=label, lw=1.8)
-        column.set_title(f"{depth} block{'s' if depth > 1 else ''}")
+            chosen = [
+                one["validation"] for one in measured["curves"] if (one["label"], one["depth"]) == (label, depth)
+            ]
+            color = f"C{number}"
+            for points in chosen:
+                column.plot(*_coordinates(points), color=color, alpha=0.35, lw=0.8)
+            # All seeds are evaluated after the same numbers of tokens.
+            tokens, losses = zip(*map(_coordinates, chosen), strict=True)
+            column.plot(tokens[0], np.mean(losses, axis=0), color=color, label=label, lw=1.8)
+        column.set_title(blocks(depth))
         column.set_xlabel("training tokens")
-    axes[0, 0].set_ylabel("validation loss (nats per token)")
-    axes[0, -1].legend()
+    axes[0, 0].set_ylabel("loss on the tuning split (nats per token)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save_figure(figure, path)
+
+
+def _coordinates(points: list[dict[str, float]]) -> tuple[list[float], list[float]]:
+    return [point["tokens"] for point in points], [point["loss"] for point in points]
+
+
+def _draw_tuning(recipe: Recipe, measured: dict[str, Any], path: Path) -> None:
+    """Draw losses over learning rates, a line for each model and a column for each depth."""
+    figure, axes = new_figure(1, len(recipe.depths), height=4.2, sharey=True)
+    models = list(dict.fromkeys(_tuned(label) for label in recipe.runs))
+    for column, depth in zip(axes[0], recipe.depths, strict=True):
+        for number, model in enumerate(models):
+            by_rate: dict[float, list[float]] = defaultdict(list)
+            for run in measured["runs"]:
+                if (_tuned(run["label"]), run["depth"]) == (model, depth):
+                    by_rate[run["learning_rate"]].append(run["validation_loss"])
+            rates = sorted(by_rate)
+            means = [statistics.mean(by_rate[rate]) for rate in rates]
+            column.semilogx(rates, means, color=f"C{number}", marker="o", label=model, base=2)
+        every = sorted({run["learning_rate"] for run in measured["runs"]})
+        column.set_xticks(every, [f"{rate:g}" for rate in every])
+        column.set_title(blocks(depth))
+        column.set_xlabel("learning rate")
+    axes[0, 0].set_ylabel("loss on the tuning split (nats per token)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save_figure(figure, path)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
-    results = {(training.label, training.depth, training.seed): training.result() for training in recipe.trainings}
-    curves = [
-        {"label": label, "depth": depth, "seed": seed, "validation": result["learning_curve"]["validation"]}
-        for (label, depth, seed), result in results.items()
+    measured: dict[str, Any] = {"runs": _runs(recipe)}
+    measured["curves"] = [
+        {"label": one.label, "depth": one.depth, "seed": one.seed}
+        | {"validation": one.result()["learning_curve"]["validation"]}
+        for one in recipe.trainings
     ]
-    _draw(recipe, results, recipe.folder / f"{recipe.name}.png")
-    gaps = _gaps(recipe, recipe.baseline, results) if recipe.baseline else {}
-    return {
-        "measured": {"gaps": gaps, "curves": curves},
-        "table": _table(recipe, results),
-        "claims": _claims(recipe, gaps) if recipe.baseline else [],
-    }
+    if recipe.half_budget_seeds:
+        measured["costs"] = _costs(recipe)
+    if recipe.tuning:
+        measured["best"] = _best(recipe, measured["runs"])
+    draw, table = (_draw_tuning, _tuning_table) if recipe.tuning else (_draw, _table)
+    draw(recipe, measured, recipe.folder / f"{recipe.name}.png")
+    return {"measured": measured, "table": table(recipe, measured)}
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Train all models and compare their curves; returns the content of `result.json`."""
-    return comparison.run_comparison(recipe, restart, {}, _measure)
+    """Train all models and compare them; returns the content of `result.json`."""
+    data = {} if recipe.test is None else {"test": source_provenance(**recipe.test.model_dump())}
+    return comparison.run_comparison(recipe, restart, data, _measure)

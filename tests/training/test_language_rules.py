@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules of the language experiments: made-up measures give every verdict, and rates are those of the tuning."""
+
+import json
+import math
+
+import pytest
+
+from training.experiments import attention_maps, position_loss, training_curves
+from training.experiments.comparison import blocks
+from training.paths import CONFIGURATION, RESULTS
+from training.recipe import load_recipe
+from training.text import sources
+
+
+RECIPES = CONFIGURATION / "recipe"
+VERDICTS = ("supported", "contradicted", "undecided")
+# Tunings by the base recipe whose experiments they serve, and models that none of them tunes.
+TUNINGS = {"stories_micro": "stories_tuning", "stories_tiny": "stories_tiny_tuning"}
+NOT_TUNED = {"alibi-micro", "nope-micro"}
+HAS_RUNS = [path for path in sorted(RECIPES.glob("*.yaml")) if "\nruns:" in path.read_text(encoding="utf-8")]
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    names = ("training_curves", "out_of_distribution", "beyond_training_length", "bandwidth", "attention_maps")
+    return {name: load_recipe(RECIPES / f"{name}.yaml") for name in names}
+
+
+def value_for(claim, verdict):
+    """Return a value and the half of an interval about it for which a claim has a verdict."""
+    bound, side = next(
+        (bound, side) for bound, side in ((claim.above, 1), (claim.below, -1), (claim.within, 0)) if bound is not None
+    )
+    if side == 0:
+        return {"supported": (0, bound / 2), "contradicted": (3 * bound, bound), "undecided": (bound, bound)}[verdict]
+    return bound + {"supported": side, "contradicted": -side, "undecided": 0}[verdict] * 0.5, 0.1
+
+
+def judged(module, recipe, claim, measured):
+    # As it is read from a result file.
+    return claim.judge(module.effects(recipe, json.loads(json.dumps(measured))))
+
+
+def curves_measured(recipe, values):
+    """Return losses for which each effect of `values`, a difference, has the given value and half-width."""
+    runs = []
+    for depth in recipe.depths:
+        for number, seed in enumerate(recipe.seeds):
+            losses = dict.fromkeys(recipe.runs, 0.0)
+            for later, earlier in recipe.pairs:
+                value, half = values.get(f"{later} - {earlier}, {blocks(depth)}", (None, None))
+                if value is not None:
+                    # Five seeds spread like this have an interval of 1.96 times the half-width.
+                    losses[later] = losses[earlier] + value + half * (number - 2)
+            place = {"depth": depth, "seed": seed, "budget": "full"}
+            runs += [place | {"label": label, "test_loss": loss} for label, loss in losses.items()]
+    return {"runs": runs}
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_claims_on_curves_follow_the_losses_of_the_seeds(recipes, verdict):
+    recipe = recipes["training_curves"]
+    assert len(recipe.claims) == 10
+    for claim in recipe.claims:
+        value, half = value_for(claim, verdict)
+        measured = curves_measured(recipe, dict.fromkeys(claim.effects, (value, half / 4)))
+        assert judged(training_curves, recipe, claim, measured) == verdict, claim.claim
+
+
+def test_growth_over_depth_is_that_of_the_differences(recipes):
+    recipe = recipes["training_curves"]
+    values = {"GPT-2 - Memory Mosaic, 1 block": (0.1, 0.0), "GPT-2 - Memory Mosaic, 4 blocks": (0.4, 0.01)}
+    effects = training_curves.effects(recipe, curves_measured(recipe, values))
+    growth = effects["growth of GPT-2 - Memory Mosaic from 1 to 4 blocks"]
+    assert growth.value == pytest.approx(0.3)
+    assert growth.high - growth.value == pytest.approx(2.776 * 0.01 * math.sqrt(2.5 / 5), rel=1e-3)
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+@pytest.mark.parametrize("name", ["out_of_distribution", "beyond_training_length", "bandwidth"])
+def test_claims_on_positions_read_the_stored_effects(recipes, name, verdict):
+    recipe = recipes[name]
+    nothing = {"value": 0.0, "low": None, "high": None, "unit": "nats", "basis": "3 seeds, 9 documents"}
+    for claim in recipe.claims:
+        value, half = value_for(claim, verdict)
+        measured = {text: {"effects": {}} for text in recipe.texts}
+        for name_of_effect in recipe.effect_names:
+            text, _, effect = name_of_effect.partition(": ")
+            ends = {"value": value, "low": value - half, "high": value + half}
+            measured[text]["effects"][effect] = nothing | (ends if name_of_effect in claim.effects else {})
+        assert judged(position_loss, recipe, claim, measured) == verdict, claim.claim
+
+
+def maps_measured(recipe, shift, spread, order):
+    """Return heads whose measures differ from the mosaic's by `shift`; `order` gives widths for 48 leaks."""
+    head = {"sink": 1.0, "unevenness": 0.1, "middle": 0.5}
+    heads = []
+    for number, seed in enumerate(recipe.seeds):
+        for label in recipe.runs:
+            more = 0 if label == "Memory Mosaic" else shift + spread * (number - 1)
+            place = {"label": label, "seed": seed}
+            changed = head | {"sink": 1.0 + more, "unevenness": 0.1 + more}
+            heads += [place | changed | {"length": length} for length in recipe.lengths]
+    leaks = [(number * 37 % 48) / 48 for number in range(48)]
+    deep = [{"length": 256, "leak_coefficient": leak, "peak_width": order(leak)} for leak in leaks]
+    return {"heads": heads, "deep_heads": deep}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "shift", "spread", "order"),
+    [
+        ("supported", 0.6, 0.1, lambda leak: round(40 * leak)),
+        ("contradicted", -0.4, 0.1, lambda leak: round(40 * (1 - leak))),
+        ("undecided", 0.1, 0.1, lambda leak: round(40 * leak * 48 * 11 / 48) % 7),
+        ("undecided", 0.1, 0.1, lambda leak: 3),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+def test_claims_on_maps_follow_the_heads(recipes, verdict, shift, spread, order):
+    recipe = recipes["attention_maps"]
+    measured = maps_measured(recipe, shift, spread, order)
+    assert [judged(attention_maps, recipe, claim, measured) for claim in recipe.claims] == [verdict] * 3
+    basis = attention_maps.effects(recipe, measured)[recipe.rank_name].basis
+    assert basis == "48 heads of 3 seeds"
+
+
+def test_a_loss_moves_along_the_slope_between_two_budgets():
+    # A loss that falls by 0.1 whenever the tokens double.
+    at = [training_curves.loss_at(ratio, 2.7, (2.8, 2.9), (2000, 1000)) for ratio in (0.5, 1, 4)]
+    assert at == pytest.approx([2.8, 2.7, 2.5])
+    # The shorter training need not be exactly half as long.
+    assert training_curves.loss_at(0.25, 2.7, (2.7, 2.9), (4000, 1000)) == pytest.approx(2.9)
+
+
+def test_columns_at_equal_cost_give_a_dearer_model_fewer_tokens(recipes):
+    recipe = recipes["training_curves"]
+    measured = curves_measured(recipe, {})
+    for run in measured["runs"]:
+        run |= {"tokens": 2000, "parameters": 1, "learning_rate": 0.004, "test_loss": 2.0}
+    half = [run | {"budget": "half", "tokens": 1000, "test_loss": 2.3} for run in measured["runs"] if run["seed"] == 0]
+    measured["runs"] += half
+    costs = {"Memory Mosaic": (1.0, 1.0), "GPT-2": (2.0, 0.5)}
+    measured["costs"] = [
+        {"label": label, "depth": depth, "flops_per_token": flops, "step_seconds": seconds}
+        for depth in recipe.depths
+        for label in recipe.runs
+        for flops, seconds in [costs.get(label, (1.0, 1.0))]
+    ]
+    rows = [line.split(" | ")[-2:] for line in training_curves._table(recipe, measured).splitlines()[2:]]
+    assert rows[0] == rows[1] == ["2.000", "2.000 |"]
+    assert rows[2] == ["2.300", "1.700 |"]  # GPT-2: half the tokens at equal operations, twice at equal seconds
+
+
+# Learning rates and splits
+
+
+def committed(name):
+    path = RESULTS / name / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def model_of(recipe):
+    """Return what a training trains, whatever its depth: the file of the model, and what is changed in it."""
+    changed = {key: value for key, value in recipe.model_args.items() if key != "num_hidden_layers"}
+    return recipe.model, json.dumps(changed, sort_keys=True)
+
+
+def best_rates(tuning, result):
+    """Return by model the rate that a committed tuning found best, and whether the tuning is today's."""
+    trainings = [(training.label, training.recipe) for training in tuning.trainings]
+    losses = {training["label"]: training["metrics"]["validation_loss"] for training in result["trainings"]}
+    tried = {}
+    for label, recipe in trainings:
+        if label in losses:
+            tried.setdefault(model_of(recipe), []).append((losses[label], recipe.training.learning_rate))
+    return {model: min(pairs)[1] for model, pairs in tried.items()}, losses.keys() == tuning.runs.keys()
+
+
+@pytest.mark.parametrize("path", HAS_RUNS, ids=lambda path: path.stem)
+def test_learning_rates_are_those_that_the_tuning_found_best(path):
+    recipe = load_recipe(path)
+    if recipe.base not in TUNINGS or path.stem in TUNINGS.values():
+        return
+    result = committed(TUNINGS[recipe.base])
+    # Until the first result of a tuning is committed there is nothing to compare with.
+    best, is_whole = (
+        best_rates(load_recipe(RECIPES / f"{TUNINGS[recipe.base]}.yaml"), result) if result else ({}, False)
+    )
+    for training in recipe.trainings:
+        model = model_of(training.recipe)
+        if model in best:
+            assert training.recipe.training.learning_rate == best[model], training.label
+        else:
+            # Once every run of the tuning is committed, a model without a rate of its own is a mistake.
+            assert not is_whole or training.recipe.model in NOT_TUNED, training.label
+
+
+def test_a_committed_tuning_ends_between_rates_that_are_worse():
+    for tuning in TUNINGS.values():
+        result = committed(tuning)
+        if result is not None and "best" in result["measured"]:
+            assert not [row for row in result["measured"]["best"] if row["at_end"]]
+
+
+def test_the_test_split_begins_where_the_tuning_split_ends(recipes, monkeypatch):
+    asked = []
+
+    def load_dataset(**options):
+        asked.append(options)
+        return sources.Dataset.from_dict({"text": ["Once upon a time."] * 3})
+
+    monkeypatch.setattr(sources.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "check_unchanged", lambda stories: None)
+    curves = recipes["training_curves"]
+    tuning = curves.trainings[0].recipe.data.validation
+    assert (tuning.split, tuning.num_stories) == ("validation", 500)
+    sections = [curves.test, recipes["attention_maps"].text]
+    sections += [load_recipe(RECIPES / "stories_tiny_comparison.yaml").test]
+    sections += [
+        position_loss._source(recipes[name].texts["stories"]) for name in ("out_of_distribution", "bandwidth")
+    ]
+    for section in sections:
+        stories = sources.load_stories(**(section if isinstance(section, dict) else section.model_dump()))
+        assert len(stories) == 3
+    assert {(options["path"], options["split"]) for options in asked} == {
+        ("roneneldan/TinyStories", "validation[500:1500]")
+    }
