@@ -14,7 +14,8 @@ CORE := $(addprefix tests/payload/test_,modeling.py continuous.py packing.py cac
 # `babistories_micro` is last, because it needs a file that is not in the clone: `prompt_lists.json`, a JSON object with a
 # list "openings". That of the committed result has 2,464 first sentences of TinyStories. The other recipes need no file.
 RESULTS ?= three_moons induction regbench_search regbench_search_rope regbench regbench_automata \
-	regbench_recurrent stories_tuning training_curves out_of_distribution beyond_training_length attention_maps \
+	regbench_recurrent stories_tuning training_curves out_of_distribution beyond_training_length bandwidth \
+	attention_maps stories_tiny_tuning stories_tiny_comparison \
 	memory_fidelity memory_capacity memory_capacity_tokens memory_objectives memory_remedies memory_positions babistories_micro
 
 # Pages with tables that are made from result files.
@@ -47,7 +48,8 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.speed --output benchmarks/speed.json
 	$(BIN)/python -m benchmarks.memory_models --output benchmarks/memory_models.json
 
-# Every experiment at CPU size, each an hour at most on two cores: interrupt it anywhere, and start it again to go on.
+# Every experiment at CPU size, each an hour at most on two cores, but hours for the trainings that `training_curves` and
+# `stories_tiny_comparison` share with others: interrupt it anywhere, and start it again to go on.
 # Those from `stories_tuning` on read stories from the Hub.
 results: .venv/installed
 	@for recipe in $(RESULTS); do \

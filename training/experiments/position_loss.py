@@ -257,10 +257,14 @@ def _bands(values: np.ndarray, groups: list[int]) -> dict[str, list[float | None
     return {name: [getattr(band, part) for band in bands] for name, part in parts.items()}
 
 
-def _measured_effect(effect: _WindowEffect, measures: dict[tuple[str, int], _Measures], groups: list[int]) -> Effect:
+def _measured_effect(
+    effect: _WindowEffect, measures: dict[tuple[str, int], _Measures], groups: list[int], kind: str
+) -> Effect:
     # Paired by seed and by window: how hard a window is cancels out, and the interval is narrower.
     values = sum(sign * measures[label, effect.depth].of_windows[effect.measure] for sign, label in effect.terms)
-    return _rounded(crossed_effect(np.asarray(values), groups, "nats"))
+    measured = _rounded(crossed_effect(np.asarray(values), groups, "nats"))
+    # In a stream each window counts as a document.
+    return measured._replace(basis=measured.basis.replace("documents", "windows")) if kind == "stream" else measured
 
 
 def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any]:
@@ -292,7 +296,10 @@ def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any
             | {"minus_first": _bands(one.binned - measures[first, depth].binned, groups) if label != first else None}
             for (label, depth), one in measures.items()
         ],
-        "effects": {effect.name: _measured_effect(effect, measures, groups)._asdict() for effect in _effects(recipe)},
+        "effects": {
+            effect.name: _measured_effect(effect, measures, groups, text.windows)._asdict()
+            for effect in _effects(recipe)
+        },
     }
 
 
