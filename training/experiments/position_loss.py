@@ -262,7 +262,7 @@ def _measured_effect(
 ) -> Effect:
     # Paired by seed and by window: how hard a window is cancels out, and the interval is narrower.
     values = sum(sign * measures[label, effect.depth].of_windows[effect.measure] for sign, label in effect.terms)
-    measured = _rounded(crossed_effect(np.asarray(values), groups, "nats"))
+    measured = _rounded(crossed_effect(np.asarray(values, dtype=np.float64), groups, "nats"))
     # In a stream each window counts as a document.
     return measured._replace(basis=measured.basis.replace("documents", "windows")) if kind == "stream" else measured
 
