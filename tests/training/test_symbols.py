@@ -2,6 +2,8 @@
 """Trainings on artificial languages and their comparisons: resumable, several at once, the best evaluation kept."""
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
@@ -16,7 +18,6 @@ from training.paths import CONFIGURATION
 from training.recipe import load_recipe, task_module
 from training.synthetic import automata
 from training.synthetic.automata import AutomataSection
-from training.tables import claims_table
 from training.tasks import symbols
 
 
@@ -78,8 +79,11 @@ def test_an_interrupted_training_ends_as_one_that_was_not(name, monkeypatch):
     parts = symbols.run(recipe)
     for key in ("metrics", "tokens", "steps", "learning_curve", "parameters"):
         assert parts[key] == whole[key], key
-    weights = [load_file(f"{folder}/best/model.safetensors") for folder in ("whole", "parts")]
-    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+    kept = [path.name for path in (recipe.folder).glob("best*")]
+    assert sorted(kept) == (["best", "best_loss"] if name == "regbench_training" else ["best"])
+    for best in kept:
+        weights = [load_file(f"{folder}/{best}/model.safetensors") for folder in ("whole", "parts")]
+        assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
 
 
 def test_a_changed_best_model_or_checkpoint_is_not_used(monkeypatch, caplog):
@@ -104,21 +108,37 @@ def test_a_changed_data_set_is_drawn_again(caplog):
     assert "train.parquet has changed since it was written): it is removed and made again" in caplog.text
 
 
-def test_the_model_of_the_best_evaluation_is_kept(monkeypatch):
-    accuracies = iter([0.2, 0.5, 0.5])
+def test_the_models_of_the_best_evaluations_are_kept(monkeypatch):
+    scores = iter([(0.2, 2.0), (0.5, 3.0), (0.5, 1.5)])
     shown = []
 
     def score(recipe, model, split):
-        if next_is := next(accuracies, None):
-            shown.append({name: value.clone() for name, value in model.state_dict().items()})
-        return {"accuracy": next_is or 0.0, "loss": 1.0}
+        shown.append({name: value.clone() for name, value in model.state_dict().items()})
+        accuracy, loss = next(scores)
+        return {"accuracy": accuracy, "loss": loss}
 
     monkeypatch.setattr(symbols, "score", score)
-    result = symbols.run(small(output_dir="run"))
-    assert result["metrics"]["best_step"] == 4
-    best, second = load_file("run/best/model.safetensors"), shown[1]
-    assert all((best[name] == second[name]).all() for name in best)
-    assert not all((best[name] == shown[2][name]).all() for name in best)
+    metrics = symbols.run(small(output_dir="run"))["metrics"]
+    assert (metrics["best_step"], metrics["best_loss_step"]) == (4, 6)  # of equal accuracies the first
+    for folder, number in (("best", 1), ("best_loss", 2)):
+        kept = load_file(f"run/{folder}/model.safetensors")
+        assert all((kept[name] == shown[number][name]).all() for name in kept)
+        assert not all((kept[name] == shown[3 - number][name]).all() for name in kept)
+
+
+def test_a_loss_that_is_not_a_number_is_never_the_best(monkeypatch):
+    scores = iter([math.nan, 2.0, math.nan])
+    monkeypatch.setattr(symbols, "score", lambda *_: {"accuracy": 0.5, "loss": next(scores)})
+    assert symbols.run(small(output_dir="run"))["metrics"]["best_loss_step"] == 4
+
+
+def test_a_training_of_a_version_that_kept_one_model_is_refused():
+    recipe = small(output_dir="run")
+    symbols.run(recipe)
+    (recipe.folder / "result.json").unlink()
+    shutil.rmtree(recipe.folder / "best_loss")
+    with pytest.raises(ValueError, match="kept no model of the best loss; --restart trains again"):
+        symbols.run(recipe)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +172,6 @@ def test_a_comparison_runs(tmp_path):
     for picture in ("regbench.png", "regbench_units.png"):
         assert (recipe.folder / picture).stat().st_size > 10_000
     assert result["table"].count("\n") == 5 and len(result["claims"]) == 2 * 3 + 2
-    assert claims_table([result]).count("\n") == 9
     assert all("finished" in line for path, line in task_module("regbench").plan(recipe).items() if "seed0" in path)
 
 
