@@ -124,6 +124,22 @@ def test_the_shift_is_all_that_the_shifted_transformer_has_besides(size):
     assert shifted["intermediate_size"] == pytest.approx(rope["intermediate_size"], rel=0.05)
 
 
+PARTS = [path for path in MODELS if path.stem.startswith("parts-")]
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.stem)
+def test_a_mosaic_without_a_part_differs_from_the_mosaic_in_that_part(path):
+    """A separate query is paid for by slots; a scalar of each head that is fixed is no parameter."""
+    size = path.stem.rpartition("-")[2]
+    full = path.with_name(f"mosaic-{size}.json")
+    assert num_parameters(path) == pytest.approx(num_parameters(full), rel=1e-4)
+    mosaic, parts = (json.loads(file.read_text(encoding="utf-8")) for file in (full, path))
+    complete = mosaic | {"look_ahead": True, "leak": True, "separate_query": False}
+    different = {name for name in parts if parts[name] != complete.get(name)} - {"model_type", "architectures"}
+    part = path.stem.removeprefix("parts-").removesuffix(f"-{size}").removeprefix("no-").replace("-", "_")
+    assert different == ({part, "num_persistent_slots"} if part == "separate_query" else {part})
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGURATION / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_its_configurations(path):
     assert load_config_from_file(str(path)).num_processes >= 1
