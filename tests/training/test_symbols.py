@@ -139,7 +139,7 @@ def test_a_training_of_a_version_that_kept_one_model_is_refused():
     symbols.run(recipe)
     (recipe.folder / "result.json").unlink()
     shutil.rmtree(recipe.folder / "best_loss")
-    with pytest.raises(ValueError, match="kept no model of the best loss; --restart trains again"):
+    with pytest.raises(ValueError, match="kept no model of the best loss; move run away"):
         symbols.run(recipe)
 
 
