@@ -122,8 +122,8 @@ def _kept_model(recipe: Recipe, measure: str) -> PreTrainedModel:
     folder = recipe.folder / KEPT_FOLDERS[measure]
     if not folder.is_dir():
         raise ValueError(
-            f"{folder} is missing: an earlier version began this training and kept no model of the best {measure}; move "
-            f"{recipe.folder} away, and start again"
+            f"{folder} is missing: an earlier version began this training and kept no model of the best {measure}; "
+            f"move {recipe.folder} away, and start again"
         )
     return load_causal_lm(folder)
 
