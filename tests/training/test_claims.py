@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import ttest_1samp
 
-from training.claims import ClaimSection, Effect, crossed_effect, mean_effect, share_effect
+from training.claims import ClaimSection, Effect, crossed_effect, mean_effect, share_difference_effect, share_effect
 
 
 def effect(low: float | None, high: float | None) -> Effect:
@@ -32,6 +32,15 @@ def test_wilson_interval_of_a_share():
     # Newcombe (1998), table I: 15 of 148.
     share = share_effect(15, 148)
     assert (share.low, share.high) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+
+
+def test_newcombe_interval_of_a_difference_of_shares():
+    # Newcombe (1998), table II, method 10: 56 of 70 less 48 of 80.
+    difference = share_difference_effect(56, 70, 48, 80, basis="patients")
+    assert (difference.low, difference.high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    assert difference.value == pytest.approx(0.2) and difference.basis == "patients"
+    opposite = share_difference_effect(48, 80, 56, 70, basis="patients")
+    assert (opposite.low, opposite.high) == pytest.approx((-difference.high, -difference.low))
 
 
 @pytest.mark.parametrize(("seed_noise", "document_noise", "noise"), [(1, 0, 0), (0, 1, 0), (0.3, 1, 2), (1, 0.3, 0.1)])
