@@ -128,6 +128,14 @@ class MemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
             Added to the variance in each layer norm.
         use_bias (`bool`, defaults to `False`):
             Whether projections and layer norms have a bias. The head never has.
+        bandwidth_exponent (`float`, defaults to 0.0):
+            How fast kernels of contextual memories narrow as the memory grows, from 0 to 1: a token that sees n pairs
+            multiplies its scores by `(max(n, bandwidth_start) / bandwidth_start) ** bandwidth_exponent`. That is an
+            inverse temperature; the bandwidth is its inverse root. 0 is the authors' function, where the bandwidth
+            does not depend on n.
+        bandwidth_start (`int`, defaults to 1):
+            Number of pairs up to which the bandwidth stays as learnt. The training length narrows the kernels of
+            longer memories only.
         attention_dropout (`float`, defaults to 0.05):
             Share of retrieval weights dropped in training, in contextual and persistent memories alike.
         hidden_dropout (`float`, defaults to 0.05):
@@ -141,8 +149,8 @@ class MemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
 
     Raises:
         ValueError: if the heads do not divide `hidden_size` and no `head_dim` is given.
-        huggingface_hub.errors.StrictDataclassError: if a size is not positive, a dropout lies outside [0, 1), or a
-            field has the wrong type.
+        huggingface_hub.errors.StrictDataclassError: if a size is not positive, a dropout lies outside [0, 1),
+            `bandwidth_exponent` outside [0, 1], or a field has the wrong type.
 
     ```python
     >>> from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
@@ -187,6 +195,8 @@ class MemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
     max_position_embeddings: int = 512
     layer_norm_eps: float | int = 1e-5
     use_bias: bool = False
+    bandwidth_exponent: float | int = 0.0
+    bandwidth_start: int = 1
     attention_dropout: float | int = 0.05
     hidden_dropout: float | int = 0.05
     logits_scaling: float | int | None = None
@@ -223,13 +233,15 @@ class MemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
         """
         check_heads(self, "hidden_size")
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-        for name in (*sizes, "num_persistent_slots", "logits_scaling"):
+        for name in (*sizes, "num_persistent_slots", "logits_scaling", "bandwidth_start"):
             value = getattr(self, name)
             if value is None or value <= 0:
                 raise ValueError(f"{name}={value} must be positive.")
         for name in ("attention_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1).")
+        if not 0 <= self.bandwidth_exponent <= 1:
+            raise ValueError(f"bandwidth_exponent={self.bandwidth_exponent} must lie in [0, 1].")
 
 
 __all__ = ["MemoryMosaicConfig"]

@@ -46,8 +46,16 @@ def settings(config: PreTrainedConfig) -> list[tuple[str, Any]]:
     """Return names and values of the fields of a configuration that determine how weights are used."""
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = {field.name for field in dataclasses.fields(config)} - common
+    # Without an exponent they change nothing, and fingerprints stay those of versions that had no such fields.
+    if not getattr(config, "bandwidth_exponent", 0):
+        names -= {"bandwidth_exponent", "bandwidth_start"}
     values = [(name, getattr(config, name)) for name in sorted(names) if not name.endswith(_NOT_COMPUTED)]
     return [(name, settings(value) if isinstance(value, PreTrainedConfig) else value) for name, value in values]
+
+
+def changeable_settings(module: Any) -> list[tuple[str, Any]]:
+    """Return the settings that a module may be given while it exists, but for the depth: an early exit lowers that."""
+    return [(name, value) for name, value in settings(module.config) if name != "num_hidden_layers"]
 
 
 def adapted_layers(module: nn.Module) -> list[tuple[str, Any]]:
@@ -196,6 +204,7 @@ class MemoryWriter:
         self.module = None if module is None else weakref.ref(module)
         self.state = None if module is None else weights_state(module)
         self.adapters = None if module is None else adapters_at_work(module)
+        self.settings = None if module is None else changeable_settings(module)
         self.known_fingerprint = fingerprint
 
     def is_module(self, module: nn.Module) -> bool:
@@ -216,12 +225,24 @@ class MemoryWriter:
                 "The model that read this memory does not exist any more, so its weights cannot be compared: read "
                 "the text again."
             )
-        if weights_state(module) != self.state:
+        if (weights_state(module), changeable_settings(module)) != (self.state, self.settings):
             raise ValueError(
-                "The model's weights, or the adapters in use, have changed since it read this memory: read the "
-                "text again."
+                "The model's weights or settings, or the adapters in use, have changed since it read this memory: "
+                "read the text again."
             )
         return weights_fingerprint(module)
+
+    def check_changes(self, module: nn.Module) -> None:
+        """Raise `ValueError` if this very module has other adapters or settings than when it wrote the memory."""
+        if adapters_at_work(module) != self.adapters:
+            raise ValueError(
+                "Other adapters are in use than when this memory was read: switch them back, or read the text again."
+            )
+        if changeable_settings(module) != self.settings:
+            raise ValueError(
+                "The model's configuration has changed since this memory was read: set it back, or read the text "
+                "again."
+            )
 
     def check_reader(self, module: nn.Module) -> None:
         """Raise `ValueError` if a module has other weights than those that wrote the memory."""
@@ -244,8 +265,8 @@ class MemoryWriter:
 def note_writer(layer: Any, module: nn.Module, num_tokens: int) -> None:
     """Sign a memory by the module that is about to read on; raise if other weights wrote it.
 
-    Adapters of the same module are compared where several tokens are read at once, as a new turn is. Compiled code
-    leaves out comparison and signature: it cannot take fingerprints.
+    Adapters and settings of the same module are compared where several tokens are read at once, as a new turn is.
+    Compiled code leaves out comparison and signature: it cannot take fingerprints.
 
     Args:
         layer: the first layer of the memory, which holds the signature as `writer`.
@@ -253,15 +274,13 @@ def note_writer(layer: Any, module: nn.Module, num_tokens: int) -> None:
         num_tokens (`int`): how many tokens it is about to read.
 
     Raises:
-        ValueError: if other weights wrote the memory, or if other adapters were in use then.
+        ValueError: if other weights wrote the memory, or if other adapters or settings were in use then.
     """
     if torch.compiler.is_compiling():
         return
     if layer.writer is not None and layer.writer.is_module(module):
-        if num_tokens > 1 and layer.is_initialized and adapters_at_work(module) != layer.writer.adapters:
-            raise ValueError(
-                "Other adapters are in use than when this memory was read: switch them back, or read the text again."
-            )
+        if num_tokens > 1 and layer.is_initialized:
+            layer.writer.check_changes(module)
         return
     if layer.writer is not None and layer.is_initialized:
         layer.writer.check_reader(module)

@@ -29,7 +29,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .masking_memory_mosaic import strict_rule
-from .ops_memory_mosaic import at_least_float32, kernel_smoothing, scale_to_length
+from .ops_memory_mosaic import at_least_float32, kernel_smoothing, keys_and_queries, scale_to_length
 
 
 # Kinds of units, in the order of every dimension of kinds. A memory has its kind as `kind`.
@@ -121,6 +121,15 @@ class MemoryMosaicTrace:
 # What memories retrieve, recomputed
 
 
+class _Reading(NamedTuple):
+    """What a memory has read: hidden states `(B, T, C)`, and the arguments of its forward that describe them."""
+
+    hidden_states: torch.Tensor
+    is_token: torch.Tensor | None
+    document_ids: torch.Tensor | None
+    query_scale: torch.Tensor | None = None
+
+
 def _readable_slots(is_token: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
     """Return which slots each token may read, `(B, 1, T, T)`, by the rule of the model's own masks."""
     batch_size, num_tokens = is_token.shape
@@ -129,11 +138,10 @@ def _readable_slots(is_token: torch.Tensor, document_ids: torch.Tensor | None) -
     return (allowed & (places <= places[:, None]))[:, None]
 
 
-def _retrieve_contextual(
-    memory: Any, hidden_states: torch.Tensor, is_token: torch.Tensor | None, document_ids: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _retrieve_contextual(memory: Any, reading: _Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden_states, is_token, document_ids, query_scale = reading
     sums, _ = memory.sum_keys(hidden_states, is_token, document_ids, None)
-    keys = scale_to_length(sums, memory.key_length()).to(hidden_states.dtype)
+    keys, queries = keys_and_queries(sums, memory.key_length(), hidden_states, query_scale)
     values = memory.pair_values(hidden_states, is_token, None).to(keys.dtype)
     # Slot t holds the pair that token t completes. Slot 0 is empty: a token reads it if it has nothing else to read.
     slot_keys, slot_values = memory.store(keys[:, :, :-1], values, None, is_first=True)
@@ -141,26 +149,22 @@ def _retrieve_contextual(
         is_token = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
     is_readable = _readable_slots(is_token, document_ids)
     mask = torch.zeros_like(is_readable, dtype=torch.float32).masked_fill(~is_readable, -torch.inf)
-    retrieved, weights = kernel_smoothing(keys, slot_keys, slot_values, mask)
+    retrieved, weights = kernel_smoothing(queries, slot_keys, slot_values, mask)
     return retrieved, F.pad(weights[..., 1:], (1, 0)), slot_values
 
 
-def _retrieve_persistent(
-    memory: Any, hidden_states: torch.Tensor, is_token: torch.Tensor | None, document_ids: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    sums, _ = memory.sum_keys(hidden_states, is_token, document_ids, None)
+def _retrieve_persistent(memory: Any, reading: _Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sums, _ = memory.sum_keys(reading.hidden_states, reading.is_token, reading.document_ids, None)
     queries = scale_to_length(sums, memory.key_length(power=2)).to(memory.slot_keys.dtype)
     retrieved, weights = kernel_smoothing(queries, memory.slot_keys[None], memory.slot_values[None])
     retrieved = retrieved * memory.value_length().to(retrieved.dtype)[:, None, None]
     return retrieved, weights, memory.slot_values[None]
 
 
-def _retrieve(
-    memory: Any, hidden_states: torch.Tensor, is_token: torch.Tensor | None, document_ids: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _retrieve(memory: Any, reading: _Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what a memory retrieves `(B, H, T, D)`, the weights `(B, H, T, T or N)` and the values they weigh."""
     retrieve = _retrieve_contextual if memory.kind == "contextual" else _retrieve_persistent
-    return retrieve(memory, hidden_states, is_token, document_ids)
+    return retrieve(memory, reading)
 
 
 # Measures of one memory
@@ -267,10 +271,9 @@ def _in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 def _observing_hooks(model: nn.Module, observe: Callable[..., None]) -> Iterator[RemovableHandle]:
-    """Register hooks that call `observe(memory, hidden_states, residual, is_token, document_ids)` for each memory.
+    """Register hooks that call `observe(memory, reading, residual)` for each memory.
 
-    `hidden_states` `(B, T, C)` are what the memory has read, `residual` `(B, T, C)` the stream before its output is
-    added.
+    `reading` is what the memory has read ([`_Reading`]), `residual` `(B, T, C)` the stream before its output is added.
     """
     residual: dict[str, torch.Tensor] = {}
 
@@ -280,7 +283,9 @@ def _observing_hooks(model: nn.Module, observe: Callable[..., None]) -> Iterator
     def after_memory(memory: Any, inputs: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
         if memory.kind == "contextual":
             residual["persistent"] = residual["contextual"] + outputs[0]
-        observe(memory, inputs[0], residual[memory.kind], kwargs["is_token"], kwargs["document_ids"])
+        # Persistent memories get no `query_scale`: the number of their pairs is fixed.
+        described = kwargs["is_token"], kwargs["document_ids"], kwargs.get("query_scale")
+        observe(memory, _Reading(inputs[0], *described), residual[memory.kind])
 
     for layer in model.modules():
         if hasattr(layer, "contextual_memory"):
@@ -328,20 +333,14 @@ def inspect_units(
     """
     measured: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
 
-    def measure(
-        memory: Any,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor,
-        is_token: torch.Tensor | None,
-        document_ids: torch.Tensor | None,
-    ) -> None:
-        retrieved, weights, slot_values = _retrieve(memory, hidden_states, is_token, document_ids)
+    def measure(memory: Any, reading: _Reading, residual: torch.Tensor) -> None:
+        retrieved, weights, slot_values = _retrieve(memory, reading)
         entropy = torch.special.entr(weights).sum(-1)
         measures = {"entropy": entropy.masked_fill(~weights.any(-1), torch.nan)}
         if memory.kind == "contextual":
-            measures["error"] = _error(retrieved, slot_values, is_token, document_ids)
+            measures["error"] = _error(retrieved, slot_values, reading.is_token, reading.document_ids)
         measures |= _share_and_norm(_additions(memory, retrieved)[0], residual)
-        kept = {name: _to_keep(numbers, is_token) for name, numbers in measures.items()}
+        kept = {name: _to_keep(numbers, reading.is_token) for name, numbers in measures.items()}
         measured[memory.layer_idx, memory.kind] = kept
 
     _read_through(model, measure, input_ids, attention_mask, position_ids)
@@ -473,19 +472,13 @@ def trace_tokens(
     streams: dict[str, torch.Tensor] = {}
     masks: dict[str, torch.Tensor | None] = {}
 
-    def trace(
-        memory: Any,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor,
-        is_token: torch.Tensor | None,
-        document_ids: torch.Tensor | None,
-    ) -> None:
+    def trace(memory: Any, reading: _Reading, residual: torch.Tensor) -> None:
         # What a unit adds is C numbers a token. Until the head's direction is known, the D of its retrieval are kept.
-        retrieved, weights, _ = _retrieve(memory, hidden_states, is_token, document_ids)
-        parts = {"memory": memory, "retrieved": retrieved, "weights": _to_keep(weights, is_token)}
+        retrieved, weights, _ = _retrieve(memory, reading)
+        parts = {"memory": memory, "retrieved": retrieved, "weights": _to_keep(weights, reading.is_token)}
         traces[memory.layer_idx, memory.kind] = parts
         streams.setdefault("embedding", residual)
-        masks.update(is_token=is_token, document_ids=document_ids)
+        masks.update(is_token=reading.is_token, document_ids=reading.document_ids)
 
     keep_final = _in_this_thread(lambda _, inputs: streams.update(final=inputs[0]))
     with causal.model.norm.register_forward_pre_hook(keep_final):

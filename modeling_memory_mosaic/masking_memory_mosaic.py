@@ -14,9 +14,13 @@
 # limitations under the License.
 """Masks of Memory Mosaics: padding, packed documents and the strict rule, with the checks of what describes them.
 
+The number of pairs that each token sees follows from the same descriptions, so that the growth of kernels with it is
+computed here too, once for all layers.
+
 Shapes use B batch, T new tokens, S slots of the memory (one for each token of past and present).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +37,7 @@ from transformers.masking_utils import (
 from transformers.utils import is_torchdynamo_compiling
 
 from .cache_memory_mosaic import memory_layer, one_memory
-from .ops_memory_mosaic import forward_fill
+from .ops_memory_mosaic import MAX_LOG_KEY_SCALE, forward_fill
 
 
 # What `DataCollatorWithFlattening` sends along with `position_ids`.
@@ -215,8 +219,8 @@ def find_documents(
     return begins.long().cumsum(-1) if is_torchdynamo_compiling() or begins.any() else None
 
 
-def strict_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None) -> Callable[..., torch.Tensor]:
-    """Return which slots a token may read besides causality, as a mask function of transformers.
+def count_tokens(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    """Return the number of tokens `(B, S)` of the same document so far, each slot's own included.
 
     Args:
         is_token_slot (`torch.Tensor` of shape `(B, S)`): False where the slot's token is padding or yet to come.
@@ -224,11 +228,58 @@ def strict_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None) 
             several.
     """
     count = is_token_slot.long().cumsum(-1)
-    if document_ids is not None:
-        # Count within the document: less the tokens before it, a number that stays until the next document begins.
-        begins = F.pad(document_ids.diff(dim=-1), (1, 0)) > 0
-        before = (count - is_token_slot.long())[:, None, :, None]
-        count = count - forward_fill(before, begins, torch.zeros_like(before[:, :, :1]))[:, 0, :, 0]
+    if document_ids is None:
+        return count
+    # Less the tokens before the document, a number that stays until the next document begins.
+    begins = F.pad(document_ids.diff(dim=-1), (1, 0)) > 0
+    before = (count - is_token_slot.long())[:, None, :, None]
+    return count - forward_fill(before, begins, torch.zeros_like(before[:, :, :1]))[:, 0, :, 0]
+
+
+def scale_of_queries(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+    past_length: int | torch.Tensor,
+) -> torch.Tensor | None:
+    """Return the growth of each new token's inverse temperature with the n pairs that it sees.
+
+    f(n) = (max(n, start) / start) ** exponent, by `bandwidth_start` and `bandwidth_exponent`: the bandwidth of the
+    kernel is the inverse root of its inverse temperature. Memory Mosaics v2 (arXiv 2507.03285) has such a growth.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): False at padding.
+        document_ids (`torch.Tensor` of shape `(B, T)`, *optional*): see [`find_documents`].
+        past_length: number of tokens in the memory; a tensor if the memory is static.
+
+    Returns:
+        factors `(B or 1, T)`, in float32 at least; `None` if the kernels do not depend on n.
+    """
+    exponent = getattr(config, "bandwidth_exponent", 0)  # models of continuous observations have none
+    if exponent == 0:
+        return None
+    num_tokens, device = inputs_embeds.shape[1], inputs_embeds.device
+    if attention_mask is None and document_ids is None:
+        past_length = past_length.to(device) if isinstance(past_length, torch.Tensor) else past_length
+        num_pairs = past_length + torch.arange(num_tokens, device=device)[None]
+    else:
+        if attention_mask is None:
+            attention_mask = torch.ones_like(document_ids, dtype=torch.bool)
+        # A token sees a pair of each token before it. Behind a text, padding sees what the last token does.
+        num_pairs = count_tokens(attention_mask, document_ids)[:, -num_tokens:] - 1
+    start, dtype = config.bandwidth_start, torch.promote_types(inputs_embeds.dtype, torch.float32)
+    # The longest query has to stay within the range of float16.
+    largest = torch.finfo(inputs_embeds.dtype).max * math.exp(-MAX_LOG_KEY_SCALE)
+    return ((num_pairs.clamp(min=start).to(dtype) / start) ** exponent).clamp(max=largest)
+
+
+def strict_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    """Return which slots a token may read besides causality, as a mask function of transformers.
+
+    Arguments as for [`count_tokens`].
+    """
+    count = count_tokens(is_token_slot, document_ids)
 
     def rule(
         batch_idx: torch.Tensor, head_idx: torch.Tensor | None, q_idx: torch.Tensor, kv_idx: torch.Tensor
@@ -257,7 +308,8 @@ def create_memory_masks(
         packing: `position_ids`, `seq_idx` and `cu_seq_lens_q`, see [`find_documents`].
 
     Returns:
-        `dict`: `slot_mask`, `is_token` and `document_ids`, the arguments of [`MemoryMosaicContextualMemory`].
+        `dict`: `slot_mask`, `is_token`, `document_ids` and `query_scale`, the arguments of
+        [`MemoryMosaicContextualMemory`].
 
     Raises:
         ValueError: if the mask is not 2-D or not as long as past and new tokens together, or if several documents are
@@ -280,7 +332,8 @@ def create_memory_masks(
     if is_token is not None and not is_torchdynamo_compiling() and is_token.all():
         is_token = None
     document_ids = find_documents(inputs_embeds, attention_mask, past_key_values, **packing)
-    masks = {"slot_mask": None, "is_token": is_token, "document_ids": document_ids}
+    query_scale = scale_of_queries(config, inputs_embeds, attention_mask, document_ids, past_length)
+    masks = {"slot_mask": None, "is_token": is_token, "document_ids": document_ids, "query_scale": query_scale}
 
     # Two families of attention functions read a missing mask as causal; the others need it spelled out.
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)

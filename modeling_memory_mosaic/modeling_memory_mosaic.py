@@ -50,23 +50,18 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_memory_mosaic import AdaptableLayer, AdaptableModel
-from .cache_memory_mosaic import (
-    MEMORY_NAME,
-    MemoryMosaicStates,
-    check_memory,
-    memory_kwargs,
-    memory_layer,
-    one_memory,
-)
+from .cache_memory_mosaic import MEMORY_NAME, MemoryMosaicStates, check_memory, memory_kwargs, memory_layer, one_memory
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .generation_memory_mosaic import MemoryMosaicGenerationMixin
 from .identity_memory_mosaic import note_writer
 from .masking_memory_mosaic import check_inputs, create_memory_masks, find_documents, pop_packing, raise_where
 from .ops_memory_mosaic import (
+    MAX_LOG_KEY_SCALE,
     at_least_float32,
     eager_attention_forward,
     embed_ids,
     forward_fill,
+    keys_and_queries,
     leaky_average,
     positions_to_keep,
     scale_to_length,
@@ -74,8 +69,6 @@ from .ops_memory_mosaic import (
 
 
 PARAMETER_SCALE = 10.0
-# The authors cap the log of a key's length, so that no product of two keys leaves the range of float16.
-MAX_LOG_KEY_SCALE = 5.0
 
 
 class MemoryMosaicAssociativeMemory(nn.Module):
@@ -256,6 +249,7 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
         slot_mask: Any = None,
         is_token: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        query_scale: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -267,6 +261,8 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
             is_token (`torch.Tensor` of shape `(B, T)`, *optional*): False at padding.
             document_ids (`torch.Tensor` of shape `(B, T)`, *optional*): number of each token's document, if rows hold
                 several.
+            query_scale (`torch.Tensor` of shape `(B or 1, T)`, *optional*): factor of each token's inverse
+                temperature, by the number of pairs that it sees. `None`: 1 for all.
             past_key_values ([`~transformers.Cache`], *optional*): the memory; grows by T slots.
 
         Returns:
@@ -276,10 +272,8 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
         sums, previous = self.sum_keys(hidden_states, is_token, document_ids, past_key_values)
         if previous is not None:
             sums = torch.cat([previous, sums], dim=2)
-        keys = scale_to_length(sums, self.key_length()).to(hidden_states.dtype)
+        keys, queries = keys_and_queries(sums, self.key_length(), hidden_states, query_scale)
         pairs = keys[:, :, :-1], self.pair_values(hidden_states, is_token, past_key_values).to(keys.dtype)
-        queries = keys[:, :, -hidden_states.shape[1] :]
-
         retrieved, weights = self.attend(
             queries, pairs, slot_mask, past_key_values, is_first=previous is None, **kwargs
         )
@@ -335,6 +329,7 @@ class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
         slot_mask: Any = None,
         is_token: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        query_scale: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -343,7 +338,8 @@ class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
         if not isinstance(self.persistent_memory, MemoryMosaicPersistentMemory):
             self.check_added_adapters()
         shared = {"is_token": is_token, "document_ids": document_ids, "past_key_values": past_key_values, **kwargs}
-        retrieved, _ = self.contextual_memory(self.contextual_norm(hidden_states), slot_mask=slot_mask, **shared)
+        own = {"slot_mask": slot_mask, "query_scale": query_scale}
+        retrieved, _ = self.contextual_memory(self.contextual_norm(hidden_states), **own, **shared)
         hidden_states = hidden_states + retrieved
         return hidden_states + self.persistent_memory(self.persistent_norm(hidden_states), **shared)
 

@@ -54,6 +54,14 @@ def naive_keys(states: torch.Tensor, key_leak: torch.Tensor, key_scale: torch.Te
     return torch.stack([length * naive_norm(s) for s in naive_leaky_average(states, (10 * key_leak).abs())])
 
 
+def naive_query_scale(num_pairs: int, bandwidth_exponent: float, bandwidth_start: int) -> float:
+    """Return the growth of the kernel's inverse temperature with the number of pairs that are stored.
+
+    Not in the paper, whose kernel does not depend on that number (exponent 0). Memory Mosaics v2 has such a growth.
+    """
+    return float((max(num_pairs, bandwidth_start) / bandwidth_start) ** bandwidth_exponent)
+
+
 def naive_contextual_memory(
     k_states: torch.Tensor,
     v_states: torch.Tensor,
@@ -61,6 +69,8 @@ def naive_contextual_memory(
     key_scale: torch.Tensor,
     value_scale: torch.Tensor,
     value_mix: torch.Tensor,
+    bandwidth_exponent: float = 0.0,
+    bandwidth_start: int = 1,
 ) -> torch.Tensor:
     """Return the outputs `(T, D)` of one contextual memory with projected inputs `(T, D)` (eq. 7 and 8).
 
@@ -76,7 +86,8 @@ def naive_contextual_memory(
             blend = value_mix * v_states[t - 1] + (1 - value_mix) * v_states[t]
             stored_keys.append(keys[t - 1])
             stored_values.append(torch.exp(10 * value_scale) * naive_norm(blend))
-        outputs.append(naive_kernel_smoothing(keys[t], stored_keys, stored_values, v_states.shape[1]))
+        query = naive_query_scale(len(stored_keys), bandwidth_exponent, bandwidth_start) * keys[t]
+        outputs.append(naive_kernel_smoothing(query, stored_keys, stored_values, v_states.shape[1]))
     return torch.stack(outputs)
 
 
@@ -130,8 +141,10 @@ def naive_logits(state_dict: dict[str, torch.Tensor], config: Any, input_ids: to
     def contextual(name: str, inputs: torch.Tensor) -> torch.Tensor:
         scalars = [state_dict[f"{name}.{s}"] for s in ("key_leak", "key_scale", "value_scale", "value_mix")]
         k_states, v_states = heads(linear(f"{name}.k_proj", inputs)), heads(linear(f"{name}.v_proj", inputs))
+        bandwidth = {name: getattr(config, name) for name in ("bandwidth_exponent", "bandwidth_start")}
         memories = zip(k_states, v_states, *scalars, strict=True)
-        return linear(f"{name}.o_proj", torch.cat([naive_contextual_memory(*memory) for memory in memories], dim=-1))
+        outputs = [naive_contextual_memory(*memory, **bandwidth) for memory in memories]
+        return linear(f"{name}.o_proj", torch.cat(outputs, dim=-1))
 
     def persistent(name: str, inputs: torch.Tensor) -> torch.Tensor:
         per_head = ("slot_keys", "slot_values", "key_leak", "key_scale", "value_scale")

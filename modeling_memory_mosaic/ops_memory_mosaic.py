@@ -29,6 +29,8 @@ from transformers.utils.generic import maybe_autocast
 
 # Tokens summed by one matrix product in `leaky_average`; a longer text is a leaky average of such chunks.
 CHUNK_LENGTH = 32
+# The authors cap the log of a key's length, so that no product of two keys leaves the range of float16.
+MAX_LOG_KEY_SCALE = 5.0
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -194,6 +196,31 @@ def scale_to_length(vectors: torch.Tensor, length: torch.Tensor) -> torch.Tensor
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     # Not an epsilon: it would blow up the gradient of a zero vector beyond what half precision holds.
     return vectors * (length.to(vectors.dtype)[:, None, None] / norms.masked_fill(norms == 0, 1.0))
+
+
+def keys_and_queries(
+    sums: torch.Tensor, length: torch.Tensor, hidden_states: torch.Tensor, query_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys of leaky sums, and those of new tokens as queries.
+
+    A scale is that of the kernel's inverse temperature, by the number of pairs that a token sees. It makes queries
+    longer and leaves keys as they are: stored pairs stay a set, and their number may grow.
+
+    Args:
+        sums (`torch.Tensor` of shape `(B, H, S, D)`): those of the T new tokens, and any before them.
+        length (`torch.Tensor` of shape `(H,)`): of keys.
+        hidden_states (`torch.Tensor` of shape `(B, T, C)`): of the new tokens, for their number and dtype.
+        query_scale (`torch.Tensor` of shape `(B or 1, T)`, *optional*): in float32 at least; 1 for all when absent.
+
+    Returns:
+        keys `(B, H, S, D)` and queries `(B, H, T, D)`, in the dtype of `hidden_states`.
+    """
+    scaled, num_tokens = scale_to_length(sums, length), hidden_states.shape[1]
+    keys = scaled.to(hidden_states.dtype)
+    if query_scale is None:
+        return keys, keys[:, :, -num_tokens:]
+    # Before the conversion: in half precision it would round twice.
+    return keys, (scaled[:, :, -num_tokens:] * query_scale[:, None, :, None]).to(keys.dtype)
 
 
 def forward_fill(vectors: torch.Tensor, is_token: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:

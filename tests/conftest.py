@@ -19,8 +19,8 @@ from modeling_memory_mosaic import MemoryMosaicForCausalLM  # noqa: E402
 
 
 @pytest.fixture
-def model() -> MemoryMosaicForCausalLM:
-    return make_model()
+def model(request: pytest.FixtureRequest) -> MemoryMosaicForCausalLM:
+    return make_model(**getattr(request, "param", {}))
 
 
 @pytest.fixture(autouse=True)

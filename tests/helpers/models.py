@@ -3,13 +3,25 @@
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
 
 
+# Kernels that do not depend on the number of pairs, as the authors', and those that narrow with it, from 1 or 3 on.
+BANDWIDTHS: list[dict[str, Any]] = [
+    {},
+    {"bandwidth_exponent": 0.25},
+    {"bandwidth_exponent": 0.25, "bandwidth_start": 3},
+]
+NARROWING = BANDWIDTHS[-1]
 SIZES = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+
+
+# Runs a test for a `model` of each kernel. The fixture stands in conftest.py.
+by_bandwidth = pytest.mark.parametrize("model", [{}, NARROWING], indirect=True, ids=["fixed", "narrowing"])
 
 
 def randomize_parameters(model: PreTrainedModel) -> PreTrainedModel:

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.models import make_ids, make_model
+from helpers.models import BANDWIDTHS, by_bandwidth, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -41,9 +41,13 @@ def assert_near(actual, expected):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @settings(max_examples=30, deadline=None)
-@given(cuts=st.lists(st.integers(1, 69), max_size=6, unique=True), seed=st.integers(0, 99))
-def test_any_chunking_equals_one_pass(implementation, cuts, seed):
-    model = make_model(dtype=torch.float64)
+@given(
+    cuts=st.lists(st.integers(1, 69), max_size=6, unique=True),
+    seed=st.integers(0, 99),
+    bandwidth=st.sampled_from(BANDWIDTHS),
+)
+def test_any_chunking_equals_one_pass(implementation, cuts, seed, bandwidth):
+    model = make_model(dtype=torch.float64, **bandwidth)
     model.set_attn_implementation(implementation)
     ids = make_ids(2, 70, seed=seed)
     cache, logits = None, []
@@ -54,6 +58,7 @@ def test_any_chunking_equals_one_pass(implementation, cuts, seed):
     torch.testing.assert_close(torch.cat(logits, dim=1), read(model, ids)[0], rtol=0, atol=1e-10)
 
 
+@by_bandwidth
 @pytest.mark.parametrize("static", [False, True])
 def test_token_by_token_equals_one_pass(model, static):
     ids = make_ids(2, 40)
@@ -65,6 +70,7 @@ def test_token_by_token_equals_one_pass(model, static):
     assert_near(torch.cat(logits, dim=1), read(model, ids)[0])
 
 
+@by_bandwidth
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("prompt_length", [1, 2, 7, 16])
@@ -91,6 +97,7 @@ def test_padded_prompts_read_token_by_token_equal_rows_alone(model, prompt_lengt
         assert_near(logits[row, mask[row] == 1], expected)
 
 
+@by_bandwidth
 def test_a_second_padded_turn_equals_rows_alone(model):
     """Padding between two turns leaves the pending value as it is, and does not age the leaky sums."""
     first, second = [make_ids(5, seed=1), make_ids(3, seed=2)], [make_ids(2, seed=3), make_ids(6, seed=4)]
@@ -105,6 +112,7 @@ def test_a_second_padded_turn_equals_rows_alone(model):
         assert_near(logits[row, mask[row] == 1], read(model, torch.cat([first[row], second[row]])[None])[0][0])
 
 
+@by_bandwidth
 def test_a_row_of_padding_alone_retrieves_nothing_and_starts_later(model):
     mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
     _, cache = read(model, make_ids(2, 3), mask=mask)
@@ -120,6 +128,7 @@ OPERATIONS = {
 }
 
 
+@by_bandwidth
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_batch_operations_equal_reading_anew(model, name, static):
@@ -135,6 +144,7 @@ def test_batch_operations_equal_reading_anew(model, name, static):
     assert torch.equal(cache.layers[0].past_ids(), whole) and torch.equal(cache.layers[0].past_mask(), whole_mask == 1)
 
 
+@by_bandwidth
 @pytest.mark.parametrize("static", [False, True])
 def test_a_reset_memory_is_as_good_as_new(model, static):
     ids = make_ids(2, 10)
@@ -153,6 +163,7 @@ def test_a_mask_of_the_new_tokens_alone_is_refused(model):
             read(model, make_ids(1, 4), cache, torch.tensor([[0, 1, 1, 1]]))
 
 
+@by_bandwidth
 def test_a_static_memory_can_be_reordered(model):
     ids, more = make_ids(2, 6), make_ids(2, 3, seed=1)
     _, cache = read(model, ids, StaticCache(config=model.config, max_cache_len=16))
@@ -160,6 +171,7 @@ def test_a_static_memory_can_be_reordered(model):
     assert_near(read(model, more, cache)[0], read(model, torch.cat([ids[[1, 1]], more], dim=1))[0][:, 6:])
 
 
+@by_bandwidth
 def test_offloading_moves_everything_there_and_back(model):
     ids = make_ids(2, 8)
     _, cache = read(model, ids[:, :5])
@@ -183,6 +195,7 @@ def test_states_hold_one_vector_each_and_sums_are_float32():
         assert not layer.keys[:, :, 0].any() and not layer.values[:, :, 0].any()
 
 
+@by_bandwidth
 @pytest.mark.parametrize("removed", [1, 3, 6])
 def test_recorded_tokens_can_be_taken_back(model, removed):
     ids, more = make_ids(1, 10), make_ids(1, 4, seed=3)
@@ -207,6 +220,7 @@ def test_unrecorded_tokens_cannot_be_taken_back(model):
         cache.crop(5)
 
 
+@by_bandwidth
 @pytest.mark.parametrize("is_recorded", [False, True])
 def test_all_tokens_can_be_taken_back(model, is_recorded):
     """Assisted decoding crops everything if the first guess behind a prompt of one token is wrong."""
@@ -220,6 +234,7 @@ def test_all_tokens_can_be_taken_back(model, is_recorded):
     assert_near(read(model, ids, cache)[0], read(model, ids)[0])
 
 
+@by_bandwidth
 def test_recording_can_be_switched_off(model):
     ids = make_ids(1, 12)
     _, cache = read(model, ids[:, :3])
@@ -260,6 +275,7 @@ def test_a_full_static_memory_says_what_to_do(model):
     assert cache.get_seq_length() == 6
 
 
+@by_bandwidth
 def test_padding_that_a_memory_holds_needs_no_mask(model):
     """Without this, slots at padding would be read as pairs."""
     ids, mask = make_ids(2, 9), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 1]])
@@ -310,6 +326,7 @@ def test_the_old_name_of_a_memory_is_warned_of_where_a_caller_uses_it(model):
             assert len(caught) == 1
 
 
+@by_bandwidth
 def test_masks_know_both_names_of_a_memory(model):
     """`generate` makes the masks before a compiled step, and passes the memory by the name that its version uses."""
     memory = StaticCache(config=model.config, max_cache_len=8)
@@ -318,6 +335,11 @@ def test_masks_know_both_names_of_a_memory(model):
     old = model.create_masks_for_generate(**inputs, past_key_values=memory)
     new = model.create_masks_for_generate(**inputs, cache=memory)
     assert old["slot_mask"].shape == (1, 1, 2, 8) and torch.equal(old["slot_mask"], new["slot_mask"])
+    scales = [masks["query_scale"] for masks in (old, new)]
+    if model.config.bandwidth_exponent:  # the tokens see 3 and 4 pairs
+        torch.testing.assert_close(scales, [torch.tensor([[1, (4 / 3) ** 0.25]])] * 2)
+    else:
+        assert scales == [None, None]
     with pytest.raises(ValueError, match="two memories"):
         model.create_masks_for_generate(**inputs, past_key_values=memory, cache=DynamicCache(config=model.config))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.compiling import Compiles, make_inputs
 from helpers.kinds import for_kinds
-from helpers.models import make_ids, make_model
+from helpers.models import NARROWING, make_ids, make_model
 from torch.export import Dim, export
 from transformers import DynamicCache, StaticCache
 
@@ -20,10 +20,10 @@ def assert_same_at_tokens(logits, model, inputs):
     torch.testing.assert_close(logits[is_token], expected[is_token], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("masked", "bandwidth"), [(False, {}), (True, {}), (True, NARROWING)])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_training_is_one_graph_with_equal_gradients(backend, masked):
-    model = make_model(attention_dropout=0, hidden_dropout=0).train()
+def test_compiled_training_is_one_graph_with_equal_gradients(backend, masked, bandwidth):
+    model = make_model(attention_dropout=0, hidden_dropout=0, **bandwidth).train()
     inputs = make_inputs(2, 40, masked)
     inputs["labels"] = inputs["input_ids"]
     model(**inputs).loss.backward()
@@ -66,10 +66,17 @@ def test_tracing_is_refused():
         torch.jit.trace(make_model(), (make_ids(2, 6),), strict=False)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("static", [False, True])
-def test_32_compiled_steps_compile_at_most_thrice(static, masked):
-    model, past_length, length = make_model(), 8, 40
+# The number of pairs, which narrowing kernels depend on, compiles nothing again.
+@pytest.mark.parametrize(
+    ("static", "masked", "bandwidth"),
+    [
+        *((static, masked, {}) for static in (False, True) for masked in (False, True)),
+        (False, False, NARROWING),
+        (True, True, NARROWING),
+    ],
+)
+def test_32_compiled_steps_compile_at_most_thrice(static, masked, bandwidth):
+    model, past_length, length = make_model(**bandwidth), 8, 40
     cache = StaticCache(model.config, max_cache_len=length) if static else DynamicCache(config=model.config)
     ids, mask = make_ids(2, length), None
     if masked:  # a padded prompt
@@ -96,10 +103,15 @@ def test_32_compiled_steps_compile_at_most_thrice(static, masked):
     assert 1 <= backend.count <= (1 if static else 3)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_exported_program_serves_other_batches_and_lengths(implementation, masked):
-    model = make_model()
+@pytest.mark.parametrize(
+    ("implementation", "masked", "bandwidth"),
+    [
+        *((implementation, masked, {}) for implementation in ("sdpa", "eager") for masked in (False, True)),
+        ("sdpa", False, NARROWING),
+    ],
+)
+def test_exported_program_serves_other_batches_and_lengths(implementation, masked, bandwidth):
+    model = make_model(**bandwidth)
     model.set_attn_implementation(implementation)
     inputs = make_inputs(2, 40, masked)
     dynamic = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
@@ -144,7 +156,7 @@ def test_other_models_are_exported(kind):
 
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec:FutureWarning")  # torch 2.13's exporter and its own pytree
 def test_onnx_serves_other_batches_and_lengths(tmp_path):
-    model = make_model()
+    model = make_model(**NARROWING)  # its graph holds all that a model of the authors' function has
     inputs = make_inputs(2, 40, masked=True)
     dynamic = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
     program = torch.onnx.export(

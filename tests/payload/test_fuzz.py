@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from helpers.kinds import BACKBONE_KINDS, KINDS
-from helpers.models import make_ids, make_model
+from helpers.models import BANDWIDTHS, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
@@ -20,22 +20,23 @@ MASK_DTYPES = [torch.long, torch.bool, torch.int32, torch.float32, torch.uint8]
 
 
 @functools.cache
-def cached_model(implementation="sdpa", dtype=torch.float32):
-    model = make_model(dtype=dtype)
+def cached_model(implementation="sdpa", dtype=torch.float32, bandwidth=0):
+    model = make_model(dtype=dtype, **BANDWIDTHS[bandwidth])
     model.set_attn_implementation(implementation)
     return model
 
 
 @functools.cache
-def exact_model(dtype):
+def exact_model(dtype, bandwidth):
     """Return the model with weights rounded to this dtype, computing in float64."""
-    return make_model(dtype=dtype).double()
+    return make_model(dtype=dtype, **BANDWIDTHS[bandwidth]).double()
 
 
 @settings(max_examples=120, deadline=None)
 @given(
     implementation=st.sampled_from(["sdpa", "eager"]),
     dtype=st.sampled_from(list(TOLERANCES)),
+    bandwidth=st.sampled_from(range(len(BANDWIDTHS))),
     mask_dtype=st.sampled_from(MASK_DTYPES),
     memory=st.sampled_from([None, "dynamic", "static"]),
     embedded=st.booleans(),
@@ -43,12 +44,12 @@ def exact_model(dtype):
     cuts=st.sets(st.integers(1, 23)),
 )
 @torch.no_grad()
-def test_every_row_is_read_as_if_alone(implementation, dtype, mask_dtype, memory, embedded, kept, cuts):
+def test_every_row_is_read_as_if_alone(implementation, dtype, bandwidth, mask_dtype, memory, embedded, kept, cuts):
     """Rows with padding anywhere, in pieces of any lengths, equal the bare rows in one pass in float64."""
     length = max(map(len, kept))
     mask = torch.tensor([row + [False] * (length - len(row)) for row in kept])
     ids = make_ids(*mask.shape)
-    model = cached_model(implementation, dtype)
+    model = cached_model(implementation, dtype, bandwidth)
     cache = {
         None: lambda: None,
         "dynamic": lambda: DynamicCache(config=model.config),
@@ -67,7 +68,7 @@ def test_every_row_is_read_as_if_alone(implementation, dtype, mask_dtype, memory
     assert torch.isfinite(logits).all()
     for row, row_mask, row_ids in zip(logits, mask, ids, strict=True):
         if row_mask.any():
-            alone = exact_model(dtype)(row_ids[row_mask][None]).logits[0]
+            alone = exact_model(dtype, bandwidth)(row_ids[row_mask][None]).logits[0]
             assert (row[row_mask] - alone).abs().max() < TOLERANCES[dtype]
 
 

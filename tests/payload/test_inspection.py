@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.documents import make_documents, pack
-from helpers.models import make_ids, make_model
+from helpers.models import NARROWING, make_ids, make_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -28,6 +28,7 @@ from modeling_memory_mosaic.naive_memory_mosaic import (
     naive_layer_norm,
     naive_norm,
     naive_persistent_memory,
+    naive_query_scale,
 )
 from modeling_memory_mosaic.ops_memory_mosaic import CHUNK_LENGTH
 from training import figures
@@ -60,18 +61,20 @@ def naive_contextual(memory, inputs):
     """Return retrievals `(H, T, D)`, entropies and errors `(H, T)` of the units of one memory, by loops."""
     width = memory.config.head_dim
     measures = {"retrieved": [], "entropy": [], "error": []}
+    bandwidth = memory.config.bandwidth_exponent, memory.config.bandwidth_start
     projected = zip(memory.k_proj(inputs).split(width, -1), memory.v_proj(inputs).split(width, -1), strict=True)
     for head, (k_states, v_states) in enumerate(projected):
         leak, scale, value_scale = (getattr(memory, name)[head] for name in SCALARS)
         mix = memory.value_mix[head]
-        retrieved = naive_contextual_memory(k_states, v_states, leak, scale, value_scale, mix)
+        retrieved = naive_contextual_memory(k_states, v_states, leak, scale, value_scale, mix, *bandwidth)
         keys = naive_keys(k_states, leak, scale)
+        queries = [naive_query_scale(t, *bandwidth) * key for t, key in enumerate(keys)]
         errors = []
         for t in range(len(inputs) - 1):
             value = (10 * value_scale).exp() * naive_norm(mix * v_states[t] + (1 - mix) * v_states[t + 1])
             errors.append((retrieved[t] - value).square().sum() / value.square().sum())
         measures["retrieved"].append(retrieved)
-        measures["entropy"].append(naive_entropy(keys, [list(keys[:t]) for t in range(len(keys))]))
+        measures["entropy"].append(naive_entropy(queries, [list(keys[:t]) for t in range(len(keys))]))
         measures["error"].append(torch.stack([*errors, torch.full_like(retrieved[0, 0], torch.nan)]))
     return {name: torch.stack(rows) for name, rows in measures.items()}
 
@@ -117,7 +120,9 @@ def naive_units(model, ids):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "config"), [("sdpa", {}), ("eager", {"use_bias": True, "head_dim": 5})], ids=["sdpa", "eager"]
+    ("implementation", "config"),
+    [("sdpa", {}), ("eager", {"use_bias": True, "head_dim": 5}), ("sdpa", NARROWING)],
+    ids=["sdpa", "eager", "narrowing"],
 )
 def test_units_are_those_of_the_paper(implementation, config):
     model = make_model(dtype=torch.float64, num_persistent_slots=7, **config)
@@ -220,8 +225,9 @@ def test_an_unexpected_token_is_the_surprise_of_the_token_before_it(implementati
         assert (other[..., 7] != number[..., 7]).all()
 
 
-def test_entropies_are_those_of_the_weights_that_the_model_returns():
-    model, (ids, mask) = make_model(dtype=torch.float64), padded_rows()
+@pytest.mark.parametrize("bandwidth", [{}, NARROWING], ids=["fixed", "narrowing"])
+def test_entropies_are_those_of_the_weights_that_the_model_returns(bandwidth):
+    model, (ids, mask) = make_model(dtype=torch.float64, **bandwidth), padded_rows()
     model.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = torch.stack(model(ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions)
@@ -254,9 +260,11 @@ def test_a_padded_row_is_the_row_alone(implementation):
             assert_same(alone, [(name, numbers[..., is_token].unsqueeze(-3))])
 
 
-@pytest.mark.parametrize(("implementation", "padding"), [("sdpa", 0), ("eager", 3)])
-def test_a_packed_document_is_the_document_alone(implementation, padding):
-    model = make_model(dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("implementation", "padding", "bandwidth"), [("sdpa", 0, {}), ("eager", 3, {}), ("sdpa", 3, NARROWING)]
+)
+def test_a_packed_document_is_the_document_alone(implementation, padding, bandwidth):
+    model = make_model(dtype=torch.float64, **bandwidth)
     model.set_attn_implementation(implementation)
     documents = make_documents()
     batch = pack(documents)
@@ -378,8 +386,8 @@ def following_logits(model, ids):
 
 @pytest.mark.parametrize(
     ("implementation", "config"),
-    [("sdpa", {}), ("eager", {"use_bias": True, "head_dim": 5, "tie_word_embeddings": False})],
-    ids=["sdpa", "eager"],
+    [("sdpa", {}), ("eager", {"use_bias": True, "head_dim": 5, "tie_word_embeddings": False}), ("sdpa", NARROWING)],
+    ids=["sdpa", "eager", "narrowing"],
 )
 def test_parts_of_a_logit_sum_to_it(implementation, config):
     model, ids = make_model(dtype=torch.float64, **config), make_ids(2, CHUNK_LENGTH + 5)
@@ -420,8 +428,9 @@ def test_a_contribution_is_what_the_logit_loses_without_the_unit(kind):
     torch.testing.assert_close(contribution, lost, rtol=0, atol=1e-12)
 
 
-def test_weights_are_those_that_the_model_returns_at_the_pairs_that_tokens_complete():
-    model, (ids, mask) = make_model(dtype=torch.float64), padded_rows()
+@pytest.mark.parametrize("bandwidth", [{}, NARROWING], ids=["fixed", "narrowing"])
+def test_weights_are_those_that_the_model_returns_at_the_pairs_that_tokens_complete(bandwidth):
+    model, (ids, mask) = make_model(dtype=torch.float64, **bandwidth), padded_rows()
     model.set_attn_implementation("eager")
     trace = trace_tokens(model, ids, attention_mask=mask)
     with torch.no_grad():

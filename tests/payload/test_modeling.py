@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from helpers.kinds import BACKBONE_KINDS, KINDS, LENGTH, for_kinds
-from helpers.models import checkpoint_activations, make_ids, make_model
+from helpers.models import BANDWIDTHS, checkpoint_activations, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -68,7 +68,9 @@ def test_golden_files_are_all_used(request):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("config", [{}, {"use_bias": True, "tie_word_embeddings": False, "head_dim": 5}], ids=str)
+@pytest.mark.parametrize(
+    "config", [*BANDWIDTHS, {"use_bias": True, "tie_word_embeddings": False, "head_dim": 5}], ids=str
+)
 def test_equals_the_oracle_in_value_and_gradient(implementation, config):
     model = make_model(dtype=torch.float64, num_persistent_slots=7, **config)
     model.set_attn_implementation(implementation)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from helpers.documents import LENGTHS, make_documents, pack
-from helpers.models import checkpoint_activations, make_ids, make_model
+from helpers.models import BANDWIDTHS, NARROWING, checkpoint_activations, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -26,9 +26,13 @@ CASES = [(implementation, marks) for implementation in ("eager", "sdpa") for mar
 FLEX = pytest.param("flex_attention", "position_ids", marks=pytest.mark.slow)
 
 
+both_bandwidths = pytest.mark.parametrize("bandwidth", [{}, NARROWING], ids=["fixed", "narrowing"])
+
+
 @pytest.mark.parametrize(("implementation", "marks"), [*CASES, FLEX])
-def test_packed_equals_separate(marks, implementation):
-    model = make_model().requires_grad_(False)  # on a CPU, FlexAttention has no backward
+@both_bandwidths
+def test_packed_equals_separate(marks, implementation, bandwidth):
+    model = make_model(**bandwidth).requires_grad_(False)  # on a CPU, FlexAttention has no backward
     model.set_attn_implementation(implementation)
     documents = make_documents()
     with torch.no_grad():
@@ -39,8 +43,9 @@ def test_packed_equals_separate(marks, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_packed_gradients_equal_separate_ones(implementation):
-    model = make_model(dtype=torch.float64)
+@both_bandwidths
+def test_packed_gradients_equal_separate_ones(implementation, bandwidth):
+    model = make_model(dtype=torch.float64, **bandwidth)
     model.set_attn_implementation(implementation)
     documents = make_documents()
     batch = pack(documents)
@@ -57,10 +62,14 @@ def test_packed_gradients_equal_separate_ones(implementation):
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=3), data=st.data())
-def test_packed_rows_with_padding_anywhere_equal_separate(rows, data):
+@given(
+    rows=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=3),
+    bandwidth=st.sampled_from(BANDWIDTHS),
+    data=st.data(),
+)
+def test_packed_rows_with_padding_anywhere_equal_separate(rows, bandwidth, data):
     """Several packed rows in a batch, with padding before, between, after and inside documents."""
-    model = make_model(dtype=torch.float64)
+    model = make_model(dtype=torch.float64, **bandwidth)
     length = max(map(sum, rows)) + data.draw(st.integers(0, 6))
     ids, positions, mask = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
     documents = {}
@@ -150,11 +159,12 @@ def test_marks_at_padding_mean_nothing(model):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_packed_gradients_under_checkpointing(use_reentrant):
+@both_bandwidths
+def test_packed_gradients_under_checkpointing(use_reentrant, bandwidth):
     batch = pack(make_documents())
     gradients = {}
     for checkpointing in (False, True):
-        model = make_model(dtype=torch.float64, attention_dropout=0.0, hidden_dropout=0.0).train()
+        model = make_model(dtype=torch.float64, attention_dropout=0.0, hidden_dropout=0.0, **bandwidth).train()
         if checkpointing:
             checkpoint_activations(model, use_reentrant)
             model.enable_input_require_grads()
@@ -184,9 +194,10 @@ def test_compiled_documents_behind_a_memory_are_refused():
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_compiled_packing_is_exact_and_one_graph():
+@both_bandwidths
+def test_compiled_packing_is_exact_and_one_graph(bandwidth):
     """A compiled graph cannot know whether positions start again, so it follows all positions."""
-    model = make_model()
+    model = make_model(**bandwidth)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     batch = pack(make_documents())
     with torch.no_grad():

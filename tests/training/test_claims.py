@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: intervals of effects against simulation and scipy, and rules with a made-up effect of each kind."""
 
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,23 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import ttest_1samp
 
-from training.claims import ClaimSection, Effect, crossed_effect, mean_effect, share_difference_effect, share_effect
+from training.claims import (
+    ClaimSection,
+    Effect,
+    crossed_effect,
+    judged,
+    mean_effect,
+    share_difference_effect,
+    share_effect,
+)
+from training.files import json_text
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe, task_module
+from training.tables import claims_table, committed_results
+
+
+RESULTS = committed_results()
+RECIPES = [load_recipe(path) for path in sorted((CONFIGURATION / "recipe").glob("*.yaml"))]
 
 
 def effect(low: float | None, high: float | None) -> Effect:
@@ -99,3 +116,33 @@ def test_a_claim_has_exactly_one_rule():
     for rule in ({}, {"above": 0.0, "below": 1.0}, {"within": 0.0}):
         with pytest.raises(ValidationError, match="exactly one of|greater than 0"):
             claim(**rule)
+
+
+@pytest.mark.parametrize("result", [r for r in RESULTS if "effects" in r], ids=lambda result: result["name"])
+def test_committed_verdicts_follow_from_the_committed_measures(result):
+    recipe = task_module(result["task"]).Recipe.model_validate(result["recipe"])
+    written = {name: result[name] for name in ("effects", "claims")}
+    assert json.loads(json_text(judged(recipe, result["measured"]))) == written
+
+
+def test_every_claim_is_in_the_table_once():
+    table = claims_table(RESULTS)
+    names = {result["name"] for result in RESULTS}
+    claims = [claim.claim for recipe in RECIPES if recipe.name in names for claim in getattr(recipe, "claims", [])]
+    assert len(claims) == len(set(claims)) and all(table.count(f"| {claim} |") == 1 for claim in claims)
+    assert table.startswith(f"{len(claims)} claims: ")
+
+
+def test_committed_results_were_made_from_committed_code():
+    commits = [(run["commit"], result["name"]) for result in RESULTS for run in (result, *result.get("trainings", []))]
+    assert commits and not [name for commit, name in commits if commit is None or commit["dirty"]]
+
+
+def test_a_claim_on_what_a_committed_run_did_not_measure_is_undecided():
+    result = next(result for result in RESULTS if result["name"] == "memory_capacity")
+    # As if the run had not had all models that the recipe's claims speak of.
+    series = [row for row in result["measured"]["series"] if "32 characters" not in row["label"]]
+    table = claims_table([result | {"measured": result["measured"] | {"series": series}}])
+    (row,) = (line for line in table.splitlines() if "holds nearly all of 32 characters" in line)
+    assert "nan (no interval), not measured yet" in row
+    assert table.startswith("2 claims: 1 supported, 0 contradicted, 1 undecided.")

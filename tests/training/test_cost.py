@@ -35,7 +35,15 @@ SHORT = [
     "training.disable_tqdm=true",
     "generation.prompts=[]",
 ]
-WITHOUT_DROPOUT = ["mosaic-tiny", "gpt2-tiny", "rope-micro", "alibi-micro"]
+WITHOUT_DROPOUT = [
+    "mosaic-tiny",
+    "gpt2-tiny",
+    "rope-micro",
+    "alibi-micro",
+    "llama-micro",
+    "rope-shift-micro",
+    "parts-separate-query-micro",
+]
 
 
 @pytest.fixture
@@ -79,6 +87,24 @@ def test_operations_of_the_mosaic_are_those_of_the_formula(context_length):
     leaky_sums = 2 * 2 * 32 * width * layers  # of both memories, within chunks of 32; between them it is little
     expected = 3 * (2 * weights + retrieval + leaky_sums)
     assert flops_per_token(config, context_length) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("model", "mlp_matrices"), [("rope-micro", 2), ("rope-shift-micro", 2), ("llama-micro", 3)])
+def test_operations_of_rotary_transformers_are_those_of_the_formula(model, mlp_matrices):
+    """The shift of keys and values is no matrix product, and so costs nothing in these units."""
+    config = configuration(model)
+    width, layers = config.hidden_size, config.num_hidden_layers
+    weights = (4 * width**2 + mlp_matrices * width * config.intermediate_size) * layers + config.vocab_size * width
+    attention = 4 * 256 * width * layers
+    assert flops_per_token(config, 256) == pytest.approx(3 * (2 * weights + attention), rel=1e-3)
+
+
+def test_operations_of_a_mosaic_with_separate_queries_are_those_of_the_mosaic_and_of_their_sums():
+    """A projection takes the place of slots that cost as much. The leaky sum of queries, by chunks of 32, is added."""
+    mosaic, parts = configuration("mosaic-micro"), configuration("parts-separate-query-micro")
+    sums = 3 * 2 * 32 * mosaic.hidden_size * mosaic.num_hidden_layers
+    more = flops_per_token(parts, 256) - flops_per_token(mosaic, 256)
+    assert more == pytest.approx(sums, rel=0.1)
 
 
 def test_attention_is_counted_whatever_kernel_computes_it():

@@ -178,7 +178,7 @@ def test_the_induction_comparison_runs(tmp_path):
     assert json.loads((recipe.folder / "result.json").read_text())["table"].count("\n") == 5
 
 
-@pytest.mark.parametrize("model", ["lstm", "mamba2", "rwkv", "linear", "gpt2", "rope"])
+@pytest.mark.parametrize("model", ["lstm", "mamba2", "rwkv", "linear", "gpt2", "rope", "rope-shift"])
 def test_baselines_see_nothing_of_what_comes_later(model):
     recipe = load_recipe(RECIPES / "regbench_training.yaml", [f"model={model}-regbench"])
     network = symbols.build_model(recipe).eval()

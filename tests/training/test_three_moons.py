@@ -424,6 +424,16 @@ def test_each_rule_of_the_recipe_is_tried_both_ways():
     assert all({"supported", "contradicted", "undecided"} <= set(verdicts) for verdicts in by_claim)
 
 
+def test_an_identity_without_single_windows_has_no_interval():
+    measured = made_up(6, 6, [0.15] * 6, 0.02)
+    for row in measured["identity"]:
+        windows = row.pop("windows")
+        row["sections"] = {"validation": {name: values[0] for name, values in windows.items()}}
+    found = three_moons.effects(load_recipe(RECIPE, settings=[{"heads": [1, 3, 4]}]), measured)
+    effect = found["deviation p3 to lcm over that before p1, identity, 3 heads"]
+    assert effect.value == pytest.approx(0.02) and effect.low is None
+
+
 def test_the_table_names_seeds_that_fail():
     rows = [row | {"final_loss": 0.001} for row in made_up(4, 6, [0.15] * 6, 0.02)["trained"] if row["heads"] == 3]
     assert three_moons._counts_line(3, rows)[:3] == ["3", "4 of 6 (0.30 to 0.90)", "4, 5"]

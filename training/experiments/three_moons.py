@@ -203,9 +203,10 @@ def _spare_heads(trained: list[dict[str, Any]]) -> Effect:
 def _identity(rows: list[dict[str, Any]], heads: int) -> Effect:
     # The kernel of the trained models blurs, and its errors add up over predictions in a row.
     (row,) = (row for row in with_heads(rows, heads) if row["beta"] == max(IDENTITY_BETAS))
-    windows = row["windows"]
+    # Earlier results have the means over windows alone, and so no interval.
+    windows = row.get("windows") or {name: [mean] for name, mean in row["sections"]["validation"].items()}
     ratios = [late / early for late, early in zip(windows[SOLVED[heads]], windows["before p1"], strict=True)]
-    return mean_effect(ratios, "", basis=f"{len(ratios)} windows")
+    return mean_effect(ratios, "", basis=f"{len(ratios)} window{'s' * (len(ratios) > 1)}")
 
 
 def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
