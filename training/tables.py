@@ -7,6 +7,7 @@
 """
 
 import importlib
+import math
 import shutil
 import statistics
 from collections import defaultdict
@@ -18,7 +19,7 @@ import typer
 from cogapp import Cog
 from tabulate import DataRow, TableFormat, tabulate
 
-from training.claims import ClaimSection, measured_effects
+from training.claims import ClaimSection, Effect, measured_effects
 from training.files import read_json, staged_file
 from training.paths import CLONE, CONFIGURATION, RESULTS
 from training.recipe import load_recipe, task_module
@@ -142,7 +143,9 @@ _VERDICTS = ("supported", "contradicted", "undecided")
 def _claim_row(result: dict[str, Any], claim: ClaimSection) -> tuple[str, list[str]]:
     """Return the verdict on a claim of today's recipe, computed from a committed result, and its row."""
     recipe = task_module(result["task"]).Recipe.model_validate(result["recipe"])
-    effects = measured_effects(result["task"], recipe, result["measured"])
+    found = measured_effects(result["task"], recipe, result["measured"])
+    # Today's recipe may ask for more than the committed run measured: then the claim is undecided.
+    effects = {name: found.get(name, Effect(math.nan, None, None, "", "not measured yet")) for name in claim.effects}
     rule = claim.rule if claim.changed is None else f"{claim.rule} ({claim.changed})"
     stated = [(then["effects"], ClaimSection(**then).rule) for then in result["recipe"].get("claims", [])]
     if (claim.effects, claim.rule) not in stated:
