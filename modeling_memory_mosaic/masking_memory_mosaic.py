@@ -20,7 +20,6 @@ computed here too, once for all layers.
 Shapes use B batch, T new tokens, S slots of the memory (one for each token of past and present).
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -270,7 +269,7 @@ def scale_of_queries(
         num_pairs = count_tokens(attention_mask, document_ids)[:, -num_tokens:] - 1
     start, dtype = config.bandwidth_start, torch.promote_types(inputs_embeds.dtype, torch.float32)
     # The longest query has to stay within the range of float16.
-    largest = torch.finfo(inputs_embeds.dtype).max * math.exp(-MAX_LOG_KEY_SCALE)
+    largest = torch.finfo(inputs_embeds.dtype).max / torch.e**MAX_LOG_KEY_SCALE
     return ((num_pairs.clamp(min=start).to(dtype) / start) ** exponent).clamp(max=largest)
 
 

@@ -118,6 +118,24 @@ def share_effect(successes: int, trials: int, basis: str | None = None) -> Effec
     return Effect(successes / trials, float(interval.low), float(interval.high), "", basis or _seeds(trials))
 
 
+def share_difference_effect(
+    successes: int, trials: int, other_successes: int, other_trials: int, basis: str
+) -> Effect:
+    """Return the difference of two shares with Newcombe's interval, from Wilson's interval of each.
+
+    Args:
+        successes, trials: of the first share.
+        other_successes, other_trials: of the share that is subtracted.
+        basis: what the trials are.
+    """
+    first, second = share_effect(successes, trials), share_effect(other_successes, other_trials)
+    assert first.low is not None and first.high is not None and second.low is not None and second.high is not None
+    difference = first.value - second.value
+    below = math.hypot(first.value - first.low, second.high - second.value)
+    above = math.hypot(first.high - first.value, second.value - second.low)
+    return Effect(difference, difference - below, difference + above, "", basis)
+
+
 def rank_effect(first: Sequence[float], second: Sequence[float], basis: str) -> Effect:
     """Return Spearman's rank correlation with the interval of Fisher's z.
 

@@ -7,6 +7,7 @@
 """
 
 import importlib
+import math
 import shutil
 import statistics
 from collections import defaultdict
@@ -16,9 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 import typer
 from cogapp import Cog
+from pydantic import ValidationError
 from tabulate import DataRow, TableFormat, tabulate
 
-from training.claims import ClaimSection, measured_effects
+from training.claims import ClaimSection, Effect, Effects, measured_effects
 from training.files import read_json, staged_file
 from training.paths import CLONE, CONFIGURATION, RESULTS
 from training.recipe import load_recipe, task_module
@@ -139,10 +141,22 @@ def fine_tuning_table(results: list[dict[str, Any]]) -> str:
 _VERDICTS = ("supported", "contradicted", "undecided")
 
 
+def _found_effects(result: dict[str, Any]) -> Effects:
+    """Return the effects that a committed result measured; none if it is older than effects and of a past form."""
+    try:
+        recipe = task_module(result["task"]).Recipe.model_validate(result["recipe"])
+    except ValidationError:
+        if "effects" in result:
+            raise
+        return {}
+    return measured_effects(result["task"], recipe, result["measured"])
+
+
 def _claim_row(result: dict[str, Any], claim: ClaimSection) -> tuple[str, list[str]]:
     """Return the verdict on a claim of today's recipe, computed from a committed result, and its row."""
-    recipe = task_module(result["task"]).Recipe.model_validate(result["recipe"])
-    effects = measured_effects(result["task"], recipe, result["measured"])
+    found = _found_effects(result)
+    # Today's recipe may ask for more than the committed run measured: then the claim is undecided.
+    effects = {name: found.get(name, Effect(math.nan, None, None, "", "not measured yet")) for name in claim.effects}
     rule = claim.rule if claim.changed is None else f"{claim.rule} ({claim.changed})"
     stated = [(then["effects"], ClaimSection(**then).rule) for then in result["recipe"].get("claims", [])]
     if (claim.effects, claim.rule) not in stated:

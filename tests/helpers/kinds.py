@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from helpers.models import SIZES, make_ids, make_model, randomize_parameters
+from helpers.models import NARROWING, SIZES, make_ids, make_model, randomize_parameters
 from modeling_memory_mosaic import (
     ContinuousMemoryMosaicConfig,
     ContinuousMemoryMosaicModel,
@@ -35,6 +35,7 @@ from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 VOCAB_SIZE = SIZES["vocab_size"]
 LENGTH = 5  # tokens of a memory model's chunk
 MOSAIC = MemoryMosaicConfig(**SIZES, num_persistent_slots=11, attention_dropout=0.0, hidden_dropout=0.0)
+NARROWING_MOSAIC = MemoryMosaicConfig(**MOSAIC.to_dict() | NARROWING)
 LLAMA = LlamaConfig(
     vocab_size=VOCAB_SIZE,
     hidden_size=32,
@@ -56,6 +57,8 @@ GPT2 = GPT2Config(
     eos_token_id=None,
 )
 BACKBONES = {"mosaic": (MOSAIC, MOSAIC), "llama": (LLAMA, LLAMA), "gpt2": (GPT2, GPT2), "mixed": (MOSAIC, LLAMA)}
+# Tests of what the number of pairs changes read by these too.
+ALL_BACKBONES = BACKBONES | {"narrowing": (NARROWING_MOSAIC, NARROWING_MOSAIC)}
 
 
 def make_classifier(
@@ -169,7 +172,7 @@ def with_dropout(backbone: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def memory_model_kind(name: str, backbones: str) -> Kind:
-    encoder, decoder = BACKBONES[backbones]
+    encoder, decoder = ALL_BACKBONES[backbones]
     return Kind(
         name,
         "memory model",
@@ -189,6 +192,7 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=STILL),
+        Kind("narrowing mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=STILL | NARROWING),
         Kind("untied mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=UNTIED),
         memory_model_kind("memory model", "mosaic"),
         memory_model_kind("memory model of llama", "llama"),

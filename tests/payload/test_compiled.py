@@ -104,14 +104,14 @@ def test_32_compiled_steps_compile_at_most_thrice(static, masked, bandwidth):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "masked", "bandwidth"),
+    ("implementation", "masked", "options"),
     [
         *((implementation, masked, {}) for implementation in ("sdpa", "eager") for masked in (False, True)),
-        ("sdpa", False, NARROWING),
+        ("sdpa", False, NARROWING | {"dtype": torch.float64}),  # over 700 tokens, narrow kernels amplify rounding
     ],
 )
-def test_exported_program_serves_other_batches_and_lengths(implementation, masked, bandwidth):
-    model = make_model(**bandwidth)
+def test_exported_program_serves_other_batches_and_lengths(implementation, masked, options):
+    model = make_model(**options)
     model.set_attn_implementation(implementation)
     inputs = make_inputs(2, 40, masked)
     dynamic = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
@@ -156,7 +156,8 @@ def test_other_models_are_exported(kind):
 
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec:FutureWarning")  # torch 2.13's exporter and its own pytree
 def test_onnx_serves_other_batches_and_lengths(tmp_path):
-    model = make_model(**NARROWING)  # its graph holds all that a model of the authors' function has
+    # Its graph holds all that one of fixed kernels has. Over 700 tokens, narrower ones amplify rounding.
+    model = make_model(**NARROWING | {"bandwidth_start": 64})
     inputs = make_inputs(2, 40, masked=True)
     dynamic = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
     program = torch.onnx.export(

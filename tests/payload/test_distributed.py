@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers.kinds import KINDS, MOSAIC, for_kinds
+from helpers.models import NARROWING
 from helpers.processes import run_on_two_processes
 
 from modeling_memory_mosaic import MemoryMosaicConfig, inspect_continuous_units
@@ -77,7 +78,7 @@ FOUR_HEADS = MemoryMosaicConfig(**MOSAIC.to_dict() | {"num_attention_heads": 4, 
 SPREAD = {
     "mosaic": {"num_attention_heads": 4},
     "memory model": {"encoder": FOUR_HEADS, "decoder": FOUR_HEADS},
-    "classifier": {"num_attention_heads": 4},
+    "classifier": {"num_attention_heads": 4, **NARROWING},
     "continuous": {},
 }
 

@@ -28,6 +28,8 @@ def kind():
 
 
 writers = for_kinds("mosaic", "memory model")
+# Kernels that depend on the number of pairs, or do not.
+mosaics = for_kinds("mosaic", "narrowing mosaic")
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def generate(model, ids, mask=None, **kwargs):
     return model.generate(ids, attention_mask=mask, **{"max_new_tokens": 12, "do_sample": False, **kwargs})
 
 
-@writers
+@for_kinds("mosaic", "narrowing mosaic", "memory model")
 @pytest.mark.parametrize(
     "mode",
     [
@@ -83,7 +85,7 @@ def test_cached_equals_uncached(model, mode):
     assert cached.shape[1] > 6
 
 
-@writers
+@for_kinds("mosaic", "narrowing mosaic", "memory model")
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=str)
 def test_left_padded_batch_equals_each_prompt_alone(model, mode):
     prompts = [make_ids(n, seed=n, vocab_size=59) for n in (1, 4, 9)]
@@ -96,7 +98,7 @@ def test_left_padded_batch_equals_each_prompt_alone(model, mode):
         assert torch.equal(texts[row, 9 : 9 + len(alone)], alone)
 
 
-@writers
+@for_kinds("mosaic", "narrowing mosaic", "memory model")
 def test_a_second_turn_on_a_warm_memory(model):
     """In a conversation, the next turn passes the whole text and the memory of its beginning."""
     first = generate(model, make_ids(2, 5), return_dict_in_generate=True, eos_token_id=None)
@@ -118,6 +120,7 @@ WARM_TEXTS = {  # rows, tokens in the memory, new tokens, padding in both
 }
 
 
+@mosaics
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("case", WARM_TEXTS)
 def test_new_text_behind_a_memory_is_read_whole(model, case, static):
@@ -141,6 +144,7 @@ def test_new_text_behind_a_memory_is_read_whole(model, case, static):
             assert torch.equal(text, expected[:, -text.shape[1] :]) and text.shape[1] == ids.shape[1] + 4
 
 
+@mosaics
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 2}, "assistant"], ids=str
 )
@@ -236,6 +240,7 @@ def test_the_returned_memory_continues_the_text(model):
     assert torch.equal(continued, generate(model, ids, max_new_tokens=12, eos_token_id=None)[:, : continued.shape[1]])
 
 
+@mosaics
 def test_static_memory_equals_dynamic(model):
     ids, mask = make_ids(2, 6), torch.ones(2, 6, dtype=torch.long)
     mask[0, :3] = 0
@@ -257,6 +262,7 @@ def test_prefill_in_chunks_equals_whole_or_is_refused(kind, model):
         assert torch.equal(generate(model, ids, prefill_chunk_size=7), generate(model, ids))
 
 
+@mosaics
 @pytest.mark.parametrize("assistant", ["prompt_lookup", "itself", "another", "smaller", "gpt2", "early exit"])
 def test_assisted_decoding_gives_the_greedy_text(model, assistant):
     ids = make_ids(1, 4).repeat(1, 4)

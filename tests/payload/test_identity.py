@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from helpers.kinds import VOCAB_SIZE, make_memory_model
-from helpers.models import make_ids, make_model
+from helpers.models import NARROWING, make_ids, make_model
 from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -57,8 +57,8 @@ def test_a_memory_is_read_on_by_its_own_weights_alone(model):
     moved = make_model()
     with torch.no_grad():
         moved.model.layers[1].persistent_memory.slot_values[0, 0, 0] += 1e-6
-    other_settings = make_model(layer_norm_eps=0.1)
-    for other in (make_model(seed=1), moved, other_settings, lora(make_model())):
+    other_settings = make_model(layer_norm_eps=0.1), make_model(**NARROWING)
+    for other in (make_model(seed=1), moved, *other_settings, lora(make_model())):
         with pytest.raises(ValueError, match="Other weights wrote this memory"):
             read_on(other)
     assert_near(read_on(moved, check_weights=False), expected)
@@ -108,6 +108,28 @@ def test_a_memory_in_use_is_its_readers(model):
     _, cache = read(make_model(), ids[:, :5])
     with pytest.raises(ValueError, match="does not exist any more"):
         memory_state_dict(cache)
+
+
+def test_a_memory_knows_the_bandwidth_that_wrote_it(model):
+    """Without an exponent the start means nothing. A configuration may change between two turns, unlike weights."""
+    ids, narrowing = make_ids(1, 9), make_model(**NARROWING)
+    readers = [model, narrowing, make_model(bandwidth_exponent=0.5, bandwidth_start=3), make_model(**NARROWING)]
+    readers[3].config.bandwidth_start = 4
+    prints = [weights_fingerprint(reader.model) for reader in readers]
+    assert len(set(prints)) == 4 and prints[0] == weights_fingerprint(make_model(bandwidth_start=3).model)
+    tensors = memory_state_dict(read(narrowing, ids[:, :5])[1])
+    with pytest.raises(ValueError, match="Other weights wrote this memory"):
+        read(model, ids[:, 5:], memory_from_state_dict(model.config, tensors))
+    memory = memory_from_state_dict(narrowing.config, tensors)
+    assert_near(read(make_model(**NARROWING), ids[:, 5:], memory)[0], read(narrowing, ids)[0][:, 5:])
+    _, memory = read(model, ids[:, :5])
+    model.config.bandwidth_exponent = 0.25
+    with pytest.raises(ValueError, match="configuration has changed since this memory was read"):
+        read(model, ids[:, 5:], memory)
+    with pytest.raises(ValueError, match="weights or settings.*have changed since"):
+        memory_state_dict(memory)
+    model.config.bandwidth_exponent = 0.0
+    assert_near(read(model, ids[:, 5:], memory)[0], read(model, ids)[0][:, 5:])
 
 
 def test_what_is_written_past_the_counters_of_torch_has_another_fingerprint(model):

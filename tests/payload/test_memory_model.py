@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.kinds import BACKBONES, GPT2, LENGTH, LLAMA, MOSAIC, VOCAB_SIZE, make_memory_model
+from helpers.kinds import ALL_BACKBONES, BACKBONES, GPT2, LENGTH, LLAMA, MOSAIC, VOCAB_SIZE, make_memory_model
 from helpers.memory_models import READS, all_weights
 from helpers.models import checkpoint_activations, make_ids
 from huggingface_hub.errors import StrictDataclassError
@@ -18,9 +18,9 @@ from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 from modeling_memory_mosaic.store_memory_model import fake_quantize, quantize_memories
 
 
-@pytest.fixture(params=[*READS, *(name for name in BACKBONES if name != "mosaic")])
+@pytest.fixture(params=[*READS, *(name for name in ALL_BACKBONES if name != "mosaic")])
 def model(request):
-    encoder, decoder = BACKBONES.get(request.param, BACKBONES["mosaic"])
+    encoder, decoder = ALL_BACKBONES.get(request.param, BACKBONES["mosaic"])
     return make_memory_model(encoder=encoder, decoder=decoder, **READS.get(request.param, {}))
 
 

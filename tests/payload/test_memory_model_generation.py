@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from helpers.kinds import BACKBONES, LENGTH, VOCAB_SIZE, make_memory_model
+from helpers.kinds import ALL_BACKBONES, LENGTH, VOCAB_SIZE, make_memory_model
 from helpers.memory_models import READS
 from helpers.models import make_ids
 from safetensors.torch import load_file, save_file
@@ -30,9 +30,9 @@ def generate(model, inputs, **settings):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", [*READS, "llama", "gpt2", "mixed"])
+@pytest.mark.parametrize("kind", [*READS, "llama", "gpt2", "mixed", "narrowing"])
 def test_a_cache_changes_nothing(kind, way):
-    encoder, decoder = BACKBONES.get(kind, BACKBONES["mosaic"])
+    encoder, decoder = ALL_BACKBONES.get(kind, ALL_BACKBONES["mosaic"])
     model = make_memory_model(encoder=encoder, decoder=decoder, **READS.get(kind, {}))
     inputs = {"input_ids": make_ids(2, 8, vocab_size=VOCAB_SIZE)}
     texts = generate(model, inputs, **WAYS[way])

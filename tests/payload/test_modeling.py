@@ -61,6 +61,24 @@ def test_equals_the_authors_code(request, name, implementation):
     assert not gradients
 
 
+def test_a_saved_model_is_read_at_another_exponent(model, tmp_path):
+    """With exponent 0 nothing is computed, and up to `bandwidth_start` pairs every bandwidth is the learnt one."""
+    ids, fields = make_ids(2, 20), {"bandwidth_exponent": 0.25, "bandwidth_start": 8}
+    mask = torch.tensor([[0] * 9 + [1] * 11] * 2)
+    assert model.create_masks_for_generate(model.config, torch.zeros(2, 20, 24), mask)["query_scale"] is None
+    model.save_pretrained(tmp_path)
+    narrowing = MemoryMosaicForCausalLM.from_pretrained(tmp_path, **fields)
+    fixed, logits = model(ids).logits, narrowing(ids).logits
+    torch.testing.assert_close(logits[:, :9], fixed[:, :9], rtol=0, atol=1e-6)  # the tenth token sees nine pairs
+    assert (logits[:, 9:] - fixed[:, 9:]).abs().amax(-1).min() > 1e-4
+    torch.testing.assert_close(logits[0], naive_logits(narrowing.state_dict(), narrowing.config, ids[0]))
+    narrowing.save_pretrained(tmp_path)
+    assert torch.equal(MemoryMosaicForCausalLM.from_pretrained(tmp_path)(ids).logits, logits)
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    assert torch.equal(model(ids).logits, logits)
+
+
 def test_golden_files_are_all_used(request):
     assert sorted(p.stem for p in (request.config.rootpath / "tests" / "golden").glob("*.safetensors")) == sorted(
         GOLDEN
@@ -244,7 +262,7 @@ def padded(rows, width, pattern):
     return KINDS["mosaic"].batch(rows, places, width)
 
 
-@for_kinds("mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("pattern", ["left", "right", "both", "within"])
 def test_padding_changes_nothing(kind, implementation, pattern):
@@ -274,7 +292,7 @@ def num_labels(labels):
     return (labels[:, 1:] if labels.ndim == 2 else labels).ne(-100).sum()
 
 
-@for_kinds("mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
 def test_the_gradient_of_a_padded_batch_is_that_of_its_rows(kind):
     """Rows of unequal length count by their labels."""
     model = kind.make(dtype=torch.float64)  # in float32 the order of the sums alone moves a gradient by 1e-6
@@ -347,8 +365,9 @@ def test_half_precision_stays_finite_in_loss_and_gradient(kind, dtype, size):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_finite_at_the_sharpest_kernel(dtype, implementation):
-    model = make_model(dtype=dtype)
+@pytest.mark.parametrize(("num_tokens", "exponent"), [(40, 0), (600, 1)])  # 600 times the longest key is no float16
+def test_half_precision_stays_finite_at_the_sharpest_kernel(num_tokens, exponent, dtype, implementation):
+    model = make_model(dtype=dtype, bandwidth_exponent=exponent)
     model.set_attn_implementation(implementation)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -356,7 +375,7 @@ def test_half_precision_stays_finite_at_the_sharpest_kernel(dtype, implementatio
                 parameter.fill_(2.0)  # far beyond the cap
             if name.endswith("slot_keys"):
                 parameter.mul_(30)  # scores beyond 65504, the largest float16
-    assert model(make_ids(2, 40)).logits.isfinite().all()
+    assert model(make_ids(2, num_tokens)).logits.isfinite().all()
 
 
 def test_autocast_keeps_sums_in_float32():
@@ -443,7 +462,7 @@ def test_dropout_acts_in_training_only(kind):
             assert torch.equal(*answers) != is_random, dropout.keys()
 
 
-@for_kinds("mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(kind, use_reentrant):
     model = kind.make(**kind.objectives).train()

@@ -9,7 +9,16 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import ttest_1samp
 
-from training.claims import ClaimSection, Effect, crossed_effect, judged, mean_effect, rank_effect, share_effect
+from training.claims import (
+    ClaimSection,
+    Effect,
+    crossed_effect,
+    judged,
+    mean_effect,
+    rank_effect,
+    share_difference_effect,
+    share_effect,
+)
 from training.files import json_text
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe, task_module
@@ -41,6 +50,15 @@ def test_wilson_interval_of_a_share():
     # Newcombe (1998), table I: 15 of 148.
     share = share_effect(15, 148)
     assert (share.low, share.high) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+
+
+def test_newcombe_interval_of_a_difference_of_shares():
+    # Newcombe (1998), table II, method 10: 56 of 70 less 48 of 80.
+    difference = share_difference_effect(56, 70, 48, 80, basis="patients")
+    assert (difference.low, difference.high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    assert difference.value == pytest.approx(0.2) and difference.basis == "patients"
+    opposite = share_difference_effect(48, 80, 56, 70, basis="patients")
+    assert (opposite.low, opposite.high) == pytest.approx((-difference.high, -difference.low))
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.6])
@@ -139,3 +157,13 @@ def test_every_claim_is_in_the_table_once():
 def test_committed_results_were_made_from_committed_code():
     commits = [(run["commit"], result["name"]) for result in RESULTS for run in (result, *result.get("trainings", []))]
     assert commits and not [name for commit, name in commits if commit is None or commit["dirty"]]
+
+
+def test_a_claim_on_what_a_committed_run_did_not_measure_is_undecided():
+    result = next(result for result in RESULTS if result["name"] == "memory_capacity")
+    # As if the run had not had all models that the recipe's claims speak of.
+    series = [row for row in result["measured"]["series"] if "32 characters" not in row["label"]]
+    table = claims_table([result | {"measured": result["measured"] | {"series": series}}])
+    (row,) = (line for line in table.splitlines() if "holds nearly all of 32 characters" in line)
+    assert "nan (no interval), not measured yet" in row
+    assert table.startswith("2 claims: 1 supported, 0 contradicted, 1 undecided.")

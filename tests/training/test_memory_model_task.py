@@ -236,13 +236,13 @@ COMPARISONS = [
 def test_a_comparison_tells_what_was_measured(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.tasks.language_modeling.verify_export", lambda folder, prompts, **options: prompts)
-    monkeypatch.setattr(memory_questions, "NUM_CANDIDATES", 8)
     recipe = small_comparison(name, tmp_path)
     result = memory_models.run(recipe)
     labels = list(recipe.runs)
     assert [series["label"] for series in result["measured"]["series"]] == labels
     assert all(f"| {label} |" in result["table"] for label in labels)
-    assert {claim["verdict"] for claim in result["claims"]} <= {"reproduced", "not at this size", "contradicted"}
+    assert list(result["effects"]) == recipe.effect_names
+    assert {claim["verdict"] for claim in result["claims"]} == {"undecided"}  # there is one seed
     assert claims_table([result]).count(f"`{name}`") == len(result["claims"]) >= 1
     assert (recipe.folder / f"{name}.png").stat().st_size > 10_000
     first = recipe.trainings[0]

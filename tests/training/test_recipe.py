@@ -77,6 +77,14 @@ def test_models_of_regbench_have_equal_parameters_besides_positions():
         assert models[name] == pytest.approx(models["mosaic-regbench"], rel=0.02)
 
 
+def test_models_of_regbench_at_the_papers_size_have_equal_parameters_besides_positions():
+    models = {path.stem: num_parameters(path) for path in MODELS if path.stem.endswith("-regbench-paper")}
+    positions = AutoConfig.from_pretrained(CONFIGURATION / "model/gpt2-regbench-paper.json")
+    models["gpt2-regbench-paper"] -= positions.n_positions * positions.n_embd
+    assert len(models) == 6
+    assert models == {name: pytest.approx(models["mosaic-regbench-paper"], rel=0.01) for name in models}
+
+
 def test_one_block_models_of_the_induction_task_have_equal_parameters():
     mosaic, *others = (num_parameters(path) for path in sorted((CONFIGURATION / "model").glob("*-induction.json")))
     assert len(others) >= 2 and others == [pytest.approx(mosaic, rel=0.02)] * len(others)

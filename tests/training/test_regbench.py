@@ -5,15 +5,17 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import DatasetDict, load_dataset
 from helpers.models import make_model
 from huggingface_hub import DatasetCard
 
 from training.synthetic import automata
 from training.synthetic.automata import (
+    CHOSEN_BY,
     NUM_SYMBOLS,
     PADDING,
     SEPARATOR,
+    SPLITS,
     TEST,
     TEST_IID,
     TRAIN,
@@ -21,12 +23,17 @@ from training.synthetic.automata import (
     VOCAB_SIZE,
     AutomataSection,
     Automaton,
+    Predictions,
     collate,
     draw_automaton,
     draw_split,
     draw_splits,
+    fitted_temperature,
+    measures,
     minimize,
     next_symbol_probabilities,
+    predict,
+    report,
     score,
     trim,
 )
@@ -182,6 +189,61 @@ def test_measures_are_those_of_the_evaluate_module_and_of_the_definition(request
     assert scores["accuracy"] == pytest.approx(np.mean(np.concatenate(hits)))
     assert scores["last_accuracy"] == pytest.approx(np.mean([row[-1] for row in hits]))
     assert scores["num_positions"] == sum(map(len, hits))
+
+
+def random_predictions(num_places, temperature=1.0):
+    """Predictions at random, and next tokens drawn with the probabilities of the logits divided by the temperature."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(num_places, VOCAB_SIZE, generator=generator, dtype=torch.float64)
+    drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+    true = torch.nn.functional.one_hot(drawn, VOCAB_SIZE).double()
+    return Predictions(logits, true, drawn, torch.arange(num_places) // 10)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_the_fitted_temperature_is_that_of_the_symbols(temperature):
+    predictions = random_predictions(20_000, temperature)
+    fitted = fitted_temperature(predictions)
+    assert fitted == pytest.approx(temperature, rel=0.03)
+    losses = [measures(predictions, fitted * factor)["loss"] for factor in (1, 0.98, 1.02)]
+    assert losses[0] == min(losses)
+
+
+def test_a_temperature_changes_no_accuracy():
+    predictions = random_predictions(500)
+    plain = measures(predictions)
+    for temperature in (0.05, 0.7, 3.0, 50.0):
+        other = measures(predictions, temperature)
+        for name in ("accuracy", "last_accuracy", "num_positions"):
+            assert other[name] == plain[name]
+        assert other["tvd"] != plain["tvd"] and other["loss"] != plain["loss"]
+
+
+def test_a_report_has_the_accuracy_of_one_model_and_the_distance_of_the_other():
+    splits = DatasetDict({name: draw_split(SECTION, number).select(range(8)) for name, number in SPLITS.items()})
+    models = {measure: make_model(seed, vocab_size=VOCAB_SIZE) for seed, measure in enumerate(CHOSEN_BY)}
+    found = report(models, splits, batch_size=3)
+    metrics = found["metrics"]
+    assert metrics.keys() == {"temperature", "validation", "test", "test_iid"}
+    assert metrics["temperature"] == fitted_temperature(predict(models["loss"], splits["validation"], 3))
+    by_accuracy, by_loss = (score(models[measure], splits["test"], 8) for measure in ("accuracy", "loss"))
+    fitted = measures(predict(models["loss"], splits["test"], 8), metrics["temperature"])
+    test = metrics["test"]
+    assert (test["accuracy"], test["last_accuracy"]) == (by_accuracy["accuracy"], by_accuracy["last_accuracy"])
+    assert by_accuracy["accuracy"] != by_loss["accuracy"]
+    for name in ("tvd", "last_tvd", "loss"):
+        assert test[name] == pytest.approx(by_loss[name], rel=1e-5)
+        assert test[f"fitted_{name}"] == pytest.approx(fitted[name], rel=1e-5)
+        assert test[name] != test[f"fitted_{name}"]
+    of_sequences = found["test_sequences"]
+    assert of_sequences["num_positions"] == [
+        sum(token < NUM_SYMBOLS for token in row["input_ids"][1:]) for row in splits["test"]
+    ]
+    for name in ("accuracy", "tvd", "fitted_tvd"):
+        mean = np.average(of_sequences[name], weights=of_sequences["num_positions"])
+        assert mean == pytest.approx(test[name], abs=1e-4)
+    first = score(models["loss"], splits["test"].select([0]), 1)
+    assert of_sequences["tvd"][0] == pytest.approx(first["tvd"], abs=1e-4)
 
 
 def test_the_data_set_is_saved_once_with_its_card_and_loads(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 """Trainings on artificial languages and their comparisons: resumable, several at once, the best evaluation kept."""
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
@@ -10,13 +12,11 @@ from helpers.damage import flip
 from safetensors.torch import load_file
 
 from training import parallel
-from training.experiments import induction
-from training.experiments.regbench import Series, _claim_out_of_distribution, _claims_on_number
+from training.experiments import comparison, regbench
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe, task_module
 from training.synthetic import automata
 from training.synthetic.automata import AutomataSection
-from training.tables import claims_table
 from training.tasks import symbols
 
 
@@ -31,6 +31,7 @@ TRAINING = {
     "disable_tqdm": True,
 }
 SIZES = {"model_args": {"hidden_size": 16}}
+TWO_BLOCKS = {"num_hidden_layers": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +50,13 @@ def small_comparison(tmp_path, name, **settings):
     data = AUTOMATA if name == "regbench" else {"num_sequences": 24, "num_test": 4, "length": 64}
     data = {key: value for key, value in data.items() if key != "num_automata"}
     values["common"] = {"data": data, "training": TRAINING}
-    values["runs"] = {label: {**SIZES, **run} for label, run in values["runs"].items() if "2" not in label}
+    values["runs"] = {label: {**SIZES, **run} for label, run in values["runs"].items()}
     if name == "regbench":
         kept = ("Memory Mosaic", "Transformer, RoPE")
         values["runs"] = {label: run for label, run in values["runs"].items() if label in kept}
-        values |= {"transformers": ["Transformer, RoPE"], "num_automata": [6, 7]}
+        effect = "accuracy (Memory Mosaic - Transformer, RoPE; 7 automata)"
+        claim = {"claim": "it is ahead", "paper": "not asked", "effects": [effect], "above": 0.02}
+        values |= {"num_automata": [6, 7], "claims": [claim]}
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values | settings, sort_keys=False), encoding="utf-8")
     return load_recipe(path)
@@ -78,8 +81,11 @@ def test_an_interrupted_training_ends_as_one_that_was_not(name, monkeypatch):
     parts = symbols.run(recipe)
     for key in ("metrics", "tokens", "steps", "learning_curve", "parameters"):
         assert parts[key] == whole[key], key
-    weights = [load_file(f"{folder}/best/model.safetensors") for folder in ("whole", "parts")]
-    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+    kept = [path.name for path in (recipe.folder).glob("best*")]
+    assert sorted(kept) == (["best", "best_loss"] if name == "regbench_training" else ["best"])
+    for best in kept:
+        weights = [load_file(f"{folder}/{best}/model.safetensors") for folder in ("whole", "parts")]
+        assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
 
 
 def test_a_changed_best_model_or_checkpoint_is_not_used(monkeypatch, caplog):
@@ -104,21 +110,37 @@ def test_a_changed_data_set_is_drawn_again(caplog):
     assert "train.parquet has changed since it was written): it is removed and made again" in caplog.text
 
 
-def test_the_model_of_the_best_evaluation_is_kept(monkeypatch):
-    accuracies = iter([0.2, 0.5, 0.5])
+def test_the_models_of_the_best_evaluations_are_kept(monkeypatch):
+    scores = iter([(0.2, 2.0), (0.5, 3.0), (0.5, 1.5)])
     shown = []
 
     def score(recipe, model, split):
-        if next_is := next(accuracies, None):
-            shown.append({name: value.clone() for name, value in model.state_dict().items()})
-        return {"accuracy": next_is or 0.0, "loss": 1.0}
+        shown.append({name: value.clone() for name, value in model.state_dict().items()})
+        accuracy, loss = next(scores)
+        return {"accuracy": accuracy, "loss": loss}
 
     monkeypatch.setattr(symbols, "score", score)
-    result = symbols.run(small(output_dir="run"))
-    assert result["metrics"]["best_step"] == 4
-    best, second = load_file("run/best/model.safetensors"), shown[1]
-    assert all((best[name] == second[name]).all() for name in best)
-    assert not all((best[name] == shown[2][name]).all() for name in best)
+    metrics = symbols.run(small(output_dir="run"))["metrics"]
+    assert (metrics["best_step"], metrics["best_loss_step"]) == (4, 6)  # of equal accuracies the first
+    for folder, number in (("best", 1), ("best_loss", 2)):
+        kept = load_file(f"run/{folder}/model.safetensors")
+        assert all((kept[name] == shown[number][name]).all() for name in kept)
+        assert not all((kept[name] == shown[3 - number][name]).all() for name in kept)
+
+
+def test_a_loss_that_is_not_a_number_is_never_the_best(monkeypatch):
+    scores = iter([math.nan, 2.0, math.nan])
+    monkeypatch.setattr(symbols, "score", lambda *_: {"accuracy": 0.5, "loss": next(scores)})
+    assert symbols.run(small(output_dir="run"))["metrics"]["best_loss_step"] == 4
+
+
+def test_a_training_of_a_version_that_kept_one_model_is_refused():
+    recipe = small(output_dir="run")
+    symbols.run(recipe)
+    (recipe.folder / "result.json").unlink()
+    shutil.rmtree(recipe.folder / "best_loss")
+    with pytest.raises(ValueError, match="kept no model of the best loss; move run away"):
+        symbols.run(recipe)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +173,17 @@ def test_a_comparison_runs(tmp_path):
     assert len(result["measured"]["units"]) == 8  # two layers of two memories of two heads
     for picture in ("regbench.png", "regbench_units.png"):
         assert (recipe.folder / picture).stat().st_size > 10_000
-    assert result["table"].count("\n") == 5 and len(result["claims"]) == 2 * 3 + 2
-    assert claims_table([result]).count("\n") == 9
+    assert result["table"].count("\n") == 5
+    # Effects are the differences of what the trainings measured, however they come by their intervals.
+    trained = {(t.label, t.recipe.data.num_automata): t.result()["metrics"] for t in recipe.trainings}
+    mosaic, transformer = (trained[label, 7]["test"]["accuracy"] for label in recipe.runs)
+    name = "accuracy (Memory Mosaic - Transformer, RoPE; 7 automata)"
+    assert result["effects"][name]["value"] == pytest.approx(mosaic - transformer, abs=2e-4)
+    assert result["effects"][name]["basis"] == "3 automata, 1 seed"
+    fitted = [trained["Memory Mosaic", number]["test"]["fitted_tvd"] for number in (6, 7)]
+    name = "fitted TVD (Memory Mosaic; 7 - 6 automata)"
+    assert result["effects"][name]["value"] == pytest.approx(fitted[1] - fitted[0], abs=2e-4)
+    assert result["effects"].keys() == set(recipe.effect_names) and len(result["claims"]) == 1
     assert all("finished" in line for path, line in task_module("regbench").plan(recipe).items() if "seed0" in path)
 
 
@@ -169,11 +200,21 @@ def test_a_comparison_measures_the_same_however_many_train_at_once(tmp_path):
         assert row["seeds"][0]["test"] == pytest.approx(other["seeds"][0]["test"], rel=1e-4)
 
 
+def test_the_comparison_at_the_papers_size_can_be_planned():
+    recipe = load_recipe(RECIPES / "regbench_paper.yaml", ["num_automata=[100]", "claims=[]"])
+    lines = task_module("regbench").plan(recipe)
+    assert lines["trainings"] == 3 * 6
+    assert sum("parameters, to be trained" in str(line) for line in lines.values()) == 3 * 6
+    for training in recipe.trainings:
+        # The authors choose the epoch on validation automata.
+        assert training.recipe.training.eval_strategy == "epoch" and training.recipe.training.num_train_epochs == 200
+
+
 def test_the_induction_comparison_runs(tmp_path):
     recipe = small_comparison(tmp_path, "induction", seeds=[0, 1], workers=1)
     result = task_module("induction").run(recipe)
     assert len(result["measured"]["test"]["Two-block transformer"]) == 2
-    assert [row["claim"] for row in result["claims"]]
+    assert len(result["claims"]) == 3 and result["effects"].keys() == set(recipe.effect_names)
     assert (recipe.folder / "induction.png").is_file()
     assert json.loads((recipe.folder / "result.json").read_text())["table"].count("\n") == 5
 
@@ -191,9 +232,16 @@ def test_baselines_see_nothing_of_what_comes_later(model):
     assert not torch.allclose(logits[:, 30], others[:, 30])
 
 
-def test_models_of_other_depths_are_refused_for_the_induction_claim(tmp_path):
-    with pytest.raises(ValueError, match="1, transformers of 1 and 2"):
-        small_comparison(tmp_path, "induction", runs={"Memory Mosaic": {"model": "mosaic-induction"}})
+def test_a_claim_about_a_block_is_refused_for_models_of_other_depths():
+    with pytest.raises(ValueError, match=r"measures no effect 'accuracy .*Memory Mosaic, 1 block"):
+        load_recipe(RECIPES / "induction.yaml", settings=[{"runs": {"Memory Mosaic": {"model_args": TWO_BLOCKS}}}])
+
+
+def test_a_training_without_a_temperature_is_refused(tmp_path, monkeypatch):
+    recipe = small_comparison(tmp_path, "regbench", seeds=[0], workers=1)
+    monkeypatch.setattr(comparison.Trained, "result", lambda _: {"metrics": {"best_step": 4, "test": {"tvd": 0.5}}})
+    with pytest.raises(ValueError, match="measured by an earlier version, without a temperature: move the folder"):
+        regbench._series(recipe, recipe.trainings)
 
 
 def test_a_failed_training_stops_those_not_begun_and_is_reported(tmp_path):
@@ -203,54 +251,6 @@ def test_a_failed_training_stops_those_not_begun_and_is_reported(tmp_path):
     with pytest.raises(ValueError, match="not the folder of a run"):
         parallel.run_all([parallel.recipe_job(bad), parallel.recipe_job(fine)], workers=2)
     assert (tmp_path / "bad" / "a file of the user").exists()
-
-
-def series(number, accuracy, tvd):
-    metrics = {"test": {"accuracy": accuracy, "tvd": tvd}}
-    return Series("Memory Mosaic", number, [{"metrics": metrics, "seed": 0}])
-
-
-def test_the_curve_over_automata_counts_as_reproduced_only_if_it_gets_better():
-    better = list(_claims_on_number([series(100, 0.8, 0.6), series(500, 0.9, 0.5)]))
-    assert [claim.verdict for claim in better] == ["reproduced", "reproduced"]
-    mixed = list(_claims_on_number([series(100, 0.9, 0.6), series(500, 0.8, 0.5)]))
-    assert [claim.verdict for claim in mixed] == ["contradicted", "reproduced"]
-    assert "0.924, 0.928" in better[0].paper
-
-
-@pytest.mark.parametrize(
-    ("mosaic", "transformer", "verdict"),
-    [
-        ([0.91, 0.92], [0.5, 0.6], "reproduced"),
-        ([0.89, 0.92], [0.5, 0.6], "not at this size"),
-        ([0.91, 0.92], [0.5, 0.61], "not at this size"),
-        ([0.5, 0.6], [0.7, 0.8], "contradicted"),
-    ],
-)
-def test_verdicts_on_new_automata_take_every_seed(mosaic, transformer, verdict):
-    first, second = (
-        Series(label, 100, [{"metrics": {"test": {"accuracy": value}}, "seed": 0} for value in values])
-        for label, values in (("Memory Mosaic", mosaic), ("Transformer", transformer))
-    )
-    assert _claim_out_of_distribution(first, second).verdict == verdict
-
-
-@pytest.mark.parametrize(
-    ("accuracies", "verdict"),
-    [
-        ([[0.95, 0.96], [0.1, 0.2], [0.8, 0.9]], "reproduced"),
-        ([[0.95, 0.80], [0.1, 0.2], [0.8, 0.9]], "not at this size"),
-        ([[0.95, 0.96], [0.1, 0.2], [0.8, 0.1]], "not at this size"),
-        ([[0.95, 0.96], [0.1, 0.6], [0.8, 0.9]], "not at this size"),
-        ([[0.10, 0.10], [0.1, 0.2], [0.8, 0.9]], "contradicted"),
-    ],
-)
-def test_verdicts_on_induction_take_every_seed(accuracies, verdict):
-    results = {
-        label: [{"metrics": {"test": {"accuracy": accuracy}}} for accuracy in values]
-        for label, values in zip(("mosaic", "one", "two"), accuracies, strict=True)
-    }
-    assert induction._claim(results, informed=0.97).verdict == verdict
 
 
 def test_automata_default_to_the_sizes_of_regbench():

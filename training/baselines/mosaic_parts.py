@@ -33,7 +33,7 @@ from modeling_memory_mosaic.modeling_memory_mosaic import (
     MemoryMosaicPreTrainedModel,
     MemoryMosaicTokenMemory,
 )
-from modeling_memory_mosaic.ops_memory_mosaic import leaky_average, scale_to_length
+from modeling_memory_mosaic.ops_memory_mosaic import keys_and_queries, leaky_average
 
 
 # In nats per token: exp(-1000) is zero in every precision. Infinity would give NaN at the present token, 0 * infinity.
@@ -105,15 +105,20 @@ class MemoryMosaicQueryMemory(MemoryMosaicContextualMemory):
         slot_mask: Any = None,
         is_token: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        query_scale: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return output `(B, T, C)` and weights; arguments as for [`MemoryMosaicContextualMemory`]."""
-        sums = self.sum_queries(hidden_states, is_token, document_ids, past_key_values)
-        own_queries = scale_to_length(sums, self.key_length()).to(hidden_states.dtype)
-        return super().forward(
-            hidden_states, slot_mask, is_token, document_ids, past_key_values, own_queries=own_queries, **kwargs
-        )
+        shared: dict[str, Any] = {
+            "is_token": is_token,
+            "document_ids": document_ids,
+            "past_key_values": past_key_values,
+        }
+        sums = self.sum_queries(hidden_states, **shared)
+        _, own_queries = keys_and_queries(sums, self.key_length(), hidden_states, query_scale)
+        # Without the scale: the parent's queries, which are its keys, are not used.
+        return super().forward(hidden_states, slot_mask, own_queries=own_queries, **shared, **kwargs)
 
     def attend(
         self,

@@ -1,41 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """The induction task (Memory Mosaics, footnote 5): one block of mosaic against two blocks of transformer."""
 
-import statistics
 from typing import Any, Literal
 
-from pydantic import model_validator
-from typing_extensions import Self
-
+from training.claims import Effects, mean_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, summary
 from training.figures import new_figure, save_figure
 from training.synthetic import bigrams
 from training.synthetic.bigrams import InformedReader
-from training.tables import Claim, Verdict, markdown_table, mean_and_deviation
+from training.tables import markdown_table, mean_and_deviation
 
 
-__all__ = ["Recipe", "plan", "run", "summary"]
-
-# Shares of an informed reader's accuracy from which a model counts as having solved the task, and as having learnt it
-# at all.
-SOLVED, LEARNT = 0.95, 0.5
+__all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
 
 class Recipe(ComparisonRecipe):
-    """The first three runs are a mosaic of one block, a transformer of one block and a transformer of two."""
+    """Models of any depths. The effects name the depth of each, so that a claim about one block is about one block."""
 
     task: Literal["induction"]
 
-    @model_validator(mode="after")
-    def _check_depths(self) -> Self:
+    @property
+    def labels(self) -> dict[str, str]:
+        """Labels of the runs by the effects that are measured of them."""
         # Trainings of the first seed: one for each label.
-        depths = [training.depth for training in self.trainings[: len(self.runs)]]
-        if depths[:3] != [1, 1, 2]:
-            raise ValueError(
-                f"the `runs` have {depths} blocks: the claim is of a mosaic of 1, transformers of 1 and 2"
-            )
-        return self
+        trainings = self.trainings[: len(self.runs)]
+        return {f"accuracy relative to an informed reader ({one.name})": one.label for one in trainings}
+
+    @property
+    def effect_names(self) -> list[str]:
+        return list(self.labels)
+
+
+def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
+    """Return each model's accuracy on triggers seen before, divided by that of a reader who knows the bigrams.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+    """
+    informed = measured["informed_reader"]["accuracy"]
+    return {
+        name: mean_effect([run["accuracy"] / informed for run in measured["test"][label]], "")
+        for name, label in recipe.labels.items()
+    }
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -63,28 +71,6 @@ def _table(recipe: Recipe, results: dict[str, list[dict[str, Any]]], informed: d
     accuracy, loss, first = (f"{informed[name]:.3f}" for name in ("accuracy", "loss", "first_accuracy"))
     rows.append(["a reader who knows the bigrams", "", "", accuracy, "", loss, first])
     return markdown_table(columns, "lrrrrrr", rows)
-
-
-def _accuracy(runs: list[dict[str, Any]]) -> list[float]:
-    return [run["metrics"]["test"]["accuracy"] for run in runs]
-
-
-def _claim(results: dict[str, list[dict[str, Any]]], informed: float) -> Claim:
-    mosaic, shallow, deep = (_accuracy(runs) for runs in list(results.values())[:3])
-    accuracies = [f"{label} {mean_and_deviation(_accuracy(runs), 3)}" for label, runs in list(results.items())[:3]]
-    accuracies.append(f"a reader who knows the bigrams {informed:.3f}")
-    verdict: Verdict
-    # No seed of the mosaic or of two blocks may fail, and none of one block may succeed.
-    if min(mosaic) >= SOLVED * informed and min(deep) >= LEARNT * informed > max(shallow):
-        verdict = "reproduced"
-    else:
-        verdict = "contradicted" if statistics.mean(mosaic) <= statistics.mean(shallow) else "not at this size"
-    return Claim(
-        "One block of mosaic solves the induction task, which takes two blocks of transformer",
-        "stated in footnote 5",
-        f"accuracy on triggers seen before: {', '.join(accuracies)}",
-        verdict,
-    )
 
 
 def _draw(recipe: Recipe, results: dict[str, list[dict[str, Any]]]) -> None:
@@ -115,7 +101,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     return {
         "measured": {"test": scores, "informed_reader": informed, "validation_accuracy": curves},
         "table": _table(recipe, results, informed),
-        "claims": [_claim(results, informed["accuracy"])],
     }
 
 

@@ -8,11 +8,18 @@ has the questions, this file has the recipe, the table and the picture that they
 from typing import Any, Literal
 
 from pydantic import model_validator
-from typing_extensions import Self
 
+from training.claims import Effects
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, summary
-from training.experiments.memory_questions import PROBE, QUESTIONS, Question, Series, prepare_windows
+from training.experiments.memory_questions import (
+    QUESTIONS,
+    Question,
+    Series,
+    effect_names,
+    effects_of,
+    prepare_windows,
+)
 from training.figures import new_figure, save_figure
 from training.parallel import recipe_job, run_all
 from training.paths import CONFIGURATION
@@ -21,26 +28,30 @@ from training.tables import markdown_table, mean_and_deviation
 from training.tasks.memory_model import training_flops, unigram
 
 
-__all__ = ["Recipe", "plan", "run", "summary"]
+__all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
 
 class Recipe(ComparisonRecipe):
-    """Memory models side by side; `roles` are the labels of runs by the part that they play in the question."""
+    """Memory models side by side."""
 
     task: Literal["memory_models"]
     question: Literal["fidelity", "capacity", "objectives", "remedies", "positions"]
-    roles: dict[str, list[str]] = {}
 
-    @model_validator(mode="after")
-    def _check_roles(self) -> Self:
-        unknown = {label for labels in self.roles.values() for label in labels} - self.runs.keys()
-        missing = set(QUESTIONS[self.question].roles) - self.roles.keys()
-        if unknown or missing:
-            raise ValueError(
-                f"`roles` names {sorted(unknown)}, which are no runs, and lacks {sorted(missing)}, which the question "
-                f"{self.question!r} needs: the runs are {list(self.runs)}"
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_roles(cls, values: Any) -> Any:
+        # Results from before effects were named by labels have the labels' `roles` in their recipe.
+        if isinstance(values, dict) and "claims" not in values:
+            return {name: value for name, value in values.items() if name != "roles"}
+        return values
+
+    @property
+    def effect_names(self) -> list[str]:
+        """Names of the effects: each measure of the question, of every model and of every two."""
+        without_memory = [
+            label for label, settings in self.runs.items() if settings.get("model_args", {}).get("max_memories") == 0
+        ]
+        return effect_names(QUESTIONS[self.question].measures, list(self.runs), without_memory)
 
     def _training(self, label: str, variant: dict[str, Any], seed: int) -> Trained:
         # Stages are too long for the name of a folder: the label is one.
@@ -85,22 +96,6 @@ def _table(
     return f"{table}\n\nA guess by the tokens' frequencies alone: {alone}."
 
 
-def _curve(result: dict[str, Any], flops: list[int], measure: str) -> list[tuple[float, float]]:
-    """Return points (operations of all stages so far, validation measure); a probe after other stages is left out."""
-    points: list[tuple[float, float]] = []
-    flops_before = 0.0
-    for stage, stage_flops in zip(result["stages"], flops, strict=True):
-        # A probe that comes first is the only training of this model, so that its curve is drawn.
-        if stage["name"] == PROBE and points:
-            break
-        # The log counts steps, and a step costs more in some stages than in others.
-        flops_per_step = stage_flops / stage["steps"]
-        entries = [entry for entry in stage["learning_curve"] if f"eval_{measure}" in entry]
-        points += [(flops_before + entry["step"] * flops_per_step, entry[f"eval_{measure}"]) for entry in entries]
-        flops_before += stage_flops
-    return points
-
-
 def _draw(recipe: Recipe, question: Question, models: list[Series], accuracy_of_guess: float) -> None:
     """Draw the question's measure: left for each model and seed, right over training."""
     figure, ((points, curves),) = new_figure(1, 2, width=6.5, height=4.4)
@@ -109,7 +104,7 @@ def _draw(recipe: Recipe, question: Question, models: list[Series], accuracy_of_
         values = series.values(question.points.measure)
         points.plot(values, [place] * len(values), "o", color=color)
         for index, result in enumerate(series.results):
-            curve = _curve(result, series.flops, question.curve.measure)
+            curve = series.curve(result, question.curve.measure)
             # The legend has one entry for all seeds of a model.
             label = series.label if index == 0 else None
             curves.plot([x / 1e12 for x, _ in curve], [y for _, y in curve], color=color, lw=1, label=label)
@@ -132,16 +127,26 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     for label in recipe.runs:
         trainings = [training for training in recipe.trainings if training.label == label]
         results = [training.result() for training in trainings]
-        models.append(Series(label, trainings, results, training_flops(trainings[0].recipe)))
+        models.append(Series(label, results, training_flops(trainings[0].recipe), trainings))
     question, first = QUESTIONS[recipe.question], recipe.trainings[0]
     guess = unigram(prepare_windows(first), first.recipe.build_config().vocab_size)
-    measured = [_summarize(series) | {"more": question.more_columns(series)} for series in models]
+    measured = [_summarize(series) | {"more": question.more_columns(series, guess)} for series in models]
     _draw(recipe, question, models, guess["accuracy"])
     return {
         "measured": {"unigram": guess, "series": measured},
         "table": _table(question, models, [numbers["more"] for numbers in measured], guess),
-        "claims": list(question.claims(recipe.roles, {series.label: series for series in models}, guess)),
     }
+
+
+def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
+    """Return each measure of the question, of every model and of every two.
+
+    Args:
+        recipe: of the experiment.
+        measured: as its result has it.
+    """
+    models = [Series(row["label"], row["seeds"], row.get("training_flops", [])) for row in measured["series"]]
+    return effects_of(QUESTIONS[recipe.question].measures, models, measured["unigram"])
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:

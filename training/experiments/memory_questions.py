@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The questions that `memory_models` asks: for each the columns of its table, its picture and its claims.
+"""The questions that `memory_models` asks: for each the columns of its table, its picture and what it measures.
 
 - `fidelity`: what a fresh decoder recovers from a frozen encoder, that of a language model or of an autoencoder;
 - `capacity`: how long a chunk an embedding of a given width can hold;
@@ -8,36 +8,33 @@
 - `positions`: how a position-free mosaic tells the order of a chunk's tokens.
 
 A stage called `probe` measures the model of the stage before it. The model is judged by that earlier stage; the
-accuracy of the probe is a separate measure, `recovered`.
+accuracy of the probe is a separate measure, `recovered`. Each measure is an effect of every model, and of every two
+models: recipes make their claims of these.
 """
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 
 from modeling_memory_mosaic import MemoryModelForCausalLM
+from training.claims import Effect, Effects, mean_effect
 from training.experiments.comparison import Trained
 from training.metrics.mean_loss import bits_per_byte_of_loss
-from training.metrics.retrieval_accuracy.retrieval_accuracy import retrieval_accuracy
-from training.tables import Claim, mean_and_deviation
+from training.tables import mean_and_deviation
 from training.tasks import language_modeling
 from training.tasks.memory_model import measure
 
 
 PROBE = "probe"
-# Chunks that a retrieval chooses from.
-NUM_CANDIDATES = 512
-# The least share of the tokens with which an embedding counts as holding its text.
-HOLDS = 0.99
-# The largest ratio of two measures with which the first counts as far less.
-FAR_LESS = 0.5
-# Causal losses that differ by less count as equal, in nats.
-EQUAL_LOSS = 0.02
+# The share of the tokens with which a decoder counts as telling its memories.
+TELLS = 0.99
+# What a guess by the tokens' frequencies alone gets right, and the like.
+Guess = dict[str, float]
 
 
 def _value(stages: list[dict[str, Any]], measure: str) -> float | None:
@@ -55,18 +52,14 @@ class Series(NamedTuple):
     """One model with every seed."""
 
     label: str
-    trainings: list[Trained]
-    results: list[dict[str, Any]]
+    results: list[dict[str, Any]]  # of each seed; `stages` of each is what is read
     flops: list[int]  # of each stage, the same for all seeds
+    trainings: Sequence[Trained] = ()  # none where a finished result is read
 
     def values(self, measure: str) -> list[float]:
         """Return a measure of each seed; nothing if the model lacks it."""
         values = [_value(result["stages"], measure) for result in self.results]
         return [value for value in values if value is not None] if None not in values else []
-
-    def mean(self, measure: str) -> float:
-        """Return the mean of a measure over the seeds."""
-        return statistics.mean(self.values(measure))
 
     def format(self, measure: str, digits: int = 3) -> str:
         """Return a measure as a cell of a table."""
@@ -76,6 +69,24 @@ class Series(NamedTuple):
         # The recipe sets the steps, so that seeds do not differ in them.
         return f"{values[0]:,}" if measure == "steps" else mean_and_deviation(values, digits)
 
+    def curve(self, result: dict[str, Any], measure: str) -> list[tuple[float, float]]:
+        """Return points (operations of all stages so far, validation measure) of one seed.
+
+        A probe after other stages is left out.
+        """
+        points: list[tuple[float, float]] = []
+        flops_before = 0.0
+        for stage, stage_flops in zip(result["stages"], self.flops, strict=True):
+            # A probe that comes first is the only training of this model, so that its curve is drawn.
+            if stage["name"] == PROBE and points:
+                break
+            # The log counts steps, and a step costs more in some stages than in others.
+            flops_per_step = stage_flops / stage["steps"]
+            entries = [entry for entry in stage["learning_curve"] if f"eval_{measure}" in entry]
+            points += [(flops_before + entry["step"] * flops_per_step, entry[f"eval_{measure}"]) for entry in entries]
+            flops_before += stage_flops
+        return points
+
 
 def prepare_windows(training: Trained) -> dict[str, Dataset]:
     """Return the windows, by split, that a training reads."""
@@ -84,35 +95,160 @@ def prepare_windows(training: Trained) -> dict[str, Dataset]:
     return language_modeling.prepare_windows(training.recipe, tokenizer, state)
 
 
-# Columns that are measured on the trained models.
+# Measures of one seed
 
 
-def _entropy(series: Series) -> dict[str, list[float]]:
-    """Return the entropy ratio of what was recovered: 1 is everything, 0 a uniform guess."""
+class Reading(NamedTuple):
+    """A measure of one seed; `is_bound` if the training ended before it was reached."""
+
+    value: float
+    is_bound: bool = False
+
+
+class Measure(NamedTuple):
+    """A measure of which there are effects.
+
+    Args:
+        name: before the colon in the names of effects.
+        unit: of a value.
+        read: returns it of a model and one of its results; None if the model lacks it.
+        as_ratio: whether two models are compared by the logarithm (base 2) of their ratio; otherwise by a difference.
+        of_memory: whether a model without a memory lacks it.
+    """
+
+    name: str
+    unit: str
+    read: Callable[[Series, dict[str, Any], Guess], Reading | None]
+    as_ratio: bool = False
+    of_memory: bool = True
+
+    def of(self, label: str) -> str:
+        """Return the name of the effect of one model."""
+        return f"{self.name}: {label}"
+
+    def between(self, label: str, other: str) -> str:
+        """Return the name of the effect of one model against another."""
+        return f"log2 of {self.name}: {label} over {other}" if self.as_ratio else f"{self.name}: {label} less {other}"
+
+
+def _direct(name: str, unit: str, metric: str, of_memory: bool = True) -> Measure:
+    """Return a measure that stands in the results."""
+
+    def read(series: Series, result: dict[str, Any], guess: Guess) -> Reading | None:
+        value = _value(result["stages"], metric)
+        return None if value is None else Reading(value)
+
+    return Measure(name, unit, read, of_memory=of_memory)
+
+
+def _above_chance(accuracy: float, guess: Guess) -> float:
+    """Return an accuracy on a scale where a guess by frequencies is 0 and all is 1."""
+    return (accuracy - guess["accuracy"]) / (1 - guess["accuracy"])
+
+
+def _probed_places(result: dict[str, Any]) -> list[float] | None:
+    """Return the accuracy of the probe at each place of a chunk."""
+    stage = result["stages"][-1]
+    return stage["metrics"].get("autoencoding_by_place") if stage["name"] == PROBE else None
+
+
+def _characters(series: Series, result: dict[str, Any], guess: Guess) -> Reading | None:
+    places = _probed_places(result)
+    return None if places is None else Reading(sum(_above_chance(place, guess) for place in places))
+
+
+def _first_half(series: Series, result: dict[str, Any], guess: Guess) -> Reading | None:
+    places = _probed_places(result)
+    return None if places is None else Reading(_above_chance(statistics.mean(places[: len(places) // 2]), guess))
+
+
+def _copy_above_chance(series: Series, result: dict[str, Any], guess: Guess) -> Reading | None:
+    accuracy = _value(result["stages"], "blank_copy_accuracy")
+    return None if accuracy is None else Reading(_above_chance(accuracy, guess))
+
+
+def _operations(series: Series, result: dict[str, Any], guess: Guess) -> Reading | None:
+    """Return operations up to the first evaluation at which the decoder tells its memories, in 10^12."""
+    curve = series.curve(result, "blank_copy_accuracy")
+    if not curve:
+        return None
+    reached = [flops for flops, accuracy in curve if accuracy >= TELLS]
+    return Reading((reached or [curve[-1][0]])[0] / 1e12, is_bound=not reached)
+
+
+RECOVERED = _direct("tokens recovered", "", "autoencoding_accuracy")
+CAUSAL_LOSS = _direct("causal loss", "nats", "causal_loss", of_memory=False)
+BLANK_COPY = _direct("blank copy", "", "blank_copy_accuracy")
+COPY_ABOVE_CHANCE = Measure("blank copy above chance", "", _copy_above_chance)
+CHARACTERS = Measure("characters above chance", "characters", _characters)
+FIRST_HALF = Measure("first half above chance", "", _first_half)
+OPERATIONS = Measure(f"operations to {TELLS} blank copy", "10^12", _operations, as_ratio=True)
+
+
+# Effects
+
+
+def effect_names(measures: Sequence[Measure], labels: Sequence[str], without_memory: Sequence[str]) -> list[str]:
+    """Return the names of all effects: of each model, and of each two in their order.
+
+    Args:
+        measures: of the question.
+        labels: of the models.
+        without_memory: labels of models that have no memory.
+    """
+    names = []
+    for each in measures:
+        measured = [label for label in labels if not (each.of_memory and label in without_memory)]
+        names += [each.of(label) for label in measured]
+        names += [each.between(*pair) for pair in itertools.combinations(measured, 2)]
+    return names
+
+
+def _effect(readings: Sequence[Reading], values: Sequence[float], unit: str) -> Effect:
+    effect = mean_effect(values, unit)
+    if any(reading.is_bound for reading in readings):
+        return effect._replace(low=None, high=None, basis=f"{effect.basis}, some of which end before they reach it")
+    return effect
+
+
+def effects_of(measures: Sequence[Measure], models: Sequence[Series], guess: Guess) -> Effects:
+    """Return the effects by name, in the order of `effect_names`.
+
+    Args:
+        measures: of the question.
+        models: in the order of the recipe.
+        guess: measures of a guess by frequencies.
+    """
+    found: Effects = {}
+    for each in measures:
+        readings: dict[str, list[Reading]] = {}
+        for series in models:
+            of_seeds = [each.read(series, result, guess) for result in series.results]
+            if None not in of_seeds:
+                readings[series.label] = cast(list[Reading], of_seeds)
+        for label, ours in readings.items():
+            found[each.of(label)] = _effect(ours, [reading.value for reading in ours], each.unit)
+        for (label, ours), (other, theirs) in itertools.combinations(readings.items(), 2):
+            pairs = [(our.value, their.value) for our, their in zip(ours, theirs, strict=True)]
+            values = [math.log2(our / their) if each.as_ratio else our - their for our, their in pairs]
+            unit = "" if each.as_ratio else each.unit
+            found[each.between(label, other)] = _effect([*ours, *theirs], values, unit)
+    return found
+
+
+# Columns that are measured on the trained models
+
+
+def _entropy_and_characters(series: Series, guess: Guess) -> dict[str, list[float]]:
+    """Return the entropy ratio of what was recovered (1 is everything, 0 a uniform guess), and the characters."""
     # The last stage of each model is its probe.
     losses = [result["stages"][-1]["metrics"]["autoencoding_loss"] for result in series.results]
     vocab_size = series.trainings[0].recipe.build_config().vocab_size
-    return {"entropy ratio": [1 - loss / math.log(vocab_size) for loss in losses]}
-
-
-@torch.no_grad()
-def _retrieval_accuracy(training: Trained) -> float:
-    """Return the share of chunks whose embedding is nearest to that of the chunk a quarter of its length later.
-
-    All are chunks of validation text. Each embedding has NUM_CANDIDATES candidates.
-    """
-    model = cast(MemoryModelForCausalLM, training.load()[0])
-    length = model.config.chunk_length
-    rows = prepare_windows(training)["validation"].with_format("torch")["input_ids"][:]
-    text = rows.flatten()[: NUM_CANDIDATES * 2 * length]
-    chunks = text.unfold(0, length, 2 * length)  # every other one, so that no two candidates share a token
-    later = text.roll(-(length // 4)).unfold(0, length, 2 * length)  # (N, L), as `chunks`
-    queries, candidates = (model.encoder(part.to(model.device)).memories.flatten(1) for part in (chunks, later))
-    return retrieval_accuracy(queries.tolist(), candidates.tolist())["accuracy"]
-
-
-def _entropy_and_retrieval(series: Series) -> dict[str, list[float]]:
-    return _entropy(series) | {"retrieval": [_retrieval_accuracy(training) for training in series.trainings]}
+    readings = [_characters(series, result, guess) for result in series.results]
+    return {
+        "entropy ratio": [1 - loss / math.log(vocab_size) for loss in losses],
+        CHARACTERS.name: [reading.value for reading in readings if reading is not None],
+    }
 
 
 def _stored_accuracy(training: Trained, quantization: str) -> float:
@@ -132,7 +268,7 @@ def _stored_bits_per_byte(training: Trained, result: dict[str, Any]) -> float:
     return bits_per_byte_of_loss(loss, size["tokens"], size["bytes"]) + num_chunks * stored / size["bytes"]
 
 
-def _storage(series: Series) -> dict[str, list[float]]:
+def _storage(series: Series, guess: Guess) -> dict[str, list[float]]:
     """Return the accuracy with stored numbers of one byte, and bits per byte of text, those of the vector included."""
     accuracies = {
         name: [_stored_accuracy(training, name) for training in series.trainings] for name in ("int8", "fp8")
@@ -141,140 +277,11 @@ def _storage(series: Series) -> dict[str, list[float]]:
     return accuracies | {"bits per byte with int8": bits}
 
 
-def _no_columns(series: Series) -> dict[str, list[float]]:
+def _no_columns(series: Series, guess: Guess) -> dict[str, list[float]]:
     return {}
 
 
-# Claims: of each question, from its models by label. `roles` are the labels by the part that they play.
-
-
-def _is_far_less(values: Sequence[float], others: Sequence[float]) -> bool:
-    # The worst pair of seeds decides, so that one good seed is not enough.
-    return max(values) <= FAR_LESS * min(others)
-
-
-def _fidelity_claims(
-    roles: dict[str, list[str]], models: dict[str, Series], unigram: dict[str, float]
-) -> Iterator[Claim]:
-    recovered = {label: series.values("recovered") for label, series in models.items()}
-    control = recovered[roles["control"][0]]
-    trained = [recovered[label] for label in roles["language_models"]]
-    holds_little = all(_is_far_less(values, control) for values in trained)
-    holds_much = any(min(values) >= HOLDS for values in trained)
-    yield Claim(
-        "Embeddings of language models hold little of their input, whatever the training",
-        "about 5% of the tokens at 512, an untrained encoder's about 4%, an autoencoder's over 95% at 256",
-        "; ".join(f"{label} {mean_and_deviation(values, 3)}" for label, values in recovered.items())
-        + f"; frequencies alone {unigram['accuracy']:.3f}",
-        "reproduced" if holds_little else "contradicted" if holds_much else "not at this size",
-    )
-
-
-def _capacity_claims(
-    roles: dict[str, list[str]], models: dict[str, Series], unigram: dict[str, float]
-) -> Iterator[Claim]:
-    held = {label: models[label].values("autoencoding_accuracy") for label in roles["nearly_all"]}
-    yield Claim(
-        "Embeddings of an autoencoder hold nearly all of their input",
-        "over 95% of 256 tokens",
-        "; ".join(f"{label} {mean_and_deviation(values, 4)}" for label, values in held.items()),
-        "reproduced" if all(min(values) >= HOLDS for values in held.values()) else "not at this size",
-    )
-
-
-def _side_by_side(measure: str, *models: Series) -> str:
-    return ", ".join(f"{series.label} {series.format(measure)}" for series in models)
-
-
-def _claims_on_causal_and_combined(causal: Series, combined: Series) -> Iterator[Claim]:
-    holds_little = _is_far_less(causal.values("recovered"), combined.values("recovered"))
-    blank_copy = _side_by_side("blank_copy_accuracy", causal)
-    yield Claim(
-        "Causal training alone gives memories that hold little",
-        "about 5% of the tokens recovered, as of a plain language model",
-        f"recovered: {_side_by_side('recovered', causal, combined)}; blank copy: {blank_copy}",
-        "reproduced" if holds_little else "not at this size",
-    )
-    holds_much = min(combined.values("blank_copy_accuracy")) >= HOLDS
-    blank_copy = _side_by_side("blank_copy_accuracy", combined)
-    yield Claim(
-        "Combined objectives give memories that hold much, and that the decoder tells",
-        "copies 94.7% (unverified)",
-        f"blank copy: {blank_copy}; causal loss: {_side_by_side('causal_loss', combined, causal)}",
-        "reproduced" if holds_much else "not at this size",
-    )
-
-
-def _claim_on_the_curriculum(curriculum: Series, combined: Series) -> Claim:
-    copies_more = min(curriculum.values("blank_copy_accuracy")) > max(combined.values("blank_copy_accuracy"))
-    predicts_worse = curriculum.mean("causal_loss") > combined.mean("causal_loss") + EQUAL_LOSS
-    blank_copy, copy, causal_loss = (
-        _side_by_side(measure, curriculum, combined)
-        for measure in ("blank_copy_accuracy", "copy_accuracy", "causal_loss")
-    )
-    # Without the last stage, the probe: it trains a new decoder only to measure the encoder.
-    operations = " and ".join(f"{sum(series.flops[:-1]) / 1e12:.1f}" for series in (curriculum, combined))
-    return Claim(
-        "A frozen encoder and a curriculum make the training more efficient",
-        "works best of all (figures only)",
-        f"blank copy: {blank_copy}; copy: {copy}; causal loss: {causal_loss}; at {operations} x 10^12 operations",
-        "contradicted" if not copies_more else "not at this size" if predicts_worse else "reproduced",
-    )
-
-
-def _objectives_claims(
-    roles: dict[str, list[str]], models: dict[str, Series], unigram: dict[str, float]
-) -> Iterator[Claim]:
-    by_role = {role: models[labels[0]] for role, labels in roles.items()}
-    causal, combined, curriculum = by_role["causal"], by_role["combined"], by_role["curriculum"]
-    yield from _claims_on_causal_and_combined(causal, combined)
-    yield _claim_on_the_curriculum(curriculum, combined)
-    frozen_causal = by_role["frozen_causal"]
-    fails = _is_far_less(frozen_causal.values("blank_copy_accuracy"), curriculum.values("blank_copy_accuracy"))
-    yield Claim(
-        "The same curriculum on a frozen causal encoder fails",
-        "very slow on blank copy (figures only)",
-        f"blank copy: {_side_by_side('blank_copy_accuracy', frozen_causal, curriculum)}",
-        "reproduced" if fails else "not at this size",
-    )
-    no_memory = by_role["no_memory"]
-    gain = min(no_memory.values("causal_loss")) - max(causal.values("causal_loss"))
-    yield Claim(
-        "A memory makes the next token easier to predict than none",
-        "clearly better than no memory (figures only)",
-        f"causal loss: {_side_by_side('causal_loss', no_memory, causal, combined, curriculum)}",
-        "reproduced" if gain > EQUAL_LOSS else "not at this size",
-    )
-
-
-def _remedies_claims(
-    roles: dict[str, list[str]], models: dict[str, Series], unigram: dict[str, float]
-) -> Iterator[Claim]:
-    known = {labels[0] for labels in roles.values()}
-    # Every run without a role is a remedy, so that a recipe may add more of them.
-    remedies = [series for label, series in models.items() if label not in known]
-    best = min(remedies, key=lambda series: series.mean("causal_loss"))
-    is_level = best.mean("causal_loss") <= models[roles["combined"][0]].mean("causal_loss") + EQUAL_LOSS
-    yield Claim(
-        "A curriculum costs no causal loss at equal compute, if something is done about it",
-        "not asked",
-        "causal loss: " + "; ".join(f"{series.label} {series.format('causal_loss')}" for series in models.values()),
-        "reproduced" if is_level and min(best.values("blank_copy_accuracy")) >= HOLDS else "not at this size",
-    )
-
-
-def _positions_claims(
-    roles: dict[str, list[str]], models: dict[str, Series], unigram: dict[str, float]
-) -> Iterator[Claim]:
-    pure = models[roles["pure"][0]].values("blank_copy_accuracy")
-    best = max(models.values(), key=lambda series: series.mean("blank_copy_accuracy"))
-    yield Claim(
-        "A repeated vector does not tell the order of tokens; windows that go round it do",
-        "unrolling is much better for transformers",
-        f"blank copy: prefix without positions {mean_and_deviation(pure, 3)}, best: {best.label} "
-        f"{best.format('blank_copy_accuracy')}",
-        "reproduced" if _is_far_less(pure, best.values("blank_copy_accuracy")) else "not at this size",
-    )
+# Questions
 
 
 class Column(NamedTuple):
@@ -300,19 +307,21 @@ class Question(NamedTuple):
         more_columns: of its table, from the trained models: their names and a value for each seed.
         points: drawn for each model and seed.
         curve: drawn over training.
-        claims: of the paper, from the roles, the models by label and the measures of a guess by frequencies.
-        roles: that a recipe has to name.
+        measures: of which there are effects.
     """
 
     columns: tuple[Column, ...]
-    more_columns: Callable[[Series], dict[str, list[float]]]
+    more_columns: Callable[[Series, Guess], dict[str, list[float]]]
     points: Plot
     curve: Plot
-    claims: Callable[[dict[str, list[str]], dict[str, Series], dict[str, float]], Iterator[Claim]]
-    roles: tuple[str, ...]
+    measures: tuple[Measure, ...]
 
 
 _RECOVERED_NAME = "share of tokens recovered from the embedding"
+
+
+# A model that never saw blanks does not copy behind them, whatever its memories hold: a probe tells.
+_RECOVERED = Plot("recovered", _RECOVERED_NAME)
 
 
 _AUTOENCODING = Plot("autoencoding_accuracy", _RECOVERED_NAME)
@@ -339,42 +348,37 @@ _EMBEDDINGS_ALONE = (
 QUESTIONS = {
     "fidelity": Question(
         columns=(Column("recovered", "tokens recovered", 3),),
-        more_columns=_entropy_and_retrieval,
-        points=Plot("recovered", _RECOVERED_NAME),
+        more_columns=_entropy_and_characters,
+        points=_RECOVERED,
         curve=_AUTOENCODING,
-        claims=_fidelity_claims,
-        roles=("control", "language_models"),
+        measures=(CHARACTERS, FIRST_HALF),
     ),
     "capacity": Question(
         columns=_EMBEDDINGS_ALONE,
         more_columns=_storage,
         points=_AUTOENCODING,
         curve=_AUTOENCODING,
-        claims=_capacity_claims,
-        roles=("nearly_all",),
+        measures=(RECOVERED,),
     ),
     "objectives": Question(
         columns=(*_WHOLE_MODEL, Column("recovered", "recovered by a new decoder", 3)),
         more_columns=_no_columns,
-        points=_BLANK_COPY,
+        points=_RECOVERED,
         curve=_BLANK_COPY,
-        claims=_objectives_claims,
-        roles=("curriculum", "combined", "causal", "frozen_causal", "no_memory"),
+        measures=(CAUSAL_LOSS, BLANK_COPY, CHARACTERS, OPERATIONS),
     ),
     "remedies": Question(
         columns=_WHOLE_MODEL,
         more_columns=_no_columns,
         points=_BLANK_COPY,
         curve=Plot("causal_loss", "causal loss (nats)"),
-        claims=_remedies_claims,
-        roles=("curriculum", "combined"),
+        measures=(CAUSAL_LOSS, BLANK_COPY),
     ),
     "positions": Question(
         columns=_WHOLE_MODEL,
         more_columns=_no_columns,
         points=_BLANK_COPY,
         curve=_BLANK_COPY,
-        claims=_positions_claims,
-        roles=("pure",),
+        measures=(CAUSAL_LOSS, COPY_ABOVE_CHANCE),
     ),
 }

@@ -9,63 +9,76 @@ import statistics
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
-from pydantic import Field, PositiveInt, model_validator
-from typing_extensions import Self
+from pydantic import Field, PositiveInt
 
 from modeling_memory_mosaic import inspect_units, summarize_units
+from training.claims import Effect, Effects, crossed_effect, mean_effect
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, summary
 from training.figures import draw_units, new_figure, save_figure
 from training.synthetic import automata
-from training.tables import Claim, Verdict, markdown_table, mean_and_deviation
+from training.tables import markdown_table, mean_and_deviation
 
 
-__all__ = ["Recipe", "plan", "run", "summary"]
+__all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
-# Figure 11 by number of training automata, read off the authors' picture: accuracy, total variation distance.
-PAPER_MOSAIC = {
-    100: (0.924, 0.570),
-    500: (0.928, 0.253),
-    1000: (0.934, 0.215),
-    2500: (0.941, 0.185),
-    40000: (0.959, 0.121),
-}
-PAPER_TRANSFORMER = {
-    100: (0.523, 0.68),
-    500: (0.543, 0.64),
-    1000: (0.53, 0.63),
-    2500: (0.925, 0.231),
-    40000: (0.95, 0.144),
-}
 # Test sequences whose units are measured, and tokens of the first that are drawn.
 NUM_INSPECTED, NUM_DRAWN = 20, 80
 # How the tokens are written in the picture.
 SYMBOLS = "abcdefghijklmnopqr|."
-# The accuracy from which a model counts as having learnt to learn, and that up to which it counts as not.
-# In Fig. 11 mosaics are above 0.92, and transformers of few automata below 0.55.
-SOLVED, UNSOLVED = 0.90, 0.60
+# Names of effects by the measure in a result. `fitted_tvd` is the distance with a fitted temperature.
+MEASURES = {"accuracy": "accuracy", "tvd": "TVD", "fitted_tvd": "fitted TVD"}
+
+
+class Contrast(NamedTuple):
+    """A measure of models, given by label and number of training automata; of two, the difference."""
+
+    measure: str
+    models: list[tuple[str, int]]
 
 
 class Recipe(ComparisonRecipe):
-    """The first run is the mosaic; `transformers` are the labels that the paper's claims are about."""
+    """The first run is the mosaic, which the others are compared with."""
 
     task: Literal["regbench"]
     num_automata: list[PositiveInt] = Field(min_length=1)
-    transformers: list[str] = []
 
     @property
     def variants(self) -> list[dict[str, Any]]:
         return [{"data": {"num_automata": number}} for number in self.num_automata]
 
-    @model_validator(mode="after")
-    def _check_transformers(self) -> Self:
-        unknown = [label for label in self.transformers if label not in list(self.runs)[1:]]
-        if unknown:
-            raise ValueError(f"`transformers` names {unknown}, but the runs after the first are {list(self.runs)[1:]}")
-        return self
+    @property
+    def own_automata(self) -> dict[str, tuple[str, int]]:
+        """Effects on how much better a model knows the automata that it was trained on: label and number, by name."""
+        return {
+            f"accuracy on its own automata - on new ones ({label}; {number} automata)": (label, number)
+            for number in self.num_automata
+            for label in self.runs
+        }
+
+    @property
+    def contrasts(self) -> dict[str, Contrast]:
+        """Effects on new automata, by name. The second model of a pair is taken off the first."""
+        first, *others = self.runs
+        fewest, most = min(self.num_automata), max(self.num_automata)
+        models = {f"{label}; {number} automata": [(label, number)] for label, number in self.own_automata.values()}
+        for number in self.num_automata:
+            models |= {f"{first} - {label}; {number} automata": [(first, number), (label, number)] for label in others}
+        if fewest < most:
+            models |= {f"{label}; {most} - {fewest} automata": [(label, most), (label, fewest)] for label in self.runs}
+        return {
+            f"{name} ({compared})": Contrast(measure, pair)
+            for measure, name in MEASURES.items()
+            for compared, pair in models.items()
+        }
+
+    @property
+    def effect_names(self) -> list[str]:
+        return [*self.contrasts, *self.own_automata]
 
 
 class Series(NamedTuple):
@@ -85,8 +98,18 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     return comparison.plan(recipe)
 
 
+def _result(training: Trained) -> dict[str, Any]:
+    result = training.result()
+    if "temperature" not in result["metrics"]:
+        raise ValueError(
+            f"{training.recipe.folder} was measured by an earlier version, without a temperature: move the folder "
+            "away, and run the experiment again"
+        )
+    return result
+
+
 def _series(recipe: Recipe, trainings: Iterable[Trained]) -> list[Series]:
-    results = {(t.label, t.recipe.data.num_automata, t.seed): t.result() for t in trainings}
+    results = {(t.label, t.recipe.data.num_automata, t.seed): _result(t) for t in trainings}
     return [
         Series(label, number, [results[label, number, seed] for seed in recipe.seeds])
         for number in recipe.num_automata
@@ -96,11 +119,55 @@ def _series(recipe: Recipe, trainings: Iterable[Trained]) -> list[Series]:
 
 def _numbers(series: Series) -> dict[str, Any]:
     curves = [
-        [(point["step"], round(point["accuracy"], 4)) for point in result["learning_curve"]]
+        [(point["step"], round(point["accuracy"], 4), round(point["loss"], 4)) for point in result["learning_curve"]]
         for result in series.results
     ]
-    kept = [{name: result[name] for name in ("seed", "seconds")} | result["metrics"] for result in series.results]
-    return {"label": series.label, "num_automata": series.num_automata, "seeds": kept, "validation_accuracy": curves}
+    kept = [
+        {name: result[name] for name in ("seed", "seconds")}
+        | result["metrics"]
+        | {"test_sequences": {measure: result["test_sequences"][measure] for measure in MEASURES}}
+        for result in series.results
+    ]
+    return {"label": series.label, "num_automata": series.num_automata, "seeds": kept, "validation_curve": curves}
+
+
+def _mean(values: np.ndarray, num_positions: np.ndarray) -> Effect:
+    """Return the mean over all test positions, with an interval for other automata and, from two on, other seeds.
+
+    Args:
+        values (`np.ndarray` of shape `(seeds, automata)`): mean over the positions of each test sequence.
+        num_positions (`np.ndarray` of shape `(automata,)`): of each test sequence.
+    """
+    means = (values @ num_positions / num_positions.sum())[:, None]
+    # Plain means of these are the means over positions. Their deviations are those of a ratio, as sequences differ in
+    # length.
+    values = means + num_positions / num_positions.mean() * (values - means)
+    if len(values) == 1:
+        return mean_effect(values[0].tolist(), "", f"{values.shape[1]} automata, 1 seed")
+    effect = crossed_effect(values, range(values.shape[1]), "")
+    return effect._replace(basis=f"{len(values)} seeds, {values.shape[1]} automata")
+
+
+def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
+    """Return the effects on new automata and on those of the training.
+
+    Models are compared seed by seed and automaton by automaton. The effects on a model's own automata have intervals
+    over seeds alone, because there the automata are not a sample.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+    """
+    seeds = {(one["label"], one["num_automata"]): one["seeds"] for one in measured["series"]}
+    num_positions = np.array(measured["test_positions"])
+
+    found = {}
+    for name, (measure, models) in recipe.contrasts.items():
+        values = [np.array([one["test_sequences"][measure] for one in seeds[model]]) for model in models]
+        found[name] = _mean(values[0] if len(values) == 1 else values[0] - values[1], num_positions)
+    for name, model in recipe.own_automata.items():
+        found[name] = mean_effect([one["test_iid"]["accuracy"] - one["test"]["accuracy"] for one in seeds[model]], "")
+    return found
 
 
 def _inspect(recipe: Recipe) -> list[dict[str, Any]]:
@@ -125,95 +192,21 @@ def _table(series: list[Series]) -> str:
     measures = {
         "accuracy": ("test", "accuracy"),
         "TVD": ("test", "tvd"),
+        "fitted TVD": ("test", "fitted_tvd"),
         "accuracy, last token": ("test", "last_accuracy"),
-        "TVD, last token": ("test", "last_tvd"),
+        "fitted TVD, last token": ("test", "fitted_last_tvd"),
         "accuracy in distribution": ("test_iid", "accuracy"),
-        "TVD in distribution": ("test_iid", "tvd"),
+        "fitted TVD in distribution": ("test_iid", "fitted_tvd"),
     }
     rows = []
     for one in series:
         cells = [mean_and_deviation(one.values(*measure), 3) for measure in measures.values()]
+        cells.append(mean_and_deviation([result["metrics"]["temperature"] for result in one.results], 2))
         seeds = ", ".join(str(result["seed"]) for result in one.results)
-        rows.append([one.label, f"{one.results[0]['parameters']:,}", f"{one.num_automata:,}", seeds, *cells])
-    columns = ["model", "parameters", "training automata", "seeds", *measures]
+        rate = f"{one.results[0]['recipe']['training']['learning_rate']:g}"
+        rows.append([one.label, f"{one.results[0]['parameters']:,}", rate, f"{one.num_automata:,}", seeds, *cells])
+    columns = ["model", "parameters", "learning rate", "training automata", "seeds", *measures, "temperature"]
     return markdown_table(columns, "l" + "r" * (len(columns) - 1), rows)
-
-
-def _paper(values: dict[int, tuple[float, float]], num_automata: int, column: int) -> str:
-    """Return the paper's accuracy (column 0) or TVD (column 1)."""
-    return f"{values[num_automata][column]:.3f}" if num_automata in values else "not given"
-
-
-def _claim_out_of_distribution(mosaic: Series, transformer: Series) -> Claim:
-    ours, theirs = (one.values("test", "accuracy") for one in (mosaic, transformer))
-    # Every seed has to agree, not the mean.
-    reproduced = min(ours) >= SOLVED and max(theirs) <= UNSOLVED
-    verdict: Verdict = (
-        "reproduced" if reproduced else "contradicted" if max(ours) <= min(theirs) else "not at this size"
-    )
-    number = mosaic.num_automata
-    return Claim(
-        f"Of {number} training automata, the mosaic learns to learn a new language, the transformer does not "
-        f"({transformer.label})",
-        f"accuracy {_paper(PAPER_MOSAIC, number, 0)} against {_paper(PAPER_TRANSFORMER, number, 0)} (Fig. 11)",
-        f"{mosaic.label} {mean_and_deviation(ours, 3)}, {transformer.label} {mean_and_deviation(theirs, 3)}",
-        verdict,
-    )
-
-
-def _claim_on_distance(mosaic: Series, transformer: Series) -> Claim:
-    ours, theirs = (one.values("test", "tvd") for one in (mosaic, transformer))
-    is_lower, is_higher = max(ours) < min(theirs), min(ours) > max(theirs)
-    number = mosaic.num_automata
-    return Claim(
-        f"Of {number} training automata, the mosaic's distances to new automata are the smaller ({transformer.label})",
-        f"TVD {_paper(PAPER_MOSAIC, number, 1)} against {_paper(PAPER_TRANSFORMER, number, 1)} (Fig. 11)",
-        f"{mosaic.label} {mean_and_deviation(ours, 3)}, {transformer.label} {mean_and_deviation(theirs, 3)}",
-        "reproduced" if is_lower else "contradicted" if is_higher else "not at this size",
-    )
-
-
-def _claim_in_distribution(baseline: Series) -> Claim:
-    inside, outside = (baseline.values(split, "accuracy") for split in ("test_iid", "test"))
-    # Paired by seed: both numbers are of one model.
-    gaps = [accuracy - other for accuracy, other in zip(inside, outside, strict=True)]
-    return Claim(
-        f"{baseline.label} does far better on new sequences of its {baseline.num_automata} training automata: it has "
-        "learnt them by heart",
-        "good in distribution (Table 4), about 0.45 out of it",
-        f"accuracy {mean_and_deviation(inside, 3)} against {mean_and_deviation(outside, 3)}",
-        "reproduced" if min(gaps) > 0.1 else "contradicted" if max(gaps) < 0 else "not at this size",
-    )
-
-
-def _claims_on_number(mosaics: list[Series]) -> Iterable[Claim]:
-    fewest, most = mosaics[0], mosaics[-1]
-    numbers = ", ".join(f"{one.num_automata:,}" for one in mosaics)
-    # The sign of a change for the better: a distance should fall.
-    for measure, name, column, sign in (("accuracy", "accuracy", 0, 1), ("tvd", "TVD", 1, -1)):
-        means = [mean_and_deviation(one.values("test", measure), 3) for one in mosaics]
-        first, last = (statistics.mean(one.values("test", measure)) for one in (fewest, most))
-        is_better = (last - first) * sign > 0
-        yield Claim(
-            f"More training automata ({numbers}) make the mosaic's {name} better",
-            ", ".join(_paper(PAPER_MOSAIC, one.num_automata, column) for one in mosaics) + " (Fig. 11)",
-            ", ".join(means),
-            "reproduced" if is_better else "contradicted",
-        )
-
-
-def _claims(recipe: Recipe, series: list[Series]) -> Iterable[Claim]:
-    by_name = {(one.label, one.num_automata): one for one in series}
-    mosaic = next(iter(recipe.runs))
-    for number in recipe.num_automata:
-        for label in recipe.transformers:
-            pair = by_name[mosaic, number], by_name[label, number]
-            yield _claim_out_of_distribution(*pair)
-            yield _claim_on_distance(*pair)
-            yield _claim_in_distribution(by_name[label, number])
-    if len(recipe.num_automata) > 1:
-        # The claim goes from the fewest to the most, in whatever order the recipe names them.
-        yield from _claims_on_number([by_name[mosaic, number] for number in sorted(recipe.num_automata)])
 
 
 def _draw_bars(axis: Axes, series: list[Series], measure: str) -> None:
@@ -251,7 +244,7 @@ def _draw(recipe: Recipe, series: list[Series]) -> None:
     figure, ((accuracy_axis, tvd_axis, curves),) = new_figure(1, 3, width=4.6)
     for axis, measure, title in (
         (accuracy_axis, "accuracy", "accuracy"),
-        (tvd_axis, "tvd", "total variation distance"),
+        (tvd_axis, "fitted_tvd", "total variation distance, fitted temperature"),
     ):
         axis.set_title(title)
         if len(recipe.num_automata) == 1:
@@ -273,11 +266,13 @@ def _draw(recipe: Recipe, series: list[Series]) -> None:
 def _measure(recipe: Recipe) -> dict[str, Any]:
     series = _series(recipe, recipe.trainings)
     _draw(recipe, series)
-    return {
-        "measured": {"series": [_numbers(one) for one in series], "units": _inspect(recipe)},
-        "table": _table(series),
-        "claims": list(_claims(recipe, series)),
+    measured = {
+        # All models are tested on the same sequences.
+        "test_positions": series[0].results[0]["test_sequences"]["num_positions"],
+        "series": [_numbers(one) for one in series],
+        "units": _inspect(recipe),
     }
+    return {"measured": measured, "table": _table(series)}
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:

@@ -1,34 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictive disentanglement (Memory Mosaics, Figs. 3 to 6): each of three memories learns to predict one moon.
+"""Predictive disentanglement (Memory Mosaics, Figs. 3 to 6): each of several memories learns to predict one moon.
 
 One memory alone predicts well only after the common period of all moons. Three memories that store one moon each can
-predict it after its own period. Models with one and with three heads are trained with several seeds, and the result
-lists each seed.
+predict it after its own period; more memories than moons leave some to spare. Models of each number of heads are
+trained with several seeds. `moon_figures.py` draws them.
 """
 
+import math
 import statistics
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from accelerate import PartialState
-from matplotlib.axes import Axes
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from tqdm import tqdm
 from typing_extensions import Self
 
-from modeling_memory_mosaic import inspect_continuous_units
+from training.claims import (
+    Effect,
+    Effects,
+    RecipeWithClaims,
+    judged,
+    mean_effect,
+    share_difference_effect,
+    share_effect,
+)
 from training.experiments.comparison import summary
-from training.figures import new_figure, save_figure
+from training.experiments.moon_figures import (
+    AMPLITUDE,
+    draw_curves,
+    draw_units,
+    draw_weights,
+    rounded_landmarks,
+    with_heads,
+)
 from training.parallel import Job, run_all
-from training.recipe import BaseRecipe
 from training.result import header, read_result
 from training.run_folder import run_once
 from training.synthetic import moons
-from training.tables import Claim, Verdict, markdown_table
+from training.tables import markdown_table
 from training.tasks.moon_model import (
-    EVALUATION_SEED,
     PART,
     SECTIONS,
     SYSTEMS,
@@ -36,29 +47,41 @@ from training.tasks.moon_model import (
     context_lengths,
     heads_in_words,
     identity_model,
-    load_part,
     measure,
+    sections_by_window,
     train_part,
 )
 
 
-__all__ = ["Recipe", "plan", "run", "summary"]
+__all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
 IDENTITY_BETAS = (5000.0, 50.0)  # a kernel with nearly no blur, and the kernel of the trained models
-AMPLITUDE = 1.0  # of each coordinate of a moon
 FALL = 0.9  # a deviation falls if it is at most this share of the one before
 NEAR_PERMUTATION = 0.9  # least measure of matrices that count as permutations
-SYSTEM_NAMES = {
-    name: f"{name} moons, periods {', '.join(f'{period:g}' for period in periods)}"
-    for name, periods in SYSTEMS.items()
-}
+# With identity matrices: the section from which on the prediction is good.
+SOLVED = {1: "after lcm", moons.NUM_MOONS: "p3 to lcm"}
+
+FALLS_AT_EACH, FALLS_AT_THE_END = "falls at each period", "falls at the common period alone"
+IS_PERMUTATION, SPARE_HEADS = "near a permutation", "falls at each period, spare heads less 3 heads"
 
 
-class Recipe(BaseRecipe):
+def _by_heads(effect: str, heads: int) -> str:
+    return f"{effect}, {heads_in_words(heads)}"
+
+
+def _against_one(heads: int) -> str:
+    return f"log2 of the deviation from p3 to lcm, {heads_in_words(heads)} over 1 head"
+
+
+def _of_identity(heads: int) -> str:
+    return f"deviation {SOLVED[heads]} over that before p1, identity, {heads_in_words(heads)}"
+
+
+class Recipe(RecipeWithClaims):
     """Lengths are in observations; see `configuration/README.md` for each field."""
 
     task: Literal["three_moons"]
-    heads: list[Literal[1, 3]] = Field(min_length=1)
+    heads: list[PositiveInt] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
     # Length, steps, learning rates, beta, clip and horizon are those of the authors' code.
     length: PositiveInt = 800
@@ -103,6 +126,22 @@ class Recipe(BaseRecipe):
         """Folder of each training, by heads and seed."""
         return {(h, s): self.folder / f"heads{h}-seed{s}" for h in self.heads for s in self.seeds}
 
+    @property
+    def identity_heads(self) -> list[int]:
+        """Numbers of heads of identity matrices: more heads than moons predict the same as one for each."""
+        return sorted({min(heads, moons.NUM_MOONS) for heads in self.heads})
+
+    @property
+    def effect_names(self) -> list[str]:
+        """Names of the effects: for each number of heads, and between them."""
+        names = [_by_heads(name, heads) for heads in self.heads for name in (FALLS_AT_EACH, FALLS_AT_THE_END)]
+        names += [_by_heads(IS_PERMUTATION, heads) for heads in self.heads if heads >= moons.NUM_MOONS]
+        if 1 in self.heads:
+            names += [_against_one(heads) for heads in self.heads if heads > 1]
+        if moons.NUM_MOONS in self.heads and max(self.heads) > moons.NUM_MOONS:
+            names.append(SPARE_HEADS)
+        return names + [_of_identity(heads) for heads in self.identity_heads if heads in SOLVED]
+
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Return what the experiment would do: each training, and whether it is finished."""
@@ -113,10 +152,6 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         lines[f"{heads_in_words(heads)}, seed {seed}"] = f"{parameters} parameters, {finished}, {folder}"
     lines |= {"trainings": len(recipe.parts), "steps": recipe.steps, "predictions": len(context_lengths(recipe))}
     return lines | {"folder": str(recipe.folder), "hash": recipe.hash}
-
-
-def _rounded_landmarks(recipe: Recipe, system: str) -> list[float]:
-    return [round(mark, 1) for mark in moons.landmarks(SYSTEMS[system], recipe.length)]
 
 
 def falls(sections: dict[str, float]) -> list[bool]:
@@ -140,6 +175,62 @@ def falls_at_each_period(sections: dict[str, float]) -> bool:
     return all(falls(sections)[:3]) and max(sections.values()) <= AMPLITUDE
 
 
+def _count(rows: list[dict[str, Any]], effect: str) -> int:
+    """Return for how many trainings an effect of single trainings holds."""
+    if effect == IS_PERMUTATION:
+        return sum(row["permutation"]["together"] >= NEAR_PERMUTATION for row in rows)
+    holds = falls_at_each_period if effect == FALLS_AT_EACH else falls_at_the_end_only
+    return sum(holds(row["sections"]["validation"]) for row in rows)
+
+
+def _share(rows: list[dict[str, Any]], effect: str) -> Effect:
+    return share_effect(_count(rows, effect), len(rows))
+
+
+def _ratio_to_one_head(rows: list[dict[str, Any]], ones: list[dict[str, Any]]) -> Effect:
+    # Ratios: a training whose predictions diverge would be all of a mean of differences.
+    before = [{row["seed"]: row["sections"]["validation"]["p3 to lcm"] for row in part} for part in (rows, ones)]
+    return mean_effect([math.log2(before[0][seed] / before[1][seed]) for seed in before[1]], "")
+
+
+def _spare_heads(trained: list[dict[str, Any]]) -> Effect:
+    spare = [row for row in trained if row["heads"] > moons.NUM_MOONS]
+    three = with_heads(trained, moons.NUM_MOONS)
+    counts = _count(spare, FALLS_AT_EACH), len(spare), _count(three, FALLS_AT_EACH), len(three)
+    return share_difference_effect(*counts, basis=f"{len(spare)} trainings against {len(three)}")
+
+
+def _identity(rows: list[dict[str, Any]], heads: int) -> Effect:
+    # The kernel of the trained models blurs, and its errors add up over predictions in a row.
+    (row,) = (row for row in with_heads(rows, heads) if row["beta"] == max(IDENTITY_BETAS))
+    # Earlier results have the means over windows alone, and so no interval.
+    windows = row.get("windows") or {name: [mean] for name, mean in row["sections"]["validation"].items()}
+    ratios = [late / early for late, early in zip(windows[SOLVED[heads]], windows["before p1"], strict=True)]
+    return mean_effect(ratios, "", basis=f"{len(ratios)} window{'s' * (len(ratios) > 1)}")
+
+
+def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
+    """Return shares of seeds by number of heads, what more heads change, and how well the identity predicts.
+
+    Args:
+        recipe: of the experiment.
+        measured: as its result has it.
+    """
+    trained = measured["trained"]
+    found: Effects = {}
+    for heads in recipe.heads:
+        rows, ones = with_heads(trained, heads), with_heads(trained, 1)
+        found |= {_by_heads(name, heads): _share(rows, name) for name in (FALLS_AT_EACH, FALLS_AT_THE_END)}
+        if heads >= moons.NUM_MOONS:
+            found[_by_heads(IS_PERMUTATION, heads)] = _share(rows, IS_PERMUTATION)
+        if heads > 1 and ones:
+            found[_against_one(heads)] = _ratio_to_one_head(rows, ones)
+    if SPARE_HEADS in recipe.effect_names:
+        found[SPARE_HEADS] = _spare_heads(trained)
+    identities = [heads for heads in recipe.identity_heads if heads in SOLVED]
+    return found | {_of_identity(heads): _identity(measured["identity"], heads) for heads in identities}
+
+
 def _number(value: float, digits: int) -> str:
     """Format a number; large ones without decimals."""
     return f"{value:.{digits}f}" if value < 10 else f"{value:,.0f}"
@@ -152,225 +243,42 @@ def _median_and_range(values: list[float], digits: int) -> str:
     return median if len(values) == 1 else f"{median} ({low} to {high})"
 
 
-def _by_heads(rows: list[dict[str, Any]], heads: int) -> list[dict[str, Any]]:
-    return [row for row in rows if row["heads"] == heads]
+def _share_cell(rows: list[dict[str, Any]], effect: str) -> str:
+    share = _share(rows, effect)
+    return f"{_count(rows, effect)} of {len(rows)} ({share.low:.2f} to {share.high:.2f})"
 
 
-def _table_line(model: str, seeds: str, system: str, rows: list[dict[str, Any]]) -> list[str]:
+def _counts_line(heads: int, rows: list[dict[str, Any]]) -> list[str]:
+    failed = [str(row["seed"]) for row in rows if not _count([row], FALLS_AT_EACH)]
+    nearness = [_share_cell(rows, IS_PERMUTATION), _median_and_range([r["permutation"]["together"] for r in rows], 2)]
+    # A head of several complex coordinates can mix them in any way without any change of its predictions.
+    cells = nearness if heads >= moons.NUM_MOONS else ["-", "-"]
+    shares = [_share_cell(rows, FALLS_AT_EACH), ", ".join(failed) or "none", _share_cell(rows, FALLS_AT_THE_END)]
+    return [str(heads), *shares, *cells, _median_and_range([row["final_loss"] for row in rows], 4)]
+
+
+def _deviations_line(model: str, system: str, rows: list[dict[str, Any]]) -> list[str]:
     cells = [_median_and_range([row["sections"][system][name] for row in rows], 3) for name in SECTIONS]
-    # One head can mix the moons in any way without any change of its predictions: there the measure has no meaning.
-    together = [row["permutation"]["together"] for row in rows]
-    nearness = _median_and_range(together, 2) if rows[0]["heads"] > 1 else "-"
-    return [model, str(rows[0]["heads"]), seeds, system, *cells, nearness]
+    return [model, str(rows[0]["heads"]), system, *cells]
 
 
-def _table(parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> str:
-    """Return a Markdown table of deviations by section: trained models of each size in one line, then each seed."""
-    groups = [(f"identity, beta {row['beta']:g}", "-", [row]) for row in identities]
-    trained = defaultdict(list)
-    for part in parts:
-        trained[part["heads"]].append(part)
-    for heads in sorted(trained):
-        rows = trained[heads]
-        groups.append(("trained", ", ".join(str(row["seed"]) for row in rows), rows))
-        if len(rows) > 1:
-            groups += [("trained", str(row["seed"]), [row]) for row in rows]
-    columns = ["model", "heads", "seeds", "moons", *SECTIONS, "near a permutation"]
-    lines = [_table_line(model, seeds, system, rows) for system in SYSTEMS for model, seeds, rows in groups]
-    return markdown_table(columns, "lrll" + "r" * (len(columns) - 4), lines)
-
-
-def _verdict(successes: int, count: int) -> Verdict:
-    """Return the verdict of a majority of seeds. Fewer successes show that a claim can hold, but not reliably."""
-    return "reproduced" if 2 * successes > count else "not at this size" if successes else "contradicted"
-
-
-def _format_seeds(rows: list[dict[str, Any]], hold: list[bool]) -> str:
-    """Format for how many seeds a claim holds, for which it fails, and the deviations of all seeds by section."""
-    sections = [_median_and_range([row["sections"]["validation"][name] for row in rows], 2) for name in SECTIONS]
-    failed = ", ".join(str(row["seed"]) for row, holds in zip(rows, hold, strict=True) if not holds)
-    count = f"{sum(hold)} of {len(hold)} seeds" + (f" (not {failed})" if failed else "")
-    return f"{count}; all seeds: {', '.join(sections)}"
-
-
-def _claim_on_one_head(rows: list[dict[str, Any]]) -> Claim:
-    hold = [falls_at_the_end_only(row["sections"]["validation"]) for row in rows]
-    return Claim(
-        "With one head the prediction of unseen moons is no better than a guess until all stand as before, then good",
-        "a sharp fall at the common period alone (Fig. 4)",
-        f"{_format_seeds(rows, hold)} (deviation in the five sections between the periods)",
-        _verdict(sum(hold), len(hold)),
-    )
-
-
-def _claim_on_three_heads(rows: list[dict[str, Any]]) -> Claim:
-    hold = [falls_at_each_period(row["sections"]["validation"]) for row in rows]
-    return Claim(
-        "With three heads the deviation falls at each moon's own period",
-        "three falls, before the common period (Fig. 5)",
-        _format_seeds(rows, hold),
-        _verdict(sum(hold), len(hold)),
-    )
-
-
-def _claim_on_weights(rows: list[dict[str, Any]]) -> Claim:
-    together = [row["permutation"]["together"] for row in rows]
-    hold = [value >= NEAR_PERMUTATION for value in together]
-    each = ", ".join(f"{row['seed']}: {value:.2f}" for row, value in zip(rows, together, strict=True))
-    return Claim(
-        "With three heads the matrices become permutations: each head takes one moon, and the same in all three",
-        "absolute weights near permutations (Fig. 6)",
-        f"{sum(hold)} of {len(hold)} seeds at least {NEAR_PERMUTATION}; 1 is a permutation, 0 an even mixture; by "
-        f"seed {each}",
-        _verdict(sum(hold), len(hold)),
-    )
-
-
-def _claim_before_the_common_period(one: list[dict[str, Any]], three: list[dict[str, Any]]) -> Claim:
-    before = {
-        heads: [row["sections"]["validation"]["p3 to lcm"] for row in rows] for heads, rows in ((1, one), (3, three))
-    }
-    level = statistics.mean(before[1])
-    hold = [value <= level / 2 for value in before[3]]
-    return Claim(
-        "Between the longest and the common period three heads predict well, and one head cannot",
-        "Fig. 5 against Fig. 4",
-        f"deviation {_median_and_range(before[3], 2)} with three heads, {_median_and_range(before[1], 2)} with one; "
-        f"{sum(hold)} of {len(hold)} seeds at most half of it",
-        _verdict(sum(hold), len(hold)),
-    )
-
-
-def _claim_on_the_identity(identities: list[dict[str, Any]]) -> Claim:
-    # The kernel of the trained models blurs, and its errors add up over predictions in a row.
-    sharp = [row for row in identities if row["beta"] == max(IDENTITY_BETAS)]
-    rules = {1: falls_at_the_end_only, 3: falls_at_each_period}
-    hold = [rules[row["heads"]](row["sections"]["validation"]) for row in sharp]
-    deviations = {
-        row["heads"]: ", ".join(f"{row['sections']['validation'][name]:.3g}" for name in SECTIONS) for row in sharp
-    }
-    return Claim(
-        "Identity matrices solve the task without training: the memory alone predicts",
-        "stated with the training (section on three moons)",
-        f"beta {max(IDENTITY_BETAS):g}: "
-        + "; ".join(f"{heads_in_words(heads)} {values}" for heads, values in deviations.items()),
-        _verdict(sum(hold), len(hold)),
-    )
-
-
-def _claims(parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> list[Claim]:
-    claims = []
-    if one := _by_heads(parts, 1):
-        claims.append(_claim_on_one_head(one))
-    if three := _by_heads(parts, 3):
-        claims += [_claim_on_three_heads(three), _claim_on_weights(three)]
-    if one and three:
-        claims.append(_claim_before_the_common_period(one, three))
-    return [*claims, _claim_on_the_identity(identities)]
-
-
-def _mark_periods(axis: Axes, marks: list[float]) -> None:
-    """Draw a vertical line at each period and at the common one."""
-    for name, mark in zip(("p1", "p2", "p3", "lcm"), marks, strict=True):
-        axis.axvline(mark, color="grey", lw=0.8, alpha=0.7)
-        axis.text(mark, 1.01, name, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=7)
-
-
-def _draw_curves(recipe: Recipe, parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> None:
-    """Draw the curves of Figs. 4 and 5: one panel for each number of heads and each system."""
-    figure, axes = new_figure(len(SYSTEMS), len(recipe.heads), width=5.4, height=3.4, sharey=True, sharex=True)
-    lengths = context_lengths(recipe)
-    for row, system in zip(axes, SYSTEMS, strict=True):
-        for axis, heads in zip(row, recipe.heads, strict=True):
-            for part in _by_heads(parts, heads):
-                axis.plot(lengths, part["curves"][system], lw=0.9, label=f"seed {part['seed']}")
-            for identity, style in zip(_by_heads(identities, heads), (":", "--"), strict=True):
-                label = f"identity, beta {identity['beta']:g}"
-                axis.plot(lengths, identity["curves"][system], style, lw=1, color="black", label=label)
-            _mark_periods(axis, _rounded_landmarks(recipe, system))
-            axis.set_title(f"{heads_in_words(heads)}, {SYSTEM_NAMES[system]}", fontsize=9, pad=16)
-            axis.set_ylim(0, AMPLITUDE)  # diverging predictions leave the panel
-    for axis in axes[:, 0]:
-        axis.set_ylabel(f"mean absolute deviation,\n{recipe.horizon} predictions in a row", fontsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel("observations read")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center")
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
-
-
-def _draw_matrix(axis: Axes, matrix: np.ndarray) -> None:
-    """Draw a matrix as colours with its numbers."""
-    # A matrix of zeros would leave no range of colours.
-    axis.imshow(matrix, cmap="Blues", vmin=0, vmax=matrix.max() or 1)
-    axis.grid(False)
-    for (row, column), value in np.ndenumerate(matrix):
-        color = "white" if value > matrix.max() / 2 else "black"
-        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=5, color=color)
-    axis.set_xticks([])
-    axis.set_yticks([])
-
-
-def _draw_weights(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
-    """Draw the matrices of Fig. 6 for every seed, below each other: a row for each head, a column for each moon."""
-    names = list(parts[0]["weights"])
-    figure, axes = new_figure(len(names) * len(recipe.heads), len(recipe.seeds), width=1.15, height=1.15)
-    for index, part in enumerate(parts):
-        # Parts are all seeds of one number of heads, then all of the next.
-        block, column = divmod(index, len(recipe.seeds))
-        for offset, name in enumerate(names):
-            axis = axes[block * len(names) + offset, column]
-            _draw_matrix(axis, np.array(part["weights"][name]))
-            if offset == 0:
-                axis.set_title(f"{heads_in_words(part['heads'])}\nseed {part['seed']}", fontsize=7)
-            if column == 0:
-                # W_z is transposed, so that in all three a column is a moon.
-                axis.set_ylabel(("$W_\\phi$", "$W_\\psi$", "$W_z^T$")[offset], fontsize=9)
-    save_figure(figure, recipe.folder / f"{recipe.name}_weights.png")
-
-
-def _late_deviation(part: dict[str, Any]) -> float:
-    """Return the deviation after the longest period of a moon, by which the best model is chosen."""
-    return part["sections"]["validation"]["p3 to lcm"] + part["sections"]["validation"]["after lcm"]
-
-
-def _draw_moons_by_head(axis: Axes, matrix: np.ndarray) -> None:
-    """Draw the share `[H][3]` of each head in the prediction of each moon."""
-    _draw_matrix(axis, matrix.round(2) + 0.0)  # + 0.0 turns -0.0 into 0.0
-    axis.set_aspect("auto")
-    axis.set_xticks(range(moons.NUM_MOONS), [f"period {period:g}" for period in moons.VALIDATION_TRIPLE])
-    axis.set_yticks(range(len(matrix)))
-    axis.set_xlabel("whose prediction it is")
-
-
-def _draw_units(recipe: Recipe, parts: list[dict[str, Any]]) -> None:
-    """Draw the measures of each memory in the best model of each number of heads."""
-    best = [min(_by_heads(parts, heads), key=_late_deviation) for heads in recipe.heads]
-    figure, axes = new_figure(4, len(best), width=5.4, height=2.3)
-    windows = moons.draw_windows(moons.VALIDATION_TRIPLE, 1, recipe.length, EVALUATION_SEED)
-    for column, part in zip(axes.T, best, strict=True):
-        model, _ = load_part(recipe.parts[part["heads"], part["seed"]])
-        units = inspect_continuous_units(model, windows)
-        # The fourth axis of a column is for the matrix below. There is one window, `rows[0]`.
-        for axis, rows in zip(column, (units.error, units.effective_pairs, units.share), strict=False):
-            for head, values in enumerate(rows[0].tolist()):
-                axis.plot(range(1, len(values) + 1), values, lw=0.8, label=f"head {head}")
-            _mark_periods(axis, _rounded_landmarks(recipe, "validation"))
-            axis.set_xlim(0, recipe.length)
-        column[0].set_title(f"{heads_in_words(part['heads'])}, seed {part['seed']}", pad=16)
-        column[0].legend()
-        _draw_moons_by_head(column[3], np.array(part["moons_by_head"]))
-    for axis, label in zip(
-        axes[:, 0], ("relative error", "effective pairs", "share of prediction", "head"), strict=True
-    ):
-        axis.set_ylabel(label)
-    for axis in (*axes[0], *axes[1]):
-        axis.set_yscale("log")
-    for axis in axes[0]:
-        axis.set_ylim(1e-4, 10)
-    for axis in axes[2]:
-        axis.set_xlabel("observations read")
-    save_figure(figure, recipe.folder / f"{recipe.name}_units.png")
+def _table(recipe: Recipe, trained: list[dict[str, Any]], identities: list[dict[str, Any]]) -> str:
+    """Return Markdown tables: by number of heads how many seeds succeed, and deviations by section."""
+    by_heads = {heads: with_heads(trained, heads) for heads in recipe.heads}
+    columns = [
+        "heads",
+        FALLS_AT_EACH,
+        "seeds that fail",
+        FALLS_AT_THE_END,
+        f"at least {NEAR_PERMUTATION} {IS_PERMUTATION}",
+    ]
+    columns += [IS_PERMUTATION, "final loss"]
+    counts = markdown_table(columns, "rrlrrrr", [_counts_line(heads, rows) for heads, rows in by_heads.items()])
+    groups = [(f"identity, beta {row['beta']:g}", [row]) for row in identities]
+    groups += [(f"trained, {len(rows)} seed{'s' * (len(rows) > 1)}", rows) for rows in by_heads.values()]
+    lines = [_deviations_line(model, system, rows) for system in SYSTEMS for model, rows in groups]
+    deviations = markdown_table(["model", "heads", "moons", *SECTIONS], "lrl" + "r" * len(SECTIONS), lines)
+    return f"{counts}\n\n{deviations}"
 
 
 def _read_part(folder: Path) -> dict[str, Any]:
@@ -380,29 +288,35 @@ def _read_part(folder: Path) -> dict[str, Any]:
     return part
 
 
+def _identities(recipe: Recipe) -> list[dict[str, Any]]:
+    """Measure identity matrices; what is known of them, their weights, is left out."""
+    rows = []
+    combinations = [(heads, beta) for beta in IDENTITY_BETAS for heads in recipe.identity_heads]
+    for heads, beta in tqdm(combinations, desc="identity weights"):
+        model = identity_model(recipe, heads, beta)
+        measured = measure(model, recipe)
+        kept = {name: measured[name] for name in ("curves", "sections")}
+        rows.append({"heads": heads, "beta": beta, **kept, "windows": sections_by_window(model, recipe)})
+    return rows
+
+
 def _results(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
     """Train the missing parts, measure them and the identity models, draw all figures and judge the claims."""
     jobs = [Job(folder, train_part, (recipe, *part, folder)) for part, folder in recipe.parts.items()]
     run_all(jobs, recipe.workers)
     parts = [_read_part(folder) for folder in recipe.parts.values()]
-    combinations = [(heads, beta) for beta in IDENTITY_BETAS for heads in recipe.heads]
-    identities = [
-        {"heads": heads, "beta": beta} | measure(identity_model(recipe, heads, beta), recipe)
-        for heads, beta in tqdm(combinations, desc="identity weights")
-    ]
-    _draw_curves(recipe, parts, identities)
-    _draw_weights(recipe, parts)
-    _draw_units(recipe, parts)
+    identities = _identities(recipe)
+    draw_curves(recipe, parts, identities)
+    draw_weights(recipe, parts)
+    draw_units(recipe, parts)
     measured = {
         "context_lengths": context_lengths(recipe),
-        "landmarks": {name: _rounded_landmarks(recipe, name) for name in SYSTEMS},
+        "landmarks": {name: rounded_landmarks(recipe, name) for name in SYSTEMS},
         "trained": parts,
-        # The weights of the identity and their measures are known.
-        "identity": [{k: row[k] for k in ("heads", "beta", "curves", "sections")} for row in identities],
+        "identity": identities,
     }
-    claims = [claim._asdict() for claim in _claims(parts, identities)]
-    measures = {"measured": measured, "table": _table(parts, identities), "claims": claims}
-    return header(recipe) | {"data": data} | measures
+    measures = {"measured": measured, "table": _table(recipe, parts, identities)}
+    return header(recipe) | {"data": data} | measures | judged(recipe, measured)
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:

@@ -7,6 +7,7 @@ read so far. Everything is drawn from (seed, split, number) alone: automaton 7 i
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
 from huggingface_hub import DatasetCardData
 from pydantic import PositiveInt, model_validator
+from scipy.optimize import minimize_scalar
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
@@ -33,6 +35,8 @@ IGNORED = -100  # by torch's cross entropy
 # Numbers of the random streams. `test_iid` has new strings of the training automata.
 TRAIN, VALIDATION, TEST, TEST_IID = range(4)
 SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST, "test_iid": TEST_IID}
+# A training keeps the model of the best evaluation by each of these measures.
+CHOSEN_BY = ("accuracy", "loss")
 FEATURES = Features(
     {
         "automaton": Value("int64"),
@@ -204,46 +208,147 @@ def next_symbol_probabilities(rows: list[dict[str, Any]], length: int) -> torch.
     return probabilities
 
 
+class Predictions(NamedTuple):
+    """The predictions of a model at the P places of a split where a symbol comes next.
+
+    `logits` `(P, V)`; `true` `(P, V)`, the automata's probabilities; `next_tokens` `(P,)`; `rows` `(P,)`, the numbers
+    of the places' sequences in the split. The places of a sequence stand together, in their order.
+    """
+
+    logits: torch.Tensor
+    true: torch.Tensor
+    next_tokens: torch.Tensor
+    rows: torch.Tensor
+
+    @property
+    def is_last(self) -> torch.Tensor:
+        """Mask `(P,)` of the last place of each sequence."""
+        return torch.cat([self.rows[1:] != self.rows[:-1], torch.tensor([True])])
+
+
 @torch.no_grad()
-def _score_batch(model: PreTrainedModel, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return accuracy, distance and loss where a symbol comes next `(positions, 3)`, and at each last one `(B, 3)`."""
+def _predict_batch(model: PreTrainedModel, rows: list[dict[str, Any]], numbers: np.ndarray) -> Predictions:
     ids = collate(rows)["input_ids"]
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits[..., :VOCAB_SIZE]
-    log_predicted = logits.double().log_softmax(-1).cpu()
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits[..., :VOCAB_SIZE].double().cpu()
     true = next_symbol_probabilities(rows, ids.shape[1])  # (B, T, V)
-    # Several symbols may come next, and each of them is right.
-    is_right = true.gather(-1, log_predicted.argmax(-1, keepdim=True))[..., 0] > 0
-    distance = (log_predicted.exp() - true).abs().sum(-1) / 2
-    loss = -log_predicted[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]  # (B, T - 1)
-    scores = torch.stack([is_right.double(), distance, torch.nn.functional.pad(loss, (0, 1))], dim=-1)
     is_next_symbol = true.sum(-1) > 0
-    positions = torch.arange(ids.shape[1]).expand_as(is_next_symbol)
-    last = torch.where(is_next_symbol, positions, -1).max(dim=1).values
-    return scores[is_next_symbol], scores[torch.arange(len(rows)), last]
+    next_tokens = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=PADDING)
+    row_numbers = torch.from_numpy(numbers)[:, None].expand_as(ids)
+    return Predictions(*(part[is_next_symbol] for part in (logits, true, next_tokens, row_numbers)))
 
 
-def score(model: PreTrainedModel, split: Dataset, batch_size: int) -> dict[str, float]:
-    """Measure how a model predicts the automata, where a symbol comes next and at the last such place of a sequence.
+def predict(model: PreTrainedModel, split: Dataset, batch_size: int) -> Predictions:
+    """Return what a model predicts on a split; `batch_size` changes the speed alone."""
+    order = np.argsort([len(ids) for ids in split["input_ids"]])  # batches of similar lengths have little padding
+    rows = split.select(order).to_list()
+    starts = range(0, len(rows), batch_size)
+    batches = [_predict_batch(model, rows[i : i + batch_size], order[i : i + batch_size]) for i in starts]
+    return Predictions(*map(torch.cat, zip(*batches, strict=True)))
+
+
+def _scores_by_place(predictions: Predictions, temperature: float) -> torch.Tensor:
+    """Return accuracy, distance and loss at each place, `(P, 3)`, of logits divided by a temperature."""
+    log_predicted = (predictions.logits / temperature).log_softmax(-1)
+    # Several symbols may come next, and each of them is right.
+    is_right = predictions.true.gather(-1, log_predicted.argmax(-1, keepdim=True))[..., 0] > 0
+    distance = (log_predicted.exp() - predictions.true).abs().sum(-1) / 2
+    loss = -log_predicted.gather(-1, predictions.next_tokens[:, None])[..., 0]
+    return torch.stack([is_right.double(), distance, loss], dim=-1)
+
+
+def measures(predictions: Predictions, temperature: float = 1.0) -> dict[str, float]:
+    """Measure predictions where a symbol comes next, and at the last such place of each sequence.
+
+    Args:
+        predictions: of a model on a split.
+        temperature: the logits are divided by it.
 
     Returns:
         `accuracy`: share of positions at which the most probable token may come next. `tvd`: total variation distance
         (half of the summed absolute differences) to the automaton's probabilities. `last_accuracy`, `last_tvd`: the
         same at last positions alone. `loss`: nats per symbol. `num_positions`: the number of positions.
     """
-    order = np.argsort([len(ids) for ids in split["input_ids"]])  # batches of similar lengths have little padding
-    rows = split.select(order).to_list()
-    batches = [_score_batch(model, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-    position = torch.cat([positions for positions, _ in batches])
-    last = torch.cat([lasts for _, lasts in batches])
-    accuracy, tvd, loss = position.mean(0).tolist()
-    last_accuracy, last_tvd, _ = last.mean(0).tolist()
+    by_place = _scores_by_place(predictions, temperature)
+    accuracy, tvd, loss = by_place.mean(0).tolist()
+    last_accuracy, last_tvd, _ = by_place[predictions.is_last].mean(0).tolist()
     return {
         "accuracy": accuracy,
         "tvd": tvd,
         "last_accuracy": last_accuracy,
         "last_tvd": last_tvd,
         "loss": loss,
-        "num_positions": len(position),
+        "num_positions": len(by_place),
+    }
+
+
+def score(model: PreTrainedModel, split: Dataset, batch_size: int) -> dict[str, float]:
+    """Return the `measures` of a model on a split, its logits as they are."""
+    return measures(predict(model, split, batch_size))
+
+
+def fitted_temperature(predictions: Predictions) -> float:
+    """Return the divisor of the logits, from 1/100 to 100, that makes the symbols of a split the most likely.
+
+    The symbols decide, not the automata's probabilities: a temperature can be fitted so on any text.
+    """
+
+    def loss(log_temperature: float) -> float:
+        return float(_scores_by_place(predictions, math.exp(log_temperature))[:, 2].mean())
+
+    # The loss is convex in 1 / temperature, so that there is one minimum only.
+    bounds = (-math.log(100), math.log(100))
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
+
+
+def _means(surest: Predictions, likeliest: Predictions, temperature: float) -> dict[str, float]:
+    plain, fitted = measures(likeliest), measures(likeliest, temperature)
+    distances = ("tvd", "last_tvd", "loss")
+    means = measures(surest) | {name: plain[name] for name in distances}
+    return means | {f"fitted_{name}": fitted[name] for name in distances}
+
+
+def _means_by_sequence(surest: Predictions, likeliest: Predictions, temperature: float) -> dict[str, list[float]]:
+    counts = torch.bincount(surest.rows)
+
+    def means(predictions: Predictions, temperature: float, measure: int) -> list[float]:
+        sums = torch.bincount(predictions.rows, _scores_by_place(predictions, temperature)[:, measure])
+        return [round(mean, 4) for mean in (sums / counts).tolist()]
+
+    return {
+        "num_positions": counts.tolist(),
+        "accuracy": means(surest, 1.0, 0),
+        "tvd": means(likeliest, 1.0, 1),
+        "fitted_tvd": means(likeliest, temperature, 1),
+    }
+
+
+def report(models: dict[str, PreTrainedModel], splits: DatasetDict, batch_size: int) -> dict[str, Any]:
+    """Return what the result of a training says of its models.
+
+    Accuracy is that of the model with the best accuracy on validation automata; distance and loss are those of the
+    model with the least loss there. Their fitted twins have logits divided by one temperature, which is fitted on
+    validation automata (see `fitted_temperature`) and would change no accuracy.
+
+    Args:
+        models: the model of the best evaluation by each measure of `CHOSEN_BY`.
+        splits: of the language.
+        batch_size: sequences per forward pass.
+
+    Returns:
+        `metrics`: `temperature`, and for each split the means that `measures` names, with `fitted_tvd`,
+        `fitted_last_tvd` and `fitted_loss`. `test_sequences`: a list each of `num_positions`, `accuracy`, `tvd` and
+        `fitted_tvd` of the test sequences.
+    """
+    predictions = {
+        name: (predict(models["accuracy"], split, batch_size), predict(models["loss"], split, batch_size))
+        for name, split in splits.items()
+        if name != "train"
+    }
+    temperature = fitted_temperature(predictions["validation"][1])
+    means = {name: _means(*pair, temperature) for name, pair in predictions.items()}
+    return {
+        "metrics": {"temperature": temperature, **means},
+        "test_sequences": _means_by_sequence(*predictions["test"], temperature),
     }
 
 

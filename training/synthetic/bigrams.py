@@ -25,6 +25,8 @@ from training.recipe import Section
 
 
 VOCAB_SIZE = 65
+# A training keeps the model of the best evaluation by each of these measures.
+CHOSEN_BY = ("accuracy",)
 # Parameter of the Dirichlet distribution. The smaller it is, the fewer tokens follow each token. With 65 tokens the
 # entropy is 2.4 nats a token, about that of English letters.
 CONCENTRATION = 0.1
@@ -285,3 +287,17 @@ def score(model: PreTrainedModel | InformedReader, dataset: InductionDataset, ba
         "num_positions": again.shape[1],
         "num_first": first.shape[1],
     }
+
+
+def report(
+    models: dict[str, PreTrainedModel], splits: dict[str, InductionDataset], batch_size: int
+) -> dict[str, dict[str, Any]]:
+    """Return what the result of a training says of its models: under `metrics` the scores on each split.
+
+    Args:
+        models: the model of the best evaluation by each measure of `CHOSEN_BY`.
+        splits: of the language.
+        batch_size: sequences per forward pass.
+    """
+    model = models["accuracy"]
+    return {"metrics": {name: score(model, split, batch_size) for name, split in splits.items() if name != "train"}}

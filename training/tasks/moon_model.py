@@ -7,6 +7,7 @@ then `model/` and `part.json`. A killed part resumes from its last checkpoint an
 
 import json
 import logging
+import math
 import shutil
 import statistics
 import time
@@ -32,6 +33,7 @@ from training.files import faults, read_json, refuse_damage, set_aside, staged_f
 from training.parallel import report_progress
 from training.result import read_result, write_result
 from training.synthetic import moons
+from training.tasks import narrow_attention
 
 
 # The training system that the paper's figures show.
@@ -64,19 +66,32 @@ class MoonSettings(Protocol):
     save_steps: int
 
 
+def complex_coordinates(heads: int) -> int:
+    """Return the number of complex coordinates of a head: as few as hold all moons together."""
+    return math.ceil(moons.NUM_MOONS / heads)
+
+
 def build_model(recipe: MoonSettings, heads: int, **changes: Any) -> ContinuousMemoryMosaicModel:
     """Return a newly initialised model; `changes` replace fields of its configuration."""
-    settings = {"num_attention_heads": heads, "beta": recipe.beta, "loss_clip": recipe.loss_clip} | changes
+    settings = {
+        "num_attention_heads": heads,
+        "head_dim": 2 * complex_coordinates(heads),
+        "beta": recipe.beta,
+        "loss_clip": recipe.loss_clip,
+    } | changes
     return ContinuousMemoryMosaicModel(ContinuousMemoryMosaicConfig(**settings))
 
 
 def identity_model(recipe: MoonSettings, heads: int, beta: float) -> ContinuousMemoryMosaicModel:
-    """Return a model whose three matrices are the identity: the analytic solution, which needs no training."""
+    """Return a model whose three matrices are the identity: the analytic solution, which needs no training.
+
+    Spare heads are idle, so that more than three predict what three predict.
+    """
     model = build_model(recipe, heads, beta=beta)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Real and imaginary part: (2, 3, 3).
-            parameter.copy_(torch.stack([torch.eye(moons.NUM_MOONS), torch.zeros_like(parameter[1])]))
+            # Real and imaginary part. Coordinates of the heads beyond the third are idle: their rows are zeros.
+            parameter.copy_(torch.stack([torch.eye(*parameter.shape[1:]), torch.zeros_like(parameter[1])]))
     return model.eval()
 
 
@@ -189,7 +204,7 @@ def predict_from_prefixes(
 
 
 @torch.no_grad()
-def deviation_curve(
+def deviations(
     model: ContinuousMemoryMosaicModel, windows: torch.Tensor, lengths: list[int], horizon: int
 ) -> np.ndarray:
     """Return the mean absolute deviation of `horizon` predictions in a row from the observations, by context length.
@@ -201,17 +216,17 @@ def deviation_curve(
         horizon: predictions in a row, each made from the ones before.
 
     Returns:
-        means over windows, predictions and coordinates `(len(lengths),)`.
+        means over predictions and coordinates `(N, len(lengths))`.
     """
-    total: Any = 0
+    of_windows: list[np.ndarray] = []
     prefixes = torch.tensor(lengths)
     for batch in windows.split(WINDOWS_AT_ONCE):
         batch = batch.to(model.device)
         # Block i of `unfold` is what follows the first i observations.
         expected = batch.unfold(1, horizon, 1).transpose(2, 3)[:, lengths]  # (N, P, horizon, 6)
         predicted = predict_from_prefixes(model, batch, prefixes, horizon)
-        total = total + (predicted - expected).abs().double().mean((2, 3)).sum(0)
-    return (total / len(windows)).cpu().numpy()
+        of_windows.append((predicted - expected).abs().double().mean((2, 3)).cpu().numpy())
+    return np.concatenate(of_windows)
 
 
 def section_means(curve: np.ndarray, lengths: list[int], marks: list[float]) -> dict[str, float]:
@@ -220,10 +235,20 @@ def section_means(curve: np.ndarray, lengths: list[int], marks: list[float]) -> 
     return {name: _rounded(np.mean(curve[section == index])) for index, name in enumerate(SECTIONS)}
 
 
-def absolute_weights(model: ContinuousMemoryMosaicModel) -> dict[str, np.ndarray]:
-    """Return absolute values `(3, 3)` of the complex matrices of keys, values and (transposed) output.
+def sections_by_window(model: ContinuousMemoryMosaicModel, recipe: MoonSettings) -> dict[str, list[float]]:
+    """Return the deviations by section of each single window of the validation system, by the names of `SECTIONS`."""
+    periods, lengths = moons.VALIDATION_TRIPLE, context_lengths(recipe)
+    windows = moons.draw_windows(periods, recipe.num_windows, recipe.length, EVALUATION_SEED)
+    marks = moons.landmarks(periods, recipe.length)
+    rows = [section_means(curve, lengths, marks) for curve in deviations(model, windows, lengths, recipe.horizon)]
+    return {name: [row[name] for row in rows] for name in SECTIONS}
 
-    Each column belongs to a moon; each row to a head or, in a model of one head, to a complex coordinate of that head.
+
+def absolute_weights(model: ContinuousMemoryMosaicModel) -> dict[str, np.ndarray]:
+    """Return absolute values of the complex matrices of keys, values and (transposed) output.
+
+    Each column belongs to a moon, and each row to a complex coordinate of a head: `(H, 3)` from three heads on, which
+    have one each.
     """
     memory: Any = model.memory
     matrices = {"W_phi": memory.k_proj.weight, "W_psi": memory.v_proj.weight, "W_z": memory.o_proj.weight.mT}
@@ -238,18 +263,19 @@ def row_shares(matrix: np.ndarray) -> np.ndarray:
 
 
 def _assigned_share(shares: np.ndarray) -> float:
-    """Return the mean share of the best assignment of columns to rows, rescaled so that equal shares give 0."""
-    chance = 1 / len(shares)
+    """Return the mean share of the best assignment of rows to columns, rescaled so that equal shares give 0."""
+    chance = 1 / shares.shape[1]
     mean = shares[linear_sum_assignment(shares, maximize=True)].mean()
     # A row of zeros has no shares, and can bring the mean below chance.
     return max(0.0, (float(mean) - chance) / (1 - chance))
 
 
 def nearness_to_permutation(matrix: np.ndarray) -> float:
-    """Return how near a matrix of absolute values `(n, n)` is to a scaled permutation, from 0 to 1.
+    """Return how near a matrix of absolute values `(H, n)` is to a scaled permutation, from 0 to 1; H is n or more.
 
-    Each row is assigned a column of its own such that the shares of the rows' squares in these columns are largest.
-    1: one entry in each row, all in different columns, of any sizes. 0: no better than a matrix of equal entries.
+    Each column is assigned a row of its own such that the shares of these rows' squares in their columns are largest.
+    1: for each column a row that has an entry there alone, of any size. 0: no better than a matrix of equal entries.
+    Rows that are not assigned do not count: they may be idle, or share the column of another.
     """
     return _assigned_share(row_shares(matrix))
 
@@ -292,7 +318,7 @@ def measure(model: ContinuousMemoryMosaicModel, recipe: MoonSettings) -> dict[st
     curves, sections = {}, {}
     for name, periods in SYSTEMS.items():
         windows = moons.draw_windows(periods, recipe.num_windows, recipe.length, EVALUATION_SEED)
-        curve = deviation_curve(model, windows, lengths, recipe.horizon)
+        curve = deviations(model, windows, lengths, recipe.horizon).mean(0)
         curves[name] = [_rounded(value) for value in curve]
         sections[name] = section_means(curve, lengths, moons.landmarks(periods, recipe.length))
     weights = absolute_weights(model)
@@ -338,6 +364,9 @@ def _train(
         optimizer, 0, recipe.steps, lr_end=recipe.final_learning_rate, power=1.0
     )
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no":
+        # Nine tenths of a step went into torch's attention, which takes four times as long on so narrow heads.
+        accelerator.unwrap_model(model).set_attn_implementation(narrow_attention.NAME)
     progress, checkpoint = Progress(), folder / "checkpoint"
     accelerator.register_for_checkpointing(progress)
     if checkpoint.is_dir():

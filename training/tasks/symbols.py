@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on an artificial language: one training of the experiments `regbench` and `induction`.
 
-A language is a module with `VOCAB_SIZE`, a section of settings, `provenance`, `draw_splits`, `collate` and `score`.
-What counts is the accuracy that `score` returns: the model of the best evaluation on validation data is kept, as
-RegBench chooses the number of epochs.
+A language is a module with `VOCAB_SIZE`, a section of settings, `provenance`, `draw_splits`, `collate`, `score`,
+`CHOSEN_BY` and `report`. By each measure of `CHOSEN_BY`, the model of the best evaluation on validation data is kept,
+as RegBench chooses the number of epochs; `report` measures these models in the end.
 """
 
 import math
@@ -29,6 +29,9 @@ from training.tasks import language_modeling
 
 
 LANGUAGES = {"automata": automata, "induction": bigrams}
+# By measure: the folder, within that of the run, of the model of the best evaluation, and whether more is better.
+KEPT_FOLDERS = {"accuracy": "best", "loss": "best_loss"}
+MORE_IS_BETTER = {"accuracy": True, "loss": False}
 
 
 class Recipe(TrainingRecipe):
@@ -86,8 +89,15 @@ def score(recipe: Recipe, model: PreTrainedModel, split: Any) -> dict[str, Any]:
         model.train(was_training)
 
 
+def _merit(measure: str, value: float) -> float:
+    """Return a number that is greater for a better value, and least for one that is not a number."""
+    if math.isnan(value):
+        return -math.inf
+    return value if MORE_IS_BETTER[measure] else -value
+
+
 class SymbolTrainer(LanguageModelTrainer):
-    """Evaluates in the language's own measures, and keeps the model of the best accuracy so far in `best`."""
+    """Evaluates in the language's own measures, and keeps the model of the best so far by each that it names."""
 
     def __init__(self, *args: Any, recipe: Recipe, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -98,11 +108,34 @@ class SymbolTrainer(LanguageModelTrainer):
         scores = score(self._recipe, model, self.eval_dataset)
         # Not by `save_strategy="best"`: it saves checkpoints of the best steps only, so that an interrupted training
         # would go back to one of them. The checkpoints here are those that the recipe asks for.
-        history = [entry["eval_accuracy"] for entry in self.state.log_history if "eval_accuracy" in entry]
-        # Checkpoints hold the history, so that a resumed training compares with all earlier evaluations.
-        if scores["accuracy"] > max(history, default=-math.inf):
-            export_model(model, None, self._recipe.folder / "best", checksums=True)
+        history = [entry for entry in self.state.log_history if "eval_accuracy" in entry]
+        for measure in LANGUAGES[self._recipe.data.language].CHOSEN_BY:
+            # Checkpoints hold the history, so that a resumed training compares with all earlier evaluations.
+            earlier = [_merit(measure, entry[f"eval_{measure}"]) for entry in history]
+            if _merit(measure, scores[measure]) > max(earlier, default=-math.inf):
+                export_model(model, None, self._recipe.folder / KEPT_FOLDERS[measure], checksums=True)
         return scores
+
+
+def _kept_model(recipe: Recipe, measure: str) -> PreTrainedModel:
+    """Return the model of the best evaluation, which an earlier session may have written."""
+    folder = recipe.folder / KEPT_FOLDERS[measure]
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is missing: an earlier version began this training and kept no model of the best {measure}; "
+            f"move {recipe.folder} away, and start again"
+        )
+    return load_causal_lm(folder)
+
+
+def _best_evaluations(language: Any, curve: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the step and the epoch of each model that is kept: `best_step` by accuracy, `best_loss_step` by loss."""
+    places: dict[str, Any] = {}
+    for measure in language.CHOSEN_BY:
+        merits = [_merit(measure, entry[f"eval_{measure}"]) for entry in curve]
+        best = curve[merits.index(max(merits))]  # of equals the first, as `SymbolTrainer` keeps it
+        places |= {f"{KEPT_FOLDERS[measure]}_{unit}": best[unit] for unit in ("step", "epoch")}
+    return places
 
 
 def _train(recipe: Recipe, arguments: TrainingArguments, data: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +151,8 @@ def _train(recipe: Recipe, arguments: TrainingArguments, data: dict[str, Any]) -
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(recipe.folder)))
     curve = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    best = max(curve, key=lambda entry: entry["eval_accuracy"])  # of equals the first, as `measure` keeps it
-    model = load_causal_lm(recipe.folder / "best")  # an earlier session may have written it
+    models = {measure: _kept_model(recipe, measure) for measure in language.CHOSEN_BY}
+    report = language.report(models, splits, recipe.batch_size)
     return {
         **header(recipe),
         "model": recipe.model,
@@ -129,11 +162,8 @@ def _train(recipe: Recipe, arguments: TrainingArguments, data: dict[str, Any]) -
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
         "seconds": max(entry.get("seconds", 0.0) for entry in trainer.state.log_history),
-        "metrics": {
-            "best_step": best["step"],
-            "best_epoch": best["epoch"],
-            **{name: score(recipe, model, split) for name, split in splits.items() if name != "train"},
-        },
+        **report,
+        "metrics": _best_evaluations(language, curve) | report["metrics"],
         "learning_curve": [
             {"step": entry["step"]} | {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
             for entry in curve
@@ -156,8 +186,9 @@ def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
             f"{state.num_processes} processes would share one small model: start this without `accelerate launch`; "
             "the experiments train several models at once with `workers`"
         )
+    kept = [KEPT_FOLDERS[measure] for measure in LANGUAGES[recipe.data.language].CHOSEN_BY]
     return run_once(
-        recipe, state, restart, lambda: _identity(recipe), lambda data: _train(recipe, arguments, data), kept=["best"]
+        recipe, state, restart, lambda: _identity(recipe), lambda data: _train(recipe, arguments, data), kept
     )
 
 
@@ -166,4 +197,4 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     scores = {name: value["accuracy"] for name, value in result["metrics"].items() if isinstance(value, dict)}
     accuracies = ", ".join(f"{name} {accuracy:.4f}" for name, accuracy in scores.items())
     size = f"{result['model']} ({result['parameters']:,} parameters)"
-    return f"{size}: accuracy {accuracies}\nthe model is in {folder / 'best'}"
+    return f"{size}: accuracy {accuracies}\nthe model of the best accuracy is in {folder / 'best'}"

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions of memory models: effects of made-up and of committed results, and rules that can give every verdict."""
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+
+from training.experiments import memory_models
+from training.experiments.memory_questions import (
+    CAUSAL_LOSS,
+    CHARACTERS,
+    OPERATIONS,
+    QUESTIONS,
+    RECOVERED,
+    TELLS,
+    Measure,
+)
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe
+from training.tables import committed_results
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in map(load_recipe, sorted((CONFIGURATION / "recipe").glob("memory_*.yaml")))
+    if isinstance(recipe, memory_models.Recipe)
+}
+RESULTS = {result["name"]: result for result in committed_results() if result["task"] == "memory_models"}
+CLAIMS = [
+    pytest.param(recipe, claim, id=f"{name}-{number}")
+    for name, recipe in RECIPES.items()
+    for number, claim in enumerate(recipe.claims)
+]
+GUESS = {"accuracy": 0.2, "loss": 3.0, "entropy_ratio": 0.4}
+SEEDS, PLACES = 3, 16
+# What a model has unless a case sets it otherwise.
+USUAL = {"causal loss": 1.5, "tokens recovered": 0.7, "blank copy": 0.6, "blank copy above chance": 0.4}
+USUAL |= {"characters above chance": 4.0, "first half above chance": 0.3, OPERATIONS.name: 6.0}
+
+
+def raw(share: float) -> float:
+    """Return the accuracy that is so far above chance."""
+    return GUESS["accuracy"] + (1 - GUESS["accuracy"]) * share
+
+
+def one_seed(values: dict[str, float]) -> dict[str, Any]:
+    """Return the result of one seed: a stage that reaches blank copy at a step, and a probe."""
+    if "blank copy above chance" in values:
+        values["blank copy"] = raw(values["blank copy above chance"])
+    metrics = {"causal_loss": values["causal loss"], "blank_copy_accuracy": values["blank copy"]}
+    metrics["autoencoding_accuracy"] = values["tokens recovered"]
+    places = [raw(values["characters above chance"] / PLACES)] * PLACES
+    if "first half above chance" in values:
+        places[: PLACES // 2] = [raw(values["first half above chance"])] * (PLACES // 2)
+    # A step takes 10^10 operations.
+    curve = [(10, 0.3), (round(100 * values[OPERATIONS.name]), TELLS), (100_000, 1.0)]
+    logged = [{"step": step, "eval_blank_copy_accuracy": accuracy} for step, accuracy in curve]
+    first = {"name": "combined", "steps": 100_000, "metrics": metrics, "learning_curve": logged}
+    probe = {"name": "probe", "steps": 10, "metrics": {"autoencoding_by_place": places}, "learning_curve": []}
+    return {"stages": [first, probe]}
+
+
+def measured(labels: list[str], values: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Return what an experiment may measure: of each label the usual, but `values` of each seed."""
+    series = []
+    for label in labels:
+        own = values.get(label, {})
+        usual = {k: v for k, v in USUAL.items() if k not in ("blank copy above chance", "first half above chance")}
+        seeds = [one_seed(usual | {k: v[seed] for k, v in own.items()}) for seed in range(SEEDS)]
+        series.append({"label": label, "training_flops": [10**15, 10**11], "seeds": seeds})
+    return json.loads(json.dumps({"unigram": GUESS, "series": series}))
+
+
+def meanings(recipe: memory_models.Recipe) -> dict[str, tuple[Measure, str, str | None]]:
+    """Return measure and labels of each effect by its name."""
+    found: dict[str, tuple[Measure, str, str | None]] = {}
+    for each in QUESTIONS[recipe.question].measures:
+        found |= {each.of(label): (each, label, None) for label in recipe.runs}
+        found |= {each.between(*pair): (each, *pair) for pair in itertools.combinations(recipe.runs, 2)}
+    return found
+
+
+def target(claim: Any, verdict: str) -> float:
+    """Return an effect of which the rule gives the verdict, or its bound."""
+    bound = claim.within or (claim.below if claim.above is None else claim.above)
+    step = 0.5 * claim.within if claim.within else 0.04 * max(1.0, abs(bound))
+    if verdict == "undecided":
+        return bound
+    if claim.within:
+        return 0.0 if verdict == "supported" else 3 * bound
+    return bound + step * (1 if (claim.above is not None) == (verdict == "supported") else -1)
+
+
+@pytest.mark.parametrize("verdict", ["supported", "contradicted", "undecided"])
+@pytest.mark.parametrize(("recipe", "claim"), CLAIMS)
+def test_each_claim_can_get_each_verdict(recipe, claim, verdict):
+    known, values = meanings(recipe), {label: {} for label in recipe.runs}
+    noise = 0.02 if verdict == "undecided" else 0.001
+    for name in claim.effects:
+        each, label, other = known[name]
+        # Seeds differ around the target; a comparison of seeds in pairs sees the differences of both.
+        effects = [target(claim, verdict) + noise * (seed - 1) for seed in range(SEEDS)]
+        if other is None:
+            values[label][each.name] = effects
+        else:
+            base = values[other].setdefault(each.name, [USUAL[each.name]] * SEEDS)
+            values[label][each.name] = [
+                usual * 2**effect if each.as_ratio else usual + effect
+                for usual, effect in zip(base, effects, strict=True)
+            ]
+    found = memory_models.effects(recipe, measured(list(recipe.runs), values))
+    assert found[claim.effects[0]].value == pytest.approx(target(claim, verdict), abs=0.01)
+    assert claim.judge(found) == verdict
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_effects_of_committed_results_are_those_that_a_recipe_can_name(name):
+    result = RESULTS[name]
+    recipe = memory_models.Recipe.model_validate(result["recipe"])
+    found = memory_models.effects(recipe, result["measured"])
+    assert list(found) == recipe.effect_names == RECIPES[name].effect_names
+    assert {effect for claim in RECIPES[name].claims for effect in claim.effects} <= found.keys()
+
+
+def test_operations_count_all_stages_and_have_no_interval_where_a_seed_does_not_arrive():
+    result = RESULTS["memory_objectives"]
+    found = memory_models.effects(RECIPES["memory_objectives"], result["measured"])
+    curriculum, scratch = "Curriculum on a frozen autoencoder", "Combined from scratch"
+    # 250 of 300 steps behind the autoencoder; from scratch 1,000 and 1,250 of 1,500.
+    flops = {series["label"]: series["training_flops"] for series in result["measured"]["series"]}
+    first = (flops[curriculum][0] + flops[curriculum][1] * 250 / 300) / 1e12
+    seconds = [flops[scratch][0] * steps / 1500 / 1e12 for steps in (1000, 1250)]
+    assert found[OPERATIONS.of(curriculum)].value == pytest.approx(first)
+    assert found[OPERATIONS.of(scratch)].value == pytest.approx(sum(seconds) / 2)
+    late = found[OPERATIONS.of("Causal only")]
+    assert late.value == pytest.approx(flops["Causal only"][0] / 1e12) and late.low is None
+    between = found[OPERATIONS.between(curriculum, "Causal only")]
+    assert between.low is None and between.basis == "2 seeds, some of which end before they reach it"
+
+
+def test_chance_is_nothing_above_chance():
+    recipe = RECIPES["memory_fidelity"]
+    values = {"Autoencoder": {CHARACTERS.name: [16.0] * 3}, "GPT-2, untrained": {CHARACTERS.name: [0.0] * 3}}
+    found = memory_models.effects(recipe, measured(list(recipe.runs), values))
+    assert found[CHARACTERS.of("Autoencoder")].value == pytest.approx(16)
+    assert found[CHARACTERS.of("GPT-2, untrained")].value == pytest.approx(0, abs=1e-12)
+    assert found["first half above chance: Autoencoder"].value == pytest.approx(1)
+
+
+def test_a_model_without_a_memory_has_no_effects_of_one():
+    names = RECIPES["memory_objectives"].effect_names
+    assert CAUSAL_LOSS.of("No memory") in names
+    assert not [name for name in names if "No memory" in name and not name.startswith("causal loss")]
+
+
+def test_roles_are_read_in_old_results_alone():
+    assert "roles" in RESULTS["memory_capacity"]["recipe"]
+    with pytest.raises(ValueError, match="roles"):
+        load_recipe(CONFIGURATION / "recipe" / "memory_capacity.yaml", settings=[{"roles": {"nearly_all": []}}])
+
+
+def test_a_misspelt_effect_is_refused():
+    claim = {"claim": "it holds", "paper": "not asked", "effects": [RECOVERED.of("8 characters")], "above": 0.5}
+    with pytest.raises(ValueError, match="measures no effect 'tokens recovered: 8 characters'"):
+        load_recipe(CONFIGURATION / "recipe" / "memory_capacity.yaml", settings=[{"claims": [claim]}])
