@@ -27,6 +27,11 @@ from training.run_folder import run_once
 from training.tasks import language_modeling
 
 
+def blocks(depth: int) -> str:
+    """Return a depth in words."""
+    return "1 block" if depth == 1 else f"{depth} blocks"
+
+
 class Trained(NamedTuple):
     """One training of a comparison."""
 
@@ -38,8 +43,7 @@ class Trained(NamedTuple):
     @property
     def name(self) -> str:
         """Label and depth: all seeds have the same."""
-        blocks = "1 block" if self.depth == 1 else f"{self.depth} blocks"
-        return f"{self.label}, {blocks}"
+        return f"{self.label}, {blocks(self.depth)}"
 
     def load(self, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """Return the finished model, in evaluation mode, and its tokenizer."""
