@@ -22,7 +22,7 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 # Words in a row that count as repeated.
 REPEATED_WORDS = 4
 # Temperatures among which that of an entropy is sought.
-_LOWEST, _HIGHEST = 0.1, 10.0
+_LOWEST, _HIGHEST = 0.01, 10.0
 
 
 class Beginnings(NamedTuple):

@@ -73,9 +73,7 @@ class Recipe(DepthComparisonRecipe):
     @model_validator(mode="after")
     def _check_factors(self) -> Self:
         if 1.0 not in self.factors:
-            raise ValueError(
-                f"`factors` {self.factors} lack 1: the models as they are, with which others are compared"
-            )
+            raise ValueError(f"`factors` {self.factors} lack 1, with which the others are compared: add it")
         return self
 
     @model_validator(mode="after")
@@ -379,12 +377,12 @@ def _beginnings(recipe: Recipe, stories: Dataset) -> tuple[Beginnings, Any]:
 def _measure(recipe: Recipe) -> dict[str, Any]:
     beginnings, tokenizer = _beginnings(recipe, load_stories(**recipe.stories.model_dump()))
     prompts, following, numbers = beginnings
-    copying = find_copying(prompts, following, recipe.copied_tokens)
-    if not len(copying.rows):
+    copying, pairs = (find_copying(prompts, following, length) for length in (recipe.copied_tokens, 1))
+    if not len(copying.rows) or not pairs.comes.any():
         raise ValueError(
-            f"no story repeats {recipe.copied_tokens} tokens: lower `copied_tokens`, or take more or longer stories"
+            f"no story repeats {recipe.copied_tokens} tokens, or a pair of tokens: lower `copied_tokens`, or take "
+            "more stories and more of each"
         )
-    pairs = find_copying(prompts, following, 1)
     models = [
         _measure_model(training, beginnings, copying, pairs, recipe)
         for training in tqdm(recipe.trainings, desc="repetition")
