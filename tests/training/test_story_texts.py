@@ -13,6 +13,7 @@ from helpers.models import make_ids, make_model, randomize_parameters
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
 
 from modeling_memory_mosaic import trace_tokens
+from training.baselines.shifted_rope import ShiftedGPTNeoXConfig
 from training.claims import judged
 from training.experiments import cloze, repetition, samples
 from training.experiments.continuations import (
@@ -93,6 +94,19 @@ def neox(**settings):
     return randomize_parameters(AutoModelForCausalLM.from_config(config, **settings))
 
 
+def shifted(**settings):
+    """Return the same with shifted keys and values."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = ShiftedGPTNeoXConfig(vocab_size=61, max_position_embeddings=128, **sizes)
+    return randomize_parameters(AutoModelForCausalLM.from_config(config, **settings))
+
+
+def growing():
+    """Return a small mosaic whose bandwidth grows with the number of pairs."""
+    return make_model(bandwidth_exponent=0.3)
+
+
 def gpt2():
     """Return a small GPT-2 with random parameters."""
     torch.manual_seed(0)
@@ -100,7 +114,7 @@ def gpt2():
     return randomize_parameters(AutoModelForCausalLM.from_config(config))
 
 
-MODELS = {"mosaic": make_model, "GPT-NeoX": neox, "GPT-2": gpt2}
+MODELS = {"mosaic": make_model, "growing": growing, "GPT-NeoX": neox, "shifted": shifted, "GPT-2": gpt2}
 
 
 # Scores
@@ -257,9 +271,9 @@ def test_weights_on_copied_places_are_those_of_pairs_or_of_next_tokens():
     mosaic.set_attn_implementation("eager")
     # A trace names the token that completes a pair: the one after the token of its key.
     traced = trace_tokens(mosaic, ids).weights
-    transformer = neox(attn_implementation="eager")
-    attention = torch.stack(transformer(ids, output_attentions=True).attentions)
-    for model, weights in ((mosaic, traced), (transformer, attention)):
+    transformers = [make(attn_implementation="eager") for make in (neox, shifted)]
+    attentions = [torch.stack(one(ids, output_attentions=True).attentions) for one in transformers]
+    for model, weights in ((mosaic, traced), *zip(transformers, attentions, strict=True)):
         expected = np.mean(
             [
                 weights[:, row, :, 4 + column - 1, [place + 1 for place in places]].sum(-1).detach().numpy()
@@ -446,7 +460,8 @@ def repetition_measured(half, cost, expected, rope_expected, new):
         is_mosaic = label == "Memory Mosaic"
         excess = (expected if is_mosaic else rope_expected)[seed]
         losses = {repetition.OLD_PAIRS: 1.0, repetition.NEW_PAIRS: 2.0 + (new[seed] if is_mosaic else 0)}
-        return [{"factors": factors, "expected": [0.5 + excess] * 30, **losses}]
+        expectations = {name: [0.5 + excess] * 30 for name in repetition.EXPECTED.values()}
+        return [{"factors": factors, **expectations, **losses}]
 
     # Half of the copies come.
     copying = {"rows": list(range(30)), "comes": "01" * 15}

@@ -7,7 +7,8 @@ Three looks at the same stories, which no model has read:
   of the kernel. At each factor, texts are sampled at the temperature that gives one entropy along the stories, as in
   `continuations.py`, and the loss on the stories says what the factor costs.
 - Where a story has a run of tokens that it had before, a model that copies expects what came next there. Its
-  probability of that, less how often it does come, is its excess of copying.
+  probability of that, less how often it does come, is its excess of copying: that of the model, and that of the same
+  predictions at the temperature of the sampling.
 - The weight that heads give to the place to copy from, in the stories and in the model's own texts. A mosaic's pair of
   a token holds the next one as its value. A transformer, which has no such pairs, looks at the next token itself.
 
@@ -54,7 +55,10 @@ __all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
 # Measures at one factor, in words of effects.
 REPETITION, LOSS = "repetition", "loss"
-EXCESS, OLD_PAIRS, NEW_PAIRS = "excess of copying", "loss of pairs that the text had", "loss of new pairs"
+OLD_PAIRS, NEW_PAIRS = "loss of pairs that the text had", "loss of new pairs"
+# Excess of copying by the model's own probabilities, and by those at the temperature of the recipe's entropy.
+EXCESS, SHARP_EXCESS = "excess of copying", "excess of copying when sharpened"
+EXPECTED = {EXCESS: "expected", SHARP_EXCESS: "expected when sharpened"}
 
 
 class Recipe(DepthComparisonRecipe):
@@ -230,18 +234,19 @@ def _at_factor(
     return {LOSS: loss, "temperature": temperature, **described}, logits, ids
 
 
-def _as_it_is(logits: torch.Tensor, beginnings: Beginnings, copying: Copying, pairs: Copying) -> dict[str, Any]:
+def _as_it_is(
+    logits: torch.Tensor, temperature: float, beginnings: Beginnings, copying: Copying, pairs: Copying
+) -> dict[str, Any]:
     """Return how far a model expects copies in the stories, and its losses of pairs that a text had, and of others."""
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), beginnings.following, reduction="none").numpy()
     is_old = np.zeros(losses.shape, bool)
     had = pairs.comes > 0
     is_old[pairs.rows[had], pairs.columns[had]] = True
-    expected = _expectations(logits.softmax(-1), copying)
-    return {
-        "expected": [round(float(probability), 3) for probability in expected],
-        OLD_PAIRS: float(losses[is_old].mean()),
-        NEW_PAIRS: float(losses[~is_old].mean()),
+    expected = {
+        EXPECTED[measure]: _expectations((logits / divisor).softmax(-1), copying).round(3).tolist()
+        for measure, divisor in ((EXCESS, 1.0), (SHARP_EXCESS, temperature))
     }
+    return expected | {OLD_PAIRS: float(losses[is_old].mean()), NEW_PAIRS: float(losses[~is_old].mean())}
 
 
 def _measure_model(
@@ -255,7 +260,7 @@ def _measure_model(
         with sharpened(model, factor):
             by_factor[f"{factor:g}"], logits, ids = _at_factor(model, tokenizer, beginnings, recipe, training.seed)
         if factor == 1:
-            measured |= _as_it_is(logits, beginnings, copying, pairs)
+            measured |= _as_it_is(logits, by_factor["1"]["temperature"], beginnings, copying, pairs)
             of_own = find_copying(prompts, ids, recipe.copied_tokens)
             texts = {"the stories": (following, copying), "its own texts": (ids, of_own)}
             measured["weights"] = {
@@ -290,9 +295,10 @@ def _effects_of(recipe: Recipe) -> Iterator[_EffectOf]:
                     for measure in (REPETITION, LOSS):
                         name = f"{measure} at factor {factor:g} - at 1: {where}"
                         yield _EffectOf(name, measure, depth, label, factor=factor)
-            yield _EffectOf(f"{EXCESS}: {where}", EXCESS, depth, label)
+            for measure in EXPECTED:
+                yield _EffectOf(f"{measure}: {where}", measure, depth, label)
         for other in others:
-            for measure in (EXCESS, OLD_PAIRS, NEW_PAIRS):
+            for measure in (*EXPECTED, OLD_PAIRS, NEW_PAIRS):
                 name = f"{measure}: {first} - {other}, {blocks(depth)}"
                 yield _EffectOf(name, measure, depth, first, less=other)
 
@@ -302,9 +308,9 @@ def _of_models(measured: dict[str, Any], label: str, depth: int) -> list[dict[st
     return [model for model in measured["models"] if (model["label"], model["depth"]) == (label, depth)]
 
 
-def _excess(measured: dict[str, Any], label: str, depth: int) -> np.ndarray:
+def _excess(measured: dict[str, Any], measure: str, label: str, depth: int) -> np.ndarray:
     """Return the expectation of a copy less whether it comes, `(seeds, tokens)`."""
-    expected = np.array([model["expected"] for model in _of_models(measured, label, depth)])
+    expected = np.array([model[EXPECTED[measure]] for model in _of_models(measured, label, depth)])
     return expected - flags(measured["copying"]["comes"])
 
 
@@ -318,10 +324,10 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
     for one in _effects_of(recipe):
         models = _of_models(measured, one.label, one.depth)
         at = [[model["factors"][f"{factor:g}"] for model in models] for factor in (one.factor or 1.0, 1.0)]
-        if one.measure == EXCESS:
-            excess = _excess(measured, one.label, one.depth)
+        if one.measure in EXPECTED:
+            excess = _excess(measured, one.measure, one.label, one.depth)
             if one.less is not None:
-                excess = excess - _excess(measured, one.less, one.depth)
+                excess = excess - _excess(measured, one.measure, one.less, one.depth)
             numbers = stories[measured["copying"]["rows"]].tolist()
             found[one.name] = crossed_effect(excess, numbers, "")
         elif one.measure == REPETITION:
@@ -348,14 +354,14 @@ def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
     is_copied = flags(measured["copying"]["comes"])
     repeats = flags(measured["stories"]["repeats"]).mean()
     empty = [""] * len(recipe.factors)
-    rows = [["the stories themselves", f"{repeats:.1%}", *empty[1:], *empty, f"{is_copied.mean():.1%}", *[""] * 5]]
+    rows = [["the stories themselves", f"{repeats:.1%}", *empty[1:], *empty, f"{is_copied.mean():.1%}", *[""] * 6]]
     for depth in recipe.depths:
         for label in recipe.runs:
             models = _of_models(measured, label, depth)
             at = [[model["factors"][f"{factor:g}"] for model in models] for factor in recipe.factors]
             cells = [f"{np.mean([flags(numbers['repeats']).mean() for numbers in one]):.1%}" for one in at]
             cells += [f"{np.mean([numbers[LOSS] for numbers in one]):.3f}" for one in at]
-            cells += [f"{np.mean([model['expected'] for model in models]):.1%}"]
+            cells += [f"{np.mean([model[expected] for model in models]):.1%}" for expected in EXPECTED.values()]
             copies = [model["copies in its own texts"] for model in models]
             cells += ["none" if None in copies else f"{np.mean(copies):.1%}"]
             cells += [f"{np.mean([model[measure] for model in models]):.3f}" for measure in (OLD_PAIRS, NEW_PAIRS)]
