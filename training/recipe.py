@@ -61,6 +61,8 @@ TASKS = {
     "position_loss": "training.experiments.position_loss",
     "attention_maps": "training.experiments.attention_maps",
     "samples": "training.experiments.samples",
+    "cloze": "training.experiments.cloze",
+    "repetition": "training.experiments.repetition",
     "babistories": "training.tasks.babistories",
     "symbols": "training.tasks.symbols",
     "regbench": "training.experiments.regbench",

@@ -13,7 +13,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import typer
 from cogapp import Cog
@@ -27,18 +27,8 @@ from training.recipe import load_recipe, task_module
 from training.result import SHOWN, read_result
 
 
-Verdict = Literal["reproduced", "not at this size", "contradicted"]
 # Names of blocks that show a benchmark, and the module that measures it.
 BENCHMARKS = {"speed": "speed", "memory_speed": "memory_models"}
-
-
-class Claim(NamedTuple):
-    """A statement of the paper beside what was measured: a row of `training/results/README.md`."""
-
-    claim: str
-    paper: str
-    ours: str
-    verdict: Verdict
 
 
 _ROW = DataRow("| ", " | ", " |")

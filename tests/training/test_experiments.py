@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experiments on trained models measure what their names say, and name bad input before any training."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 import yaml
 from datasets import Dataset
-from helpers.models import make_model
 
 from training import cost
 from training.claims import crossed_effect
 from training.evaluate import mean_loss, tokens_and_bytes
-from training.experiments import attention_maps, position_loss, samples, training_curves
+from training.experiments import attention_maps, position_loss, training_curves
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe, task_module
 from training.tasks import language_modeling
@@ -247,56 +244,6 @@ def test_heads_that_look_elsewhere_say_little_about_the_shape_of_the_rest():
     peaked = about | {"unevenness": 2.0, "middle": 0.0, "newest": 1.0}
     assert attention_maps._mean([flat, peaked], "unevenness", "M", 256) == pytest.approx(0.1)
     assert attention_maps._mean([flat, peaked], "newest", "M", 256) == pytest.approx(0.55)
-
-
-def test_samples_are_what_the_model_generates(small, tmp_path):
-    path = tmp_path / "prompts.json"
-    prompts = [{"kind": "factual", "prompt": "Once upon | a time"}, {"kind": "reasoning", "prompt": "One day"}]
-    path.write_text(json.dumps({"mine": prompts}))
-    decoding = {"do_sample": False, "max_new_tokens": 6}
-    recipe = small("samples", prompts=str(path), prompt_set="mine", decoding=decoding)
-    result = samples.run(recipe)
-    model, tokenizer = recipe.trainings[0].load()
-    ids = tokenizer("One day", return_tensors="pt").input_ids
-    text = tokenizer.decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :])
-    shown = result["measured"]["samples"][1]["continuations"]["Memory Mosaic, 1 block"]
-    assert shown == text.replace("<|endoftext|>", "")
-    table = (recipe.folder / "samples.md").read_text(encoding="utf-8")
-    assert "Once upon \\| a time" in table and table.count("\n| ") == 4
-    assert str(tmp_path) not in json.dumps(result["data"])
-
-
-def test_loss_of_continuations_counts_their_tokens_alone():
-    tokenizer = train_tokenizer(["Once upon a time there was a cat."] * 3, 300)
-    model = make_model(vocab_size=300)
-    before, after = (tokenizer(text).input_ids for text in ("Once upon", " a time there"))
-    logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
-    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(after)).item()
-    loss = samples.continuation_loss(model, tokenizer, ["Once upon", "Once"], [" a time there", ""])
-    assert loss == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot read the prompts"),
-        ("{", "not JSON"),
-        ('["Alice was"]', "it has to hold a list such as"),
-        ('[{"text": "Alice was"}]', "kind"),
-        ("[]", "there is no prompt"),
-        ('[{"kind": "factual", "prompt": " "}]', "an empty one"),
-    ],
-)
-def test_prompts_of_another_form_are_refused_before_anything_is_trained(content, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(language_modeling, "run", lambda *_: pytest.fail("trained"))
-    path = tmp_path / "prompts.json"
-    if content is not None:
-        path.write_text(content)
-    recipe = load_recipe(
-        RECIPES / "samples.yaml", [f"prompts={path}", "prompt_set=null", f"output_dir={tmp_path}/out"]
-    )
-    with pytest.raises(ValueError, match=message):
-        samples.run(recipe)
 
 
 @pytest.mark.parametrize(

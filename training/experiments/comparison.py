@@ -258,8 +258,6 @@ def _compare(
         return {}
     trainings = [_training_summary(training) for training in recipe.all_trainings]
     result = header(recipe) | {"data": data, "trainings": trainings} | measure(recipe)
-    if "claims" in result:  # TRANSITION: experiments whose claims are not yet in their recipe
-        return result | {"claims": [claim._asdict() for claim in result["claims"]]}
     return result | judged(recipe, result["measured"])
 
 
@@ -290,9 +288,6 @@ def run_comparison(
 
 def summary(result: dict[str, Any], folder: Path) -> str:
     """Return the table of a finished experiment, its claims, and where its files are."""
-    claims = [
-        describe_claim(claim, result["effects"]) if "effects" in claim else str(claim)  # TRANSITION
-        for claim in result["claims"]
-    ]
+    claims = [describe_claim(claim, result["effects"]) for claim in result["claims"]]
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in (".json", *SHOWN)))
     return "\n".join([result["table"], "", *claims, f"{files} are in {folder}"])

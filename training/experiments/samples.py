@@ -1,29 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts continued by each model, side by side in a Markdown table (Memory Mosaics, Tables 1 and 5)."""
+"""Texts that models write: side by side in a Markdown table (Memory Mosaics, Tables 1 and 5), and their repetition.
+
+A few prompts are continued for readers to judge. Repetition is measured on many beginnings of stories that no model
+has read, beside that of the stories themselves. `continuations.py` says what is equal for all models.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-import torch
-from pydantic import PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
 from tqdm import tqdm
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from typing_extensions import TypedDict  # pydantic refuses that of `typing` before Python 3.12
+from typing_extensions import Self, TypedDict  # pydantic refuses that of `typing` before Python 3.12
 
+from training.claims import Effects, crossed_effect, mean_effect
 from training.experiments import comparison
-from training.experiments.comparison import DepthComparisonRecipe, Trained, plan, summary
+from training.experiments.comparison import DepthComparisonRecipe, Trained, blocks, plan, summary
+from training.experiments.continuations import (
+    Beginnings,
+    continue_prompts,
+    describe_texts,
+    flags,
+    following_logits,
+    mean_entropy,
+    story_beginnings,
+    temperature_of_entropy,
+)
 from training.files import checksum, read_json, write_text
-from training.recipe import Section
-from training.tables import Claim, markdown_table
+from training.recipe import Section, SourceSection
+from training.tables import markdown_table
+from training.text.sources import load_stories, source_provenance
 
 
-__all__ = ["Recipe", "plan", "run", "summary"]
+__all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
-
-# Models count as similar if their measures differ by at most so much: shares of continuations, and nats.
-SIMILAR_REPETITION, SIMILAR_LOSS = 0.15, 0.3
+# Measures of texts, by their names in the result, as words of effects.
+MEASURES = {"repeats": "repetition", "distinct_2": "distinct pairs"}
+# What stands in the place of a model's label.
+STORIES = "the stories"
 
 
 class Prompt(TypedDict):
@@ -44,12 +60,35 @@ class DecodingSection(Section):
 
 
 class Recipe(DepthComparisonRecipe):
-    """`prompts` is a JSON file that holds a list of objects with `kind` and `prompt`, itself or in `prompt_set`."""
+    """`prompts` is a JSON file that holds a list of objects with `kind` and `prompt`, itself or in `prompt_set`.
+
+    Repetition is measured at each of `entropies`, in nats, or in greedy decoding if there are none.
+    """
 
     task: Literal["samples"]
     prompts: str
     prompt_set: str | None = None
     decoding: DecodingSection = DecodingSection()
+    stories: SourceSection
+    num_prompts: PositiveInt = 150
+    prompt_tokens: int = Field(default=24, ge=2)
+    new_tokens: PositiveInt = 80
+    entropies: list[PositiveFloat] = []
+    batch_size: PositiveInt = 75
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        length = self.trainings[0].recipe.data.context_length
+        if self.prompt_tokens + self.new_tokens > length:
+            raise ValueError(
+                f"`prompt_tokens` {self.prompt_tokens} and `new_tokens` {self.new_tokens} are more than the {length} "
+                "tokens of a window of the training: lower one of them"
+            )
+        return self
+
+    @property
+    def effect_names(self) -> list[str]:
+        return [one.name for one in _effects_of(self)]
 
 
 def read_prompts(path: str, prompt_set: str | None = None) -> list[Prompt]:
@@ -118,52 +157,6 @@ def continuations(
     return texts
 
 
-def _bigrams(text: str) -> Iterator[tuple[str, str]]:
-    words = text.split()
-    return zip(words, words[1:], strict=False)
-
-
-def _repeats(text: str, length: int = 4) -> bool:
-    """Return whether any run of `length` words occurs twice."""
-    words = text.split()
-    runs = [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
-    return len(runs) > len(set(runs))
-
-
-@torch.no_grad()
-def continuation_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str]
-) -> float:
-    """Return the mean loss in nats over all tokens of the continuations, each read after its prompt."""
-    total, count = 0.0, 0
-    for prompt, text in zip(prompts, texts, strict=True):
-        before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        after = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if after:
-            ids = torch.tensor([before + after], device=model.device)
-            # The prompt is no target, so that the loss is a mean over the continuation's tokens.
-            labels = torch.tensor([[-100] * len(before) + after], device=model.device)
-            total += model(input_ids=ids, labels=labels, use_cache=False).loss.item() * len(after)
-            count += len(after)
-    return total / max(count, 1)
-
-
-def _judge(
-    training: Trained, trainings: list[Trained], prompts: list[str], samples: dict[str, list[str]]
-) -> dict[str, float]:
-    """Return counts of a model's continuations, and their loss under the other models of its depth."""
-    texts = samples[training.name]
-    # A model finds its own text likely, so that only the others judge it.
-    judges = [other for other in trainings if other.depth == training.depth and other.label != training.label]
-    losses = [continuation_loss(*judge.load(), prompts, texts) for judge in judges]
-    bigrams = [pair for text in texts for pair in _bigrams(text)]
-    return {
-        "repetition": float(np.mean([_repeats(text) for text in texts])),
-        "distinct_bigrams": len(set(bigrams)) / max(1, len(bigrams)),
-        "loss_under_others": float(np.mean(losses)) if losses else float("nan"),
-    }
-
-
 def _cell(text: str) -> str:
     """Return a text on one line, with `|` escaped for Markdown."""
     return " ".join(text.split()).replace("|", "\\|")
@@ -185,65 +178,154 @@ def _side_by_side(recipe: Recipe, prompts: list[Prompt], samples: dict[str, list
     return "\n".join([*lines, table]) + "\n"
 
 
-def _table(judged: dict[str, dict[str, float]]) -> str:
-    columns = ["model", "continuations that repeat four words", "distinct word pairs", "loss under the other model"]
+# Repetition
+
+
+def _decodings(recipe: Recipe) -> dict[float | None, str]:
+    """Return by entropy, or None for greedy decoding, how texts are written, in words."""
+    return {entropy: f"at {entropy:g} nats" for entropy in recipe.entropies} or {None: "greedy"}
+
+
+def _continued(training: Trained, beginnings: Beginnings, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return for each way of decoding how much a model repeats itself after the beginnings, and its temperature."""
+    model, tokenizer = training.load()
+    prompts, following, _ = beginnings
+    about = {"label": training.label, "depth": training.depth, "seed": training.seed}
+    logits = following_logits(model, prompts, following, recipe.batch_size)
     rows = []
-    for name, numbers in judged.items():
-        cells = (numbers["repetition"], numbers["distinct_bigrams"], numbers["loss_under_others"])
-        rows.append([name, f"{cells[0]:.0%}", f"{cells[1]:.0%}", f"{cells[2]:.3f}"])
-    return markdown_table(columns, "lrrr", rows)
+    for entropy in _decodings(recipe):
+        temperature = None if entropy is None else temperature_of_entropy(logits, entropy)
+        ids = continue_prompts(model, prompts, recipe.new_tokens, temperature, training.seed, recipe.batch_size)
+        own_logits = following_logits(model, prompts, ids, recipe.batch_size)
+        own_entropy = None if temperature is None else mean_entropy(own_logits, temperature)
+        decoded = {"entropy": entropy, "temperature": temperature, "own_entropy": own_entropy}
+        rows.append(about | decoded | describe_texts(tokenizer.batch_decode(ids)))
+    return rows
 
 
-def _claims(recipe: Recipe, judged: dict[str, dict[str, float]]) -> list[Claim]:
-    described = {
-        name: f"{name}: {numbers['repetition']:.0%} repeat four words, loss under the other model "
-        f"{numbers['loss_under_others']:.2f}"
-        for name, numbers in judged.items()
-    }
-    claims = []
-    for depth in recipe.depths:
-        trainings = [t for t in recipe.trainings if t.depth == depth and t.seed == recipe.seeds[0]]
-        names = [training.name for training in trainings]
-        rates = [judged[name]["repetition"] for name in names]
-        losses = [judged[name]["loss_under_others"] for name in names]
-        is_similar = max(rates) - min(rates) <= SIMILAR_REPETITION and max(losses) - min(losses) <= SIMILAR_LOSS
-        claims.append(
-            Claim(
-                # The second part of a name is the depth in words.
-                f"Continuations of the prompts are of similar quality ({names[0].split(', ')[1]})",
-                "very similar (Tables 1 and 5)",
-                "; ".join(described[name] for name in names) + "; readers may judge the texts themselves",
-                "reproduced" if is_similar else "not at this size",
-            )
-        )
-    return claims
+def _measure_repetition(recipe: Recipe) -> dict[str, Any]:
+    stories = load_stories(**recipe.stories.model_dump())
+    _, tokenizer = recipe.trainings[0].load()  # all models have the same
+    beginnings = story_beginnings(stories, tokenizer, recipe.num_prompts, recipe.prompt_tokens, recipe.new_tokens)
+    models = [
+        one
+        for training in tqdm(recipe.trainings, desc="repetition")
+        for one in _continued(training, beginnings, recipe)
+    ]
+    in_stories = describe_texts(tokenizer.batch_decode(beginnings.following))
+    return {"numbers": beginnings.stories, "stories": in_stories, "models": models}
 
 
-def _measure(recipe: Recipe) -> dict[str, Any]:
+# Effects
+
+
+class _EffectOf(NamedTuple):
+    """What an effect is of: a measure of a model's texts, less that of another model, or of the stories."""
+
+    name: str
+    measure: str
+    entropy: float | None
+    depth: int
+    label: str
+    less: str
+
+
+def _effects_of(recipe: Recipe) -> Iterator[_EffectOf]:
+    first, *others = recipe.runs
+    pairs = [*((first, other) for other in others), *((label, STORIES) for label in recipe.runs)]
+    for entropy, decoding in _decodings(recipe).items():
+        for depth in recipe.depths:
+            for label, less in pairs:
+                for measure, words in MEASURES.items():
+                    name = f"{words} {decoding}: {label} - {less}, {blocks(depth)}"
+                    yield _EffectOf(name, measure, entropy, depth, label, less)
+
+
+def _of_model(measured: dict[str, Any], one: _EffectOf, label: str) -> list[Any]:
+    """Return a measure of a model, seed by seed, or of the stories."""
+    if label == STORIES:
+        return [measured["stories"][one.measure]]
+    return [
+        model[one.measure]
+        for model in measured["models"]
+        if (model["label"], model["depth"], model["entropy"]) == (label, one.depth, one.entropy)
+    ]
+
+
+def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
+    """Return how much more one repeats than the other.
+
+    Intervals of repetition are over seeds and stories, those of the shares of distinct words over seeds alone.
+    """
+    found = {}
+    for one in _effects_of(recipe):
+        ours, theirs = (_of_model(measured, one, label) for label in (one.label, one.less))
+        if one.measure == "repeats":
+            differences = np.array([flags(bits) for bits in ours]) - np.array([flags(bits) for bits in theirs])
+            found[one.name] = crossed_effect(differences, measured["numbers"], "")
+        else:
+            paired = np.array(ours) - np.array(theirs)
+            found[one.name] = mean_effect(paired.tolist(), "")
+    return found
+
+
+def _cells(texts: list[dict[str, Any]]) -> list[str]:
+    repetition = np.mean([flags(one["repeats"]).mean() for one in texts])
+    return [f"{repetition:.1%}", *(f"{np.mean([one[f'distinct_{n}'] for one in texts]):.1%}" for n in (1, 2, 3))]
+
+
+def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
+    columns = ["texts", "decoding", "temperature", "entropy of its own texts (nats)"]
+    columns += ["texts that repeat four words", "distinct words", "distinct pairs", "distinct triples"]
+    rows = [["the stories themselves", "", "", "", *_cells([measured["stories"]])]]
+    for entropy, decoding in _decodings(recipe).items():
+        for depth in recipe.depths:
+            for label in recipe.runs:
+                models = [
+                    model
+                    for model in measured["models"]
+                    if (model["label"], model["depth"], model["entropy"]) == (label, depth, entropy)
+                ]
+                means = ["", ""]
+                if entropy is not None:
+                    names = ("temperature", "own_entropy")
+                    means = [f"{np.mean([model[name] for model in models]):.2f}" for name in names]
+                rows.append([f"{label}, {blocks(depth)}", decoding, *means, *_cells(models)])
+    return markdown_table(columns, "llrrrrrr", rows)
+
+
+# The run
+
+
+def _continue_the_prompts(recipe: Recipe) -> list[dict[str, Any]]:
+    """Write the prompts and their continuations side by side, and return them."""
     prompts = read_prompts(recipe.prompts, recipe.prompt_set)
     # A space at the end would be a token of its own, for the next word's token begins with its space.
     texts = [prompt["prompt"].strip() for prompt in prompts]
-    samples: dict[str, list[str]] = {}
-    trainings = [training for training in recipe.trainings if training.seed == recipe.seeds[0]]
-    for training in tqdm(trainings, desc="samples"):
-        model, tokenizer = training.load()
-        samples[training.name] = continuations(model, tokenizer, texts, recipe.seeds[0], recipe.decoding.model_dump())
-    judged = {training.name: _judge(training, trainings, texts, samples) for training in trainings}
+    samples = {
+        training.name: continuations(*training.load(), texts, training.seed, recipe.decoding.model_dump())
+        for training in tqdm(recipe.trainings, desc="samples")
+        if training.seed == recipe.seeds[0]
+    }
     write_text(recipe.folder / f"{recipe.name}.md", _side_by_side(recipe, prompts, samples))
-    rows = [
-        prompt | {"continuations": {name: sample[index] for name, sample in samples.items()}}
+    return [
+        {**prompt, "continuations": {name: sample[index] for name, sample in samples.items()}}
         for index, prompt in enumerate(prompts)
     ]
-    return {
-        "measured": {"judged": judged, "samples": rows},
-        "table": _table(judged),
-        "claims": _claims(recipe, judged),
-    }
+
+
+def _measure(recipe: Recipe) -> dict[str, Any]:
+    samples = _continue_the_prompts(recipe)
+    measured = _measure_repetition(recipe)
+    return {"measured": measured | {"samples": samples}, "table": _table(recipe, measured)}
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Continue all prompts with every model; returns the content of `result.json`."""
+    """Continue prompts and beginnings of stories with every model; returns the content of `result.json`."""
     read_prompts(recipe.prompts, recipe.prompt_set)  # a mistake there must not show after hours of training
     file = Path(recipe.prompts).expanduser()
-    data = {"prompts": {"kind": "files", "files": {file.name: checksum(file)}}}
+    data = {
+        "prompts": {"kind": "files", "files": {file.name: checksum(file)}},
+        "stories": source_provenance(**recipe.stories.model_dump()),
+    }
     return comparison.run_comparison(recipe, restart, data, _measure)

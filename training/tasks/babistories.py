@@ -29,7 +29,6 @@ from training.files import checksum, remove_leftovers, write_json, write_text
 from training.recipe import BaseRecipe, Section
 from training.result import header
 from training.run_folder import run_once
-from training.tables import Claim
 from training.text import story_prompts
 from training.text.generator import Generator, GeneratorSection, check_quantization
 from training.text.shards import ShardWriter, read_rows
@@ -194,21 +193,6 @@ def _ask_for_stories(
     return [{"index": index, **words, "text": text} for index, words, text in zip(indices, drawn, texts, strict=True)]
 
 
-def _claims(result: dict[str, Any]) -> list[Claim]:
-    metrics = result["metrics"]
-    paper = {"kept": 2_200_000, "characters_mean": 888.0}  # its training split
-    near = all(abs(metrics[name] / value - 1) <= 0.1 for name, value in paper.items())
-    return [
-        Claim(
-            "A language model that is given names, words and openings tells a corpus of short stories",
-            "2.2 M stories of 888 characters, 474,704,907 GPT-2 tokens, from Mixtral 8x7B (Table 2)",
-            f"{metrics['kept']:,} stories of {metrics['characters_mean']:.0f} characters, {metrics['tokens']:,} of "
-            f"the generator's tokens, from {metrics['prompted']:,} prompts to {result['generator']['name']}",
-            "reproduced" if near else "not at this size",
-        )
-    ]
-
-
 def size_category(num_rows: int) -> str:
     """Return the Hub's name for a size, such as `1K<n<10K`."""
     bounds = [(10**3, "1K"), (10**4, "10K"), (10**5, "100K"), (10**6, "1M"), (10**7, "10M"), (10**8, "100M")]
@@ -254,7 +238,7 @@ def _result(
     writer: ShardWriter,
     data: dict[str, Any],
 ) -> dict[str, Any]:
-    result = {
+    return {
         **header(recipe),
         "seed": recipe.seed,
         "num_processes": writer.state.num_processes,
@@ -266,7 +250,6 @@ def _result(
         "metrics": counted.metrics(),
         "samples": counted.samples,
     }
-    return result | {"claims": [claim._asdict() for claim in _claims(result)]}
 
 
 def _make_stories(
