@@ -29,12 +29,13 @@ from hub_cards.space import app
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
 from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
 from training.evaluate import load_model, tokens_and_bytes
-from training.experiments import position_loss, samples
+from training.experiments import cloze, continuations, position_loss, samples
 from training.export import export_model
 from training.generate import generate_texts
 from training.paths import CLONE, CONFIGURATION
 from training.recipe import load_recipe
 from training.tasks import fine_tuning, language_modeling
+from training.text import cloze_items
 from training.text.generator import Generator, GeneratorSection
 from training.text.sources import load_stories
 from training.text.tokenizer import added_tokens, load_tokenizer, train_tokenizer
@@ -132,10 +133,14 @@ def test_training_reads_stories_with_one_end_behind_each(run):
     assert tokens_and_bytes(stories, tokenizer)[0] == len(expected)
 
 
-def test_measured_texts_are_read_as_they_stand(run, read):
+def test_measured_texts_are_read_as_they_stand(run):
     model, tokenizer = load_model(run.folder / "model")
-    samples.continuation_loss(model, tokenizer, [TEXT], [TEXT])
-    assert read.pop() == [PLAIN + PLAIN]
+    end = VOCABULARY["</s>"]
+    item = cloze_items.Item(story=0, context=TEXT, candidates=(TEXT, TEXT[:5]))
+    expected = [([end, *PLAIN], PLAIN), ([end, *PLAIN], PLAIN[:5])]
+    assert cloze.item_targets([item], tokenizer, 100) == expected
+    beginnings = continuations.story_beginnings(Dataset.from_dict({"text": [TEXT]}), tokenizer, 1, 6, len(PLAIN) - 5)
+    assert (beginnings.prompts.tolist(), beginnings.following.tolist()) == ([[end, *PLAIN[:5]]], [PLAIN[5:]])
     ids, _ = position_loss.cut_windows(Dataset.from_dict({"text": [TEXT]}), tokenizer, len(PLAIN), "documents", 1)
     assert ids.tolist() == [PLAIN]
     assert measure_units(model, tokenizer, [TEXT, TEXT[:5]])["tokens"] == len(PLAIN) + 5
@@ -220,7 +225,8 @@ def test_a_tokenizer_that_adds_nothing_is_left_as_it_is(tmp_path, caplog):
 WALKED = {
     *("training/text/windows.py", "training/evaluate.py", "training/text/tokenizer.py"),
     *("training/text/generator.py", "training/text/story_selection.py", "training/experiments/position_loss.py"),
-    *("training/experiments/samples.py", "hub_cards/space/app.py"),
+    *("training/experiments/samples.py", "training/experiments/cloze.py", "training/experiments/continuations.py"),
+    "hub_cards/space/app.py",
     "modeling_memory_mosaic/inspection_memory_mosaic.py",
 }
 
