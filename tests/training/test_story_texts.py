@@ -301,6 +301,9 @@ def test_experiments_measure_every_effect_and_a_second_call_shows_them(name, sma
         assert all(math.isfinite(effect[part]) for part in ("value", "low", "high"))
     assert len(result["measured"]["models"]) == 4 * max(1, len(getattr(recipe, "entropies", [])))
     assert "Memory Mosaic, 1 block" in result["table"]
+    assert len({line.count(" |") for line in result["table"].splitlines()}) == 1, (
+        "a row has a cell too many or too few"
+    )
     assert result["data"]["stories"]["name"] == "embedded"
     monkeypatch.setattr(language_modeling, "run", lambda *_: pytest.fail("trained again"))
     assert module.run(recipe) == result

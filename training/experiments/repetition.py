@@ -345,11 +345,8 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
 
 def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
     columns = ["model", *(f"repeat four words, factor {factor:g}" for factor in recipe.factors)]
-    columns += [
-        *(f"loss, factor {factor:g}" for factor in recipe.factors),
-        "expects a copy",
-        "copies in its own texts",
-    ]
+    columns += [f"loss, factor {factor:g}" for factor in recipe.factors]
+    columns += ["expects a copy", "when sharpened", "copies in its own texts"]
     columns += ["loss of pairs that the text had", "loss of new pairs", "weight on copied places", "in its own texts"]
     is_copied = flags(measured["copying"]["comes"])
     repeats = flags(measured["stories"]["repeats"]).mean()
