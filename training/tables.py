@@ -179,6 +179,31 @@ def claims_table(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def parts_table(language: dict[str, Any], induction: dict[str, Any]) -> str:
+    """Return a Markdown table with a line for each model of `parts.yaml`: three measures of learning in context.
+
+    Args:
+        language: content of the result of `parts`.
+        induction: content of the result of `parts_induction`, on the same runs with one block.
+    """
+    texts = language["measured"]
+    measured = {effect["basis"]: None for effect in texts["stories"]["effects"].values()}
+    rows = []
+    for model in texts["stories"]["models"]:
+        label, loss = model["label"], statistics.mean(model["loss"]["mean"])
+        fall = Effect(**texts["encyclopaedia"]["effects"][f"fall past 100 tokens, {label}, 4 blocks"])
+        accuracy = [run["accuracy"] for run in induction["measured"]["test"][label]]
+        rows.append([label, f"{loss:.3f}", str(fall).partition(",")[0], mean_and_deviation(accuracy, 3)])
+    columns = [
+        "model",
+        "loss on stories",
+        "fall of the loss past 100 tokens, encyclopaedic text",
+        "induction accuracy",
+    ]
+    table = markdown_table(columns, "lrrr", rows)
+    return f"{table}\n\nLosses of four blocks ({', '.join(measured)}), accuracy of one block."
+
+
 # By task: the function that makes a table from results of single trainings, which hold no table.
 TABLES = {"language_modeling": results_table, "fine_tuning": fine_tuning_table}
 
@@ -204,6 +229,9 @@ def table_of(name: str) -> str:
     results = committed_results()
     if name == "claims":
         return claims_table(results)
+    if name == "parts":
+        by_name = {result["name"]: result for result in results}
+        return parts_table(by_name["parts"], by_name["parts_induction"])
     chosen = [result for result in results if result["name"] == name]
     if not chosen:
         known = sorted({result["name"] for result in results})

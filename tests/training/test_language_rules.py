@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -23,7 +24,14 @@ HAS_RUNS = [path for path in sorted(RECIPES.glob("*.yaml")) if "\nruns:" in path
 
 @pytest.fixture(scope="module")
 def recipes():
-    names = ("training_curves", "out_of_distribution", "beyond_training_length", "bandwidth", "attention_maps")
+    names = (
+        "training_curves",
+        "out_of_distribution",
+        "beyond_training_length",
+        "bandwidth",
+        "attention_maps",
+        "parts",
+    )
     return {name: load_recipe(RECIPES / f"{name}.yaml") for name in names}
 
 
@@ -78,7 +86,7 @@ def test_growth_over_depth_is_that_of_the_differences(recipes):
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)
-@pytest.mark.parametrize("name", ["out_of_distribution", "beyond_training_length", "bandwidth"])
+@pytest.mark.parametrize("name", ["out_of_distribution", "beyond_training_length", "bandwidth", "parts"])
 def test_claims_on_positions_read_the_stored_effects(recipes, name, verdict):
     recipe = recipes[name]
     nothing = {"value": 0.0, "low": None, "high": None, "unit": "nats", "basis": "3 seeds, 9 documents"}
@@ -163,7 +171,9 @@ def committed(name):
 def model_of(recipe):
     """Return what a training trains, whatever its depth: the file of the model, and what is changed in it."""
     changed = {key: value for key, value in recipe.model_args.items() if key != "num_hidden_layers"}
-    return recipe.model, json.dumps(changed, sort_keys=True)
+    # A mosaic without a part has the rate of the whole one.
+    model = re.sub("^parts-.*-(?=[a-z]+$)", "mosaic-", recipe.model)
+    return model, json.dumps(changed, sort_keys=True)
 
 
 def best_rates(tuning, result):

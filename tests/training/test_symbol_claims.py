@@ -14,7 +14,8 @@ from training.recipe import load_recipe
 from training.tables import committed_results
 
 
-NAMES = ["regbench", "regbench_automata", "regbench_recurrent", "regbench_long", "regbench_paper", "induction"]
+NAMES = ["regbench", "regbench_automata", "regbench_recurrent", "regbench_long", "regbench_paper"]
+NAMES += ["induction", "parts_induction"]
 RECIPES = {name: load_recipe(CONFIGURATION / f"recipe/{name}.yaml") for name in NAMES}
 CLAIMS = [(name, number) for name, recipe in RECIPES.items() for number in range(len(recipe.claims))]
 POSITIONS = [10, 30, 20, 25, 15, 5]
@@ -78,7 +79,7 @@ def test_every_rule_gives_every_verdict(name, number, verdict):
     recipe = RECIPES[name]
     claim = recipe.claims[number]
     target, scale = targets(claim)[verdict]
-    make = made_up_induction if name == "induction" else made_up_regbench
+    make = made_up_induction if recipe.task == "induction" else made_up_regbench
     measured = json.loads(json.dumps(make(recipe, claim.effects, target, scale)))
     effects = measured_effects(recipe.task, recipe, measured)
     assert effects.keys() == set(recipe.effect_names)
