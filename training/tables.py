@@ -7,7 +7,6 @@
 """
 
 import importlib
-import math
 import shutil
 import statistics
 from collections import defaultdict
@@ -142,11 +141,8 @@ def _found_effects(result: dict[str, Any]) -> Effects:
     return measured_effects(result["task"], recipe, result["measured"])
 
 
-def _claim_row(result: dict[str, Any], claim: ClaimSection) -> tuple[str, list[str]]:
-    """Return the verdict on a claim of today's recipe, computed from a committed result, and its row."""
-    found = _found_effects(result)
-    # Today's recipe may ask for more than the committed run measured: then the claim is undecided.
-    effects = {name: found.get(name, Effect(math.nan, None, None, "", "not measured yet")) for name in claim.effects}
+def _claim_row(result: dict[str, Any], claim: ClaimSection, effects: Effects) -> tuple[str, list[str]]:
+    """Return the verdict on a claim of today's recipe, computed from the effects of a committed result, and its row."""
     rule = claim.rule if claim.changed is None else f"{claim.rule} ({claim.changed})"
     stated = [(then["effects"], ClaimSection(**then).rule) for then in result["recipe"].get("claims", [])]
     if (claim.effects, claim.rule) not in stated:
@@ -165,13 +161,21 @@ def claims_table(results: list[dict[str, Any]]) -> str:
         results: contents of `result.json` files.
     """
     rows: dict[str, list[list[str]]] = {verdict: [] for verdict in _VERDICTS}
+    num_waiting = 0
     for result in results:
         path = CONFIGURATION / "recipe" / f"{result['name']}.yaml"
-        for claim in getattr(load_recipe(path), "claims", []) if path.is_file() else []:
-            verdict, row = _claim_row(result, claim)
-            rows[verdict].append(row)
+        claims = getattr(load_recipe(path), "claims", []) if path.is_file() else []
+        effects = _found_effects(result) if claims else {}
+        for claim in claims:
+            if effects.keys() >= set(claim.effects):
+                verdict, row = _claim_row(result, claim, effects)
+                rows[verdict].append(row)
+            else:
+                num_waiting += 1
     counts = ", ".join(f"{len(rows[verdict])} {verdict}" for verdict in _VERDICTS)
     parts = [f"{sum(map(len, rows.values()))} claims: {counts}."]
+    if num_waiting:
+        parts[0] += f" The committed results do not measure {num_waiting} other claims of today's recipes."
     columns = ["claim", "recipe", "paper", "ours (95 % interval)", "rule"]
     for verdict in _VERDICTS:
         table = markdown_table(columns, "lllll", rows[verdict]) if rows[verdict] else "None."
