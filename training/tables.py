@@ -142,7 +142,7 @@ def _found_effects(result: dict[str, Any]) -> Effects:
 
 
 def _claim_row(result: dict[str, Any], claim: ClaimSection, effects: Effects) -> tuple[str, list[str]]:
-    """Return the verdict on a claim of today's recipe, computed from the effects of a committed result, and its row."""
+    """Return the verdict on a claim of today's recipe, given the effects of a committed result, and its row."""
     rule = claim.rule if claim.changed is None else f"{claim.rule} ({claim.changed})"
     stated = [(then["effects"], ClaimSection(**then).rule) for then in result["recipe"].get("claims", [])]
     if (claim.effects, claim.rule) not in stated:
