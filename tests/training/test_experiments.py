@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experiments on trained models measure what their names say, and name bad input before any training."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,33 @@ def test_experiments_share_the_trainings_of_equal_models():
     assert shared("bandwidth") == (6, 6)  # what is changed in evaluation alone is no training of its own
     assert shared("beyond_training_length") == (21, 15)
     assert shared("attention_maps") == (18, 12)
+
+
+def test_settings_at_a_depth_are_those_of_that_depth_alone():
+    def recipe_of(run):
+        values = {
+            "name": "curves",
+            "task": "training_curves",
+            "base": "stories_micro",
+            "depths": [1, 4],
+            "seeds": [0, 1],
+        }
+        return training_curves.Recipe(**values, runs={"Llama": {"model": "llama-micro", **run}})
+
+    slow = {"training": {"learning_rate": 1e-3}}
+    plain, everywhere, at_one = (recipe_of(run) for run in ({}, slow, {"at_depth": {1: slow}}))
+    # The trainings are those of runs that have the setting at every depth, or at none: nothing is trained twice.
+    for one, *others in zip(at_one.trainings, everywhere.trainings, plain.trainings, strict=True):
+        same = others[0 if one.depth == 1 else 1]
+        assert (one.recipe.folder, one.recipe.hash) == (same.recipe.folder, same.recipe.hash)
+    assert {one.recipe.training.learning_rate for one in at_one.trainings if one.depth == 1} == {1e-3}
+    # What the setting is without `at_depth` leaves no trace in the folder.
+    same_rate = plain.trainings[0].recipe.training.learning_rate
+    unchanged = recipe_of({"at_depth": {1: {"training": {"learning_rate": same_rate}}}})
+    assert [one.recipe.folder for one in unchanged.trainings] == [one.recipe.folder for one in plain.trainings]
+    # A result has names where the recipe's file has numbers.
+    again = training_curves.Recipe(**json.loads(at_one.model_dump_json()))
+    assert again.hash == at_one.hash and again.trainings == at_one.trainings
 
 
 def test_losses_are_those_of_the_test_split_and_a_second_call_shows_them(small, monkeypatch):
@@ -252,6 +281,10 @@ def test_heads_that_look_elsewhere_say_little_about_the_shape_of_the_rest():
         ("training_curves", "half_budget_seeds=[9]", r"\[9\], which `seeds` has not"),
         ("training_curves", "runs.GPT-2.evaluation.hidden_size=1", "unknown key 'evaluation"),
         ("training_curves", "depths=[1]", "measures no effect 'GPT-2 - Memory Mosaic, 4 blocks'"),
+        ("training_curves", "runs.Llama.at_depth.3.tokens=9", r"has \['3'\], but depths are \['1', '4'\]"),
+        ("training_curves", "runs.Llama.at_depth.1.tokns=9", "tokns"),
+        ("training_curves", "runs.Llama.at_depth=1", "has to give settings for each depth"),
+        ("parts_induction", "runs.RoPE.at_depth.7.seed=9", r"has \['7'\], but depths are"),
         ("stories_tuning", "test.source=embedded", "a tuning selects"),
         ("beyond_training_length", "runs.RoPE.evaluation.bandwidth_exponent=0.1", "unknown key 'model_args.bandw"),
         ("training_curves", "base=absent", "there is no recipe"),

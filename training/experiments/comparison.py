@@ -94,16 +94,17 @@ def _merged(settings: dict[str, Any], more: dict[str, Any]) -> Any:
 def _changed_settings(variant: dict[str, Any], recipe: Any) -> dict[str, Any]:
     """Return what a variant changes in a recipe.
 
-    A setting that the recipe has already is left out: it would give the same training another folder.
+    A setting that the recipe has already is left out: it would give the same training another folder. One that no
+    recipe has stays, to be refused by its name when it is read.
     """
     changes: dict[str, Any] = {}
     for section, settings in variant.items():
         if not isinstance(settings, dict):
-            changes |= {} if getattr(recipe, section) == settings else {section: settings}
+            changes |= {} if getattr(recipe, section, None) == settings else {section: settings}
             continue
         # What `model_args` leaves out stands in the model's file.
-        current = recipe.build_config() if section == "model_args" else getattr(recipe, section)
-        changed = {name: value for name, value in settings.items() if getattr(current, name) != value}
+        current = recipe.build_config() if section == "model_args" else getattr(recipe, section, None)
+        changed = {name: value for name, value in settings.items() if getattr(current, name, None) != value}
         if changed:
             changes[section] = changed
     return changes
@@ -120,7 +121,10 @@ class ComparisonRecipe(RecipeWithClaims):
 
     @model_validator(mode="after")
     def _check_trainings(self) -> Self:
-        assert self.all_trainings  # building them is the check
+        depths = {str(training.depth) for training in self.all_trainings}  # building them is a check, too
+        for label, run in self.runs.items():
+            if absent := sorted(set(map(str, run.get("at_depth", {}))) - depths):
+                raise ValueError(f"`at_depth` of the run {label!r} has {absent}, but depths are {sorted(depths)}")
         return self
 
     @functools.cached_property
@@ -160,9 +164,9 @@ class ComparisonRecipe(RecipeWithClaims):
     def run_settings(self) -> dict[str, dict[str, Any]]:
         """By label: in which settings the training of a run differs."""
         # What is changed in evaluation alone is no setting of the training, whose folder other runs share.
-        ignored = {label: ["evaluation"] for label in self.evaluations}
+        ignored = {label: {"at_depth", *(["evaluation"] if label in self.evaluations else [])} for label in self.runs}
         return {
-            label: {key: value for key, value in run.items() if key not in ignored.get(label, [])}
+            label: {key: value for key, value in run.items() if key not in ignored[label]}
             for label, run in self.runs.items()
         }
 
@@ -174,7 +178,18 @@ class ComparisonRecipe(RecipeWithClaims):
             for label, settings in self.run_settings.items()
         }
 
+    def _at_depth(self, label: str, variant: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings that a run has at the depth of a variant alone."""
+        own_depth = self.run_recipes[label].build_config().num_hidden_layers
+        depth = variant.get("model_args", {}).get("num_hidden_layers", own_depth)
+        settings_of = self.runs[label].get("at_depth", {})
+        if not isinstance(settings_of, dict) or not all(isinstance(one, dict) for one in settings_of.values()):
+            raise ValueError(f"`at_depth` of the run {label!r} has to give settings for each depth that it names")
+        # Depths are numbers in a recipe's file, and names of fields in a result's.
+        return {str(number): settings for number, settings in settings_of.items()}.get(str(depth), {})
+
     def _training(self, label: str, variant: dict[str, Any], seed: int) -> Trained:
+        variant = _merged(self._at_depth(label, variant), variant)
         settings = _merged(self.run_settings[label], _changed_settings(variant, self.run_recipes[label]))
         folder = f"runs/{self.base}/{'-'.join([*leaves(settings), f'seed{seed}'])}"
         all_settings = [self.common, settings, {"seed": seed, "output_dir": folder}]
