@@ -233,6 +233,9 @@ class MemoryMosaicGenerationMixin(GenerationMixin):
         See [`continue_from`].
         """
         settings = generation_settings(self, generation_config, kwargs)
+        if getattr(generation_config, "is_assistant", False) and kwargs.get("attention_mask") is None:
+            # The library leaves a mask out where nothing is padding. A `pad_token_id` that was written is then text.
+            kwargs["attention_mask"] = torch.ones_like(inputs if inputs is not None else kwargs["input_ids"])
         kwargs = continue_from(inputs, settings, kwargs)
         memory = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), warn=False)
         with repeated_rows(memory, settings):

@@ -232,6 +232,21 @@ def test_assisted_decoding_of_short_and_padded_prompts(prompt):
             assert torch.equal(generate(model, ids, mask, max_new_tokens=6, **options), expected)
 
 
+def test_assisted_decoding_of_a_text_that_has_the_id_of_padding():
+    """What an assistant writes is text, also where it is `pad_token_id`."""
+    ids = make_ids(1, 5)
+    for seed in range(2):
+        model, assistant = make_model(seed), make_model(seed + 10)
+        written = generate(model, ids, max_new_tokens=8, eos_token_id=None)
+        assisted = generate(assistant, ids, max_new_tokens=2, eos_token_id=None)
+        for pad in {*written[0, 4:7].tolist(), *assisted[0, 4:].tolist()}:
+            options = {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": pad}
+            expected = generate(model, ids, torch.ones_like(ids), **options)
+            for helper in (model, assistant):
+                text = generate(model, ids, torch.ones_like(ids), assistant_model=helper, **options)
+                assert torch.equal(text, expected), (seed, pad)
+
+
 @writers
 def test_the_returned_memory_continues_the_text(model):
     ids = make_ids(1, 5)
