@@ -14,9 +14,11 @@ CORE := $(addprefix tests/payload/test_,modeling.py continuous.py packing.py cac
 # `babistories_micro` is last, because it needs a file that is not in the clone: `prompt_lists.json`, a JSON object with a
 # list "openings". That of the committed result has 2,464 first sentences of TinyStories. The other recipes need no file.
 RESULTS ?= three_moons induction regbench_search regbench_search_baselines regbench regbench_automata \
-	regbench_long regbench_search_recurrent regbench_recurrent stories_tuning training_curves out_of_distribution \
-	beyond_training_length bandwidth parts parts_induction attention_maps cloze repetition stories_tiny_tuning stories_tiny_comparison \
-	memory_fidelity memory_capacity memory_capacity_tokens memory_objectives memory_remedies memory_positions babistories_micro
+	regbench_long regbench_search_recurrent regbench_recurrent stories_tuning stories_tuning_one_block \
+	training_curves out_of_distribution beyond_training_length bandwidth parts parts_induction \
+	attention_maps cloze repetition stories_tiny_tuning stories_tiny_comparison memory_fidelity \
+	memory_capacity memory_capacity_tokens memory_objectives memory_remedies memory_positions \
+	babistories_micro
 
 # Pages with tables that are made from result files.
 PAGES := README.md benchmarks/README.md modeling_memory_mosaic/README.md training/README.md training/results/README.md
