@@ -23,6 +23,7 @@ text and no other model continue a memory.
 """
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -204,10 +205,51 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
         self._map_rows(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
 
+class GrowingStorage:
+    """Storage of keys or of values that doubles when it is full, so that new ones are written in place.
+
+    Only the newest view of it is written on. Other views, such as those of a memory's copy, keep what they show: they
+    are copied before they grow. So is everything while gradients are recorded, which may need what was there before.
+    """
+
+    def __init__(self) -> None:
+        self.newest: weakref.ref[torch.Tensor] | None = None  # weak: an offloaded memory leaves nothing behind
+        self.capacity = 0
+
+    def append(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Return `stored` `(B, H, S, D)` and behind it `new` `(B, H, T, D)`, of which both are copied at most once."""
+        length, end = stored.shape[-2], stored.shape[-2] + new.shape[-2]
+        is_newest = self.newest is not None and self.newest() is stored
+        is_frozen = stored.is_inference() and not torch.is_inference_mode_enabled()
+        if not is_newest or is_frozen or torch.is_grad_enabled():
+            # Without room behind it: a memory that is reordered after each token would make it in vain.
+            grown, self.capacity = torch.cat([stored, new], dim=-2), end
+        else:
+            batch_size, num_heads, _, width = stored.shape
+            if end > self.capacity:
+                self.capacity = max(2 * length, end)
+                storage = stored.new_empty(batch_size, num_heads, self.capacity, width)
+                storage[:, :, :length] = stored
+            else:
+                storage = stored.as_strided((batch_size, num_heads, self.capacity, width), stored.stride())
+            storage[:, :, length:end] = new
+            grown = storage[:, :, :end]
+        self.newest = weakref.ref(grown)
+        return grown
+
+    # A copy of a memory has tensors of its own, and a weak reference cannot be pickled.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
 class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
     """Grows with the text. Built by `DynamicCache(config=model.config)`."""
 
     _layer_type = "memory_mosaic"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.key_storage, self.value_storage = GrowingStorage(), GrowingStorage()
 
     def reset(self) -> None:
         super().reset()
@@ -217,13 +259,17 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store pairs, as the library's layers do.
+        """Store pairs `(B, H, T, D)` and return all, `(B, H, S, D)`.
 
         Raises:
             ValueError: if they are of another precision than the stored ones.
         """
         self.check_precision(key_states.dtype)
-        return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized or is_torchdynamo_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys = self.key_storage.append(self.keys, key_states)
+        self.values = self.value_storage.append(self.values, value_states)
+        return self.keys, self.values
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

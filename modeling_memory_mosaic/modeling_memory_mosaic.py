@@ -101,7 +101,7 @@ class MemoryMosaicAssociativeMemory(nn.Module):
                 f"{projected.shape[-1]} features are not whole heads of {self.head_dim}: spread the model over "
                 f"a number of processes that divides num_attention_heads={self.config.num_attention_heads}."
             )
-        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def states(self, past_key_values: Cache) -> MemoryMosaicStates:
         """Return this layer's part of the memory."""

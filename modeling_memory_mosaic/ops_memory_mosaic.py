@@ -35,6 +35,8 @@ MAX_LOG_KEY_SCALE = 5.0
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Convert half precision to float32; return float32 and float64 as they are."""
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor  # a call of `to` that changes nothing costs as much as an operation on one token
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -113,8 +115,10 @@ def _leaky_sums(
     """
     num_tokens = states.shape[2]
     if num_tokens == 1 and document_ids is None:
-        aged = leak[:, None, None] if elapsed is None else leak[:, None, None] * elapsed[:, None, :, None]
-        return states if initial_state is None else states + torch.exp(-aged) * initial_state
+        if initial_state is None:
+            return states
+        aged = leak.view(-1, 1, 1) if elapsed is None else leak[:, None, None] * elapsed[:, None, :, None]
+        return torch.addcmul(states, torch.exp(-aged), initial_state)
     # An exported program serves any number of tokens, so it cannot depend on their number of chunks: it has one.
     is_one_chunk = torch.compiler.is_exporting() or num_tokens <= CHUNK_LENGTH
     length = num_tokens if is_one_chunk else CHUNK_LENGTH
@@ -195,7 +199,7 @@ def scale_to_length(vectors: torch.Tensor, length: torch.Tensor) -> torch.Tensor
     vectors = at_least_float32(vectors)
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     # Not an epsilon: it would blow up the gradient of a zero vector beyond what half precision holds.
-    return vectors * (length.to(vectors.dtype)[:, None, None] / norms.masked_fill(norms == 0, 1.0))
+    return vectors * (length.to(vectors.dtype).view(-1, 1, 1) / (norms + (norms == 0)))
 
 
 def keys_and_queries(
