@@ -152,12 +152,12 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
     def get_state(self, name: str) -> torch.Tensor | None:
         """Return the last vector `(B, H, 1, D)` of a state; `None` before the first token."""
         trajectory = self.states.get(name)
-        return None if trajectory is None else trajectory[:, :, -1:]
+        return trajectory if trajectory is None or trajectory.shape[2] == 1 else trajectory[:, :, -1:]
 
     def set_state(self, name: str, trajectory: torch.Tensor) -> None:
         """Continue a state by `trajectory` `(B, H, T, D)`; only its last vector stays unless the past is recorded."""
         if not self.record_past:
-            trajectory = trajectory[:, :, -1:].contiguous()
+            trajectory = trajectory if trajectory.shape[2] == 1 else trajectory[:, :, -1:].contiguous()
         elif name in self.states:
             trajectory = torch.cat([self.states[name], trajectory], dim=2)
         self.states[name] = trajectory

@@ -29,6 +29,7 @@ moves them ten times faster.
 Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
 """
 
+import itertools
 from typing import Any, cast
 
 import torch
@@ -83,15 +84,13 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a key and of a value."""
-        return cast(int, self.config.head_dim)  # never None in a configuration that was made
+        self.head_dim = cast(int, config.head_dim)  # never None in a configuration that was made
 
     def leak(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the decay of each head's leaky sum `(H,)`, in nats per token, in `dtype` at least."""
-        key_leak = self.key_leak.to(torch.promote_types(self.key_leak.dtype, dtype))
+        key_leak = self.key_leak
+        if key_leak.dtype != dtype:
+            key_leak = key_leak.to(torch.promote_types(key_leak.dtype, dtype))
         return (PARAMETER_SCALE * key_leak).abs()
 
     def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
@@ -117,7 +116,7 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         """
         implementation = self.config._attn_implementation
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        dropout = self.config.attention_dropout if self.training else 0.0  # reading it costs as much as an operation
         # The caller's `is_causal` would win over the module's, and persistent memories are not causal.
         kwargs["is_causal"] = self.is_causal
         return attention_function(self, query, key, value, attention_mask, dropout=dropout, scaling=1.0, **kwargs)
@@ -192,7 +191,8 @@ class MemoryMosaicTokenMemory(MemoryMosaicAssociativeMemory):
 
     def key_length(self, power: int = 1) -> torch.Tensor:
         """Return the length of a key `(H,)`; its square is the inverse squared bandwidth of the kernel."""
-        return (power * (PARAMETER_SCALE * at_least_float32(self.key_scale)).clamp(max=MAX_LOG_KEY_SCALE)).exp()
+        log_length = (PARAMETER_SCALE * at_least_float32(self.key_scale)).clamp(max=MAX_LOG_KEY_SCALE)
+        return (log_length if power == 1 else power * log_length).exp()
 
     def value_length(self) -> torch.Tensor:
         """Return the length of a value `(H,)`."""
@@ -481,7 +481,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             # Padding behind a text repeats its last token in all layers: there `generate` asks what comes next.
             hidden_states = forward_fill(embeds[:, None], masks["is_token"], None)[:, 0]
         # Decoding with an early exit lowers num_hidden_layers.
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for layer in itertools.islice(self.layers, self.config.num_hidden_layers):
             hidden_states = layer(hidden_states, **masks, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **memory_kwargs(past_key_values))
 
