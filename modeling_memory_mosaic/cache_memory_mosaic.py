@@ -229,11 +229,11 @@ class GrowingStorage:
             if end > self.capacity:
                 self.capacity = max(2 * length, end)
                 storage = stored.new_empty(batch_size, num_heads, self.capacity, width)
-                storage[:, :, :length] = stored
+                storage.narrow(2, 0, length).copy_(stored)
             else:
                 storage = stored.as_strided((batch_size, num_heads, self.capacity, width), stored.stride())
-            storage[:, :, length:end] = new
-            grown = storage[:, :, :end]
+            storage.narrow(2, length, end - length).copy_(new)
+            grown = storage.narrow(2, 0, end)
         self.newest = weakref.ref(grown)
         return grown
 

@@ -62,6 +62,7 @@ from .ops_memory_mosaic import (
     eager_attention_forward,
     embed_ids,
     forward_fill,
+    is_one_float32_query,
     keys_and_queries,
     leaky_average,
     positions_to_keep,
@@ -115,6 +116,9 @@ class MemoryMosaicAssociativeMemory(nn.Module):
             retrieved values `(B, T, H, D)`, and weights `(B, H, T, N)` if the function returns them.
         """
         implementation = self.config._attn_implementation
+        if implementation == "sdpa" and attention_mask is None and is_one_float32_query(query):
+            # What sdpa computes; on a CPU, where the time is that of reading the pairs, as fast as memory allows.
+            return ((query @ key.transpose(2, 3)).softmax(-1) @ value).transpose(1, 2), None
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0  # reading it costs as much as an operation
         # The caller's `is_causal` would win over the module's, and persistent memories are not causal.
@@ -169,8 +173,9 @@ class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
             # Shift identity: tokens 1.. over the pairs of tokens 0.. is plain causal attention; token 0 retrieves 0.
             retrieved, weights = self.retrieve(queries[:, :, 1:], *pairs, None, **kwargs)
             return F.pad(retrieved, (0, 0, 0, 0, 1, 0)), weights
-        keys, values = slots
-        return self.retrieve(queries, keys[:, :, 1:], values[:, :, 1:], None, **kwargs)
+        # By `narrow`: for one token, an index costs as much as an operation.
+        keys, values = (tensor.narrow(2, 1, tensor.shape[2] - 1) for tensor in slots)
+        return self.retrieve(queries, keys, values, None, **kwargs)
 
 
 class MemoryMosaicTokenMemory(MemoryMosaicAssociativeMemory):
@@ -236,12 +241,15 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
             projected = forward_fill(projected, is_token, pending)
         if past_key_values is not None:
             self.states(past_key_values).set_state("pending_value", projected)
-        if pending is not None:
-            projected = torch.cat([pending, projected], dim=2)
         # float32 before the blend: in half precision it would round twice.
         projected = at_least_float32(projected)
-        mix = self.value_mix.to(projected.dtype)[:, None, None]
-        return scale_to_length(torch.lerp(projected[:, :, 1:], projected[:, :, :-1], mix), self.value_length())
+        if pending is None:
+            earlier, projected = projected[:, :, :-1], projected[:, :, 1:]
+        else:
+            pending = at_least_float32(pending)
+            earlier = pending if projected.shape[2] == 1 else torch.cat([pending, projected[:, :, :-1]], dim=2)
+        mix = self.value_mix.to(projected.dtype).view(-1, 1, 1)
+        return scale_to_length(torch.lerp(projected, earlier, mix), self.value_length())
 
     def forward(
         self,

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import is_torchdynamo_compiling
 from transformers.utils.generic import maybe_autocast
 
 
@@ -248,6 +249,12 @@ def forward_fill(vectors: torch.Tensor, is_token: torch.Tensor, initial_state: t
     places = places.scatter(1, torch.where(is_token, count, num_tokens + 1), positions)
     last = places.gather(1, count)[:, None, :, None].expand_as(vectors)
     return torch.cat([first, vectors], dim=2).gather(2, last)
+
+
+def is_one_float32_query(query: torch.Tensor) -> bool:
+    """Return whether queries `(B, H, T, D)` are of one token, on a CPU, in float32 and without gradient."""
+    is_plain = query.shape[2] == 1 and query.device.type == "cpu" and query.dtype == torch.float32
+    return is_plain and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
 
 
 def smoothing_weights(
