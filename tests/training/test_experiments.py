@@ -215,6 +215,12 @@ def test_a_model_is_read_in_another_way_without_another_training(small, monkeypa
     as_trained, changed = (np.array(model["loss"]["mean"]) for model in result["measured"]["stories"]["models"])
     # GPT-2 knows 64 positions. Up to 64 pairs nothing changes.
     assert as_trained[:4] == pytest.approx(changed[:4]) and (as_trained[4:] != changed[4:]).all()
+    # All tokens but the first of each window count alike.
+    model, tokenizer = recipe.trainings[0].load()
+    windows, _ = position_loss.cut_windows(position_loss.load_stories(**STORIES), tokenizer, 128, "stream", 20)
+    assert result["measured"]["stories"]["models"][0]["mean_loss"] == pytest.approx(
+        mean_loss(model, windows, 4), rel=1e-5
+    )
     rise = result["effects"][f"stories: rise beyond 64 tokens, {label} - Memory Mosaic, 1 block"]
     expected = (changed - as_trained)[4:].mean() - (changed - as_trained)[2:4].mean()
     assert rise["value"] == pytest.approx(expected, abs=1e-4)
