@@ -132,10 +132,10 @@ class MemoryMosaicConfig(DerivedSizes, PreTrainedConfig):
             How fast kernels of contextual memories narrow as the memory grows, from 0 to 1: a token that sees n pairs
             multiplies its scores by `(max(n, bandwidth_start) / bandwidth_start) ** bandwidth_exponent`. That is an
             inverse temperature; the bandwidth is its inverse root. 0 is the authors' function, where the bandwidth
-            does not depend on n.
+            does not depend on n. In float16 the factor is at most 441, so that no query leaves its range.
         bandwidth_start (`int`, defaults to 1):
-            Number of pairs up to which the bandwidth stays as learnt. The training length narrows the kernels of
-            longer memories only.
+            Number of pairs up to which the bandwidth stays as learnt. Set it to the training length to narrow the
+            kernels of longer memories only.
         attention_dropout (`float`, defaults to 0.05):
             Share of retrieval weights dropped in training, in contextual and persistent memories alike.
         hidden_dropout (`float`, defaults to 0.05):

@@ -234,7 +234,8 @@ class MemoryMosaicGenerationMixin(GenerationMixin):
         """
         settings = generation_settings(self, generation_config, kwargs)
         if getattr(generation_config, "is_assistant", False) and kwargs.get("attention_mask") is None:
-            # The library leaves a mask out where nothing is padding. A `pad_token_id` that was written is then text.
+            # Without a mask, a `pad_token_id` that was written would count as padding. The library gives an assistant
+            # no mask if nothing is padding: all is text.
             kwargs["attention_mask"] = torch.ones_like(inputs if inputs is not None else kwargs["input_ids"])
         kwargs = continue_from(inputs, settings, kwargs)
         memory = one_memory(kwargs.get("past_key_values"), kwargs.get("cache"), warn=False)

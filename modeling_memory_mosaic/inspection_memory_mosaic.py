@@ -38,7 +38,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .masking_memory_mosaic import strict_rule
-from .ops_memory_mosaic import at_least_float32, kernel_smoothing, keys_and_queries, scale_to_length
+from .ops_memory_mosaic import at_least_float32, kernel_smoothing, scale_to_length
 
 
 # Kinds of units, in the order of every dimension of kinds. A memory has its kind as `kind`.
@@ -140,8 +140,7 @@ def _readable_slots(is_token: torch.Tensor, document_ids: torch.Tensor | None) -
 
 def _retrieve_contextual(memory: Any, reading: _Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden_states, is_token, document_ids, query_scale = reading
-    sums, _ = memory.sum_keys(hidden_states, is_token, document_ids, None)
-    keys, queries = keys_and_queries(sums, memory.key_length(), hidden_states, query_scale)
+    keys, queries, _ = memory.keys_and_queries(hidden_states, query_scale, is_token, document_ids, None)
     values = memory.pair_values(hidden_states, is_token, None).to(keys.dtype)
     # Slot t holds the pair that token t completes. Slot 0 is empty: a token reads it if it has nothing else to read.
     slot_keys, slot_values = memory.store(keys[:, :, :-1], values, None, is_first=True)

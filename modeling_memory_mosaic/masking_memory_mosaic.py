@@ -268,8 +268,10 @@ def scale_of_queries(
         # A token sees a pair of each token before it. Behind a text, padding sees what the last token does.
         num_pairs = count_tokens(attention_mask, document_ids)[:, -num_tokens:] - 1
     start, dtype = config.bandwidth_start, torch.promote_types(inputs_embeds.dtype, torch.float32)
-    # The longest query has to stay within the range of float16.
-    largest = torch.finfo(inputs_embeds.dtype).max / torch.e**MAX_LOG_KEY_SCALE
+    # The longest query has to stay within the range of the precision that scores are computed in.
+    is_autocast = torch.is_autocast_enabled(device.type)
+    precision = torch.get_autocast_dtype(device.type) if is_autocast else inputs_embeds.dtype
+    largest = torch.finfo(precision).max / torch.e**MAX_LOG_KEY_SCALE
     return ((num_pairs.clamp(min=start).to(dtype) / start) ** exponent).clamp(max=largest)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
-from scipy.stats import binomtest, norm, spearmanr, t
+from scipy.stats import binomtest, t
 from typing_extensions import Self
 
 from training.files import json_text
@@ -59,7 +59,7 @@ def _seeds(number: int) -> str:
     return f"{number} seed{'' if number == 1 else 's'}"
 
 
-def _half_width(variance_of_mean: float, degrees_of_freedom: int) -> float:
+def _half_width(variance_of_mean: float, degrees_of_freedom: float) -> float:
     return float(t.ppf((1 + CONFIDENCE) / 2, degrees_of_freedom)) * variance_of_mean**0.5
 
 
@@ -84,25 +84,37 @@ def mean_effect(values: Sequence[float], unit: str, basis: str | None = None) ->
 def crossed_effect(values: np.ndarray, documents: Sequence[object], unit: str) -> Effect:
     """Return the mean over windows and seeds, with an interval for other seeds and other documents.
 
-    The variance of the mean is the sum of two: that of the means of seeds, and that of the means of documents. Both
-    contain the noise of single values, so that the interval is rather too wide than too narrow. Student's t has the
-    degrees of freedom of the smaller number.
+    Seeds and documents are two crossed random effects. The variance of the mean is that of the means of seeds plus
+    that of the means of documents, less that of what neither explains, which both contain. Student's t has
+    Satterthwaite's degrees of freedom.
 
     Args:
         values (`np.ndarray` of shape `(seeds, windows)`): such as differences of two models' losses.
         documents: the document of each window; windows of one document are not independent.
         unit: of the values.
+
+    Raises:
+        ValueError: if there is no window.
     """
+    if not values.size:
+        raise ValueError("an effect needs at least one value: none of the texts or items is of this kind")
     _, numbers = np.unique([str(document) for document in documents], return_inverse=True)
     num_seeds, num_documents = len(values), int(numbers.max()) + 1
     mean, basis = float(values.mean()), f"{_seeds(num_seeds)}, {num_documents:,} documents"
     if min(num_seeds, num_documents) < 2:
         return Effect(mean, None, None, unit, basis)
-    # A document counts by its windows. The deviations of the totals sum to 0, as in the variance of a ratio.
-    totals = np.bincount(numbers, weights=values.mean(0) - mean)
-    of_documents = num_documents / (num_documents - 1) * float((totals**2).sum()) / values.shape[1] ** 2
-    of_seeds = float(values.mean(1).var(ddof=1)) / num_seeds
-    half = _half_width(of_documents + of_seeds, min(num_seeds, num_documents) - 1)
+    # Deviations of each seed's documents, `(seeds, documents)`. A document counts by its windows; the mean is 0.
+    parts = np.stack([np.bincount(numbers, weights=row - mean) for row in values]) * num_documents / values.shape[1]
+    by_seed, by_document = parts.mean(1), parts.mean(0)
+    rest = parts - by_seed[:, None] - by_document
+    of_seeds = float(by_seed.var(ddof=1)) / num_seeds
+    of_documents = float(by_document.var(ddof=1)) / num_documents
+    of_rest = float((rest**2).sum()) / ((num_seeds - 1) * (num_documents - 1) * num_seeds * num_documents)
+    total = of_seeds + of_documents
+    if total == 0:
+        return Effect(mean, mean, mean, unit, basis)
+    degrees = total**2 / (of_seeds**2 / (num_seeds - 1) + of_documents**2 / (num_documents - 1))
+    half = _half_width(max(total - of_rest, of_seeds, of_documents), degrees)
     return Effect(mean, mean - half, mean + half, unit, basis)
 
 
@@ -134,24 +146,6 @@ def share_difference_effect(
     below = math.hypot(first.value - first.low, second.high - second.value)
     above = math.hypot(first.high - first.value, second.value - second.low)
     return Effect(difference, difference - below, difference + above, "", basis)
-
-
-def rank_effect(first: Sequence[float], second: Sequence[float], basis: str) -> Effect:
-    """Return Spearman's rank correlation with the interval of Fisher's z.
-
-    The variance of z is 1.06 / (n - 3) (Fieller, Hartley and Pearson, 1957).
-
-    Args:
-        first, second: a value of each for every case; the cases count as independent.
-        basis: what the cases are, such as `48 heads of 3 seeds`.
-    """
-    correlation = float(spearmanr(first, second).statistic)
-    if len(first) < 4:
-        return Effect(correlation, None, None, "", basis)
-    # A correlation of 1 has no z. That of values that are all equal is NaN, and stays so.
-    z = float(np.arctanh(np.clip(correlation, -1 + 1e-12, 1 - 1e-12)))
-    half = float(norm.ppf((1 + CONFIDENCE) / 2)) * (1.06 / (len(first) - 3)) ** 0.5
-    return Effect(correlation, math.tanh(z - half), math.tanh(z + half), "", basis)
 
 
 # Rules

@@ -252,10 +252,10 @@ def training_step_seconds(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        # The weights are drawn at random, which must not change what is drawn later.
+        # Weights and dropout are drawn at random, which must not change what is drawn later.
         with torch.random.fork_rng():
             steps = {name: _training_step(config, batch_size, context_length) for name, config in configs.items()}
-        return interleaved_seconds(steps, rounds)
+            return interleaved_seconds(steps, rounds)
     finally:
         torch.set_num_threads(threads)
 

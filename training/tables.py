@@ -26,6 +26,10 @@ from training.recipe import load_recipe, task_module
 from training.result import SHOWN, read_result
 
 
+# Experiments on the parts of a mosaic, whose measures one table has.
+PARTS = ("parts", "parts_induction")
+
+
 # Names of blocks that show a benchmark, and the module that measures it.
 BENCHMARKS = {"speed": "speed", "memory_speed": "memory_models"}
 
@@ -191,10 +195,10 @@ def parts_table(language: dict[str, Any], induction: dict[str, Any]) -> str:
         induction: content of the result of `parts_induction`, on the same runs with one block.
     """
     texts = language["measured"]
-    measured = {effect["basis"]: None for effect in texts["stories"]["effects"].values()}
+    bases = [f"{text}: {next(iter(measured['effects'].values()))['basis']}" for text, measured in texts.items()]
     rows = []
     for model in texts["stories"]["models"]:
-        label, loss = model["label"], statistics.mean(model["loss"]["mean"])
+        label, loss = model["label"], model["mean_loss"]
         fall = Effect(**texts["encyclopaedia"]["effects"][f"fall past 100 tokens, {label}, 4 blocks"])
         accuracy = [run["accuracy"] for run in induction["measured"]["test"][label]]
         rows.append([label, f"{loss:.3f}", str(fall).partition(",")[0], mean_and_deviation(accuracy, 3)])
@@ -205,7 +209,7 @@ def parts_table(language: dict[str, Any], induction: dict[str, Any]) -> str:
         "induction accuracy",
     ]
     table = markdown_table(columns, "lrrr", rows)
-    return f"{table}\n\nLosses of four blocks ({', '.join(measured)}), accuracy of one block."
+    return f"{table}\n\nLosses of four blocks ({'; '.join(bases)}), accuracy of one block."
 
 
 # By task: the function that makes a table from results of single trainings, which hold no table.
@@ -233,13 +237,13 @@ def table_of(name: str) -> str:
     results = committed_results()
     if name == "claims":
         return claims_table(results)
-    if name == "parts":
-        by_name = {result["name"]: result for result in results}
-        return parts_table(by_name["parts"], by_name["parts_induction"])
-    chosen = [result for result in results if result["name"] == name]
-    if not chosen:
+    wanted = PARTS if name == "parts_summary" else (name,)
+    chosen = [result for result in results if result["name"] in wanted]
+    if {result["name"] for result in chosen} != set(wanted):
         known = sorted({result["name"] for result in results})
         raise ValueError(f"a block asks for the results of {name!r}, but there are only those of {known}")
+    if name == "parts_summary":
+        return parts_table(*sorted(chosen, key=lambda result: PARTS.index(result["name"])))
     return chosen[0]["table"] if "table" in chosen[0] else TABLES[chosen[0]["task"]](chosen)
 
 

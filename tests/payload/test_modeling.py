@@ -376,6 +376,8 @@ def test_half_precision_stays_finite_at_the_sharpest_kernel(num_tokens, exponent
             if name.endswith("slot_keys"):
                 parameter.mul_(30)  # scores beyond 65504, the largest float16
     assert model(make_ids(2, num_tokens)).logits.isfinite().all()
+    with torch.autocast("cpu", dtype=dtype):
+        assert model.float()(make_ids(2, num_tokens)).logits.isfinite().all()
 
 
 def test_autocast_keeps_sums_in_float32():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers.models import make_ids, randomize_parameters
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
+from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, trace_tokens
 from modeling_memory_mosaic import naive_memory_mosaic as naive
 from modeling_memory_mosaic.cache_memory_mosaic import memory_kwargs
 from training.baselines.lstm import LstmConfig
@@ -69,6 +69,16 @@ def logits_of(model, ids, **options):
 
 
 # Every baseline
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_logit_sum_to_it(name):
+    model, ids = make(name).double(), make_ids(1, 20)
+    logits = logits_of(model, ids)
+    expected = (logits - logits.mean(-1, keepdim=True))[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    trace = trace_tokens(model, ids)
+    total = trace.embedding + trace.biases + trace.contribution.sum(dim=(0, 1, 3))
+    torch.testing.assert_close(total[0, :-1], expected, rtol=0, atol=1e-10)
 
 
 @for_baselines

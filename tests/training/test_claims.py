@@ -15,7 +15,6 @@ from training.claims import (
     crossed_effect,
     judged,
     mean_effect,
-    rank_effect,
     share_difference_effect,
     share_effect,
 )
@@ -61,27 +60,9 @@ def test_newcombe_interval_of_a_difference_of_shares():
     assert (opposite.low, opposite.high) == pytest.approx((-difference.high, -difference.low))
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.6])
-def test_interval_of_a_rank_correlation_covers_the_true_one(correlation):
-    generator = np.random.default_rng(0)
-    # Of normal values (Pearson, 1907).
-    true = 6 / math.pi * math.asin(correlation / 2)
-    covered = []
-    for _ in range(400):
-        first, other = generator.normal(size=(2, 48))
-        measured = rank_effect(first, correlation * first + (1 - correlation**2) ** 0.5 * other, "48 heads")
-        covered.append(measured.low < true < measured.high)
-    assert 0.92 < np.mean(covered) < 0.98
-
-
-@pytest.mark.filterwarnings("ignore:An input array is constant")
-def test_a_rank_correlation_at_its_ends():
-    assert rank_effect([1, 2, 3, 4, 5], [2, 3, 4, 5, 9], "heads")[:3] == pytest.approx((1, 1, 1))
-    assert rank_effect([1, 2, 3], [2, 3, 4], "heads").low is None
-    assert all(math.isnan(number) for number in rank_effect([1, 2, 3, 4], [5, 5, 5, 5], "heads")[:3])
-
-
-@pytest.mark.parametrize(("seed_noise", "document_noise", "noise"), [(1, 0, 0), (0, 1, 0), (0.3, 1, 2), (1, 0.3, 0.1)])
+@pytest.mark.parametrize(
+    ("seed_noise", "document_noise", "noise"), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.3, 1, 2), (1, 0.3, 0.1)]
+)
 def test_crossed_interval_covers_other_seeds_and_other_documents(seed_noise, document_noise, noise):
     generator = np.random.default_rng(0)
     documents = np.repeat(np.arange(40), generator.integers(1, 6, 40))
@@ -91,12 +72,15 @@ def test_crossed_interval_covers_other_seeds_and_other_documents(seed_noise, doc
         values += (document_noise * generator.normal(size=40))[documents]
         measured = crossed_effect(values, documents.tolist(), "nats")
         covered.append(measured.low < 0 < measured.high)
-    assert np.mean(covered) > 0.93
+    assert 0.92 < np.mean(covered) < 0.99
 
 
 def test_crossed_interval_needs_two_seeds_and_two_documents():
     assert crossed_effect(np.ones((1, 4)), [0, 1, 2, 3], "").low is None
     assert crossed_effect(np.ones((4, 4)), ["a", "a", "a", "a"], "").low is None
+    assert crossed_effect(np.ones((4, 4)), [0, 1, 2, 3], "")[:3] == (1, 1, 1)
+    with pytest.raises(ValueError, match="needs at least one value"):
+        crossed_effect(np.ones((4, 0)), [], "")
 
 
 KINDS = {"above": {"above": 0.02}, "below": {"below": -0.02}, "within": {"within": 0.02}}

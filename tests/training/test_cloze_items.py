@@ -93,7 +93,9 @@ def test_endings_are_drawn_by_the_seed_and_do_not_depend_on_how_many_are_asked_f
         assert many[item.story].startswith(item.context + item.candidates[0])
 
 
-@pytest.mark.parametrize("ending", ['" Then Sue went off to eat it. "No', '"Now then, we are all here.'])
+@pytest.mark.parametrize(
+    "ending", ['" Then Sue went off to eat it. "No', '"Now then, we are all here.', "“Now then, we are all here."]
+)
 def test_half_a_quotation_is_no_ending(ending):
     stories = [*STORIES[:3], STORIES[3].replace("Then Sue and Ben sat", f"{ending} Sue and Ben sat"), *STORIES[4:]]
     assert 3 not in {item.story for item in ending_items(stories, 10, seed=0)}

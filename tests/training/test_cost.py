@@ -327,6 +327,7 @@ def test_steps_are_timed_in_turn_and_back_and_the_median_counts():
 
 def test_timing_models_leaves_threads_and_random_numbers_as_they_were():
     configs = {"mosaic": configuration("mosaic-smoke"), "gpt2": configuration("gpt2-smoke")}
+    configs["mosaic"].hidden_dropout = 0.1
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     seconds = training_step_seconds(configs, batch_size=2, context_length=16, rounds=1)
     assert seconds.keys() == configs.keys() and min(seconds.values()) > 0

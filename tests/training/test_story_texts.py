@@ -28,7 +28,7 @@ from training.experiments.continuations import (
     temperature_of_entropy,
 )
 from training.paths import CONFIGURATION
-from training.recipe import load_recipe, task_module
+from training.recipe import SourceSection, load_recipe, task_module
 from training.tasks import language_modeling
 from training.text.cloze_items import Item, ending_items
 from training.text.sources import load_stories
@@ -170,7 +170,7 @@ def test_the_temperature_of_an_entropy_has_that_entropy():
     )
     for entropy in (0.5, 2.0, 3.5):
         assert mean_entropy(logits, temperature_of_entropy(logits, entropy)) == pytest.approx(entropy, rel=2e-3)
-    with pytest.raises(ValueError, match="an entropy of 4 nats: set `entropies` to lower numbers"):
+    with pytest.raises(ValueError, match="an entropy of 4 nats: ask for another one"):
         temperature_of_entropy(logits, 4)
 
 
@@ -248,6 +248,19 @@ def test_a_factor_multiplies_the_scores_of_pairs():
         repetition.sharpened(model, 1e9),
     ):
         pass
+
+
+def test_a_factor_counts_from_the_longest_keys_that_a_memory_allows():
+    model, ids = make_model(num_hidden_layers=1), make_ids(1, 12)
+    memory = model.model.layers[0].contextual_memory
+    with torch.no_grad():
+        memory.key_scale.fill_(0.53)  # acts as 0.5
+    lengths = memory.key_length()
+    with repetition.sharpened(model, 1.0):
+        assert torch.equal(memory.key_length(), lengths)
+    with repetition.sharpened(model, 0.25):
+        assert torch.allclose(memory.key_length(), lengths / 2)
+    assert (memory.key_scale == 0.53).all() and ids.shape == (1, 12)
 
 
 def test_places_to_copy_from_are_those_of_the_same_run():
@@ -349,20 +362,34 @@ def test_prompts_of_another_form_are_refused_before_anything_is_trained(content,
 def test_accuracy_of_a_model_is_that_of_its_choices(small):
     recipe = small("cloze")
     result = cloze.run(recipe)
-    endings, _ = cloze._items(recipe)
+    endings, names = cloze._items(recipe)
     model, tokenizer = recipe.trainings[0].load()
-    chosen = []
-    for item in endings:
-        scores = []
+
+    def scores(item):
+        """Yield each candidate, its number of tokens and its log-probability."""
         for candidate in item.candidates:
             # One at a time, in the window of 64 tokens.
             ((before, after),) = cloze.item_targets([Item(0, item.context, (candidate,))], tokenizer, 64)
             longest = max(len(tokenizer(text)["input_ids"]) for text in item.candidates)
             before = before[-(64 - longest + 1) :]
             logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1].log_softmax(-1)
-            scores.append(logits.gather(1, torch.tensor(after)[:, None]).sum().item() / len(candidate.encode()))
-        chosen.append(int(np.argmax(scores) == 0))
-    assert flags(result["measured"]["models"][0]["right"]["endings"]).tolist() == chosen
+            yield candidate, len(after), logits.gather(1, torch.tensor(after)[:, None]).sum().item()
+
+    alone = [item._replace(context="") for item in endings]
+    measures = {
+        "endings": (endings, lambda candidate, tokens: len(candidate.encode())),
+        "endings, by tokens": (endings, lambda candidate, tokens: tokens),
+        cloze.ALONE: (alone, lambda candidate, tokens: len(candidate.encode())),
+        "names": ([named.item for named in names], lambda candidate, tokens: 1),
+    }
+    for measure, (items, divisor) in measures.items():
+        chosen = [
+            int(np.argmax([score / divisor(candidate, tokens) for candidate, tokens, score in scores(item)]) == 0)
+            for item in items
+        ]
+        assert flags(result["measured"]["models"][0]["right"][measure]).tolist() == chosen, measure
+    with pytest.raises(ValueError, match="but a model reads 2"):
+        cloze.item_targets(endings, tokenizer, 2)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +410,7 @@ def test_stories_without_items_are_refused(small, tmp_path):
     path = tmp_path / "stories.jsonl"
     path.write_text('{"text": "a cat ran."}\n')
     with pytest.raises(ValueError, match="1 stories give 0 items of endings and 0 of names"):
-        cloze.run(small("cloze").model_copy(update={"stories": samples.SourceSection(source=str(path))}))
+        cloze.run(small("cloze").model_copy(update={"stories": SourceSection(source=str(path))}))
 
 
 # Verdicts
@@ -456,19 +483,21 @@ def repetition_measured(half, cost, expected, rope_expected, new):
         factors = {
             f"{factor:g}": {
                 "repeats": half[seed] if factor == 0.5 else ALL[seed],
-                "loss": 2.0 + (cost[seed] if factor == 0.5 else 0.0),
+                "loss": [2.0 + (cost[seed] if factor == 0.5 else 0.0)] * 30,
             }
             for factor in (0.25, 0.5, 1.0, 2.0)
         }
         is_mosaic = label == "Memory Mosaic"
         excess = (expected if is_mosaic else rope_expected)[seed]
-        losses = {repetition.OLD_PAIRS: 1.0, repetition.NEW_PAIRS: 2.0 + (new[seed] if is_mosaic else 0)}
+        losses = {repetition.AFTER_OLD: [1.0] * 30, repetition.AFTER_NEW: [2.0 + (new[seed] if is_mosaic else 0)] * 30}
         expectations = {name: [0.5 + excess] * 30 for name in repetition.EXPECTED.values()}
         return [{"factors": factors, **expectations, **losses}]
 
     # Half of the copies come.
     copying = {"rows": list(range(30)), "comes": "01" * 15}
-    return {"numbers": list(range(30)), "copying": copying, "models": by_model("repetition", model)}
+    places = {repetition.AFTER_OLD: [1] * 30, repetition.AFTER_NEW: [1] * 30}
+    models = by_model("repetition", model)
+    return {"numbers": list(range(30)), "copying": copying, "places": places, "models": models}
 
 
 FLAT, RAISED, LOWERED, UNSURE = [0.0] * 5, [0.4] * 5, [-0.4] * 5, [0.5, -0.5, 0.5, -0.5, 0.0]

@@ -237,6 +237,13 @@ def test_a_claim_about_a_block_is_refused_for_models_of_other_depths():
         load_recipe(RECIPES / "induction.yaml", settings=[{"runs": {"Memory Mosaic": {"model_args": TWO_BLOCKS}}}])
 
 
+def test_a_training_that_diverges_is_named_as_such(tmp_path, monkeypatch):
+    recipe = small(output_dir=str(tmp_path / "run"))
+    monkeypatch.setattr(symbols, "score", lambda *_: {"accuracy": 0.5, "loss": float("nan")})
+    with pytest.raises(ValueError, match="the loss on the validation split was never a finite number"):
+        symbols.run(recipe)
+
+
 def test_a_training_without_a_temperature_is_refused(tmp_path, monkeypatch):
     recipe = small_comparison(tmp_path, "regbench", seeds=[0], workers=1)
     monkeypatch.setattr(comparison.Trained, "result", lambda _: {"metrics": {"best_step": 4, "test": {"tvd": 0.5}}})

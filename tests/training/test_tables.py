@@ -79,3 +79,18 @@ def test_collecting_copies_result_pictures_and_tables(results_folder, tmp_path):
     for name, content in collected.items():
         assert content == (tmp_path / "runs" / "smoke" / name).read_bytes()
     assert tables.committed_results() == [training_result(0)]
+
+
+def test_one_table_has_the_measures_of_both_experiments_on_parts(results_folder):
+    with pytest.raises(ValueError, match="'parts_summary', but there are only those of"):
+        tables.table_of("parts_summary")
+    effect = {"value": 0.25, "low": 0.2, "high": 0.3, "unit": "nats", "basis": "3 seeds, 9 documents"}
+    text = {"models": [{"label": "M", "mean_loss": 2.5}], "effects": {"fall past 100 tokens, M, 4 blocks": effect}}
+    induction = {"test": {"M": [{"accuracy": 0.5}, {"accuracy": 0.7}]}}
+    measures = {"parts": {"stories": text, "encyclopaedia": text}, "parts_induction": induction}
+    for name, measured in measures.items():
+        (results_folder / name).mkdir()
+        content = json.dumps({"name": name, "measured": measured})
+        (results_folder / name / "result.json").write_text(content, encoding="utf-8")
+    assert "| M | 2.500 | 0.25 (0.2 to 0.3) nats | 0.600 ± 0.141 |" in tables.table_of("parts_summary")
+    assert "stories: 3 seeds, 9 documents; encyclopaedia: 3 seeds" in tables.table_of("parts_summary")

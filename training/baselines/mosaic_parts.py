@@ -99,39 +99,15 @@ class MemoryMosaicQueryMemory(MemoryMosaicContextualMemory):
             self.states(past_key_values).set_state("query_sum", sums)
         return sums
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        slot_mask: Any = None,
-        is_token: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
-        query_scale: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return output `(B, T, C)` and weights; arguments as for [`MemoryMosaicContextualMemory`]."""
-        shared: dict[str, Any] = {
-            "is_token": is_token,
-            "document_ids": document_ids,
-            "past_key_values": past_key_values,
-        }
-        sums = self.sum_queries(hidden_states, **shared)
-        _, own_queries = keys_and_queries(sums, self.key_length(), hidden_states, query_scale)
-        # Without the scale: the parent's queries, which are its keys, are not used.
-        return super().forward(hidden_states, slot_mask, own_queries=own_queries, **shared, **kwargs)
-
-    def attend(
-        self,
-        queries: torch.Tensor,
-        pairs: tuple[torch.Tensor, torch.Tensor],
-        slot_mask: Any,
-        past_key_values: Cache | None,
-        is_first: bool,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Retrieve by `own_queries` `(B, H, T, D)`, in place of the keys that the parent's `forward` passes."""
-        own_queries = kwargs.pop("own_queries")
-        return super().attend(own_queries, pairs, slot_mask, past_key_values, is_first, **kwargs)
+    def keys_and_queries(
+        self, hidden_states: torch.Tensor, query_scale: torch.Tensor | None, *past: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Return keys and queries; arguments as for [`MemoryMosaicContextualMemory`]."""
+        keys, _, is_first = super().keys_and_queries(hidden_states, None, *past)
+        _, queries = keys_and_queries(
+            self.sum_queries(hidden_states, *past), self.key_length(), hidden_states, query_scale
+        )
+        return keys, queries, is_first
 
 
 def _fix(memory: MemoryMosaicTokenMemory, name: str, value: float) -> None:

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field, PositiveInt, model_validator
+from scipy.stats import spearmanr
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
-from training.claims import Effects, mean_effect, rank_effect
+from training.claims import Effects, mean_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, blocks, plan, summary
 from training.experiments.position_loss import cut_windows
@@ -76,12 +77,11 @@ class Recipe(ComparisonRecipe):
         return f"rank correlation of leak coefficient and peak width, {blocks(self.heads_depth)}"
 
     @property
-    def differences(self) -> dict[str, tuple[str, str, int]]:
-        """By name: measure, label and length of each effect that compares a model's maps with those of the first."""
-        first = next(iter(self.runs))
-        readers = [one for one in self.trainings if one.seed == self.seeds[0] and one.label != first]
+    def own_measures(self) -> dict[str, tuple[str, str, int]]:
+        """By name: measure, label and length of each effect that is a measure of one model's maps."""
+        readers = [one for one in self.trainings if one.seed == self.seeds[0]]
         return {
-            f"{measure}, {one.label} - {first}, {length} tokens": (measure, one.label, length)
+            f"{measure}, {one.label}, {length} tokens": (measure, one.label, length)
             for length in self.lengths
             for one in readers
             if one.can_read(length)
@@ -89,8 +89,18 @@ class Recipe(ComparisonRecipe):
         }
 
     @property
+    def differences(self) -> dict[str, tuple[str, str, int]]:
+        """By name: the same of each effect that compares a model's maps with those of the first."""
+        first = next(iter(self.runs))
+        return {
+            f"{measure}, {label} - {first}, {length} tokens": (measure, label, length)
+            for measure, label, length in self.own_measures.values()
+            if label != first
+        }
+
+    @property
     def effect_names(self) -> list[str]:
-        return [*self.differences, self.rank_name]
+        return [*self.own_measures, *self.differences, self.rank_name]
 
 
 # Maps
@@ -177,6 +187,13 @@ def _mean(heads: list[dict[str, Any]], name: str, label: str, length: int) -> fl
     return float(np.average([head[name] for head in chosen], weights=weights))
 
 
+def _rank(deep_heads: list[dict[str, Any]], length: int, seed: int) -> float:
+    """Return Spearman's correlation of leak coefficient and peak width, over the heads of one mosaic."""
+    heads = [head for head in deep_heads if (head["length"], head["seed"]) == (length, seed)]
+    leaks, widths = ([head[name] for head in heads] for name in ("leak_coefficient", "peak_width"))
+    return float(spearmanr(leaks, widths).statistic)
+
+
 def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
     """Return how maps differ from the first model's, by seed, and how peaks follow leaks, over all heads.
 
@@ -189,9 +206,12 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
     for name, (measure, label, length) in recipe.differences.items():
         pairs = [[_mean(heads, measure, one, length) for one in (label, first)] for heads in by_seed.values()]
         found[name] = mean_effect([theirs - ours for theirs, ours in pairs], "")
-    deep = [head for head in measured["deep_heads"] if head["length"] == recipe.lengths[0]]
-    leaks, widths = ([head[name] for head in deep] for name in ("leak_coefficient", "peak_width"))
-    found[recipe.rank_name] = rank_effect(leaks, widths, f"{len(deep)} heads of {len(recipe.seeds)} seeds")
+    for name, (measure, label, length) in recipe.own_measures.items():
+        found[name] = mean_effect([_mean(heads, measure, label, length) for heads in by_seed.values()], "")
+    # A correlation for each seed, as the heads of one model are not independent: all of its blocks begin alike.
+    ranks = [_rank(measured["deep_heads"], recipe.lengths[0], seed) for seed in recipe.seeds]
+    num_heads = len(measured["deep_heads"]) // (len(recipe.lengths) * len(recipe.seeds))
+    found[recipe.rank_name] = mean_effect(ranks, "", f"{len(ranks)} seeds, {num_heads} heads each")
     return found
 
 

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from training.claims import Effects, crossed_effect
 from training.experiments import comparison
 from training.experiments.comparison import DepthComparisonRecipe, blocks, plan, summary
+from training.experiments.continuations import bits, flags
 from training.files import checksum_of_text, json_text, write_text
 from training.recipe import SourceSection
 from training.tables import markdown_table
@@ -143,6 +144,11 @@ def item_targets(
         candidates = [encode(candidate) for candidate in item.candidates]
         before = [end, *encode(item.context)]
         kept = context_length - max(map(len, candidates)) + 1  # nothing follows a candidate's last token
+        if kept < 1:
+            raise ValueError(
+                f"a candidate of story {item.story} has {max(map(len, candidates))} tokens, but a model reads "
+                f"{context_length}: {item.candidates}"
+            )
         targets += [(before[-kept:], candidate) for candidate in candidates]
     return targets
 
@@ -151,11 +157,6 @@ def _is_first_best(scores: np.ndarray, num_items: int) -> np.ndarray:
     """Return for each item whether the first candidate's score is above all others, as 0 and 1."""
     scores = scores.reshape(num_items, -1)
     return (scores[:, 0] > scores[:, 1:].max(1)).astype(int)
-
-
-def _bits(values: Sequence[Any] | np.ndarray) -> str:
-    """Return zeros and ones as a text, which is short in a JSON file."""
-    return "".join(str(int(value)) for value in values)
 
 
 def _choices(
@@ -182,7 +183,7 @@ def _choices(
         ALONE: (of_alone / bytes_of, len(endings)),
         NAMES: (of_names, len(names)),
     }
-    return {measure: _bits(_is_first_best(*numbers)) for measure, numbers in by_measure.items()}
+    return {measure: bits(_is_first_best(*numbers)) for measure, numbers in by_measure.items()}
 
 
 # Effects
@@ -206,14 +207,14 @@ def _right(recipe: Recipe, measured: dict[str, Any], label: str, depth: int, mea
     rows = [
         model["right"][measure] for model in measured["models"] if (model["label"], model["depth"]) == (label, depth)
     ]
-    return np.array([[int(bit) for bit in row] for row in rows])
+    return np.array([flags(row) for row in rows])
 
 
 def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
     """Return accuracies, and their differences on the same items, with intervals over seeds and stories."""
     about = measured["names"]
     has_rival = np.array(about["rivals"]) > 0
-    by_rule = np.array([[int(bit) for bit in about["right"][MOST_FREQUENT]]])
+    by_rule = flags(about["right"][MOST_FREQUENT])[None]
     found = {}
     for name, measure, depth, label, less in _effects_of(recipe):
         stories = np.array(measured["endings" if measure == ENDINGS else "names"]["stories"])
@@ -227,7 +228,7 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
             values = values - _right(recipe, measured, less, depth, kind)
         if measure == RIVALS:
             values, stories = values[:, has_rival], stories[has_rival]
-        found[name] = crossed_effect(values.astype(float), stories.tolist(), "")
+        found[name] = crossed_effect(values, stories.tolist(), "")
     return found
 
 
@@ -261,8 +262,8 @@ def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
             }
             cells = [f"{right[measure].mean():.1%}" for measure in (ENDINGS, ALONE, "endings, by tokens")]
             rows.append([f"{label}, {blocks(depth)}", *cells, *of_names(right[NAMES])])
-    for rule, bits in about["right"].items():
-        rows.append([rule, "", "", "", *of_names(np.array([[int(bit) for bit in bits]]))])
+    for rule, of_rule in about["right"].items():
+        rows.append([rule, "", "", "", *of_names(flags(of_rule)[None])])
     return markdown_table(columns, "l" + "r" * (len(columns) - 1), rows)
 
 
@@ -294,10 +295,11 @@ def _items(recipe: Recipe) -> tuple[list[Item], list[NameItem]]:
     stories = [str(text) for text in load_stories(**recipe.stories.model_dump())["text"]]
     endings = ending_items(stories, recipe.num_stories, recipe.item_seed)
     names = name_items(stories, recipe.num_stories, recipe.names_per_story, recipe.item_seed)
-    if not endings or not names:
+    num_rivals = sum(named.rivals > 0 for named in names)
+    if not endings or not num_rivals:
         raise ValueError(
-            f"{len(stories)} stories give {len(endings)} items of endings and {len(names)} of names: take more "
-            "stories, and such as have names with capital letters"
+            f"{len(stories)} stories give {len(endings)} items of endings and {len(names)} of names, {num_rivals} of "
+            "which have a rival: take more stories, and such as have names with capital letters"
         )
     return endings, names
 
@@ -309,8 +311,8 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         right = _choices(*training.load(), endings, names, recipe)
         models.append({"label": training.label, "depth": training.depth, "seed": training.seed, "right": right})
     by_rule = {
-        MOST_FREQUENT: _bits([named.most_frequent == 0 for named in names]),
-        "the latest name": _bits([named.latest == 0 for named in names]),
+        MOST_FREQUENT: bits([named.most_frequent == 0 for named in names]),
+        "the latest name": bits([named.latest == 0 for named in names]),
     }
     measured = {
         "items_sha256": checksum_of_text(json_text([endings, names])),

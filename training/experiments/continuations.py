@@ -15,14 +15,39 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from datasets import Dataset
+from pydantic import Field, PositiveInt, model_validator
 from scipy.optimize import brentq
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from typing_extensions import Self
+
+from training.experiments.comparison import DepthComparisonRecipe
+from training.recipe import SourceSection
 
 
 # Words in a row that count as repeated.
 REPEATED_WORDS = 4
 # Temperatures among which that of an entropy is sought.
 _LOWEST, _HIGHEST = 0.01, 10.0
+
+
+class ContinuationRecipe(DepthComparisonRecipe):
+    """Models that continue the beginnings of `stories`, which none of them has read."""
+
+    stories: SourceSection
+    num_prompts: PositiveInt = 600
+    prompt_tokens: int = Field(default=24, ge=2)
+    new_tokens: PositiveInt = 80
+    batch_size: PositiveInt = 75
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        length = self.trainings[0].recipe.data.context_length
+        if self.prompt_tokens + self.new_tokens > length:
+            raise ValueError(
+                f"`prompt_tokens` {self.prompt_tokens} and `new_tokens` {self.new_tokens} are more than the {length} "
+                "tokens of a window of the training: lower one of them"
+            )
+        return self
 
 
 class Beginnings(NamedTuple):
@@ -128,8 +153,8 @@ def temperature_of_entropy(logits: torch.Tensor, entropy: float) -> float:
     low, high = math.log(_LOWEST), math.log(_HIGHEST)
     if not excess(low) < 0 < excess(high):
         raise ValueError(
-            f"at no temperature from {_LOWEST} to {_HIGHEST} have the predictions an entropy of {entropy} nats: set "
-            "`entropies` to lower numbers"
+            f"at no temperature from {_LOWEST} to {_HIGHEST} have the predictions an entropy of {entropy} nats: ask "
+            "for another one (`entropies` of `samples`, `entropy` of `repetition`)"
         )
     return math.exp(brentq(excess, low, high, xtol=1e-3))
 
@@ -194,12 +219,17 @@ def distinct(texts: Sequence[str], length: int) -> float:
 def describe_texts(texts: Sequence[str]) -> dict[str, Any]:
     """Return which texts repeat four words, as zeros and ones, the shares of distinct words, and words of a text."""
     return {
-        "repeats": "".join(str(int(repeats(text))) for text in texts),
+        "repeats": bits([repeats(text) for text in texts]),
         **{f"distinct_{length}": round(distinct(texts, length), 4) for length in (1, 2, 3)},
         "words": round(float(np.mean([len(text.split()) for text in texts])), 2),
     }
 
 
-def flags(bits: str) -> np.ndarray:
-    """Return the numbers 0 and 1 that a text of zeros and ones holds, as `(N,)`."""
-    return np.array([float(bit) for bit in bits])
+def bits(values: Sequence[Any] | np.ndarray) -> str:
+    """Return N truth values as a text of zeros and ones, which is short in a JSON file."""
+    return "".join(str(int(value)) for value in values)
+
+
+def flags(text: str) -> np.ndarray:
+    """Return the numbers 0 and 1 that such a text holds, as `(N,)`."""
+    return np.array([float(bit) for bit in text])

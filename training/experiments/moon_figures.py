@@ -21,7 +21,6 @@ from training.tasks.moon_model import (
 )
 
 
-AMPLITUDE = 1.0  # of each coordinate of a moon
 PANELS_IN_A_ROW = 3
 SYSTEM_NAMES = {
     name: f"{name} moons, periods {', '.join(f'{period:g}' for period in periods)}"
@@ -72,7 +71,7 @@ def _draw_panel(
         axis.plot(lengths, identity["curves"][system], style, lw=1, color="black", label=label)
     _mark_periods(axis, rounded_landmarks(recipe, system))
     axis.set_title(f"{heads_in_words(parts[0]['heads'])}, {SYSTEM_NAMES[system]}", fontsize=9, pad=16)
-    axis.set_ylim(0, AMPLITUDE)  # diverging predictions leave the panel
+    axis.set_ylim(0, moons.AMPLITUDE)  # diverging predictions leave the panel
 
 
 def draw_curves(recipe: MoonExperiment, parts: list[dict[str, Any]], identities: list[dict[str, Any]]) -> None:

@@ -241,6 +241,7 @@ def _window_measures(recipe: Recipe, by_token: np.ndarray) -> dict[str, np.ndarr
 class _Measures(NamedTuple):
     """Measures of one model on the windows of a text, a row for each seed."""
 
+    mean: float  # over all tokens, where a bin may hold fewer than others
     binned: np.ndarray  # (seeds, N, bins)
     of_windows: dict[str, np.ndarray]  # each (seeds, N)
 
@@ -282,7 +283,8 @@ def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any
     for key, runs in losses.items():
         of_windows = [_window_measures(recipe, by_token) for by_token in runs]
         by_measure = {measure: np.array([one[measure] for one in of_windows]) for measure in of_windows[0]}
-        measures[key] = _Measures(np.array([_binned(by_token, recipe.bin_width) for by_token in runs]), by_measure)
+        binned = np.array([_binned(by_token, recipe.bin_width) for by_token in runs])
+        measures[key] = _Measures(float(np.nanmean(runs)), binned, by_measure)
     first = next(iter(recipe.runs))
     centres = (np.arange(recipe.context_length // recipe.bin_width) + 0.5) * recipe.bin_width
     return {
@@ -291,7 +293,7 @@ def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any
         "positions": centres.tolist(),
         "models": [
             {"label": label, "depth": depth}
-            | {"bits_per_byte": bits_per_byte_of_loss(float(one.binned.mean()), *sizes)}
+            | {"mean_loss": one.mean, "bits_per_byte": bits_per_byte_of_loss(one.mean, *sizes)}
             | {"loss": _bands(one.binned, groups)}
             | {"minus_first": _bands(one.binned - measures[first, depth].binned, groups) if label != first else None}
             for (label, depth), one in measures.items()
@@ -307,6 +309,8 @@ def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
     length, trained = recipe.context_length, recipe.training_length
     edges = [("first 32", 0, 32), ("32 to 64", 32, 64), ("64 to 128", 64, 128), ("from 128", 128, length)]
     edges = [edge for edge in edges if edge[1] < length]
+    # The first token of a window has no loss.
+    sizes = np.full(length // recipe.bin_width, recipe.bin_width) - (np.arange(length // recipe.bin_width) == 0)
     if length > trained:
         edges = [("within training length", 0, trained), ("beyond training length", trained, length)]
     columns = ["text", "model", *(name for name, *_ in edges), "bits per byte"]
@@ -315,7 +319,8 @@ def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
         positions = np.array(text["positions"])
         for model in text["models"]:
             mean = np.array(model["loss"]["mean"])
-            cells = [f"{mean[(positions >= low) & (positions < high)].mean():.3f}" for _, low, high in edges]
+            inside = [(positions >= low) & (positions < high) for _, low, high in edges]
+            cells = [f"{np.average(mean[one], weights=sizes[one]):.3f}" for one in inside]
             label = f"{model['label']}, {blocks(model['depth'])}"
             rows.append([name, label, *cells, f"{model['bits_per_byte']:.3f}"])
     seeds = f"\n\nMeans over seeds {', '.join(map(str, recipe.seeds))}."

@@ -52,12 +52,17 @@ class Recipe(ComparisonRecipe):
         return [{"data": {"num_automata": number}} for number in self.num_automata]
 
     @property
-    def own_automata(self) -> dict[str, tuple[str, int]]:
-        """Effects on how much better a model knows the automata that it was trained on: label and number, by name."""
+    def own_automata(self) -> dict[str, tuple[str, int, bool]]:
+        """Effects on the automata of the training, by name: label, number, and whether new ones are subtracted."""
         return {
-            f"accuracy on its own automata - on new ones ({label}; {number} automata)": (label, number)
+            f"accuracy on its own automata{' - on new ones' * less_new} ({label}; {number} automata)": (
+                label,
+                number,
+                less_new,
+            )
             for number in self.num_automata
             for label in self.runs
+            for less_new in (False, True)
         }
 
     @property
@@ -65,7 +70,9 @@ class Recipe(ComparisonRecipe):
         """Effects on new automata, by name. The second model of a pair is taken off the first."""
         first, *others = self.runs
         fewest, most = min(self.num_automata), max(self.num_automata)
-        models = {f"{label}; {number} automata": [(label, number)] for label, number in self.own_automata.values()}
+        models = {
+            f"{label}; {number} automata": [(label, number)] for number in self.num_automata for label in self.runs
+        }
         for number in self.num_automata:
             models |= {f"{first} - {label}; {number} automata": [(first, number), (label, number)] for label in others}
         if fewest < most:
@@ -165,8 +172,9 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
     for name, (measure, models) in recipe.contrasts.items():
         values = [np.array([one["test_sequences"][measure] for one in seeds[model]]) for model in models]
         found[name] = _mean(values[0] if len(values) == 1 else values[0] - values[1], num_positions)
-    for name, model in recipe.own_automata.items():
-        found[name] = mean_effect([one["test_iid"]["accuracy"] - one["test"]["accuracy"] for one in seeds[model]], "")
+    for name, (label, number, less_new) in recipe.own_automata.items():
+        accuracies = [one["test_iid"]["accuracy"] - less_new * one["test"]["accuracy"] for one in seeds[label, number]]
+        found[name] = mean_effect(accuracies, "")
     return found
 
 

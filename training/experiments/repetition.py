@@ -6,13 +6,14 @@ Three looks at the same stories, which no model has read:
 - The scores of contextual memories (of attention, in a transformer) are multiplied by a factor: an inverse temperature
   of the kernel. At each factor, texts are sampled at the temperature that gives one entropy along the stories, as in
   `continuations.py`, and the loss on the stories says what the factor costs.
-- Where a story has a run of tokens that it had before, a model that copies expects what came next there. Its
-  probability of that, less how often it does come, is its excess of copying: that of the model, and that of the same
-  predictions at the temperature of the sampling.
+- Where a story has a run of tokens that it had before, a model that copies expects what came next there. The excess
+  of copying is the probability of such a token less how often it comes. It is measured twice: with the model's own
+  predictions, and with these at the temperature of the sampling.
 - The weight that heads give to the place to copy from, in the stories and in the model's own texts. A mosaic's pair of
   a token holds the next one as its value. A transformer, which has no such pairs, looks at the next token itself.
 
-Losses are also taken apart: of tokens that make a pair with the one before which the text had already, and of others.
+Losses are also taken apart: of tokens that follow one which the text had before, so that there is something to copy,
+and of tokens that follow a new one. What follows does not decide on which side a place is.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from typing_extensions import Self
@@ -34,11 +35,13 @@ from modeling_memory_mosaic.modeling_memory_mosaic import (
     PARAMETER_SCALE,
     MemoryMosaicContextualMemory,
 )
-from training.claims import Effects, crossed_effect, mean_effect
+from training.claims import Effects, crossed_effect
 from training.experiments import comparison
-from training.experiments.comparison import DepthComparisonRecipe, Trained, blocks, plan, summary
+from training.experiments.comparison import Trained, blocks, plan, summary
 from training.experiments.continuations import (
     Beginnings,
+    ContinuationRecipe,
+    bits,
     continue_prompts,
     describe_texts,
     flags,
@@ -46,7 +49,6 @@ from training.experiments.continuations import (
     story_beginnings,
     temperature_of_entropy,
 )
-from training.recipe import SourceSection
 from training.tables import markdown_table
 from training.text.sources import load_stories, source_provenance
 
@@ -55,39 +57,24 @@ __all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
 # Measures at one factor, in words of effects.
 REPETITION, LOSS = "repetition", "loss"
-OLD_PAIRS, NEW_PAIRS = "loss of pairs that the text had", "loss of new pairs"
+AFTER_OLD, AFTER_NEW = "loss after tokens that the text had", "loss after new tokens"
 # Excess of copying by the model's own probabilities, and by those at the temperature of the recipe's entropy.
 EXCESS, SHARP_EXCESS = "excess of copying", "excess of copying when sharpened"
 EXPECTED = {EXCESS: "expected", SHARP_EXCESS: "expected when sharpened"}
 
 
-class Recipe(DepthComparisonRecipe):
+class Recipe(ContinuationRecipe):
     """The first of the runs is compared with each of the others."""
 
     task: Literal["repetition"]
-    stories: SourceSection
-    num_prompts: PositiveInt = 150
-    prompt_tokens: int = Field(default=24, ge=2)
-    new_tokens: PositiveInt = 80
     entropy: PositiveFloat = 2.0
     factors: list[PositiveFloat] = [0.25, 0.5, 1.0, 2.0]
     copied_tokens: PositiveInt = 3
-    batch_size: PositiveInt = 75
 
     @model_validator(mode="after")
     def _check_factors(self) -> Self:
         if 1.0 not in self.factors:
             raise ValueError(f"`factors` {self.factors} lack 1, with which the others are compared: add it")
-        return self
-
-    @model_validator(mode="after")
-    def _check_length(self) -> Self:
-        length = self.trainings[0].recipe.data.context_length
-        if self.prompt_tokens + self.new_tokens > length:
-            raise ValueError(
-                f"`prompt_tokens` {self.prompt_tokens} and `new_tokens` {self.new_tokens} are more than the {length} "
-                "tokens of a window of the training: lower one of them"
-            )
         return self
 
     @property
@@ -116,12 +103,15 @@ def sharpened(model: PreTrainedModel, factor: float) -> Iterator[None]:
     step = math.log(factor) / 2 / PARAMETER_SCALE
     before = [(memory, memory.key_scale.detach().clone()) for memory in memories]
     scales = [(attention, attention.scaling) for attention in attentions]
-    if any(PARAMETER_SCALE * (scale.max() + step) > MAX_LOG_KEY_SCALE for _, scale in before):
+    # A scale above the cap acts as the cap, from which the factor counts.
+    longest = MAX_LOG_KEY_SCALE / PARAMETER_SCALE
+    scaled = [scale.clamp(max=longest) + step for _, scale in before]
+    if step > 0 and any(scale.max() > longest for scale in scaled):
         raise ValueError(f"a factor of {factor} makes keys longer than exp({MAX_LOG_KEY_SCALE}): lower `factors`")
     try:
         with torch.no_grad():
-            for memory in memories:
-                memory.key_scale.add_(step)
+            for memory, scale in zip(memories, scaled, strict=True):
+                memory.key_scale.copy_(scale)
         for attention, scale in scales:
             attention.scaling = scale * factor
         yield
@@ -221,6 +211,18 @@ def copying_weights(
 # One model
 
 
+def _losses(logits: torch.Tensor, following: torch.Tensor) -> np.ndarray:
+    """Return the loss `(N, K)` of each token that follows, by logits `(N, K, V)`."""
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), following, reduction="none").numpy()
+
+
+def _is_after_old(shape: tuple[int, ...], pairs: Copying) -> np.ndarray:
+    """Return where the tokens that follow, `(N, K)`, stand behind one that the text had before."""
+    is_old = np.zeros(shape, bool)
+    is_old[pairs.rows, pairs.columns] = True
+    return is_old
+
+
 def _at_factor(
     model: PreTrainedModel, tokenizer: Any, beginnings: Beginnings, recipe: Recipe, seed: int
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
@@ -229,28 +231,26 @@ def _at_factor(
     logits = following_logits(model, prompts, following, recipe.batch_size)
     temperature = temperature_of_entropy(logits, recipe.entropy)
     ids = continue_prompts(model, prompts, recipe.new_tokens, temperature, seed, recipe.batch_size)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten()).item()
+    of_stories = _losses(logits, following).mean(1).round(4).tolist()
     described = describe_texts(tokenizer.batch_decode(ids))
-    return {LOSS: loss, "temperature": temperature, **described}, logits, ids
+    return {LOSS: of_stories, "temperature": temperature, **described}, logits, ids
 
 
 def _as_it_is(
-    logits: torch.Tensor, temperature: float, beginnings: Beginnings, copying: Copying, pairs: Copying
+    logits: torch.Tensor, temperature: float, beginnings: Beginnings, copying: Copying, is_old: np.ndarray
 ) -> dict[str, Any]:
-    """Return how far a model expects copies in the stories, and its losses of pairs that a text had, and of others."""
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), beginnings.following, reduction="none").numpy()
-    is_old = np.zeros(losses.shape, bool)
-    had = pairs.comes > 0
-    is_old[pairs.rows[had], pairs.columns[had]] = True
+    """Return how far a model expects copies in the stories, and its summed losses where `is_old` and elsewhere."""
+    losses = _losses(logits, beginnings.following)
     expected = {
         EXPECTED[measure]: _expectations((logits / divisor).softmax(-1), copying).round(3).tolist()
         for measure, divisor in ((EXCESS, 1.0), (SHARP_EXCESS, temperature))
     }
-    return expected | {OLD_PAIRS: float(losses[is_old].mean()), NEW_PAIRS: float(losses[~is_old].mean())}
+    sums = {AFTER_OLD: (losses * is_old).sum(1), AFTER_NEW: (losses * ~is_old).sum(1)}
+    return expected | {measure: of_stories.round(3).tolist() for measure, of_stories in sums.items()}
 
 
 def _measure_model(
-    training: Trained, beginnings: Beginnings, copying: Copying, pairs: Copying, recipe: Recipe
+    training: Trained, beginnings: Beginnings, copying: Copying, is_old: np.ndarray, recipe: Recipe
 ) -> dict[str, Any]:
     prompts, following, _ = beginnings
     model, tokenizer = training.load(attn_implementation="eager")
@@ -260,7 +260,7 @@ def _measure_model(
         with sharpened(model, factor):
             by_factor[f"{factor:g}"], logits, ids = _at_factor(model, tokenizer, beginnings, recipe, training.seed)
         if factor == 1:
-            measured |= _as_it_is(logits, by_factor["1"]["temperature"], beginnings, copying, pairs)
+            measured |= _as_it_is(logits, by_factor["1"]["temperature"], beginnings, copying, is_old)
             of_own = find_copying(prompts, ids, recipe.copied_tokens)
             texts = {"the stories": (following, copying), "its own texts": (ids, of_own)}
             measured["weights"] = {
@@ -298,7 +298,7 @@ def _effects_of(recipe: Recipe) -> Iterator[_EffectOf]:
             for measure in EXPECTED:
                 yield _EffectOf(f"{measure}: {where}", measure, depth, label)
         for other in others:
-            for measure in (*EXPECTED, OLD_PAIRS, NEW_PAIRS):
+            for measure in (*EXPECTED, AFTER_OLD, AFTER_NEW):
                 name = f"{measure}: {first} - {other}, {blocks(depth)}"
                 yield _EffectOf(name, measure, depth, first, less=other)
 
@@ -315,31 +315,32 @@ def _excess(measured: dict[str, Any], measure: str, label: str, depth: int) -> n
 
 
 def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
-    """Return differences between factors and between models, with their intervals.
-
-    Those of repetition and of copying are over seeds and stories, those of losses over seeds alone.
-    """
+    """Return differences between factors and between models, with their intervals over seeds and stories."""
     found = {}
     stories = np.array(measured["numbers"])
     for one in _effects_of(recipe):
         models = _of_models(measured, one.label, one.depth)
         at = [[model["factors"][f"{factor:g}"] for model in models] for factor in (one.factor or 1.0, 1.0)]
+        numbers, unit = stories.tolist(), ""
         if one.measure in EXPECTED:
-            excess = _excess(measured, one.measure, one.label, one.depth)
+            values = _excess(measured, one.measure, one.label, one.depth)
             if one.less is not None:
-                excess = excess - _excess(measured, one.measure, one.less, one.depth)
+                values = values - _excess(measured, one.measure, one.less, one.depth)
             numbers = stories[measured["copying"]["rows"]].tolist()
-            found[one.name] = crossed_effect(excess, numbers, "")
         elif one.measure == REPETITION:
-            repetition = [np.array([flags(numbers["repeats"]) for numbers in numbers_of]) for numbers_of in at]
-            found[one.name] = crossed_effect(repetition[0] - repetition[1], stories.tolist(), "")
+            changed, as_it_is = (np.array([flags(text["repeats"]) for text in texts]) for texts in at)
+            values = changed - as_it_is
         elif one.measure == LOSS:
-            losses = [a[LOSS] - b[LOSS] for a, b in zip(*at, strict=True)]
-            found[one.name] = mean_effect(losses, "nats")
+            changed, as_it_is = (np.array([text[LOSS] for text in texts]) for texts in at)
+            values, unit = changed - as_it_is, "nats"
         else:
-            others = _of_models(measured, one.less or "", one.depth)
-            losses = [a[one.measure] - b[one.measure] for a, b in zip(models, others, strict=True)]
-            found[one.name] = mean_effect(losses, "nats")
+            ours, theirs = (
+                np.array([model[one.measure] for model in _of_models(measured, label or "", one.depth)])
+                for label in (one.label, one.less)
+            )
+            # Stories have different numbers of such places, and each place counts alike.
+            values, unit = (ours - theirs) * len(stories) / sum(measured["places"][one.measure]), "nats"
+        found[one.name] = crossed_effect(values, numbers, unit)
     return found
 
 
@@ -347,7 +348,7 @@ def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
     columns = ["model", *(f"repeat four words, factor {factor:g}" for factor in recipe.factors)]
     columns += [f"loss, factor {factor:g}" for factor in recipe.factors]
     columns += ["expects a copy", "when sharpened", "copies in its own texts"]
-    columns += ["loss of pairs that the text had", "loss of new pairs", "weight on copied places", "in its own texts"]
+    columns += [AFTER_OLD, AFTER_NEW, "weight on copied places", "in its own texts"]
     is_copied = flags(measured["copying"]["comes"])
     repeats = flags(measured["stories"]["repeats"]).mean()
     empty = [""] * len(recipe.factors)
@@ -356,12 +357,14 @@ def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
         for label in recipe.runs:
             models = _of_models(measured, label, depth)
             at = [[model["factors"][f"{factor:g}"] for model in models] for factor in recipe.factors]
-            cells = [f"{np.mean([flags(numbers['repeats']).mean() for numbers in one]):.1%}" for one in at]
-            cells += [f"{np.mean([numbers[LOSS] for numbers in one]):.3f}" for one in at]
+            cells = [f"{np.mean([flags(text['repeats']).mean() for text in texts]):.1%}" for texts in at]
+            cells += [f"{np.mean([text[LOSS] for text in texts]):.3f}" for texts in at]
             cells += [f"{np.mean([model[expected] for model in models]):.1%}" for expected in EXPECTED.values()]
             copies = [model["copies in its own texts"] for model in models]
             cells += ["none" if None in copies else f"{np.mean(copies):.1%}"]
-            cells += [f"{np.mean([model[measure] for model in models]):.3f}" for measure in (OLD_PAIRS, NEW_PAIRS)]
+            for measure in (AFTER_OLD, AFTER_NEW):
+                total = np.mean([np.sum(model[measure]) for model in models])
+                cells.append(f"{total / sum(measured['places'][measure]):.3f}")
             # Of the head that gives most.
             for text in ("the stories", "its own texts"):
                 cells.append(f"{np.mean([np.max(model['weights'][text]) for model in models]):.2f}")
@@ -381,13 +384,14 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     beginnings, tokenizer = _beginnings(recipe, load_stories(**recipe.stories.model_dump()))
     prompts, following, numbers = beginnings
     copying, pairs = (find_copying(prompts, following, length) for length in (recipe.copied_tokens, 1))
-    if not len(copying.rows) or not pairs.comes.any():
+    is_old = _is_after_old(tuple(following.shape), pairs)
+    if not len(copying.rows) or not is_old.any() or is_old.all():
         raise ValueError(
-            f"no story repeats {recipe.copied_tokens} tokens, or a pair of tokens: lower `copied_tokens`, or take "
-            "more stories and more of each"
+            f"no story repeats {recipe.copied_tokens} tokens, or none has a token for the first time: lower "
+            "`copied_tokens`, or take more stories and more of each"
         )
     models = [
-        _measure_model(training, beginnings, copying, pairs, recipe)
+        _measure_model(training, beginnings, copying, is_old, recipe)
         for training in tqdm(recipe.trainings, desc="repetition")
     ]
     measured = {
@@ -395,8 +399,9 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         "stories": describe_texts(tokenizer.batch_decode(following)),
         "copying": {
             "rows": copying.rows.tolist(),
-            "comes": "".join(str(int(comes)) for comes in copying.comes),
+            "comes": bits(copying.comes),
         },
+        "places": {AFTER_OLD: is_old.sum(1).tolist(), AFTER_NEW: (~is_old).sum(1).tolist()},
         "models": models,
     }
     return {"measured": measured, "table": _table(recipe, measured)}

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from tqdm import tqdm
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from typing_extensions import Self, TypedDict  # pydantic refuses that of `typing` before Python 3.12
+from typing_extensions import TypedDict  # pydantic refuses that of `typing` before Python 3.12
 
 from training.claims import Effects, crossed_effect, mean_effect
 from training.experiments import comparison
-from training.experiments.comparison import DepthComparisonRecipe, Trained, blocks, plan, summary
+from training.experiments.comparison import Trained, blocks, plan, summary
 from training.experiments.continuations import (
     Beginnings,
+    ContinuationRecipe,
     continue_prompts,
     describe_texts,
     flags,
@@ -29,7 +30,7 @@ from training.experiments.continuations import (
     temperature_of_entropy,
 )
 from training.files import checksum, read_json, write_text
-from training.recipe import Section, SourceSection
+from training.recipe import Section
 from training.tables import markdown_table
 from training.text.sources import load_stories, source_provenance
 
@@ -59,7 +60,7 @@ class DecodingSection(Section):
     top_p: float = 1.0
 
 
-class Recipe(DepthComparisonRecipe):
+class Recipe(ContinuationRecipe):
     """`prompts` is a JSON file that holds a list of objects with `kind` and `prompt`, itself or in `prompt_set`.
 
     Repetition is measured at each of `entropies`, in nats, or in greedy decoding if there are none.
@@ -69,22 +70,7 @@ class Recipe(DepthComparisonRecipe):
     prompts: str
     prompt_set: str | None = None
     decoding: DecodingSection = DecodingSection()
-    stories: SourceSection
-    num_prompts: PositiveInt = 150
-    prompt_tokens: int = Field(default=24, ge=2)
-    new_tokens: PositiveInt = 80
     entropies: list[PositiveFloat] = []
-    batch_size: PositiveInt = 75
-
-    @model_validator(mode="after")
-    def _check_length(self) -> Self:
-        length = self.trainings[0].recipe.data.context_length
-        if self.prompt_tokens + self.new_tokens > length:
-            raise ValueError(
-                f"`prompt_tokens` {self.prompt_tokens} and `new_tokens` {self.new_tokens} are more than the {length} "
-                "tokens of a window of the training: lower one of them"
-            )
-        return self
 
     @property
     def effect_names(self) -> list[str]:
@@ -196,8 +182,9 @@ def _continued(training: Trained, beginnings: Beginnings, recipe: Recipe) -> lis
     for entropy in _decodings(recipe):
         temperature = None if entropy is None else temperature_of_entropy(logits, entropy)
         ids = continue_prompts(model, prompts, recipe.new_tokens, temperature, training.seed, recipe.batch_size)
-        own_logits = following_logits(model, prompts, ids, recipe.batch_size)
-        own_entropy = None if temperature is None else mean_entropy(own_logits, temperature)
+        own_entropy = None
+        if temperature is not None:
+            own_entropy = mean_entropy(following_logits(model, prompts, ids, recipe.batch_size), temperature)
         decoded = {"entropy": entropy, "temperature": temperature, "own_entropy": own_entropy}
         rows.append(about | decoded | describe_texts(tokenizer.batch_decode(ids)))
     return rows

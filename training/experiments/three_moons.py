@@ -27,7 +27,6 @@ from training.claims import (
 )
 from training.experiments.comparison import summary
 from training.experiments.moon_figures import (
-    AMPLITUDE,
     draw_curves,
     draw_units,
     draw_weights,
@@ -169,10 +168,10 @@ def falls_at_the_end_only(sections: dict[str, float]) -> bool:
 def falls_at_each_period(sections: dict[str, float]) -> bool:
     """Return whether the deviation falls at the period of each moon, as with one memory for each.
 
-    Deviations above `AMPLITUDE` fail: such predictions diverge, so that a fall from there shows nothing.
+    Deviations above `moons.AMPLITUDE` fail: such predictions diverge, so that a fall from there shows nothing.
     """
     # Without the fall at the common period: three memories need not wait for it.
-    return all(falls(sections)[:3]) and max(sections.values()) <= AMPLITUDE
+    return all(falls(sections)[:3]) and max(sections.values()) <= moons.AMPLITUDE
 
 
 def _count(rows: list[dict[str, Any]], effect: str) -> int:

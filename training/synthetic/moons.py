@@ -11,6 +11,7 @@ import math
 import torch
 
 
+AMPLITUDE = 1.0  # of each coordinate of a moon
 # With the validation triple, nine triples of the periods 0.5, 1, .. 3.5 with the smallest common periods (2, 3, 3, 3,
 # 3, 5, 6, 6, 6). More triples have the common period 6: the three of them here are a choice.
 TRAINING_TRIPLES = (

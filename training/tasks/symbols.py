@@ -117,9 +117,14 @@ class SymbolTrainer(LanguageModelTrainer):
         return scores
 
 
-def _kept_model(recipe: Recipe, measure: str) -> PreTrainedModel:
-    """Return the model of the best evaluation, which an earlier session may have written."""
+def _kept_model(recipe: Recipe, measure: str, curve: list[dict[str, Any]]) -> PreTrainedModel:
+    """Return the model of the best evaluation of a curve, which an earlier session may have written."""
     folder = recipe.folder / KEPT_FOLDERS[measure]
+    if not folder.is_dir() and not any(math.isfinite(entry[f"eval_{measure}"]) for entry in curve):
+        raise ValueError(
+            f"the {measure} on the validation split was never a finite number, so that no model is the best: lower "
+            "`training.learning_rate`"
+        )
     if not folder.is_dir():
         raise ValueError(
             f"{folder} is missing: an earlier version began this training and kept no model of the best {measure}; "
@@ -151,7 +156,7 @@ def _train(recipe: Recipe, arguments: TrainingArguments, data: dict[str, Any]) -
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(recipe.folder)))
     curve = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    models = {measure: _kept_model(recipe, measure) for measure in language.CHOSEN_BY}
+    models = {measure: _kept_model(recipe, measure, curve) for measure in language.CHOSEN_BY}
     report = language.report(models, splits, recipe.batch_size)
     return {
         **header(recipe),

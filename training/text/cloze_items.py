@@ -90,13 +90,13 @@ class Names:
 
     def __init__(self, stories: Sequence[str]):
         inside: Counter[str] = Counter()
-        lower: Counter[str] = Counter()
+        as_written: Counter[str] = Counter()
         capitalised: Counter[str] = Counter()
         with_point: Counter[str] = Counter()
         for text in stories:
             for match in WORD.finditer(text):
                 word = match.group()
-                lower[word] += 1  # read below for words without a capital letter alone
+                as_written[word] += 1
                 if _is_capitalised(word):
                     capitalised[word] += 1
                     inside[word] += _is_inside(text, match.start())
@@ -106,7 +106,7 @@ class Names:
         self.known = frozenset(
             word
             for word, count in inside.items()
-            if count > 1 and lower[word.lower()] <= MOST_LOWERCASE * count and word not in self.abbreviations
+            if count > 1 and as_written[word.lower()] <= MOST_LOWERCASE * count and word not in self.abbreviations
         )
 
     def mentions(self, text: str) -> list[Mention]:
@@ -163,7 +163,7 @@ def _find_ending(text: str, names: Names) -> _Ending | None:
     start, end = long_enough[-1]
     sentence = text[start:end]
     # A quotation that begins before the sentence, or goes on behind it, would be cut.
-    if text[:start].count('"') % 2 or sentence.count('"') % 2 or sentence.count("“") != sentence.count("”"):
+    if any(part.count('"') % 2 or part.count("“") != part.count("”") for part in (text[:start], sentence)):
         return None
     if len(text[:start].split()) < FEWEST_WORDS_BEFORE:
         return None
