@@ -35,6 +35,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import is_torchdynamo_compiling
 
 from .identity_memory_mosaic import MemoryWriter
+from .ops_memory_mosaic import HeadScalars
 
 
 # What outputs call the memory: `cache` from transformers 5.24 on, which warns of the old name, `past_key_values`.
@@ -146,6 +147,7 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.states: dict[str, torch.Tensor] = {}
+        self.scalars: dict[str, HeadScalars] = {}  # of the weights that read, by kind of memory
         self.record_past = False
         self.forget_text()
 
@@ -197,7 +199,7 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
 
     def reset(self) -> None:
         super().reset()
-        self.states = {}
+        self.states, self.scalars = {}, {}
         self.forget_text()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

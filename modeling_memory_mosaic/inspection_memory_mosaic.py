@@ -140,8 +140,9 @@ def _readable_slots(is_token: torch.Tensor, document_ids: torch.Tensor | None) -
 
 def _retrieve_contextual(memory: Any, reading: _Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden_states, is_token, document_ids, query_scale = reading
-    keys, queries, _ = memory.keys_and_queries(hidden_states, query_scale, is_token, document_ids, None)
-    values = memory.pair_values(hidden_states, is_token, None).to(keys.dtype)
+    scalars = memory.scalars()
+    keys, queries, _ = memory.keys_and_queries(hidden_states, query_scale, is_token, document_ids, None, scalars)
+    values = memory.pair_values(hidden_states, is_token, None, scalars).to(keys.dtype)
     # Slot t holds the pair that token t completes. Slot 0 is empty: a token reads it if it has nothing else to read.
     slot_keys, slot_values = memory.store(keys[:, :, :-1], values, None, is_first=True)
     if is_token is None:
@@ -153,10 +154,11 @@ def _retrieve_contextual(memory: Any, reading: _Reading) -> tuple[torch.Tensor, 
 
 
 def _retrieve_persistent(memory: Any, reading: _Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    sums, _ = memory.sum_keys(reading.hidden_states, reading.is_token, reading.document_ids, None)
-    queries = scale_to_length(sums, memory.key_length(power=2)).to(memory.slot_keys.dtype)
+    scalars = memory.scalars()
+    sums, _ = memory.sum_keys(reading.hidden_states, reading.is_token, reading.document_ids, None, scalars)
+    queries = scale_to_length(sums, scalars.key_length).to(memory.slot_keys.dtype)
     retrieved, weights = kernel_smoothing(queries, memory.slot_keys[None], memory.slot_values[None])
-    retrieved = retrieved * memory.value_length().to(retrieved.dtype)[:, None, None]
+    retrieved = retrieved * scalars.value_length.to(retrieved.dtype)
     return retrieved, weights, memory.slot_values[None]
 
 

@@ -67,10 +67,9 @@ def check_maps(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
 
     sdpa has no maps either, and warns by itself.
     """
-    implementation = config._attn_implementation
-    if kwargs.get("output_attentions") and implementation == "flex_attention":
+    if kwargs.get("output_attentions") and config._attn_implementation == "flex_attention":
         raise ValueError(
-            f"attn_implementation={implementation!r} computes no attention maps. Load the model with "
+            f"attn_implementation={config._attn_implementation!r} computes no attention maps. Load the model with "
             '`attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
         )
 
@@ -294,6 +293,16 @@ def strict_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None) 
     return rule
 
 
+def reads_directly(config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> bool:
+    """Return whether one new token without a mask is read by three operations, which compute what sdpa computes.
+
+    On a CPU, for one query, the time is that of fetching the pairs, and sdpa is slower at it.
+    """
+    is_plain = inputs_embeds.device.type == "cpu" and inputs_embeds.dtype == torch.float32
+    is_sdpa = is_plain and config._attn_implementation == "sdpa" and not torch.is_autocast_enabled("cpu")
+    return is_sdpa and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
+
+
 def create_memory_masks(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -310,7 +319,7 @@ def create_memory_masks(
 
     Returns:
         `dict`: `slot_mask`, `is_token`, `document_ids` and `query_scale`, the arguments of
-        [`MemoryMosaicContextualMemory`].
+        [`MemoryMosaicContextualMemory`], and for one token [`reads_directly`].
 
     Raises:
         ValueError: if the mask is not 2-D or not as long as past and new tokens together, or if several documents are
@@ -343,6 +352,8 @@ def create_memory_masks(
         by_shift_identity = is_first and num_tokens > 1
         is_growing = past_key_values is not None and not past_key_values.is_compileable
         reads_all_slots = not is_first and num_tokens == 1 and is_growing
+        if reads_all_slots:
+            masks["reads_directly"] = reads_directly(config, inputs_embeds)
         if by_shift_identity or reads_all_slots:
             return masks
 

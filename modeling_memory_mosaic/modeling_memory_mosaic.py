@@ -58,11 +58,13 @@ from .identity_memory_mosaic import note_writer
 from .masking_memory_mosaic import check_inputs, create_memory_masks, find_documents, pop_packing, raise_where
 from .ops_memory_mosaic import (
     MAX_LOG_KEY_SCALE,
+    HeadScalars,
+    as_dtype,
     at_least_float32,
+    direct_read,
     eager_attention_forward,
     embed_ids,
     forward_fill,
-    is_one_float32_query,
     keys_and_queries,
     leaky_average,
     positions_to_keep,
@@ -78,6 +80,7 @@ class MemoryMosaicAssociativeMemory(nn.Module):
 
     # Name of the leaky sum of keys in the memory's states.
     sum_name: str
+    kind: str
     is_causal: bool
     key_leak: nn.Parameter
 
@@ -108,17 +111,22 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         return memory_layer(past_key_values, self.layer_idx)
 
     def retrieve(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        reads_directly: bool = False,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Smooth over pairs by the configured attention function.
+        """Smooth over pairs by the configured attention function, or directly (see [`reads_directly`]).
 
         Returns:
             retrieved values `(B, T, H, D)`, and weights `(B, H, T, N)` if the function returns them.
         """
+        if reads_directly:
+            return direct_read(query, key, value).transpose(1, 2), None
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" and attention_mask is None and is_one_float32_query(query):
-            # What sdpa computes; on a CPU, where the time is that of reading the pairs, as fast as memory allows.
-            return ((query @ key.transpose(2, 3)).softmax(-1) @ value).transpose(1, 2), None
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0  # reading it costs as much as an operation
         # The caller's `is_causal` would win over the module's, and persistent memories are not causal.
@@ -181,7 +189,7 @@ class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
 class MemoryMosaicTokenMemory(MemoryMosaicAssociativeMemory):
     """The key extractor and the combining layer of contextual and persistent memories."""
 
-    kind: str
+    key_power = 1  # of the length of a key, in queries
     config: MemoryMosaicConfig
 
     def __init__(self, config: MemoryMosaicConfig, layer_idx: int):
@@ -203,21 +211,41 @@ class MemoryMosaicTokenMemory(MemoryMosaicAssociativeMemory):
         """Return the length of a value `(H,)`."""
         return (PARAMETER_SCALE * at_least_float32(self.value_scale)).exp()
 
+    def combine(self, retrieved: torch.Tensor) -> torch.Tensor:
+        """Return the output `(B, T, C)` of what the heads retrieved, `(B, T, H * D)`."""
+        output = self.o_proj(retrieved)
+        return self.dropout(output) if self.dropout.training else output  # the module alone costs an operation
+
+    def scalars(self, states: MemoryMosaicStates | None = None, num_tokens: int = 0) -> HeadScalars:
+        """Return what the scalars of each head stand for.
+
+        A memory keeps them from token to token: the same weights write all of it.
+        """
+        keeps = states is not None and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
+        known = states.scalars if keeps else {}
+        if num_tokens != 1 or self.kind not in known:
+            leak, mix = self.leak(), getattr(self, "value_mix", None)
+            of_heads = torch.exp(-leak), self.key_length(self.key_power), self.value_length()
+            mixes = [] if mix is None else [at_least_float32(mix)]
+            known[self.kind] = HeadScalars(leak, *(scalar.view(-1, 1, 1) for scalar in (*of_heads, *mixes)))
+        return known[self.kind]
+
     def sum_keys(
         self,
         hidden_states: torch.Tensor,
         is_token: torch.Tensor | None,
         document_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        states: MemoryMosaicStates | None,
+        scalars: HeadScalars,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the leaky sums of projected keys `(B, H, T, D)`, and the sum before them `(B, H, 1, D)` or `None`."""
         projected = self.split_heads(self.k_proj(hidden_states))
         if is_token is not None:
             projected = projected * is_token[:, None, :, None]
-        previous = None if past_key_values is None else self.states(past_key_values).get_state(self.sum_name)
-        sums, _ = leaky_average(projected, self.leak(), previous, elapsed=is_token, document_ids=document_ids)
-        if past_key_values is not None:
-            self.states(past_key_values).set_state(self.sum_name, sums)
+        previous = None if states is None else states.get_state(self.sum_name)
+        sums, _ = leaky_average(projected, scalars.leak, previous, is_token, document_ids, scalars.decay)
+        if states is not None:
+            states.set_state(self.sum_name, sums)
         return sums, previous
 
 
@@ -242,18 +270,22 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
         sums, previous = self.sum_keys(hidden_states, *past)
         if previous is not None:
             sums = torch.cat([previous, sums], dim=2)
-        return *keys_and_queries(sums, self.key_length(), hidden_states, query_scale), previous is None
+        return *keys_and_queries(sums, past[-1].key_length, hidden_states, query_scale), previous is None
 
     def pair_values(
-        self, hidden_states: torch.Tensor, is_token: torch.Tensor | None, past_key_values: Cache | None
+        self,
+        hidden_states: torch.Tensor,
+        is_token: torch.Tensor | None,
+        states: MemoryMosaicStates | None,
+        scalars: HeadScalars,
     ) -> torch.Tensor:
         """Return values of the pairs that the new tokens complete, `(B, H, T, D)`; T - 1 if no token came before."""
         projected = self.split_heads(self.v_proj(hidden_states))
-        pending = None if past_key_values is None else self.states(past_key_values).get_state("pending_value")
+        pending = None if states is None else states.get_state("pending_value")
         if is_token is not None:
             projected = forward_fill(projected, is_token, pending)
-        if past_key_values is not None:
-            self.states(past_key_values).set_state("pending_value", projected)
+        if states is not None:
+            states.set_state("pending_value", projected)
         # float32 before the blend: in half precision it would round twice.
         projected = at_least_float32(projected)
         if pending is None:
@@ -261,8 +293,7 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
         else:
             pending = at_least_float32(pending)
             earlier = pending if projected.shape[2] == 1 else torch.cat([pending, projected[:, :, :-1]], dim=2)
-        mix = self.value_mix.to(projected.dtype).view(-1, 1, 1)
-        return scale_to_length(torch.lerp(projected, earlier, mix), self.value_length())
+        return scale_to_length(torch.lerp(projected, earlier, scalars.value_mix), scalars.value_length)
 
     def forward(
         self,
@@ -290,17 +321,21 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
             output `(B, T, C)`, and under eager attention the weight `(B, H, T, S)` that each of T tokens gives to
             the pair of each of S tokens so far.
         """
-        past = is_token, document_ids, past_key_values
+        states = None if past_key_values is None else self.states(past_key_values)
+        scalars = self.scalars(states, hidden_states.shape[1])
+        past = is_token, document_ids, states, scalars
         keys, queries, is_first = self.keys_and_queries(hidden_states, query_scale, *past)
-        pairs = keys[:, :, :-1], self.pair_values(hidden_states, is_token, past_key_values).to(keys.dtype)
+        values = self.pair_values(hidden_states, is_token, states, scalars)
+        pairs = keys[:, :, :-1], as_dtype(values, keys.dtype)
         retrieved, weights = self.attend(queries, pairs, slot_mask, past_key_values, is_first, **kwargs)
-        return self.dropout(self.o_proj(retrieved.flatten(2))), weights
+        return self.combine(retrieved.flatten(2)), weights
 
 
 class MemoryMosaicPersistentMemory(MemoryMosaicTokenMemory):
     """Retrieves from learnt pairs: what the model knows before it reads. Takes the place of a feed-forward layer."""
 
     kind = "persistent"
+    key_power = 2  # slots carry no length of their own, so queries take that of both
     sum_name = "persistent_sum"
     is_causal = False
 
@@ -320,14 +355,16 @@ class MemoryMosaicPersistentMemory(MemoryMosaicTokenMemory):
     ) -> torch.Tensor:
         """Return the output `(B, T, C)`; arguments as for [`MemoryMosaicContextualMemory`]."""
         batch_size, num_tokens, _ = hidden_states.shape
-        sums, _ = self.sum_keys(hidden_states, is_token, document_ids, past_key_values)
-        # Slots carry no scale of their own, so the query takes both factors of the product of two keys.
-        queries = scale_to_length(sums, self.key_length(power=2)).to(self.slot_keys.dtype)
+        states = None if past_key_values is None else self.states(past_key_values)
+        scalars = self.scalars(states, num_tokens)
+        sums, _ = self.sum_keys(hidden_states, is_token, document_ids, states, scalars)
+        queries = as_dtype(scale_to_length(sums, scalars.key_length), self.slot_keys.dtype)
         # Every token reads the same slots, so all rows become one batch and the slots are never repeated.
-        queries = queries.transpose(0, 1).flatten(1, 2)[None]  # (1, H, B * T, D)
+        if batch_size > 1:
+            queries = queries.transpose(0, 1).flatten(1, 2)[None]  # (1, H, B * T, D)
         retrieved, _ = self.retrieve(queries, self.slot_keys[None], self.slot_values[None], None, **kwargs)
-        retrieved = retrieved * self.value_length().to(retrieved.dtype)[:, None]  # (1, B * T, H, D)
-        return self.dropout(self.o_proj(retrieved.reshape(batch_size, num_tokens, -1)))
+        retrieved = retrieved * as_dtype(scalars.value_length[:, 0], retrieved.dtype)  # (1, B * T, H, D)
+        return self.combine(retrieved.reshape(batch_size, num_tokens, -1))
 
 
 class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):

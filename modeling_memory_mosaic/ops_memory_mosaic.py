@@ -19,12 +19,11 @@ One function serves whole texts, chunks and single tokens. `naive_memory_mosaic.
 Shapes use B batch, T tokens, H heads, D head width, N stored pairs, C hidden size.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils import is_torchdynamo_compiling
 from transformers.utils.generic import maybe_autocast
 
 
@@ -32,12 +31,36 @@ from transformers.utils.generic import maybe_autocast
 CHUNK_LENGTH = 32
 # The authors cap the log of a key's length, so that no product of two keys leaves the range of float16.
 MAX_LOG_KEY_SCALE = 5.0
+# The squares of smaller numbers are 0, so that no norm but 0 lies below.
+SMALLEST_NORM = {dtype: torch.finfo(dtype).tiny ** 0.6 for dtype in (torch.float32, torch.float64)}
+
+
+class HeadScalars(NamedTuple):
+    """What the scalars of a memory's heads stand for, `(H, 1, 1)` each, in float32 at least.
+
+    - `leak`: of leaky sums, in nats per token, of shape `(H,)`,
+    - `decay`: by which factor a leaky sum shrinks with each token,
+    - `key_length`: of the kernel's keys; of persistent queries, which face slots without a scale, its square,
+    - `value_length`,
+    - `value_mix`: share of the earlier of two values; persistent memories have none.
+    """
+
+    leak: torch.Tensor
+    decay: torch.Tensor
+    key_length: torch.Tensor
+    value_length: torch.Tensor
+    value_mix: torch.Tensor | None = None
+
+
+def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in `dtype`. A call of `to` that changes nothing costs as much as an operation on one token."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Convert half precision to float32; return float32 and float64 as they are."""
     if tensor.dtype in (torch.float32, torch.float64):
-        return tensor  # a call of `to` that changes nothing costs as much as an operation on one token
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -107,6 +130,7 @@ def _leaky_sums(
     initial_state: torch.Tensor | None,
     elapsed: torch.Tensor | None,
     document_ids: torch.Tensor | None,
+    decay: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the leaky sums `(B, H, T, D)`; arguments as for [`leaky_average`], states already in float32 at least.
 
@@ -118,8 +142,11 @@ def _leaky_sums(
     if num_tokens == 1 and document_ids is None:
         if initial_state is None:
             return states
-        aged = leak.view(-1, 1, 1) if elapsed is None else leak[:, None, None] * elapsed[:, None, :, None]
-        return torch.addcmul(states, torch.exp(-aged), initial_state)
+        if elapsed is not None:
+            decay = torch.exp(-leak[:, None, None] * elapsed[:, None, :, None])
+        elif decay is None:
+            decay = torch.exp(-leak).view(-1, 1, 1)
+        return torch.addcmul(states, decay, initial_state)
     # An exported program serves any number of tokens, so it cannot depend on their number of chunks: it has one.
     is_one_chunk = torch.compiler.is_exporting() or num_tokens <= CHUNK_LENGTH
     length = num_tokens if is_one_chunk else CHUNK_LENGTH
@@ -167,6 +194,7 @@ def leaky_average(
     initial_state: torch.Tensor | None = None,
     elapsed: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    decay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the exponentially decaying sum of past states, one decay per head (paper, eq. 7).
 
@@ -183,6 +211,7 @@ def leaky_average(
         document_ids (`torch.Tensor` of shape `(B, T)`, *optional*): number of the document of each position, never
             falling. The sum starts again with each document, with document 0 at `initial_state`. One document when
             absent.
+        decay (`torch.Tensor` of shape `(H, 1, 1)`, *optional*): exp(-leak), for a caller that has it already.
 
     Returns:
         sums `(B, H, T, D)` and final state `(B, H, 1, D)`: splitting T anywhere gives the same result.
@@ -191,16 +220,21 @@ def leaky_average(
         elapsed = torch.ones_like(document_ids)
     with maybe_autocast(states.device.type, enabled=False):
         states = at_least_float32(states)
-        sums = _leaky_sums(states, leak.to(states.dtype), initial_state, elapsed, document_ids)
-    return sums, sums[:, :, -1:]
+        sums = _leaky_sums(states, as_dtype(leak, states.dtype), initial_state, elapsed, document_ids, decay)
+    return sums, sums if sums.shape[2] == 1 else sums[:, :, -1:]
 
 
 def scale_to_length(vectors: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     """Scale vectors `(B, H, T, D)` to `length` `(H,)`, in float32 at least; a zero vector stays zero."""
     vectors = at_least_float32(vectors)
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    # Not an epsilon: it would blow up the gradient of a zero vector beyond what half precision holds.
-    return vectors * (length.to(vectors.dtype).view(-1, 1, 1) / (norms + (norms == 0)))
+    if torch.is_grad_enabled():
+        # Not an epsilon: it would blow up the gradient of a zero vector beyond what half precision holds.
+        norms = norms + (norms == 0)
+    else:
+        norms.clamp_min_(SMALLEST_NORM[norms.dtype])  # the same, by one operation
+    length = length if length.ndim == 3 else length.view(-1, 1, 1)
+    return vectors * (as_dtype(length, vectors.dtype) / norms)
 
 
 def keys_and_queries(
@@ -221,7 +255,7 @@ def keys_and_queries(
         keys `(B, H, S, D)` and queries `(B, H, T, D)`, in the dtype of `hidden_states`.
     """
     scaled, num_tokens = scale_to_length(sums, length), hidden_states.shape[1]
-    keys = scaled.to(hidden_states.dtype)
+    keys = as_dtype(scaled, hidden_states.dtype)
     if query_scale is None:
         return keys, keys[:, :, -num_tokens:]
     # Before the conversion: in half precision it would round twice.
@@ -249,12 +283,6 @@ def forward_fill(vectors: torch.Tensor, is_token: torch.Tensor, initial_state: t
     places = places.scatter(1, torch.where(is_token, count, num_tokens + 1), positions)
     last = places.gather(1, count)[:, None, :, None].expand_as(vectors)
     return torch.cat([first, vectors], dim=2).gather(2, last)
-
-
-def is_one_float32_query(query: torch.Tensor) -> bool:
-    """Return whether queries `(B, H, T, D)` are of one token, on a CPU, in float32 and without gradient."""
-    is_plain = query.shape[2] == 1 and query.device.type == "cpu" and query.dtype == torch.float32
-    return is_plain and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
 
 
 def smoothing_weights(
@@ -296,6 +324,16 @@ def kernel_smoothing(
     """
     weights = smoothing_weights(query, key, attention_mask, dropout)
     return weighted_values(weights, value), weights
+
+
+def direct_read(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return what [`kernel_smoothing`] retrieves `(B, H, T, D)` for the few queries of a decoding step.
+
+    On a CPU their time is that of fetching pairs, which products of matrices and columns do fastest.
+    """
+    queries, keys, values = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    scores = torch.bmm(keys, queries.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(scores.softmax(-1), values).view(query.shape)
 
 
 def eager_attention_forward(

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from modeling_memory_mosaic.cache_memory_mosaic import MemoryMosaicCacheLayer
+from modeling_memory_mosaic.cache_memory_mosaic import MemoryMosaicCacheLayer, MemoryMosaicStates
 from modeling_memory_mosaic.configuration_memory_mosaic import MemoryMosaicConfig
 from modeling_memory_mosaic.modeling_memory_mosaic import (
     PARAMETER_SCALE,
@@ -33,7 +33,7 @@ from modeling_memory_mosaic.modeling_memory_mosaic import (
     MemoryMosaicPreTrainedModel,
     MemoryMosaicTokenMemory,
 )
-from modeling_memory_mosaic.ops_memory_mosaic import keys_and_queries, leaky_average
+from modeling_memory_mosaic.ops_memory_mosaic import HeadScalars, keys_and_queries, leaky_average
 
 
 # In nats per token: exp(-1000) is zero in every precision. Infinity would give NaN at the present token, 0 * infinity.
@@ -87,16 +87,17 @@ class MemoryMosaicQueryMemory(MemoryMosaicContextualMemory):
         hidden_states: torch.Tensor,
         is_token: torch.Tensor | None,
         document_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        states: MemoryMosaicStates | None,
+        scalars: HeadScalars,
     ) -> torch.Tensor:
         """Return the leaky sums of projected queries `(B, H, T, D)`, with the leak of the keys."""
         projected = self.split_heads(self.q_proj(hidden_states))
         if is_token is not None:
             projected = projected * is_token[:, None, :, None]
-        previous = None if past_key_values is None else self.states(past_key_values).get_state("query_sum")
-        sums, _ = leaky_average(projected, self.leak(), previous, elapsed=is_token, document_ids=document_ids)
-        if past_key_values is not None:
-            self.states(past_key_values).set_state("query_sum", sums)
+        previous = None if states is None else states.get_state("query_sum")
+        sums, _ = leaky_average(projected, scalars.leak, previous, is_token, document_ids, scalars.decay)
+        if states is not None:
+            states.set_state("query_sum", sums)
         return sums
 
     def keys_and_queries(
@@ -104,9 +105,8 @@ class MemoryMosaicQueryMemory(MemoryMosaicContextualMemory):
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Return keys and queries; arguments as for [`MemoryMosaicContextualMemory`]."""
         keys, _, is_first = super().keys_and_queries(hidden_states, None, *past)
-        _, queries = keys_and_queries(
-            self.sum_queries(hidden_states, *past), self.key_length(), hidden_states, query_scale
-        )
+        sums = self.sum_queries(hidden_states, *past)
+        _, queries = keys_and_queries(sums, past[-1].key_length, hidden_states, query_scale)
         return keys, queries, is_first
 
 
