@@ -431,7 +431,8 @@ def check_memory(memory: Cache, config: PreTrainedConfig, num_rows: int) -> None
     layers: Any = getattr(memory, "layers", ())  # a tuple of tensors, as older code made them, has none
     # By name, as a model loaded with `trust_remote_code=True` has classes of its own. More layers than the model uses
     # are in order: decoding with an early exit lowers num_hidden_layers.
-    is_of_kind = all(getattr(layer, "_layer_type", None) in config.layer_types for layer in layers)
+    kinds = set(config.layer_types)
+    is_of_kind = all(getattr(layer, "_layer_type", None) in kinds for layer in layers)
     if len(layers) < config.num_hidden_layers or not is_of_kind:
         raise ValueError(
             f"This {type(memory).__name__} was not made for this model. Build it from the model's config: "
