@@ -35,6 +35,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling
 
+from .blocks_memory_mosaic import SlotRule, can_read_in_blocks
 from .cache_memory_mosaic import memory_layer, one_memory
 from .ops_memory_mosaic import MAX_LOG_KEY_SCALE, forward_fill
 
@@ -293,6 +294,21 @@ def strict_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None) 
     return rule
 
 
+def slot_rule(
+    is_token_slot: torch.Tensor, document_ids: torch.Tensor | None, past_length: int
+) -> SlotRule:
+    """Return the rule of [`strict_rule`] with causality, for [`block_read`], without a number for each token and slot.
+
+    Arguments as for [`count_tokens`]; `past_length` is the number of tokens in the memory.
+    """
+    is_full = is_token_slot & (count_tokens(is_token_slot, document_ids) > 1)
+    begins = None
+    if document_ids is not None:
+        places = torch.arange(document_ids.shape[1], device=document_ids.device)
+        begins = (F.pad(document_ids.diff(dim=-1), (1, 0)) * places).cummax(dim=-1).values
+    return SlotRule(past_length + 1, is_full, begins)
+
+
 def reads_directly(config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> bool:
     """Return whether one new token without a mask is read by three operations, which compute what sdpa computes.
 
@@ -361,7 +377,11 @@ def create_memory_masks(
     num_slots = num_tokens if past_key_values is None else past_key_values.get_mask_sizes(num_tokens, 0)[0]
     if attention_mask is None:
         attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], num_slots), dtype=torch.bool)
-    rule = strict_rule(F.pad(attention_mask, (0, num_slots - attention_mask.shape[1])), document_ids)
+    is_token_slot = F.pad(attention_mask, (0, num_slots - attention_mask.shape[1]))
+    if mask_function is sdpa_mask and can_read_in_blocks(inputs_embeds):
+        masks["slot_mask"] = slot_rule(is_token_slot, document_ids, int(past_length))
+        return masks
+    rule = strict_rule(is_token_slot, document_ids)
     masks["slot_mask"] = create_causal_mask(config, inputs_embeds, None, past_key_values, and_mask_function=rule)
     if masks["slot_mask"] is None:
         raise ValueError(

@@ -166,10 +166,11 @@ class ContinuousMemory(MemoryMosaicPairStore):
         queries = self.queries(keys)
         # The next observation completes a pair. So the newest observation has no pair yet, and the first observation
         # completes one only if another came before it.
-        pairs = keys[:, :, :-1], values[:, :, 1:]
-        if previous is not None:
-            pairs = torch.cat([previous, pairs[0]], dim=2), values
-        retrieved, weights = self.attend(queries, pairs, slot_mask, past_key_values, previous is None, **kwargs)
+        if previous is None:
+            values = values[:, :, 1:]
+        else:
+            keys = torch.cat([previous, keys], dim=2)
+        retrieved, weights = self.attend(queries, keys, values, slot_mask, past_key_values, previous is None, **kwargs)
         retrieved = retrieved.flatten(2)
         return retrieved, weights, self.o_proj(retrieved)  # here, as FSDP2 gathers weights for `forward` alone
 

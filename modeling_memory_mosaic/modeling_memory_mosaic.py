@@ -51,6 +51,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_memory_mosaic import AdaptableLayer, AdaptableModel
+from .blocks_memory_mosaic import LONGEST_TEXT, SlotRule, block_read, can_read_in_blocks
 from .cache_memory_mosaic import MEMORY_NAME, MemoryMosaicStates, check_memory, memory_kwargs, memory_layer, one_memory
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .generation_memory_mosaic import MemoryMosaicGenerationMixin
@@ -110,6 +111,15 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         """Return this layer's part of the memory."""
         return memory_layer(past_key_values, self.layer_idx)
 
+    def weight_dropout(self) -> float:
+        """Return the share of weights that is dropped now."""
+        return cast(float, self.config.attention_dropout) if self.training else 0.0
+
+    def reads_in_blocks(self, query: torch.Tensor) -> bool:
+        """Return whether queries `(B, H, T, D)` without a mask are read by [`block_read`], in place of sdpa."""
+        is_faster = self.weight_dropout() > 0 or (self.is_causal and query.shape[2] <= LONGEST_TEXT)
+        return is_faster and self.config._attn_implementation == "sdpa" and can_read_in_blocks(query)
+
     def retrieve(
         self,
         query: torch.Tensor,
@@ -126,9 +136,13 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         """
         if reads_directly:
             return direct_read(query, key, value).transpose(1, 2), None
+        dropout, rule = self.weight_dropout(), attention_mask
+        if rule is None and self.reads_in_blocks(query):
+            rule = SlotRule(key.shape[2] - (query.shape[2] - 1 if self.is_causal else 0))
+        if isinstance(rule, SlotRule):
+            return block_read(query, key, value, rule, dropout), None
         implementation = self.config._attn_implementation
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0  # reading it costs as much as an operation
         # The caller's `is_causal` would win over the module's, and persistent memories are not causal.
         kwargs["is_causal"] = self.is_causal
         return attention_function(self, query, key, value, attention_mask, dropout=dropout, scaling=1.0, **kwargs)
@@ -156,7 +170,8 @@ class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
     def attend(
         self,
         queries: torch.Tensor,
-        pairs: tuple[torch.Tensor, torch.Tensor],
+        keys: torch.Tensor,
+        values: torch.Tensor,
         slot_mask: Any,
         past_key_values: Cache | None,
         is_first: bool,
@@ -166,24 +181,27 @@ class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
 
         Args:
             queries (`torch.Tensor` of shape `(B, H, T, D)`).
-            pairs: keys and values `(B, H, T, D)`; T - 1 of them if no token came before (`is_first`).
+            keys (`torch.Tensor` of shape `(B, H, S + 1, D)`): those of S pairs, and the newest, whose pair is incomplete.
+            values (`torch.Tensor` of shape `(B, H, S, D)`): S is T, or T - 1 if no token came before (`is_first`).
             slot_mask, past_key_values: as for `forward`.
 
         Returns:
             retrieved values `(B, T, H, D)`, and weights if the attention function returns them.
         """
-        slots = pairs
+        slots = keys, values
         if past_key_values is not None or slot_mask is not None:
-            slots = self.store(*pairs, past_key_values, is_first=is_first)
+            slots = self.store(keys[:, :, :-1], values, past_key_values, is_first=is_first)
         if slot_mask is not None:
             return self.retrieve(queries, *slots, slot_mask, **kwargs)
+        if is_first and self.reads_in_blocks(queries):
+            return block_read(queries, keys, values, SlotRule(0), self.weight_dropout()), None
         if is_first:
             # Shift identity: tokens 1.. over the pairs of tokens 0.. is plain causal attention; token 0 retrieves 0.
-            retrieved, weights = self.retrieve(queries[:, :, 1:], *pairs, None, **kwargs)
+            retrieved, weights = self.retrieve(queries[:, :, 1:], keys[:, :, :-1], values, None, **kwargs)
             return F.pad(retrieved, (0, 0, 0, 0, 1, 0)), weights
         # By `narrow`: for one token, an index costs as much as an operation.
-        keys, values = (tensor.narrow(2, 1, tensor.shape[2] - 1) for tensor in slots)
-        return self.retrieve(queries, keys, values, None, **kwargs)
+        filled = (tensor.narrow(2, 1, tensor.shape[2] - 1) for tensor in slots)
+        return self.retrieve(queries, *filled, None, **kwargs)
 
 
 class MemoryMosaicTokenMemory(MemoryMosaicAssociativeMemory):
@@ -325,9 +343,8 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
         scalars = self.scalars(states, hidden_states.shape[1])
         past = is_token, document_ids, states, scalars
         keys, queries, is_first = self.keys_and_queries(hidden_states, query_scale, *past)
-        values = self.pair_values(hidden_states, is_token, states, scalars)
-        pairs = keys[:, :, :-1], as_dtype(values, keys.dtype)
-        retrieved, weights = self.attend(queries, pairs, slot_mask, past_key_values, is_first, **kwargs)
+        values = as_dtype(self.pair_values(hidden_states, is_token, states, scalars), keys.dtype)
+        retrieved, weights = self.attend(queries, keys, values, slot_mask, past_key_values, is_first, **kwargs)
         return self.combine(retrieved.flatten(2)), weights
 
 

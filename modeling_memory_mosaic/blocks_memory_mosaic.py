@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The Memory Mosaic authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Kernel smoothing on a CPU, block by block of queries, with or without masks and dropout of weights.
+
+The scores and the mask of a block stay in the processor's cache, and the backward pass computes them again: memory is linear in
+T. Torch's own function is slower on a CPU for short texts, and with a mask or dropout it holds T x N numbers.
+
+Shapes use B batch, H heads, T queries, N pairs, D head width, G = B * H; R queries of a block, M pairs that it sees.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+from transformers.utils import is_torchdynamo_compiling
+
+
+# Queries of a block. With some thousand pairs, their scores fit into the cache of a core.
+BLOCK_LENGTH = 64
+# For longer texts without mask and dropout, torch's own function is as fast.
+LONGEST_TEXT = 1024
+# Random numbers of 16 bits: four to a number of 64 bits, which are drawn four times as fast as by `bernoulli_`.
+NUM_LEVELS = 2**16
+
+
+class SlotRule(NamedTuple):
+    """Which pairs each query sees: the first `num_before` + t for query t, less those that are excluded.
+
+    - `num_before`: N if all see all,
+    - `is_full` `(B, N)`, *optional*: False at pairs that nobody sees,
+    - `begins` `(B, T)`, *optional*: the first pair of each query's document, never falling.
+    """
+
+    num_before: int
+    is_full: torch.Tensor | None = None
+    begins: torch.Tensor | None = None
+
+    def seen_by(self, block: slice, num_pairs: int) -> slice:
+        """Return the pairs that any query of a block may see."""
+        first = 0 if self.begins is None else int(self.begins[:, block.start].min())
+        return slice(first, min(num_pairs, self.num_before + block.stop - 1))
+
+    def allowed(self, block: slice, pairs: slice) -> torch.Tensor | None:
+        """Return which of the pairs each query of a block sees, `(B or 1, R, M)`; `None` if all see all."""
+        is_allowed = None
+        columns = torch.arange(pairs.start, pairs.stop)
+        if self.num_before + block.start < pairs.stop:
+            is_allowed = (columns < self.num_before + torch.arange(block.start, block.stop)[:, None])[None]
+        if self.is_full is not None:
+            is_full = self.is_full[:, None, pairs]
+            is_allowed = is_full if is_allowed is None else is_allowed & is_full
+        if self.begins is not None:
+            is_own = columns >= self.begins[:, block, None]
+            is_allowed = is_own if is_allowed is None else is_allowed & is_own
+        return is_allowed
+
+
+def can_read_in_blocks(tensor: torch.Tensor) -> bool:
+    """Return whether [`block_read`] can read what a tensor is made of: plain numbers on a CPU, outside of transforms."""
+    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or is_torchdynamo_compiling():
+        return False
+    if tensor.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+        return False
+    return not torch._C._are_functorch_transforms_active()  # such as `torch.func.vmap`, which take operations apart
+
+
+def _blocks(num_queries: int) -> Iterator[slice]:
+    for start in range(0, num_queries, BLOCK_LENGTH):
+        yield slice(start, min(start + BLOCK_LENGTH, num_queries))
+
+
+def _weights(
+    queries: torch.Tensor, keys: torch.Tensor, block: slice, pairs: slice, rule: SlotRule
+) -> torch.Tensor:
+    """Return the weights `(G, R, M)` that a block of queries gives to pairs; all 0 for a query that sees none."""
+    scores = torch.bmm(queries[:, block], keys[:, pairs].transpose(1, 2))
+    is_allowed = rule.allowed(block, pairs)
+    if is_allowed is None:
+        return scores.softmax(dim=-1)
+    num_rows = is_allowed.shape[0]
+    # Finite, so that a query that sees nothing has weights, which are then made 0.
+    bias = torch.zeros(is_allowed.shape, dtype=scores.dtype).masked_fill_(~is_allowed, torch.finfo(scores.dtype).min)
+    scores.view(num_rows, -1, *scores.shape[1:]).add_(bias[:, None])
+    weights, sees_any = scores.softmax(dim=-1), is_allowed.any(dim=-1)
+    if not sees_any.all():
+        weights.view(num_rows, -1, *weights.shape[1:]).mul_(sees_any[:, None, :, None])
+    return weights
+
+
+def _kept(weights: torch.Tensor, dropout: float, generator: torch.Generator | None) -> torch.Tensor:
+    """Return what weights are multiplied by: 0 for those dropped, and 1 / (1 - dropout) for the others."""
+    numbers = torch.empty(math.ceil(weights.numel() / 4), dtype=torch.int64)
+    numbers.random_(-(2**63), None, generator=generator)
+    levels = numbers.view(torch.int16)[: weights.numel()].view(weights.shape)
+    kept = torch.ge(levels, round(dropout * NUM_LEVELS) - NUM_LEVELS // 2, out=torch.empty_like(weights))
+    return kept.div_(1 - dropout)
+
+
+class _BlockRead(torch.autograd.Function):
+    """See [`block_read`]. Tensors are `(B, H, T or N, D)`, the result `(B, T, H, D)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: SlotRule, dropout: float
+    ) -> torch.Tensor:
+        ctx.rule, ctx.dropout = rule, dropout
+        ctx.random_state = torch.get_rng_state() if dropout else None
+        (batch_size, num_heads, num_queries, _), width = query.shape, value.shape[-1]
+        queries, keys, values = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        retrieved = query.new_empty(batch_size, num_queries, num_heads, width)
+        for block in _blocks(num_queries):
+            pairs = rule.seen_by(block, values.shape[1])
+            weights = _weights(queries, keys, block, pairs, rule)
+            if dropout:
+                weights.mul_(_kept(weights, dropout, None))
+            sums = torch.bmm(weights, values[:, pairs])
+            retrieved[:, block] = sums.view(batch_size, num_heads, -1, width).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, retrieved)
+        return retrieved
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, retrieved = ctx.saved_tensors
+        queries, keys, values = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        generator = None if ctx.random_state is None else torch.Generator().set_state(ctx.random_state)
+        to_queries, to_keys, to_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+        # Each query's mean of the gradients of its weights.
+        means = (gradient * retrieved).sum(dim=-1, keepdim=True)
+        for block in _blocks(queries.shape[1]):
+            pairs = ctx.rule.seen_by(block, values.shape[1])
+            weights = _weights(queries, keys, block, pairs, ctx.rule)
+            of_block, mean = (part[:, block].transpose(1, 2).flatten(0, 1) for part in (gradient, means))
+            to_scores, used = torch.bmm(of_block, values[:, pairs].transpose(1, 2)), weights
+            if generator is not None:
+                kept = _kept(weights, ctx.dropout, generator)
+                to_scores.mul_(kept)
+                used = kept.mul_(weights)
+            to_scores.sub_(mean).mul_(weights)
+            to_queries[:, block] = torch.bmm(to_scores, keys[:, pairs])
+            to_keys[:, pairs].baddbmm_(to_scores.transpose(1, 2), queries[:, block])
+            to_values[:, pairs].baddbmm_(used.transpose(1, 2), of_block)
+        return to_queries.view(query.shape), to_keys.view(key.shape), to_values.view(value.shape), None, None
+
+
+def block_read(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: SlotRule, dropout: float = 0.0
+) -> torch.Tensor:
+    """Return what [`kernel_smoothing`] retrieves for queries that see pairs by a rule.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, T, D)`), key and value (`torch.Tensor` of shape `(B, H, N, D)`): keys
+            without a value, behind the others, are not read.
+        rule ([`SlotRule`]).
+        dropout (`float`): share of weights set to zero, rounded to a multiple of 1 / 65,536.
+
+    Returns:
+        retrieved values `(B, T, H, D)`; 0 for a query that sees no pair.
+    """
+    result: torch.Tensor = _BlockRead.apply(query, key, value, rule, dropout)
+    return result
