@@ -86,9 +86,9 @@ def test_experiments_share_the_trainings_of_equal_models():
         return len(folders), len({recipe.folder for recipe in both})
 
     assert shared("out_of_distribution") == (60, 60)
-    assert shared("bandwidth") == (6, 6)  # what is changed in evaluation alone is no training of its own
-    assert shared("beyond_training_length") == (21, 15)
-    assert shared("attention_maps") == (18, 12)
+    assert shared("bandwidth") == (10, 10)  # what is changed in evaluation alone is no training of its own
+    assert shared("beyond_training_length") == (35, 25)
+    assert shared("attention_maps") == (30, 20)
 
 
 def test_settings_at_a_depth_are_those_of_that_depth_alone():
@@ -286,7 +286,7 @@ def test_heads_that_look_elsewhere_say_little_about_the_shape_of_the_rest():
     [
         ("training_curves", "half_budget_seeds=[9]", r"\[9\], which `seeds` has not"),
         ("training_curves", "runs.GPT-2.evaluation.hidden_size=1", "unknown key 'evaluation"),
-        ("training_curves", "depths=[1]", "measures no effect 'GPT-2 - Memory Mosaic, 4 blocks'"),
+        ("training_curves", "depths=[1]", "measures no effect 'growth of GPT-2 - Memory Mosaic from 1"),
         ("training_curves", "runs.Llama.at_depth.3.tokens=9", r"has \['3'\], but depths are \['1', '4'\]"),
         ("training_curves", "runs.Llama.at_depth.1.tokns=9", "tokns"),
         ("training_curves", "runs.Llama.at_depth=1", "has to give settings for each depth"),
