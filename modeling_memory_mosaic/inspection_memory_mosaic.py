@@ -140,7 +140,7 @@ def _readable_slots(is_token: torch.Tensor, document_ids: torch.Tensor | None) -
 
 def _retrieve_contextual(memory: Any, reading: _Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden_states, is_token, document_ids, query_scale = reading
-    keys, queries, _ = memory.keys_and_queries(hidden_states, is_token, document_ids, query_scale, None)
+    keys, queries, _ = memory.keys_and_queries(hidden_states, query_scale, is_token, document_ids, None)
     values = memory.pair_values(hidden_states, is_token, None).to(keys.dtype)
     # Slot t holds the pair that token t completes. Slot 0 is empty: a token reads it if it has nothing else to read.
     slot_keys, slot_values = memory.store(keys[:, :, :-1], values, None, is_first=True)

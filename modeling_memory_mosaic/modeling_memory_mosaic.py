@@ -227,18 +227,14 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
         self.value_mix = nn.Parameter(torch.empty(config.num_attention_heads))
 
     def keys_and_queries(
-        self,
-        hidden_states: torch.Tensor,
-        is_token: torch.Tensor | None,
-        document_ids: torch.Tensor | None,
-        query_scale: torch.Tensor | None,
-        past_key_values: Cache | None,
+        self, hidden_states: torch.Tensor, query_scale: torch.Tensor | None, *past: Any
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """Return keys and queries, `(B, H, S, D)` and `(B, H, T, D)`, and whether no token came before.
+        """Return keys `(B, H, S, D)` and queries `(B, H, T, D)`, and whether no token came before.
 
-        Keys are those of the new tokens and, if there is one, of the token before them, whose pair completes now.
+        Keys are those of the new tokens and, if there is one, of the token before them, whose pair completes now. The
+        arguments `past` are the others of `sum_keys`.
         """
-        sums, previous = self.sum_keys(hidden_states, is_token, document_ids, past_key_values)
+        sums, previous = self.sum_keys(hidden_states, *past)
         if previous is not None:
             sums = torch.cat([previous, sums], dim=2)
         return *keys_and_queries(sums, self.key_length(), hidden_states, query_scale), previous is None
@@ -286,9 +282,8 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
             output `(B, T, C)`, and under eager attention the weight `(B, H, T, S)` that each of T tokens gives to
             the pair of each of S tokens so far.
         """
-        keys, queries, is_first = self.keys_and_queries(
-            hidden_states, is_token, document_ids, query_scale, past_key_values
-        )
+        past = is_token, document_ids, past_key_values
+        keys, queries, is_first = self.keys_and_queries(hidden_states, query_scale, *past)
         pairs = keys[:, :, :-1], self.pair_values(hidden_states, is_token, past_key_values).to(keys.dtype)
         retrieved, weights = self.attend(queries, pairs, slot_mask, past_key_values, is_first, **kwargs)
         return self.dropout(self.o_proj(retrieved.flatten(2))), weights

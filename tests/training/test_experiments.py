@@ -218,9 +218,8 @@ def test_a_model_is_read_in_another_way_without_another_training(small, monkeypa
     # All tokens but the first of each window count alike.
     model, tokenizer = recipe.trainings[0].load()
     windows, _ = position_loss.cut_windows(position_loss.load_stories(**STORIES), tokenizer, 128, "stream", 20)
-    assert result["measured"]["stories"]["models"][0]["mean_loss"] == pytest.approx(
-        mean_loss(model, windows, 4), rel=1e-5
-    )
+    mean = mean_loss(model, Dataset.from_dict({"input_ids": windows.tolist()}), 4)
+    assert result["measured"]["stories"]["models"][0]["mean_loss"] == pytest.approx(mean, rel=1e-5)
     rise = result["effects"][f"stories: rise beyond 64 tokens, {label} - Memory Mosaic, 1 block"]
     expected = (changed - as_trained)[4:].mean() - (changed - as_trained)[2:4].mean()
     assert rise["value"] == pytest.approx(expected, abs=1e-4)

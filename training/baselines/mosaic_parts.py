@@ -100,17 +100,13 @@ class MemoryMosaicQueryMemory(MemoryMosaicContextualMemory):
         return sums
 
     def keys_and_queries(
-        self,
-        hidden_states: torch.Tensor,
-        is_token: torch.Tensor | None,
-        document_ids: torch.Tensor | None,
-        query_scale: torch.Tensor | None,
-        past_key_values: Cache | None,
+        self, hidden_states: torch.Tensor, query_scale: torch.Tensor | None, *past: Any
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Return keys and queries; arguments as for [`MemoryMosaicContextualMemory`]."""
-        keys, _, is_first = super().keys_and_queries(hidden_states, is_token, document_ids, None, past_key_values)
-        sums = self.sum_queries(hidden_states, is_token, document_ids, past_key_values)
-        _, queries = keys_and_queries(sums, self.key_length(), hidden_states, query_scale)
+        keys, _, is_first = super().keys_and_queries(hidden_states, None, *past)
+        _, queries = keys_and_queries(
+            self.sum_queries(hidden_states, *past), self.key_length(), hidden_states, query_scale
+        )
         return keys, queries, is_first
 
 
