@@ -237,11 +237,10 @@ def _at_factor(
 
 
 def _as_it_is(
-    logits: torch.Tensor, temperature: float, beginnings: Beginnings, copying: Copying, pairs: Copying
+    logits: torch.Tensor, temperature: float, beginnings: Beginnings, copying: Copying, is_old: np.ndarray
 ) -> dict[str, Any]:
-    """Return how far a model expects copies in the stories, and its losses of pairs that a text had, and of others."""
+    """Return how far a model expects copies in the stories, and its summed losses where `is_old` and elsewhere."""
     losses = _losses(logits, beginnings.following)
-    is_old = _is_after_old(losses.shape, pairs)
     expected = {
         EXPECTED[measure]: _expectations((logits / divisor).softmax(-1), copying).round(3).tolist()
         for measure, divisor in ((EXCESS, 1.0), (SHARP_EXCESS, temperature))
@@ -251,7 +250,7 @@ def _as_it_is(
 
 
 def _measure_model(
-    training: Trained, beginnings: Beginnings, copying: Copying, pairs: Copying, recipe: Recipe
+    training: Trained, beginnings: Beginnings, copying: Copying, is_old: np.ndarray, recipe: Recipe
 ) -> dict[str, Any]:
     prompts, following, _ = beginnings
     model, tokenizer = training.load(attn_implementation="eager")
@@ -261,7 +260,7 @@ def _measure_model(
         with sharpened(model, factor):
             by_factor[f"{factor:g}"], logits, ids = _at_factor(model, tokenizer, beginnings, recipe, training.seed)
         if factor == 1:
-            measured |= _as_it_is(logits, by_factor["1"]["temperature"], beginnings, copying, pairs)
+            measured |= _as_it_is(logits, by_factor["1"]["temperature"], beginnings, copying, is_old)
             of_own = find_copying(prompts, ids, recipe.copied_tokens)
             texts = {"the stories": (following, copying), "its own texts": (ids, of_own)}
             measured["weights"] = {
@@ -392,7 +391,7 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
             "`copied_tokens`, or take more stories and more of each"
         )
     models = [
-        _measure_model(training, beginnings, copying, pairs, recipe)
+        _measure_model(training, beginnings, copying, is_old, recipe)
         for training in tqdm(recipe.trainings, desc="repetition")
     ]
     measured = {
