@@ -199,7 +199,7 @@ def model_of(training):
 
 
 def best_rates(tuning):
-    """Return by model and depth the least loss in the committed result of a tuning, and its rate; empty without one."""
+    """Return by model and depth the least loss in the committed result of a tuning, and its rate; none without it."""
     result = committed(tuning)
     if result is None:
         return {}
