@@ -13,7 +13,7 @@ CORE := $(addprefix tests/payload/test_,modeling.py continuous.py packing.py cac
 
 # `babistories_micro` is last, because it needs a file that is not in the clone: `prompt_lists.json`, a JSON object with a
 # list "openings". That of the committed result has 2,464 first sentences of TinyStories. The other recipes need no file.
-RESULTS ?= three_moons induction induction_search regbench_search regbench_search_baselines regbench regbench_automata \
+RESULTS ?= three_moons induction induction_search regbench_search regbench_search_baselines regbench_search_start regbench regbench_automata \
 	regbench_long regbench_search_recurrent regbench_recurrent stories_tuning stories_tuning_one_block stories_initialisation \
 	training_curves out_of_distribution beyond_training_length bandwidth parts parts_induction \
 	attention_maps cloze repetition stories_tiny_tuning stories_tiny_comparison memory_fidelity \

@@ -53,6 +53,28 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path)
 
 
+def series_style(number: int) -> dict[str, Any]:
+    """Return colour and dashes of one of many series, counted from 0; thirty differ."""
+    return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+
+
+def legend_below(figure: Figure, axes: np.ndarray) -> None:
+    """Put one legend for the series of all axes below them, in as many columns as the figure is wide."""
+    entries = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    for num_columns in range(min(5, len(entries)), 0, -1):
+        legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=num_columns)
+        figure.draw_without_rendering()
+        size = legend.get_window_extent()
+        if num_columns == 1 or size.width <= 0.98 * figure.bbox.width:
+            break
+        legend.remove()
+    # The axes keep their height.
+    figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
+
+
 def draw_learning_curve(result: dict[str, Any], path: Path) -> None:
     """Draw loss over tokens as a PNG: the training loss faint, the validation loss marked.
 

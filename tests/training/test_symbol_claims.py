@@ -141,3 +141,44 @@ def test_induction_takes_any_number_of_models():
     ablated = {"Mosaic without a leak": {"model": "mosaic-induction", "training": {"learning_rate": 1.0e-3}}}
     recipe = load_recipe(CONFIGURATION / "recipe/induction.yaml", settings=[{"runs": ablated}])
     assert "accuracy relative to an informed reader (Mosaic without a leak, 1 block)" in recipe.effect_names
+
+
+# Settings
+
+SEARCHES = {
+    "regbench": ("regbench_search", "regbench_search_baselines", "regbench_search_start", "regbench_search_recurrent"),
+    "induction": ("induction_search",),
+}
+ARE_SEARCHED = ["regbench", "regbench_automata", "regbench_long", "regbench_recurrent", "parts_induction"]
+
+
+def trials_by_model(task):
+    """Return a task's trials as pairs of accuracy and settings, by model; none if a result is missing."""
+    results = {result["name"]: result for result in committed_results()}
+    trials = {}
+    for name in SEARCHES[task] if set(SEARCHES[task]) <= set(results) else ():
+        for trial in results[name]["measured"]["trials"]:
+            settings = dict(trial["settings"])
+            trials.setdefault(settings.pop("model", "mosaic-regbench"), []).append((trial["metric"], settings))
+    return trials
+
+
+@pytest.mark.parametrize("name", ARE_SEARCHED)
+def test_settings_are_the_best_of_the_searches(name):
+    trials = trials_by_model("induction" if "induction" in name else "regbench")
+    if not trials:
+        pytest.skip("the result of a search is not committed yet")
+    for training in RECIPES[name].all_trainings:
+        _, best = max(trials[training.recipe.model], key=lambda trial: trial[0])
+        assert training.recipe.training.learning_rate == best["training.learning_rate"], training.name
+        assert training.recipe.model_args.get("initializer_range") == best.get("model_args.initializer_range")
+
+
+@pytest.mark.parametrize("task", SEARCHES)
+def test_committed_searches_end_between_rates_that_are_worse(task):
+    for model, trials in trials_by_model(task).items():
+        accuracy, best = max(trials, key=lambda trial: trial[0])
+        rate = best.pop("training.learning_rate")
+        rates = [settings.pop("training.learning_rate", rate) for _, settings in trials]
+        tried = [tried for tried, (_, settings) in zip(rates, trials, strict=True) if settings == best]
+        assert min(tried) < rate < max(tried), (model, accuracy)

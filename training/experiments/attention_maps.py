@@ -24,7 +24,7 @@ from training.claims import Effects, mean_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, blocks, plan, summary
 from training.experiments.position_loss import cut_windows
-from training.figures import new_figure, save_figure
+from training.figures import legend_below, new_figure, save_figure
 from training.recipe import SourceSection
 from training.tables import markdown_table
 from training.text.sources import load_stories, source_provenance
@@ -278,8 +278,7 @@ def _draw_leaks(recipe: Recipe, deep_heads: list[dict[str, Any]]) -> None:
         axis.set_title(f"{length} tokens")
         axis.set_xlabel("leak coefficient of the head")
     axes[0, 0].set_ylabel("width of the peak (positions)")
-    legend = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=len(recipe.seeds) if len(recipe.seeds) > 1 else 4)
+    legend_below(figure, axes)
     save_figure(figure, recipe.folder / f"{recipe.name}_leak.png")
 
 

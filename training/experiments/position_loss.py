@@ -26,7 +26,7 @@ from training.claims import Effect, Effects, crossed_effect
 from training.evaluate import tokens_and_bytes
 from training.experiments import comparison
 from training.experiments.comparison import DepthComparisonRecipe, Trained, blocks, plan, summary
-from training.figures import new_figure, save_figure
+from training.figures import legend_below, new_figure, save_figure
 from training.metrics.mean_loss import bits_per_byte_of_loss
 from training.recipe import SourceSection
 from training.tables import markdown_table
@@ -349,7 +349,6 @@ def _draw(recipe: Recipe, measured: dict[str, Any]) -> None:
     """Draw a column for each text and depth."""
     columns = list(itertools.product(measured, recipe.depths))
     rows = 2 if len(recipe.labels) > 1 else 1
-    # A wide legend, of labels that may be long, stands below all columns.
     figure, axes = new_figure(rows, len(columns), width=max(4.2, 8 / len(columns)), sharex=True)
     for column, (name, depth) in zip(axes.T, columns, strict=True):
         _draw_bands(recipe, column, measured[name], depth)
@@ -359,7 +358,7 @@ def _draw(recipe: Recipe, measured: dict[str, Any]) -> None:
         axes[1, 0].set_ylabel(f"minus {next(iter(recipe.runs))} (nats)")
         for axis in axes[1]:
             axis.axhline(0, color="black", lw=0.8)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, 2 * len(columns)))
+    legend_below(figure, axes)
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 

@@ -26,7 +26,7 @@ from training.cost import flops_per_token, training_step_seconds
 from training.evaluate import mean_loss, tokens_and_bytes
 from training.experiments import comparison
 from training.experiments.comparison import DepthComparisonRecipe, Trained, blocks, plan, summary
-from training.figures import new_figure, save_figure
+from training.figures import legend_below, new_figure, save_figure, series_style
 from training.metrics.mean_loss import bits_per_byte_of_loss, perplexity
 from training.recipe import SourceSection
 from training.tables import markdown_table, mean_and_deviation
@@ -301,16 +301,16 @@ def _draw(recipe: Recipe, measured: dict[str, Any], path: Path) -> None:
             chosen = [
                 one["validation"] for one in measured["curves"] if (one["label"], one["depth"]) == (label, depth)
             ]
-            color = f"C{number}"
+            style = series_style(number)
             for points in chosen:
-                column.plot(*_coordinates(points), color=color, alpha=0.35, lw=0.8)
+                column.plot(*_coordinates(points), **style, alpha=0.35, lw=0.8)
             # All seeds are evaluated after the same numbers of tokens.
             tokens, losses = zip(*map(_coordinates, chosen), strict=True)
-            column.plot(tokens[0], np.mean(losses, axis=0), color=color, label=label, lw=1.8)
+            column.plot(tokens[0], np.mean(losses, axis=0), **style, label=label, lw=1.8)
         column.set_title(blocks(depth))
         column.set_xlabel("training tokens")
     axes[0, 0].set_ylabel("loss on the tuning split (nats per token)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    legend_below(figure, axes)
     save_figure(figure, path)
 
 
@@ -320,7 +320,7 @@ def _coordinates(points: list[dict[str, float]]) -> tuple[list[float], list[floa
 
 def _draw_tuning(recipe: Recipe, measured: dict[str, Any], path: Path) -> None:
     """Draw losses over learning rates, a line for each model and a column for each depth."""
-    figure, axes = new_figure(1, len(recipe.depths), height=4.2, sharey=True)
+    figure, axes = new_figure(1, len(recipe.depths), width=7.0, height=4.2, sharey=True)
     models = list(dict.fromkeys(_tuned(label) for label in recipe.runs))
     for column, depth in zip(axes[0], recipe.depths, strict=True):
         for number, model in enumerate(models):
@@ -330,13 +330,13 @@ def _draw_tuning(recipe: Recipe, measured: dict[str, Any], path: Path) -> None:
                     by_rate[run["learning_rate"]].append(run["validation_loss"])
             rates = sorted(by_rate)
             means = [statistics.mean(by_rate[rate]) for rate in rates]
-            column.semilogx(rates, means, color=f"C{number}", marker="o", label=model, base=2)
+            column.semilogx(rates, means, **series_style(number), marker="o", label=model, base=2)
         every = sorted({run["learning_rate"] for run in measured["runs"]})
         column.set_xticks(every, [f"{rate:g}" for rate in every])
         column.set_title(blocks(depth))
         column.set_xlabel("learning rate")
     axes[0, 0].set_ylabel("loss on the tuning split (nats per token)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    legend_below(figure, axes)
     save_figure(figure, path)
 
 
