@@ -14,8 +14,8 @@
 # limitations under the License.
 """Kernel smoothing on a CPU, block by block of queries, with or without masks and dropout of weights.
 
-The scores and the mask of a block stay in the processor's cache, and the backward pass computes them again: memory is linear in
-T. Torch's own function is slower on a CPU for short texts, and with a mask or dropout it holds T x N numbers.
+The scores and the mask of a block stay in the processor's cache, and the backward pass computes them again: memory is
+linear in T. Torch's own function is slower on a CPU for short texts, and with a mask or dropout it holds T x N numbers.
 
 Shapes use B batch, H heads, T queries, N pairs, D head width, G = B * H; R queries of a block, M pairs that it sees.
 """
@@ -68,9 +68,22 @@ class SlotRule(NamedTuple):
             is_allowed = is_own if is_allowed is None else is_allowed & is_own
         return is_allowed
 
+    def mask(self, num_queries: int, num_pairs: int) -> torch.Tensor:
+        """Return the whole rule as a mask `(B or 1, 1, T, N)`, for functions that do not read in blocks.
+
+        A query that sees no pair is given pair 0, which has to be the empty slot.
+        """
+        queries, pairs = slice(0, num_queries), slice(0, num_pairs)
+        is_allowed = self.allowed(queries, pairs)
+        if is_allowed is None:
+            return torch.ones(1, 1, num_queries, num_pairs, dtype=torch.bool)
+        is_allowed = is_allowed.expand(-1, num_queries, -1)
+        sees_none = ~is_allowed.any(dim=-1, keepdim=True)
+        return (is_allowed | (sees_none & (torch.arange(num_pairs) == 0)))[:, None]
+
 
 def can_read_in_blocks(tensor: torch.Tensor) -> bool:
-    """Return whether [`block_read`] can read what a tensor is made of: plain numbers on a CPU, outside of transforms."""
+    """Return whether a tensor is one that [`block_read`] reads: plain numbers on a CPU, outside of transforms."""
     if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or is_torchdynamo_compiling():
         return False
     if tensor.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
@@ -83,9 +96,7 @@ def _blocks(num_queries: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK_LENGTH, num_queries))
 
 
-def _weights(
-    queries: torch.Tensor, keys: torch.Tensor, block: slice, pairs: slice, rule: SlotRule
-) -> torch.Tensor:
+def _weights(queries: torch.Tensor, keys: torch.Tensor, block: slice, pairs: slice, rule: SlotRule) -> torch.Tensor:
     """Return the weights `(G, R, M)` that a block of queries gives to pairs; all 0 for a query that sees none."""
     scores = torch.bmm(queries[:, block], keys[:, pairs].transpose(1, 2))
     is_allowed = rule.allowed(block, pairs)

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig, GenerationMixin
 
 from .adapters_memory_mosaic import prepare_for_adapters
@@ -218,7 +219,13 @@ class MemoryMosaicGenerationMixin(GenerationMixin):
     """The library's `GenerationMixin`, with a memory in place of a key-value cache."""
 
     # `generate` makes the masks of a compiled step by this.
-    create_masks_for_generate = staticmethod(create_memory_masks)
+    @staticmethod
+    def create_masks_for_generate(
+        config: PreTrainedConfig, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return [`create_memory_masks`] for a static memory: in `generate`, steps of one token are compiled."""
+        in_blocks = inputs_embeds.shape[1] > 1
+        return create_memory_masks(config, inputs_embeds, *args, in_blocks=in_blocks, **kwargs)
 
     @functools.wraps(GenerationMixin.generate)
     def generate(

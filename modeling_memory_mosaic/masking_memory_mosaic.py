@@ -294,9 +294,7 @@ def strict_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None) 
     return rule
 
 
-def slot_rule(
-    is_token_slot: torch.Tensor, document_ids: torch.Tensor | None, past_length: int
-) -> SlotRule:
+def slot_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None, past_length: int) -> SlotRule:
     """Return the rule of [`strict_rule`] with causality, for [`block_read`], without a number for each token and slot.
 
     Arguments as for [`count_tokens`]; `past_length` is the number of tokens in the memory.
@@ -325,12 +323,14 @@ def create_memory_masks(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None = None,
     cache: Cache | None = None,
+    in_blocks: bool = True,
     **packing: Any,
 ) -> dict[str, Any]:
     """Return what all layers of one forward pass need to know about padding, documents and the past.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, on either side or within.
+        in_blocks (`bool`): whether the mask may be a [`SlotRule`], which compiled code does not read.
         packing: `position_ids`, `seq_idx` and `cu_seq_lens_q`, see [`find_documents`].
 
     Returns:
@@ -378,7 +378,7 @@ def create_memory_masks(
     if attention_mask is None:
         attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], num_slots), dtype=torch.bool)
     is_token_slot = F.pad(attention_mask, (0, num_slots - attention_mask.shape[1]))
-    if mask_function is sdpa_mask and can_read_in_blocks(inputs_embeds):
+    if in_blocks and mask_function is sdpa_mask and can_read_in_blocks(inputs_embeds):
         masks["slot_mask"] = slot_rule(is_token_slot, document_ids, int(past_length))
         return masks
     rule = strict_rule(is_token_slot, document_ids)

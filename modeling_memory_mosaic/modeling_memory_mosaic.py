@@ -139,8 +139,10 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         dropout, rule = self.weight_dropout(), attention_mask
         if rule is None and self.reads_in_blocks(query):
             rule = SlotRule(key.shape[2] - (query.shape[2] - 1 if self.is_causal else 0))
-        if isinstance(rule, SlotRule):
+        if isinstance(rule, SlotRule) and can_read_in_blocks(query):
             return block_read(query, key, value, rule, dropout), None
+        if isinstance(rule, SlotRule):  # made for embeddings on another device, or before the layer was compiled
+            attention_mask = rule.mask(query.shape[2], key.shape[2]).to(query.device)
         implementation = self.config._attn_implementation
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         # The caller's `is_causal` would win over the module's, and persistent memories are not causal.
@@ -181,7 +183,7 @@ class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
 
         Args:
             queries (`torch.Tensor` of shape `(B, H, T, D)`).
-            keys (`torch.Tensor` of shape `(B, H, S + 1, D)`): those of S pairs, and the newest, whose pair is incomplete.
+            keys (`torch.Tensor` of shape `(B, H, S + 1, D)`): of S pairs, and the newest, whose pair is incomplete.
             values (`torch.Tensor` of shape `(B, H, S, D)`): S is T, or T - 1 if no token came before (`is_first`).
             slot_mask, past_key_values: as for `forward`.
 

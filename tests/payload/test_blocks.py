@@ -122,3 +122,17 @@ def test_what_is_not_plain_is_left_to_torch():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not can_read_in_blocks(vectors)
     assert not torch.func.vmap(lambda row: torch.tensor(can_read_in_blocks(row)))(vectors).any()
+
+
+@pytest.mark.parametrize("num_earlier", [0, 7])
+def test_the_whole_mask_says_what_blocks_read(num_earlier):
+    """Attention functions that take masks read the same; slot 0 is empty, and read by those who see no other."""
+    num_queries = BLOCK_LENGTH + 3
+    num_pairs = num_queries + num_earlier
+    query, key, value = tensors(2, num_queries, num_pairs)
+    value = torch.cat([torch.zeros_like(value[:, :, :1]), value[:, :, 1:]], dim=2)
+    for rule in rules(2, num_queries, num_pairs):
+        expected = block_read(query, key, value, rule)
+        mask = rule.mask(num_queries, num_pairs)
+        actual = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=1.0)
+        torch.testing.assert_close(actual.transpose(1, 2), expected, rtol=1e-12, atol=1e-12)

@@ -21,7 +21,6 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 
 from modeling_memory_mosaic.cache_memory_mosaic import MemoryMosaicCacheLayer, MemoryMosaicStates
 from modeling_memory_mosaic.configuration_memory_mosaic import MemoryMosaicConfig
