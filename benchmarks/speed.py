@@ -2,8 +2,8 @@
 """Speed and memory beside transformers' GPT-2 and Llama of equal size: `make bench`, or see `--help`.
 
 Two models at a time run in one process, in turn, so that a machine whose speed drifts slows both alike. The measure is
-the ratio of each pair of runs, and the median over the pairs. Dropout is off and attention is sdpa. Peak memory is the
-largest resident size of a new process, above its size before the model was built.
+the ratio of each pair of runs, and the median over the pairs. Attention is sdpa, and dropout is off unless a row says
+otherwise. Peak memory is the largest resident size of a new process, above its size before the model was built.
 """
 
 import json
@@ -11,76 +11,111 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 import typer
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+)
 
-from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, leaky_average
+from benchmarks.roofline import products_of, read_rate, seconds_of
+from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
 from training.files import write_json
 from training.result import cpu_name
 from training.tables import markdown_table
 
 
 SIZES: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
+# Of the long texts, which a wide model would read for hours.
+SMALL_SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS_PER_STEP = 2048
-# Tokens that a measurement decodes.
+# Tokens that a measurement decodes, and how much longer the text may have become before one.
 NUM_DECODED = 32
-# GPT-2's position table must reach beyond the longest context.
-MAX_LENGTH = 2048 + NUM_DECODED
+LONGER = 1.1
 PEERS = {"gpt2": "GPT-2", "llama": "Llama"}
-UNITS = {"training step": "s", "prefill": "s", "decode": "tokens/s", "leaky average": "ms"}
+DEFAULT_DROPOUT = "default dropout"
+COMPILED = "compiled"
 
 
-def build(name: str) -> PreTrainedModel:
-    """Return the benchmarked model: `mosaic`, or `gpt2` or `llama` whose blocks have equally many parameters."""
+class Case(NamedTuple):
+    """One measurement: what is done, with how many rows and tokens, and how."""
+
+    what: str
+    batch_size: int
+    num_tokens: int
+    how: str = "eager"
+
+
+TRAINING = [Case("training step", TOKENS_PER_STEP // length, length) for length in (512, 2048)]
+CASES = [
+    *TRAINING,
+    *(case._replace(how=DEFAULT_DROPOUT) for case in TRAINING),
+    *(case._replace(how=COMPILED) for case in TRAINING),
+    *(Case("prefill", 1, length) for length in (512, 2048)),
+    *(Case("decode", batch_size, length) for batch_size in (1, 8) for length in (64, 512, 2048, 8192)),
+    *(Case("decode", 1, length, COMPILED) for length in (64, 2048)),
+]
+LONG_CASES = [Case(what, 1, length) for length in (16_384, 65_536) for what in ("prefill", "decode")]
+
+
+def build(name: str, sizes: dict[str, Any], length: int, default_dropout: bool = False) -> PreTrainedModel:
+    """Return a benchmarked model: `mosaic`, or `gpt2` or `llama` whose blocks have equally many parameters.
+
+    Args:
+        sizes: of all three.
+        length: the longest text; GPT-2's position table reaches beyond it.
+        default_dropout: whether dropout is that of the model's own configuration; else there is none.
+    """
     torch.manual_seed(0)
     if name == "mosaic":
-        return MemoryMosaicForCausalLM(MemoryMosaicConfig(**SIZES, attention_dropout=0.0, hidden_dropout=0.0))
+        dropout = {} if default_dropout else {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+        return MemoryMosaicForCausalLM(MemoryMosaicConfig(**sizes, **dropout))
     if name == "llama":
-        # Llama's feed-forward layer has three matrices, GPT-2's two of four times the width.
-        intermediate_size = 8 * SIZES["hidden_size"] // 3
-        return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=intermediate_size, tie_word_embeddings=True))
-    config = GPT2Config(
-        **SIZES,
-        n_positions=MAX_LENGTH,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        # GPT-2's own ids lie beyond this vocabulary.
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = GPT2LMHeadModel(config)
+        # Llama's feed-forward layer has three matrices, GPT-2's two of four times the width. It has no dropout.
+        intermediate_size = 8 * sizes["hidden_size"] // 3
+        return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=intermediate_size, tie_word_embeddings=True))
+    dropout = {} if default_dropout else {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    # GPT-2's own ids lie beyond this vocabulary.
+    own_ids = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout, **own_ids, n_positions=int(LONGER * length) + NUM_DECODED))
     model.loss_type = "ForCausalLM"  # its class name does not say it, and each forward would warn
     return model
 
 
-def random_ids(batch_size: int, num_tokens: int) -> torch.Tensor:
-    return torch.randint(0, SIZES["vocab_size"], (batch_size, num_tokens), generator=torch.Generator().manual_seed(0))
+def random_ids(model: PreTrainedModel, batch_size: int, num_tokens: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.vocab_size, (batch_size, num_tokens), generator=generator)
 
 
-def training_step(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
-    """Return a function that measures the seconds of forward and backward over 2,048 tokens, `num_tokens` a row."""
-    ids = random_ids(TOKENS_PER_STEP // num_tokens, num_tokens)
+def training_step(model: PreTrainedModel, case: Case) -> Callable[[], float]:
+    """Return a function that measures the seconds of forward and backward."""
+    ids = random_ids(model, case.batch_size, case.num_tokens)
+    forward = torch.compile(model) if case.how == COMPILED else model
 
     def run() -> float:
         model.train().zero_grad()
         start = time.perf_counter()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        forward(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         return time.perf_counter() - start
 
     return run
 
 
-def prefill(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
-    """Return a function that measures the seconds to read one text of `num_tokens` into a cache."""
-    ids = random_ids(1, num_tokens)
+def prefill(model: PreTrainedModel, case: Case) -> Callable[[], float]:
+    """Return a function that measures the seconds to read texts into a cache."""
+    ids = random_ids(model, case.batch_size, case.num_tokens)
 
     @torch.no_grad()
     def run() -> float:
@@ -92,70 +127,64 @@ def prefill(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
     return run
 
 
-def decode(model: PreTrainedModel, num_tokens: int) -> Callable[[], float]:
-    """Return a function that measures tokens per second, read one at a time behind `num_tokens` in the cache."""
-    ids = random_ids(1, num_tokens)
+def decode(model: PreTrainedModel, case: Case) -> Callable[[], float]:
+    """Return a function that measures the seconds of a token, read one at a time behind others in the cache.
+
+    Decoding makes the text longer: from a tenth on, it is read again, untimed.
+    """
+    ids = random_ids(model, case.batch_size, case.num_tokens)
+    is_compiled = case.how == COMPILED
+    longest = int(LONGER * case.num_tokens)
+    cache: Any = None
+    if is_compiled:
+        cache = StaticCache(model.config, max_cache_len=longest + NUM_DECODED)
+    forward = torch.compile(model, fullgraph=True) if is_compiled else model
 
     @torch.no_grad()
     def run() -> float:
-        # Each run reads the text again, untimed, for decoding makes the cache longer.
-        cache = DynamicCache(config=model.config)
-        model.eval()(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        nonlocal cache
+        num_read = 0 if cache is None else int(cache.get_seq_length())
+        if not 0 < num_read <= longest:
+            if is_compiled:
+                cache.reset()
+            else:
+                cache = DynamicCache(config=model.config)
+            model.eval()(input_ids=ids, past_key_values=cache, logits_to_keep=1)
         start = time.perf_counter()
         for _ in range(NUM_DECODED):
-            model(input_ids=ids[:, :1], past_key_values=cache, logits_to_keep=1)
-        return NUM_DECODED / (time.perf_counter() - start)
+            inputs = {"input_ids": ids[:, :1], "past_key_values": cache}
+            if is_compiled:  # as `generate` does, which makes masks and positions outside the compiled step
+                inputs = model.prepare_inputs_for_generation(next_sequence_length=1, use_cache=True, **inputs)
+            forward(**inputs)
+        return (time.perf_counter() - start) / NUM_DECODED
 
     return run
 
 
-def dense_leaky_average(states: torch.Tensor, leak: torch.Tensor) -> torch.Tensor:
-    """Return the sums of `leaky_average` by a T x T table of decays for each head, as the authors' code computes them.
-
-    Args:
-        states: `(B, H, T, D)`.
-        leak: `(H,)`.
-    """
-    positions = torch.arange(states.shape[2], dtype=states.dtype)
-    # Future lags are cut by `tril`. Without the clamp their exp() overflows, and gradients are NaN.
-    lags = (positions[:, None] - positions).clamp(min=0)
-    return torch.exp(-leak[:, None, None] * lags).tril() @ states
+TASKS = {"training step": training_step, "prefill": prefill, "decode": decode}
 
 
-def leaky_step(average: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], num_tokens: int) -> Callable[[], float]:
-    """Return a function that measures the milliseconds of forward and backward of a leaky average.
-
-    It averages 2,048 tokens, in rows of `num_tokens`.
-    """
-    heads, width = SIZES["num_attention_heads"], SIZES["hidden_size"] // SIZES["num_attention_heads"]
-    states = torch.randn(TOKENS_PER_STEP // num_tokens, heads, num_tokens, width, requires_grad=True)
-    # The leaks of a newly initialised mosaic.
-    leak = torch.linspace(0.5, 5.0, heads).requires_grad_()
-    weights = torch.randn(states.shape)
-
-    def run() -> float:
-        start = time.perf_counter()
-        average(states, leak).backward(weights)
-        return 1e3 * (time.perf_counter() - start)
-
-    return run
+def first_seconds(task: Callable[[], float]) -> float:
+    """Return the seconds of the first call, which compiles."""
+    start = time.perf_counter()
+    task()
+    return time.perf_counter() - start
 
 
 def compare(
-    ours: Callable[[], float], theirs: Callable[[], float], rounds: int, larger_is_better: bool
+    ours: Callable[[], float], theirs: Callable[[], float], rounds: int, larger_is_better: bool = False
 ) -> dict[str, Any]:
-    """Return the medians of both and of their ratio over `rounds` interleaved pairs, after one warm-up.
+    """Return the medians of both and of their ratio over `rounds` interleaved pairs, after a first call of each.
 
     A ratio above 1 means that ours is faster.
     """
-    ours(), theirs()
+    first = {"first_ours": first_seconds(ours), "first_theirs": first_seconds(theirs)}
     pairs = []
     for index in range(rounds):
         # The second of a pair has warmer caches: take turns.
-        pair = (ours(), theirs()) if index % 2 else (theirs(), ours())[::-1]
-        pairs.append(pair)
+        pairs.append((ours(), theirs()) if index % 2 else (theirs(), ours())[::-1])
     ratios = sorted((a / b if larger_is_better else b / a) for a, b in pairs)
-    return {
+    return first | {
         "ours": statistics.median(a for a, _ in pairs),
         "theirs": statistics.median(b for _, b in pairs),
         "ratio": statistics.median(ratios),
@@ -170,11 +199,11 @@ def peak_resident() -> float:
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
 
 
-def _peak_of_training(name: str, num_tokens: int, threads: int, pipe: Connection) -> None:
+def _peak(name: str, sizes: dict[str, Any], case: Case, threads: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
     before = peak_resident()
-    step = training_step(build(name), num_tokens)
-    step(), step()
+    task = TASKS[case.what](build(name, sizes, case.num_tokens, case.how == DEFAULT_DROPOUT), case)
+    task(), task()
     pipe.send(peak_resident() - before)
 
 
@@ -197,43 +226,82 @@ def in_process_of_its_own(function: Callable[..., None], *arguments: Any) -> Any
     return sent
 
 
-def peak_memory(name: str, num_tokens: int) -> float:
-    """Return the MiB that two training steps, model included, add to a new process at its largest."""
-    return in_process_of_its_own(_peak_of_training, name, num_tokens)
+def peak_memory(name: str, sizes: dict[str, Any], case: Case) -> float:
+    """Return the MiB that doing a case twice, model included, adds to a new process at its largest."""
+    return in_process_of_its_own(_peak, name, sizes, case)
+
+
+def needs_memory(case: Case, is_long: bool) -> bool:
+    """Return whether peak memory is measured besides: of eager training, and of reading long texts."""
+    return case.what == "training step" and case.how != COMPILED or is_long and case.what == "prefill"
+
+
+def of_case(case: Case, sizes: dict[str, Any], rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield a row for each peer: seconds of both, and for training those of the mosaic's matrix products alone."""
+    ours = build("mosaic", sizes, case.num_tokens, case.how == DEFAULT_DROPOUT)
+    row: dict[str, Any] = case._asdict()
+    if case.what == "training step" and case.how == "eager":
+        row["products"] = seconds_of(products_of(TASKS[case.what](ours, case)))
+    is_long = sizes is SMALL_SIZES
+    our_memory = peak_memory("mosaic", sizes, case) if needs_memory(case, is_long) else None
+    for name, peer in PEERS.items():
+        torch.compiler.reset()
+        theirs = build(name, sizes, case.num_tokens, case.how == DEFAULT_DROPOUT)
+        pair = (TASKS[case.what](model, case) for model in (ours, theirs))
+        row |= {"peer": peer, **compare(*pair, rounds)}
+        if our_memory is not None:
+            row |= {"our_memory": our_memory, "their_memory": peak_memory(name, sizes, case)}
+        yield row.copy()
+
+
+def over_length(rows: list[dict[str, Any]], rate: float) -> dict[str, float]:
+    """Return the straight line of the mosaic's seconds of a token over the pairs in its memory.
+
+    Args:
+        rows: measurements of decoding one row eagerly, at several lengths.
+        rate: bytes per second that memory is read at.
+
+    Returns:
+        `intercept` in seconds, `slope` in seconds per thousand pairs, the `traffic` that the pairs of all heads and
+        layers alone would take at that rate, and the largest `deviation` of a measurement from the line, as a share.
+    """
+    points = {row["num_tokens"]: row["ours"] for row in rows}
+    lengths, seconds = np.array(list(points)), np.array(list(points.values()))
+    slope, intercept = np.polyfit(lengths, seconds, 1, w=1 / seconds)
+    num_bytes = 2 * 4 * SIZES["num_hidden_layers"] * SIZES["hidden_size"]
+    deviation = np.abs(intercept + slope * lengths - seconds) / seconds
+    traffic = 1000 * num_bytes / rate
+    return {"intercept": intercept, "slope": 1000 * slope, "traffic": traffic, "deviation": float(deviation.max())}
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Return all measurements, printed as they are taken."""
+    rows: list[dict[str, Any]] = []
+    cases = [(case, SIZES, rounds) for case in CASES] + [(case, SMALL_SIZES, 3) for case in LONG_CASES]
+    for case, sizes, times in cases:
+        for row in of_case(case, sizes, times):
+            rows.append(row)
+            typer.echo(" | ".join(cells(row)))
+    one_row = [row for row in rows if (row["what"], row["batch_size"], row["how"]) == ("decode", 1, "eager")]
+    line = over_length([row for row in one_row if row["num_tokens"] <= 8192], read_rate())
+    return {"rows": rows, "decode_over_length": line}
+
+
+COLUMNS = ("measured", "how", "beside", "rows x T", "ours, ms", "theirs, ms", "ratio (quartiles)")
+COLUMNS += ("products alone", "first call, s", "memory, MiB", "ratio")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """Return a measurement as the cells of a table's row."""
-    quartiles = " ({:.2f} to {:.2f})".format(*row["ratio_quartiles"]) if "ratio_quartiles" in row else ""
-    figures = [f"{row['ours']:.4g}", f"{row['theirs']:.4g}", row["unit"], f"{row['ratio']:.2f}{quartiles}"]
-    return [row["what"], row["peer"], str(row["tokens"]), *figures]
-
-
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """Return one row per measurement, printed as it is taken."""
-    models = {name: build(name) for name in ("mosaic", *PEERS)}
-    rows: list[dict[str, Any]] = []
-
-    def note(what: str, peer: str, num_tokens: int, unit: str, figures: dict[str, Any]) -> None:
-        rows.append({"what": what, "peer": peer, "tokens": num_tokens, "unit": unit, **figures})
-        typer.echo(" | ".join(cells(rows[-1])))
-
-    for num_tokens in (512, 2048):
-        memory = peak_memory("mosaic", num_tokens)
-        for name, peer in PEERS.items():
-            for what, task in (("training step", training_step), ("prefill", prefill), ("decode", decode)):
-                pair = task(models["mosaic"], num_tokens), task(models[name], num_tokens)
-                note(what, peer, num_tokens, UNITS[what], compare(*pair, rounds, larger_is_better=what == "decode"))
-            theirs = peak_memory(name, num_tokens)
-            figures = {"ours": memory, "theirs": theirs, "ratio": memory / theirs}
-            note("peak memory of training", peer, num_tokens, "MiB", figures)
-        pair = leaky_step(lambda x, y: leaky_average(x, y)[0], num_tokens), leaky_step(dense_leaky_average, num_tokens)
-        figures = compare(*pair, rounds, larger_is_better=False)
-        note("leaky average", "dense T x T", num_tokens, UNITS["leaky average"], figures)
-    return rows
-
-
-COLUMNS = ("measured", "beside", "T", "ours", "theirs", "unit", "ratio (quartiles)")
+    quartiles = "{:.2f} to {:.2f}".format(*row["ratio_quartiles"])
+    what = [row["what"], row["how"], row["peer"], f"{row['batch_size']} x {row['num_tokens']:,}"]
+    figures = [f"{1e3 * row['ours']:.4g}", f"{1e3 * row['theirs']:.4g}", f"{row['ratio']:.2f} ({quartiles})"]
+    figures.append(f"{row['products'] / row['ours']:.0%}" if "products" in row else "")
+    figures.append(f"{row['first_ours']:.0f}, {row['first_theirs']:.0f}" if row["how"] == COMPILED else "")
+    if "our_memory" not in row:
+        return [*what, *figures, "", ""]
+    ours, theirs = row["our_memory"], row["their_memory"]
+    return [*what, *figures, f"{ours:,.0f}, {theirs:,.0f}", f"{ours / theirs:.2f}"]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -244,7 +312,13 @@ def table(report: dict[str, Any]) -> str:
         f"{models[0]} beside {' and '.join(models[1:])}, float32, {report['threads']} threads of {report['cpu']}, "
     )
     setting += f"torch {report['versions']['torch']}, median of {report['rounds']} interleaved pairs.\n"
-    return "\n".join([setting, markdown_table(COLUMNS, "llrrrlr", map(cells, report["rows"]))])
+    line = report["decode_over_length"]
+    law = (
+        f"A token of the mosaic takes {1e3 * line['intercept']:.2f} ms and {1e3 * line['slope']:.2f} ms more for each "
+        f"thousand pairs, a straight line from 64 to 8,192 pairs to within {line['deviation']:.0%}. Reading the pairs "
+        f"takes {1e3 * line['traffic']:.2f} ms for each thousand at the rate of this machine's memory."
+    )
+    return "\n".join([setting, markdown_table(COLUMNS, "lllrrrrrrrr", map(cells, report["rows"])), "", law])
 
 
 def machine(rounds: int) -> dict[str, Any]:
@@ -264,13 +338,13 @@ def main(
 ) -> None:
     """Measure and print. A ratio above 1 means that ours is faster; for memory, one below 1 that ours needs less."""
     torch.set_num_threads(threads)
-    parameters = {name: build(name).num_parameters() for name in ("mosaic", *PEERS)}
-    setting = {"sizes": SIZES, "parameters": parameters, **machine(rounds)}
+    parameters = {name: build(name, SIZES, 64).num_parameters() for name in ("mosaic", *PEERS)}
+    setting = {"sizes": SIZES, "small_sizes": SMALL_SIZES, "parameters": parameters, **machine(rounds)}
     typer.echo(json.dumps(setting))
     typer.echo(" | ".join(COLUMNS))
-    rows = measure(rounds)
+    measured = measure(rounds)
     if output is not None:
-        write_json(output, {**setting, "rows": rows})
+        write_json(output, {**setting, **measured})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of memory models: its counts and conclusions, apart from the seconds."""
 
+import functools
 import json
 
 import pytest
 import torch
+from torch.nn import functional
 
-from benchmarks import memory_models
+from benchmarks import memory_models, roofline, speed
 from training.paths import CLONE
 from training.tables import table_of
 
@@ -56,3 +58,38 @@ def test_the_committed_report_fills_its_block():
         ratio = [memory_models.multiplications(name, row["tokens"]) for name in (memory_models.FULL, row["encoder"])]
         assert row["formula"] == pytest.approx(ratio[0] / ratio[1])
     assert table_of("memory_speed") == memory_models.table(report)
+
+
+@pytest.mark.parametrize("what", ["training step", "prefill", "decode"])
+@pytest.mark.parametrize("how", ["eager", speed.DEFAULT_DROPOUT, speed.COMPILED])
+def test_every_case_of_the_speed_benchmark_runs_small(what, how, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(speed, "peak_memory", lambda *arguments: 1.0)
+    case = speed.Case(what, 2, 12, how)
+    rows = list(speed.of_case(case, speed.SMALL_SIZES, rounds=2))
+    assert [row["peer"] for row in rows] == list(speed.PEERS.values())
+    for row in rows:
+        assert row["ratio"] > 0 and len(speed.cells(row)) == len(speed.COLUMNS)
+        assert ("products" in row) == (what == "training step" and how == "eager")
+
+
+def test_the_straight_line_of_decoding_is_found():
+    rows = [{"num_tokens": length, "ours": 0.005 + 2e-7 * length} for length in (64, 512, 2048, 8192)]
+    line = speed.over_length(rows, rate=1e10)
+    assert line["intercept"] == pytest.approx(0.005) and line["slope"] == pytest.approx(2e-4)
+    assert line["deviation"] < 1e-9
+
+
+def test_products_of_a_step_are_those_of_its_layers():
+    """Forward and backward of a linear layer are three products, of attention without causality seven."""
+    linear, vectors = torch.nn.Linear(5, 7, bias=False), torch.randn(3, 5, requires_grad=True)
+    counts = roofline.products_of(lambda: linear(vectors).sum().backward())
+    assert counts == {(1, 3, 5, 7): 1, (1, 7, 3, 5): 1, (1, 3, 7, 5): 1}
+    query = torch.randn(2, 3, 40, 8, requires_grad=True)
+
+    def attend(is_causal):
+        return functional.scaled_dot_product_attention(query, query, query, is_causal=is_causal).sum().backward()
+
+    assert roofline.products_of(lambda: attend(False)) == {(6, 40, 8, 40): 7}
+    assert roofline.products_of(lambda: attend(True)) == {(6, 40, 8, 20): 7}
+    assert roofline.seconds_of(counts) > 0 and roofline.read_rate(2**20) > 0
