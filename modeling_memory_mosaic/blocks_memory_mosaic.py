@@ -15,7 +15,7 @@
 """Kernel smoothing on a CPU, block by block of queries, with or without masks and dropout of weights.
 
 The scores and the mask of a block stay in the processor's cache, and the backward pass computes them again: memory is
-linear in T. On a CPU torch's own function is slower for short texts, and with a mask or dropout it holds T x N numbers.
+linear in T. On a CPU torch's own function is slower for short texts, and with mask or dropout it holds T x N numbers.
 
 Shapes use B batch, H heads, T queries, N pairs, D head width, G = B * H; R queries of a block, M pairs that it sees.
 """

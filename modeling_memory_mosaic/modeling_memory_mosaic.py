@@ -68,6 +68,7 @@ from .ops_memory_mosaic import (
     forward_fill,
     keys_and_queries,
     leaky_average,
+    loss_without_logits,
     positions_to_keep,
     scale_to_length,
 )
@@ -598,6 +599,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
@@ -615,6 +617,8 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
             use_cache (`bool`, *optional*): whether to return the memory; `config.use_cache` when absent.
             logits_to_keep (`int` or `torch.Tensor`): compute logits of the last so many tokens (0: all), or of those
                 indexed.
+            skip_logits (`bool`): return the loss alone, without ever holding the logits of all tokens, which are the
+                peak of memory where the vocabulary is large.
 
         Raises:
             ValueError: if ids, mask or packing have another form than stated, or if the memory is of another model or
@@ -639,10 +643,14 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
         )
         kept = outputs.last_hidden_state[:, positions_to_keep(logits_to_keep), :]
         # Scaling the hidden states costs C operations a token, scaling the logits vocab_size.
-        logits = self.lm_head(kept / cast(float, self.config.logits_scaling))
+        kept = kept / cast(float, self.config.logits_scaling)
 
-        loss = None
-        if labels is not None:
+        loss, logits = None, None
+        if labels is not None and skip_logits:
+            loss = loss_without_logits(kept, self.lm_head, labels, **kwargs)
+        else:
+            logits = self.lm_head(kept)
+        if labels is not None and logits is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -79,6 +79,41 @@ def embed_ids(embedding: nn.Module, input_ids: torch.Tensor, vocab_size: int) ->
         ) from error
 
 
+def loss_without_logits(
+    hidden_states: torch.Tensor,
+    head: nn.Module,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Return the cross entropy of the next tokens, with the logits of a part of the tokens at a time.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(B, T, C)`).
+        head: the linear layer that makes logits of them.
+        labels (`torch.Tensor` of shape `(B, T)`): not shifted; -100 is ignored.
+        num_items_in_batch (*optional*): what the sum of the losses is divided by; the number of labels when absent.
+
+    Raises:
+        ValueError: if torch is older than 2.13 or the head is something else, or for arguments that it does not take.
+    """
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ValueError(f"skip_logits=True needs torch 2.13 or newer, and this is {torch.__version__}.")
+    if type(head) is not nn.Linear or "shift_labels" in kwargs:
+        raise ValueError(
+            "skip_logits=True needs `labels` and a plain `lm_head`, and this one is adapted, quantized or sharded: "
+            "leave skip_logits out."
+        )
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(hidden_states.device)
+    options = nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+    # One by one: a sum in half precision would be rounded.
+    losses = F.linear_cross_entropy(
+        hidden_states.flatten(0, 1), head.weight, targets, reduction="none", options=options
+    )
+    num_items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return at_least_float32(losses).sum() / num_items
+
+
 def positions_to_keep(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
     """Return the index of the positions whose logits are asked for: the last so many (0: all), or those indexed.
 

@@ -3,6 +3,7 @@
 
 import contextlib
 import functools
+import inspect
 import logging
 import math
 import shutil
@@ -139,6 +140,7 @@ class LanguageModelTrainer(Trainer):
     Args:
         peak_tokens_per_second (`float`, *optional*): of all processes, if they did nothing but the model's matrix
             products, as fast as they can; without it there is no `mfu`.
+        chunked_loss (`bool`): whether the model is to compute its loss without the logits of all tokens at once.
         report (`Callable[[float], None]`, *optional*): called after each step with the share of the steps that is
             done; by default it moves the one bar of several trainings at once.
 
@@ -152,6 +154,7 @@ class LanguageModelTrainer(Trainer):
         self,
         *args: Any,
         peak_tokens_per_second: float | None = None,
+        chunked_loss: bool = False,
         report: Callable[[float], None] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -169,6 +172,12 @@ class LanguageModelTrainer(Trainer):
         self._clock = _Clock()
         self._meter = _Meter()
         self.peak_tokens_per_second = peak_tokens_per_second
+        self.chunked_loss = chunked_loss
+        if (
+            chunked_loss
+            and "skip_logits" not in inspect.signature(self.accelerator.unwrap_model(self.model).forward).parameters
+        ):
+            raise ValueError(f"chunked_loss: {type(self.model).__name__} cannot compute its loss without logits")
         for callback in (self._clock, self._meter, _LogWhenSaving, _StopWhenDone, _ReportProgress(report)):
             self.add_callback(callback)
 
@@ -176,6 +185,11 @@ class LanguageModelTrainer(Trainer):
         # Trainer itself exempts only biases and norms.
         exempt = getattr(model, "no_weight_decay_names", ())
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.chunked_loss:
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not math.isfinite(logs.get("loss", 0.0)):

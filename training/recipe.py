@@ -314,6 +314,14 @@ class TextRecipe(TrainingRecipe):
     tokens: PositiveInt | None = None
     training: TrainingSection
     generation: GenerationSection = GenerationSection()
+    chunked_loss: bool = False
+
+    def content(self) -> dict[str, Any]:
+        """Return all that determines the run. Recipes without a later field keep the hash of before."""
+        content = super().content()
+        if not self.chunked_loss:
+            del content["chunked_loss"]
+        return content
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

@@ -12,6 +12,7 @@ from helpers.models import BANDWIDTHS, checkpoint_activations, make_ids, make_mo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from torch.nn import functional
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -660,3 +661,37 @@ def test_no_longest_input(kind):
     if hasattr(model.config, "max_position_embeddings"):
         model.config.max_position_embeddings = 8
     assert kind.answer(model, kind.inputs(model, 1, 500)).isfinite().all()
+
+
+@pytest.mark.skipif(not hasattr(functional, "linear_cross_entropy"), reason="torch before 2.13 has no chunked loss")
+@pytest.mark.parametrize("num_items", [None, 11, torch.tensor(11)])
+def test_a_loss_without_logits_is_that_with_them(num_items):
+    model = make_model(dtype=torch.float64)
+    ids = make_ids(2, 9)
+    labels = ids.masked_fill(ids % 5 == 0, -100)
+    kwargs = {} if num_items is None else {"num_items_in_batch": num_items}
+    # Not the library's own loss, which is in float32.
+    logits, targets = model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    loss = functional.cross_entropy(logits, targets, reduction="sum") / (num_items or (targets != -100).sum())
+    loss.backward()
+    expected = gradients_of(model)
+    model.zero_grad()
+    without = model(ids, labels=labels, skip_logits=True, **kwargs)
+    assert without.logits is None
+    torch.testing.assert_close(without.loss, loss, rtol=1e-10, atol=1e-10)
+    without.loss.backward()
+    assert_same_gradients(model, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.skipif(not hasattr(functional, "linear_cross_entropy"), reason="torch before 2.13 has no chunked loss")
+def test_a_loss_without_logits_is_not_rounded_to_half_precision():
+    model, ids = make_model(dtype=torch.bfloat16), make_ids(4, 40)
+    losses = [model(ids, labels=ids, skip_logits=skip_logits).loss for skip_logits in (False, True)]
+    assert losses[1].dtype == torch.float32
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+
+
+def test_a_loss_without_logits_of_another_head_is_refused(model):
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="skip_logits"):
+        model(make_ids(1, 4), labels=make_ids(1, 4), skip_logits=True)

@@ -465,6 +465,37 @@ def test_tensorboard_on_request(tmp_path, without_clean_process):
     assert list(recipe.folder.rglob("events.out.tfevents.*"))
 
 
+def test_a_chunked_loss_trains_as_the_whole_one_does(tmp_path, without_clean_process):
+    runs = [short_recipe(tmp_path / name, *more) for name, more in (("whole", []), ("parts", ["chunked_loss=true"]))]
+    assert runs[0].content().keys() == runs[1].content().keys() - {"chunked_loss"}
+    losses = [language_modeling.run(recipe)["metrics"]["validation_loss"] for recipe in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_chunked_loss_of_another_model_is_refused(tmp_path, without_clean_process):
+    with pytest.raises(ValueError, match="chunked_loss: GPT2LMHeadModel"):
+        language_modeling.run(short_recipe(tmp_path / "run", "chunked_loss=true", model="gpt2-smoke"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_training_resumes_and_exports_the_same_names(backend, tmp_path, monkeypatch, without_clean_process):
+    compiled = ["training.torch_compile=true", f"training.torch_compile_backend={backend}"]
+    recipes = [short_recipe(tmp_path / name, *compiled) for name in ("straight", "stopped")]
+    language_modeling.run(recipes[0])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 17)
+        language_modeling.run(recipes[1])
+    language_modeling.run(recipes[1])
+    assert_same_run(recipes[0].folder, recipes[1].folder)
+    plain = short_recipe(tmp_path / "plain")
+    result = language_modeling.run(plain)
+    of_plain, of_compiled = weights(plain.folder), weights(recipes[0].folder)
+    assert of_plain.keys() == of_compiled.keys()
+    loss = json.loads((recipes[0].folder / "result.json").read_text(encoding="utf-8"))["metrics"]["validation_loss"]
+    assert loss == pytest.approx(result["metrics"]["validation_loss"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_mixed_precision_exports_the_plain_model(tmp_path):
     """The clean process computes in float32: so must the model whose logits and loss it is held against."""

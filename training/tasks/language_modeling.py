@@ -382,6 +382,7 @@ def _train(
         eval_dataset=windows["validation"],
         processing_class=tokenizer,
         peak_tokens_per_second=peak * 1e12 / per_token,
+        chunked_loss=recipe.chunked_loss,
     )
     # The newest is whole: `run_once` has set damaged checkpoints aside.
     checkpoint = get_last_checkpoint(str(recipe.folder))
