@@ -60,12 +60,12 @@ def series_style(number: int) -> dict[str, Any]:
 
 def legend_below(figure: Figure, axes: np.ndarray) -> None:
     """Put one legend for the series of all axes below them, in as many columns as the figure is wide."""
-    entries = {}
+    entries: dict[str, Any] = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     for num_columns in range(min(5, len(entries)), 0, -1):
-        legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=num_columns)
+        legend = figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=num_columns)
         figure.draw_without_rendering()
         size = legend.get_window_extent()
         if num_columns == 1 or size.width <= 0.98 * figure.bbox.width:
