@@ -80,7 +80,7 @@ def build(name: str, sizes: dict[str, Any], length: int, default_dropout: bool =
     """
     torch.manual_seed(0)
     if name == "mosaic":
-        dropout = {} if default_dropout else {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+        dropout: dict[str, Any] = {} if default_dropout else {"attention_dropout": 0.0, "hidden_dropout": 0.0}
         return MemoryMosaicForCausalLM(MemoryMosaicConfig(**sizes, **dropout))
     if name == "llama":
         # Llama's feed-forward layer has three matrices, GPT-2's two of four times the width. It has no dropout.
@@ -88,8 +88,8 @@ def build(name: str, sizes: dict[str, Any], length: int, default_dropout: bool =
         return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=intermediate_size, tie_word_embeddings=True))
     dropout = {} if default_dropout else {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     # GPT-2's own ids lie beyond this vocabulary.
-    own_ids = {"bos_token_id": 0, "eos_token_id": 0}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout, **own_ids, n_positions=int(LONGER * length) + NUM_DECODED))
+    own: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "n_positions": int(LONGER * length) + NUM_DECODED}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout, **own))
     model.loss_type = "ForCausalLM"  # its class name does not say it, and each forward would warn
     return model
 
@@ -102,7 +102,7 @@ def random_ids(model: PreTrainedModel, batch_size: int, num_tokens: int) -> torc
 def training_step(model: PreTrainedModel, case: Case) -> Callable[[], float]:
     """Return a function that measures the seconds of forward and backward."""
     ids = random_ids(model, case.batch_size, case.num_tokens)
-    forward = torch.compile(model) if case.how == COMPILED else model
+    forward: Any = torch.compile(model) if case.how == COMPILED else model
 
     def run() -> float:
         model.train().zero_grad()
@@ -127,7 +127,7 @@ def prefill(model: PreTrainedModel, case: Case) -> Callable[[], float]:
     return run
 
 
-def decode(model: PreTrainedModel, case: Case) -> Callable[[], float]:
+def decode(model: Any, case: Case) -> Callable[[], float]:
     """Return a function that measures the seconds of a token, read one at a time behind others in the cache.
 
     Decoding makes the text longer: from a tenth on, it is read again, untimed.
@@ -138,7 +138,7 @@ def decode(model: PreTrainedModel, case: Case) -> Callable[[], float]:
     cache: Any = None
     if is_compiled:
         cache = StaticCache(model.config, max_cache_len=longest + NUM_DECODED)
-    forward = torch.compile(model, fullgraph=True) if is_compiled else model
+    forward: Any = torch.compile(model, fullgraph=True) if is_compiled else model
 
     @torch.no_grad()
     def run() -> float:
@@ -247,8 +247,8 @@ def of_case(case: Case, sizes: dict[str, Any], rounds: int) -> Iterator[dict[str
     for name, peer in PEERS.items():
         torch.compiler.reset()
         theirs = build(name, sizes, case.num_tokens, case.how == DEFAULT_DROPOUT)
-        pair = (TASKS[case.what](model, case) for model in (ours, theirs))
-        row |= {"peer": peer, **compare(*pair, rounds)}
+        our_task, their_task = (TASKS[case.what](model, case) for model in (ours, theirs))
+        row |= {"peer": peer, **compare(our_task, their_task, rounds)}
         if our_memory is not None:
             row |= {"our_memory": our_memory, "their_memory": peak_memory(name, sizes, case)}
         yield row.copy()

@@ -41,7 +41,7 @@ class SlotRule(NamedTuple):
     """Which pairs each query sees: the first `num_before` + t for query t, less those that are excluded.
 
     - `num_before`: N if all see all,
-    - `is_full` `(B, N)`, *optional*: False at pairs that nobody sees,
+    - `is_full` `(B, N)`, *optional*: False at pairs that no query sees,
     - `begins` `(B, T)`, *optional*: the first pair of each query's document, never falling.
     """
 

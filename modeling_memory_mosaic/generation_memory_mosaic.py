@@ -221,11 +221,17 @@ class MemoryMosaicGenerationMixin(GenerationMixin):
     # `generate` makes the masks of a compiled step by this.
     @staticmethod
     def create_masks_for_generate(
-        config: PreTrainedConfig, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any
+        config: PreTrainedConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Return [`create_memory_masks`] for a static memory: in `generate`, steps of one token are compiled."""
         in_blocks = inputs_embeds.shape[1] > 1
-        return create_memory_masks(config, inputs_embeds, *args, in_blocks=in_blocks, **kwargs)
+        return create_memory_masks(
+            config, inputs_embeds, attention_mask, past_key_values, in_blocks=in_blocks, **kwargs
+        )
 
     @functools.wraps(GenerationMixin.generate)
     def generate(

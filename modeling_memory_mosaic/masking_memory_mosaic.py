@@ -359,7 +359,12 @@ def create_memory_masks(
         is_token = None
     document_ids = find_documents(inputs_embeds, attention_mask, past_key_values, **packing)
     query_scale = scale_of_queries(config, inputs_embeds, attention_mask, document_ids, past_length)
-    masks = {"slot_mask": None, "is_token": is_token, "document_ids": document_ids, "query_scale": query_scale}
+    masks: dict[str, Any] = {
+        "slot_mask": None,
+        "is_token": is_token,
+        "document_ids": document_ids,
+        "query_scale": query_scale,
+    }
 
     # Two families of attention functions read a missing mask as causal; the others need it spelled out.
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)

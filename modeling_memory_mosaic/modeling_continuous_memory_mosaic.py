@@ -41,7 +41,7 @@ from .cache_memory_mosaic import check_memory, memory_kwargs, memory_layer, one_
 from .configuration_continuous_memory_mosaic import ContinuousMemoryMosaicConfig
 from .identity_memory_mosaic import note_writer
 from .masking_memory_mosaic import DOCUMENT_MARKS, create_memory_masks, raise_where
-from .modeling_memory_mosaic import PARAMETER_SCALE, MemoryMosaicPairStore
+from .memories_memory_mosaic import PARAMETER_SCALE, MemoryMosaicPairStore
 from .ops_memory_mosaic import at_least_float32, leaky_average
 
 

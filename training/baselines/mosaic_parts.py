@@ -24,13 +24,15 @@ from transformers import initialization as init
 
 from modeling_memory_mosaic.cache_memory_mosaic import MemoryMosaicCacheLayer, MemoryMosaicStates
 from modeling_memory_mosaic.configuration_memory_mosaic import MemoryMosaicConfig
-from modeling_memory_mosaic.modeling_memory_mosaic import (
+from modeling_memory_mosaic.memories_memory_mosaic import (
     PARAMETER_SCALE,
     MemoryMosaicContextualMemory,
+    MemoryMosaicTokenMemory,
+)
+from modeling_memory_mosaic.modeling_memory_mosaic import (
     MemoryMosaicForCausalLM,
     MemoryMosaicModel,
     MemoryMosaicPreTrainedModel,
-    MemoryMosaicTokenMemory,
 )
 from modeling_memory_mosaic.ops_memory_mosaic import HeadScalars, keys_and_queries, leaky_average
 

@@ -30,11 +30,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from modeling_memory_mosaic.modeling_memory_mosaic import (
-    MAX_LOG_KEY_SCALE,
-    PARAMETER_SCALE,
-    MemoryMosaicContextualMemory,
-)
+from modeling_memory_mosaic.memories_memory_mosaic import PARAMETER_SCALE, MemoryMosaicContextualMemory
+from modeling_memory_mosaic.ops_memory_mosaic import MAX_LOG_KEY_SCALE
 from training.claims import Effects, crossed_effect
 from training.experiments import comparison
 from training.experiments.comparison import Trained, blocks, plan, summary
