@@ -420,7 +420,7 @@ def test_only_a_value_that_looks_ahead_reads_the_next_token(name):
     memory, states = model.model.layers[0].contextual_memory, normed_states(model, ids)
     changed = states.clone()
     changed[:, 5] += torch.randn(24)
-    before, after = (memory.pair_values(inputs, None, None) for inputs in (states, changed))
+    before, after = (memory.pair_values(inputs, None, None, memory.scalars()) for inputs in (states, changed))
     differs = (before != after).any(-1).any(1)[0].nonzero().flatten().tolist()
     assert differs == ([4, 5] if name == "mosaic" else [5])
 
@@ -432,7 +432,9 @@ def test_only_keys_with_a_leak_read_earlier_tokens(name):
     changed = states.clone()
     changed[:, 7] += torch.randn(24, dtype=torch.float64)
     for memory in (model.model.layers[0].contextual_memory, model.model.layers[0].persistent_memory):
-        before, after = (memory.sum_keys(inputs, None, None, None)[0] for inputs in (states, changed))
+        before, after = (
+            memory.sum_keys(inputs, None, None, None, memory.scalars())[0] for inputs in (states, changed)
+        )
         differs = (before != after).any(-1).any(1)[0].nonzero().flatten().tolist()
         assert differs == [7] if name == "no leak" else differs[:3] == [7, 8, 9]
 
