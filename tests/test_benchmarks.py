@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks import memory_models, roofline, speed
+from benchmarks import gpu, memory_models, roofline, speed
+from modeling_memory_mosaic.modeling_memory_mosaic import MemoryMosaicPreTrainedModel
 from training.paths import CLONE
 from training.tables import table_of
 
@@ -93,3 +94,20 @@ def test_products_of_a_step_are_those_of_its_layers():
     assert roofline.products_of(lambda: attend(False)) == {(6, 40, 8, 40): 7}
     assert roofline.products_of(lambda: attend(True)) == {(6, 40, 8, 20): 7}
     assert roofline.seconds_of(counts) > 0 and roofline.read_rate(2**20) > 0
+
+
+def test_the_benchmark_of_a_gpu_runs_small_on_a_cpu(monkeypatch):
+    """So that a lent GPU is not spent on mistakes: the same code, in seconds."""
+    monkeypatch.setattr(MemoryMosaicPreTrainedModel, "_supports_flash_attn", False)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(gpu, "ways", lambda: [gpu.Way(torch.float32, "sdpa"), gpu.Way(torch.bfloat16, "eager")])
+    monkeypatch.setattr(gpu, "NUM_DECODED", 2)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {"small": sizes, "large": {"tiny": sizes}, "lengths": (16, 32), "tokens_per_step": 64, "rounds": 1}
+    report = gpu.measure("cpu", **small)
+    assert [row["ok"] for row in report["correctness"]] == [True, True] and not report["left_out"]
+    assert [row["num_tokens"] for row in report["speed"]] == [16, 32]
+    assert gpu.measure("cpu", seconds=0, **small)["left_out"]
+    monkeypatch.setitem(gpu.BOUNDS, torch.bfloat16, 1e-9)
+    with pytest.raises(RuntimeError, match="bfloat16, eager"):
+        gpu.measure("cpu", **small)
