@@ -46,6 +46,7 @@ from .ops_memory_mosaic import (
     forward_fill,
     keys_and_queries,
     leaky_average,
+    leaky_step,
     scale_to_length,
 )
 
@@ -227,6 +228,19 @@ class MemoryMosaicTokenMemory(MemoryMosaicAssociativeMemory):
             known[self.kind] = HeadScalars(leak, *(scalar.view(-1, 1, 1) for scalar in (*of_heads, *mixes)))
         return known[self.kind]
 
+    def leaky_sums(
+        self,
+        projected: torch.Tensor,
+        previous: torch.Tensor | None,
+        is_token: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+        scalars: HeadScalars,
+    ) -> torch.Tensor:
+        """Return the leaky sums of projected vectors `(B, H, T, D)`, arguments as for [`leaky_average`]."""
+        if previous is not None and projected.shape[2] == 1 and is_token is None and document_ids is None:
+            return leaky_step(projected, scalars.decay, previous)
+        return leaky_average(projected, scalars.leak, previous, is_token, document_ids)[0]
+
     def sum_keys(
         self,
         hidden_states: torch.Tensor,
@@ -240,7 +254,7 @@ class MemoryMosaicTokenMemory(MemoryMosaicAssociativeMemory):
         if is_token is not None:
             projected = projected * is_token[:, None, :, None]
         previous = None if states is None else states.get_state(self.sum_name)
-        sums, _ = leaky_average(projected, scalars.leak, previous, is_token, document_ids, scalars.decay)
+        sums = self.leaky_sums(projected, previous, is_token, document_ids, scalars)
         if states is not None:
             states.set_state(self.sum_name, sums)
         return sums, previous

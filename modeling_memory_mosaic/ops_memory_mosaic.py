@@ -129,6 +129,16 @@ def positions_to_keep(logits_to_keep: int | torch.Tensor) -> slice | torch.Tenso
     return slice(-logits_to_keep, None)
 
 
+def leaky_step(states: torch.Tensor, decay: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """Return the leaky sum of one more token, in float32 at least: what [`leaky_average`] is the repetition of.
+
+    Args:
+        states, previous (`torch.Tensor` of shape `(B, H, 1, D)`): the new token's vector, and the sum before it.
+        decay (`torch.Tensor`): exp(-leak), broadcasts to them.
+    """
+    return torch.addcmul(at_least_float32(states), decay, previous)
+
+
 def chunk_decays(
     leak: torch.Tensor,
     elapsed: torch.Tensor | None,
@@ -165,7 +175,6 @@ def _leaky_sums(
     initial_state: torch.Tensor | None,
     elapsed: torch.Tensor | None,
     document_ids: torch.Tensor | None,
-    decay: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the leaky sums `(B, H, T, D)`; arguments as for [`leaky_average`], states already in float32 at least.
 
@@ -177,11 +186,8 @@ def _leaky_sums(
     if num_tokens == 1 and document_ids is None:
         if initial_state is None:
             return states
-        if elapsed is not None:
-            decay = torch.exp(-leak[:, None, None] * elapsed[:, None, :, None])
-        elif decay is None:
-            decay = torch.exp(-leak).view(-1, 1, 1)
-        return torch.addcmul(states, decay, initial_state)
+        aged = leak[:, None, None] if elapsed is None else leak[:, None, None] * elapsed[:, None, :, None]
+        return leaky_step(states, torch.exp(-aged), initial_state)
     # An exported program serves any number of tokens, so it cannot depend on their number of chunks: it has one.
     is_one_chunk = torch.compiler.is_exporting() or num_tokens <= CHUNK_LENGTH
     length = num_tokens if is_one_chunk else CHUNK_LENGTH
@@ -229,7 +235,6 @@ def leaky_average(
     initial_state: torch.Tensor | None = None,
     elapsed: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
-    decay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the exponentially decaying sum of past states, one decay per head (paper, eq. 7).
 
@@ -246,7 +251,6 @@ def leaky_average(
         document_ids (`torch.Tensor` of shape `(B, T)`, *optional*): number of the document of each position, never
             falling. The sum starts again with each document, with document 0 at `initial_state`. One document when
             absent.
-        decay (`torch.Tensor` of shape `(H, 1, 1)`, *optional*): exp(-leak), for a caller that has it already.
 
     Returns:
         sums `(B, H, T, D)` and final state `(B, H, 1, D)`: splitting T anywhere gives the same result.
@@ -255,7 +259,7 @@ def leaky_average(
         elapsed = torch.ones_like(document_ids)
     with maybe_autocast(states.device.type, enabled=False):
         states = at_least_float32(states)
-        sums = _leaky_sums(states, as_dtype(leak, states.dtype), initial_state, elapsed, document_ids, decay)
+        sums = _leaky_sums(states, as_dtype(leak, states.dtype), initial_state, elapsed, document_ids)
     return sums, sums if sums.shape[2] == 1 else sums[:, :, -1:]
 
 

@@ -34,7 +34,7 @@ from modeling_memory_mosaic.modeling_memory_mosaic import (
     MemoryMosaicModel,
     MemoryMosaicPreTrainedModel,
 )
-from modeling_memory_mosaic.ops_memory_mosaic import HeadScalars, keys_and_queries, leaky_average
+from modeling_memory_mosaic.ops_memory_mosaic import HeadScalars, keys_and_queries
 
 
 # In nats per token: exp(-1000) is zero in every precision. Infinity would give NaN at the present token, 0 * infinity.
@@ -96,7 +96,7 @@ class MemoryMosaicQueryMemory(MemoryMosaicContextualMemory):
         if is_token is not None:
             projected = projected * is_token[:, None, :, None]
         previous = None if states is None else states.get_state("query_sum")
-        sums, _ = leaky_average(projected, scalars.leak, previous, is_token, document_ids, scalars.decay)
+        sums = self.leaky_sums(projected, previous, is_token, document_ids, scalars)
         if states is not None:
             states.set_state("query_sum", sums)
         return sums
