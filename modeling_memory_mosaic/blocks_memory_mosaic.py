@@ -22,10 +22,15 @@ Shapes use B batch, H heads, T queries, N pairs, D head width, G = B * H; R quer
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torchdynamo_compiling
 
 
@@ -37,12 +42,15 @@ LONGEST_TEXT = 1024
 NUM_LEVELS = 2**16
 
 
-class SlotRule(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SlotRule:
     """Which pairs each query sees: the first `num_before` + t for query t, less those that are excluded.
 
     - `num_before`: N if all see all,
     - `is_full` `(B, N)`, *optional*: False at pairs that no query sees,
     - `begins` `(B, T)`, *optional*: the first pair of each query's document, never falling.
+
+    No tuple: `generate` would take it apart.
     """
 
     num_before: int
@@ -57,9 +65,11 @@ class SlotRule(NamedTuple):
     def allowed(self, block: slice, pairs: slice) -> torch.Tensor | None:
         """Return which of the pairs each query of a block sees, `(B or 1, R, M)`; `None` if all see all."""
         is_allowed = None
-        columns = torch.arange(pairs.start, pairs.stop)
+        device = next((part.device for part in (self.is_full, self.begins) if part is not None), torch.device("cpu"))
+        columns = torch.arange(pairs.start, pairs.stop, device=device)
         if self.num_before + block.start < pairs.stop:
-            is_allowed = (columns < self.num_before + torch.arange(block.start, block.stop)[:, None])[None]
+            rows = torch.arange(block.start, block.stop, device=device)[:, None]
+            is_allowed = (columns < self.num_before + rows)[None]
         if self.is_full is not None:
             is_full = self.is_full[:, None, pairs]
             is_allowed = is_full if is_allowed is None else is_allowed & is_full
@@ -73,13 +83,19 @@ class SlotRule(NamedTuple):
 
         A query that sees no pair is given pair 0, which has to be the empty slot.
         """
-        queries, pairs = slice(0, num_queries), slice(0, num_pairs)
-        is_allowed = self.allowed(queries, pairs)
+        is_allowed = self.allowed(slice(0, num_queries), slice(0, num_pairs))
         if is_allowed is None:
-            return torch.ones(1, 1, num_queries, num_pairs, dtype=torch.bool)
-        is_allowed = is_allowed.expand(-1, num_queries, -1)
-        sees_none = ~is_allowed.any(dim=-1, keepdim=True)
-        return (is_allowed | (sees_none & (torch.arange(num_pairs) == 0)))[:, None]
+            return torch.ones(1, 1, num_queries, num_pairs, dtype=torch.bool, device="cpu")
+        is_allowed = is_allowed.expand(-1, num_queries, -1).clone()
+        is_allowed[..., 0] |= ~is_allowed.any(dim=-1)
+        return is_allowed[:, None]
+
+
+def has_plain_sdpa(config: PreTrainedConfig) -> bool:
+    """Return whether a model reads by transformers' own sdpa, and not by a function that a caller has registered."""
+    if config._attn_implementation != "sdpa":
+        return False
+    return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is sdpa_attention_forward
 
 
 def can_read_in_blocks(tensor: torch.Tensor) -> bool:
@@ -88,7 +104,8 @@ def can_read_in_blocks(tensor: torch.Tensor) -> bool:
         return False
     if tensor.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return False
-    return not torch._C._are_functorch_transforms_active()  # such as `torch.func.vmap`, which take operations apart
+    # Transforms such as `torch.func.vmap` and derivatives forwards take operations apart.
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
 def _blocks(num_queries: int) -> Iterator[slice]:
@@ -104,7 +121,8 @@ def _weights(queries: torch.Tensor, keys: torch.Tensor, block: slice, pairs: sli
         return scores.softmax(dim=-1)
     num_rows = is_allowed.shape[0]
     # Finite, so that a query that sees nothing has weights, which are then made 0.
-    bias = torch.zeros(is_allowed.shape, dtype=scores.dtype).masked_fill_(~is_allowed, torch.finfo(scores.dtype).min)
+    bias = torch.zeros(is_allowed.shape, dtype=scores.dtype, device=scores.device)
+    bias.masked_fill_(~is_allowed, torch.finfo(scores.dtype).min)
     scores.view(num_rows, -1, *scores.shape[1:]).add_(bias[:, None])
     weights, sees_any = scores.softmax(dim=-1), is_allowed.any(dim=-1)
     if not sees_any.all():
@@ -114,11 +132,12 @@ def _weights(queries: torch.Tensor, keys: torch.Tensor, block: slice, pairs: sli
 
 def _kept(weights: torch.Tensor, dropout: float, generator: torch.Generator | None) -> torch.Tensor:
     """Return what weights are multiplied by: 0 for those dropped, and 1 / (1 - dropout) for the others."""
-    numbers = torch.empty(math.ceil(weights.numel() / 4), dtype=torch.int64)
+    numbers = torch.empty(math.ceil(weights.numel() / 4), dtype=torch.int64, device=weights.device)
     numbers.random_(-(2**63), None, generator=generator)
     levels = numbers.view(torch.int16)[: weights.numel()].view(weights.shape)
-    kept = torch.ge(levels, round(dropout * NUM_LEVELS) - NUM_LEVELS // 2, out=torch.empty_like(weights))
-    return kept.div_(1 - dropout)
+    num_dropped = min(round(dropout * NUM_LEVELS), NUM_LEVELS - 1)
+    kept = torch.ge(levels, num_dropped - NUM_LEVELS // 2, out=torch.empty_like(weights))
+    return kept.div_(1 - num_dropped / NUM_LEVELS)
 
 
 class _BlockRead(torch.autograd.Function):

@@ -223,7 +223,8 @@ class GrowingStorage:
         length, end = stored.shape[-2], stored.shape[-2] + new.shape[-2]
         is_newest = self.newest is not None and self.newest() is stored
         is_frozen = stored.is_inference() and not torch.is_inference_mode_enabled()
-        if not is_newest or is_frozen or torch.is_grad_enabled():
+        is_transformed = torch._C._are_functorch_transforms_active()
+        if not is_newest or is_frozen or is_transformed or torch.is_grad_enabled():
             # Without room behind it: a memory that is reordered after each token would make it in vain.
             grown, self.capacity = torch.cat([stored, new], dim=-2), end
         else:
@@ -244,6 +245,12 @@ class GrowingStorage:
         return type(self), ()
 
 
+def without_room(tensor: Any) -> Any:
+    """Return a tensor without the room that its storage has behind it; anything else as it is."""
+    has_room = isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if has_room else tensor
+
+
 class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
     """Grows with the text. Built by `DynamicCache(config=model.config)`."""
 
@@ -252,6 +259,11 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.key_storage, self.value_storage = GrowingStorage(), GrowingStorage()
+
+    # For copies and files: they need neither room nor what is computed anew.
+    def __getstate__(self) -> dict[str, Any]:
+        pairs = {name: without_room(getattr(self, name)) for name in ("keys", "values")}
+        return {**self.__dict__, **pairs, "scalars": {}}
 
     def reset(self) -> None:
         super().reset()

@@ -228,9 +228,9 @@ class MemoryMosaicGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return [`create_memory_masks`] for a static memory: in `generate`, steps of one token are compiled."""
-        in_blocks = inputs_embeds.shape[1] > 1
+        is_compiled = inputs_embeds.shape[1] == 1
         return create_memory_masks(
-            config, inputs_embeds, attention_mask, past_key_values, in_blocks=in_blocks, **kwargs
+            config, inputs_embeds, attention_mask, past_key_values, is_compiled=is_compiled, **kwargs
         )
 
     @functools.wraps(GenerationMixin.generate)

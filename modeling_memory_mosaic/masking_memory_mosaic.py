@@ -35,7 +35,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling
 
-from .blocks_memory_mosaic import SlotRule, can_read_in_blocks
+from .blocks_memory_mosaic import SlotRule, can_read_in_blocks, has_plain_sdpa
 from .cache_memory_mosaic import memory_layer, one_memory
 from .ops_memory_mosaic import MAX_LOG_KEY_SCALE, forward_fill
 
@@ -307,13 +307,13 @@ def slot_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None, pa
     return SlotRule(past_length + 1, is_full, begins)
 
 
-def reads_directly(config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> bool:
+def can_read_directly(config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> bool:
     """Return whether one new token without a mask is read by three operations, which compute what sdpa computes.
 
     On a CPU, for one query, the time is that of fetching the pairs, and sdpa is slower at it.
     """
     is_plain = inputs_embeds.device.type == "cpu" and inputs_embeds.dtype == torch.float32
-    is_sdpa = is_plain and config._attn_implementation == "sdpa" and not torch.is_autocast_enabled("cpu")
+    is_sdpa = is_plain and has_plain_sdpa(config) and not torch.is_autocast_enabled("cpu")
     return is_sdpa and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
 
 
@@ -323,19 +323,20 @@ def create_memory_masks(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None = None,
     cache: Cache | None = None,
-    in_blocks: bool = True,
+    is_compiled: bool = False,
     **packing: Any,
 ) -> dict[str, Any]:
     """Return what all layers of one forward pass need to know about padding, documents and the past.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, on either side or within.
-        in_blocks (`bool`): whether the mask may be a [`SlotRule`], which compiled code does not read.
+        is_compiled (`bool`): whether compiled code is to read the mask, which then is a tensor, not a [`SlotRule`].
         packing: `position_ids`, `seq_idx` and `cu_seq_lens_q`, see [`find_documents`].
 
     Returns:
         `dict`: `slot_mask`, `is_token`, `document_ids` and `query_scale`, the arguments of
-        [`MemoryMosaicContextualMemory`], and for one token [`reads_directly`].
+        [`MemoryMosaicContextualMemory`], and for one token
+        `reads_directly`, of `retrieve` of memories.
 
     Raises:
         ValueError: if the mask is not 2-D or not as long as past and new tokens together, or if several documents are
@@ -374,7 +375,7 @@ def create_memory_masks(
         is_growing = past_key_values is not None and not past_key_values.is_compileable
         reads_all_slots = not is_first and num_tokens == 1 and is_growing
         if reads_all_slots:
-            masks["reads_directly"] = reads_directly(config, inputs_embeds)
+            masks["reads_directly"] = can_read_directly(config, inputs_embeds)
         if by_shift_identity or reads_all_slots:
             return masks
 
@@ -383,7 +384,7 @@ def create_memory_masks(
     if attention_mask is None:
         attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], num_slots), dtype=torch.bool)
     is_token_slot = F.pad(attention_mask, (0, num_slots - attention_mask.shape[1]))
-    if in_blocks and mask_function is sdpa_mask and can_read_in_blocks(inputs_embeds):
+    if not is_compiled and has_plain_sdpa(config) and can_read_in_blocks(inputs_embeds):
         masks["slot_mask"] = slot_rule(is_token_slot, document_ids, int(past_length))
         return masks
     rule = strict_rule(is_token_slot, document_ids)

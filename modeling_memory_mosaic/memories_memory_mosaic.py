@@ -33,7 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
 
-from .blocks_memory_mosaic import LONGEST_TEXT, SlotRule, block_read, can_read_in_blocks
+from .blocks_memory_mosaic import LONGEST_TEXT, SlotRule, block_read, can_read_in_blocks, has_plain_sdpa
 from .cache_memory_mosaic import MemoryMosaicStates, memory_layer
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .ops_memory_mosaic import (
@@ -93,10 +93,10 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         """Return the share of weights that is dropped now."""
         return cast(float, self.config.attention_dropout) if self.training else 0.0
 
-    def reads_in_blocks(self, query: torch.Tensor) -> bool:
+    def prefers_blocks(self, query: torch.Tensor) -> bool:
         """Return whether queries `(B, H, T, D)` without a mask are read by [`block_read`], in place of sdpa."""
         is_faster = self.weight_dropout() > 0 or (self.is_causal and query.shape[2] <= LONGEST_TEXT)
-        return is_faster and self.config._attn_implementation == "sdpa" and can_read_in_blocks(query)
+        return is_faster and has_plain_sdpa(self.config) and can_read_in_blocks(query)
 
     def retrieve(
         self,
@@ -107,15 +107,15 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         reads_directly: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Smooth over pairs by the configured attention function, or directly (see [`reads_directly`]).
+        """Smooth over pairs by the configured attention function, or directly (see [`direct_read`]).
 
         Returns:
             retrieved values `(B, T, H, D)`, and weights `(B, H, T, N)` if the function returns them.
         """
-        if reads_directly:
+        if reads_directly and not self.weight_dropout():
             return direct_read(query, key, value).transpose(1, 2), None
         dropout, rule = self.weight_dropout(), attention_mask
-        if rule is None and self.reads_in_blocks(query):
+        if rule is None and self.prefers_blocks(query):
             rule = SlotRule(key.shape[2] - (query.shape[2] - 1 if self.is_causal else 0))
         if isinstance(rule, SlotRule) and can_read_in_blocks(query):
             return block_read(query, key, value, rule, dropout), None
@@ -173,7 +173,7 @@ class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
             slots = self.store(keys[:, :, :-1], values, past_key_values, is_first=is_first)
         if slot_mask is not None:
             return self.retrieve(queries, *slots, slot_mask, **kwargs)
-        if is_first and self.reads_in_blocks(queries):
+        if is_first and self.prefers_blocks(queries):
             return block_read(queries, keys, values, SlotRule(0), self.weight_dropout()), None
         if is_first:
             # Shift identity: tokens 1.. over the pairs of tokens 0.. is plain causal attention; token 0 retrieves 0.
@@ -214,19 +214,34 @@ class MemoryMosaicTokenMemory(MemoryMosaicAssociativeMemory):
         output = self.o_proj(retrieved)
         return self.dropout(output) if self.dropout.training else output  # the module alone costs an operation
 
-    def scalars(self, states: MemoryMosaicStates | None = None, num_tokens: int = 0) -> HeadScalars:
-        """Return what the scalars of each head stand for.
+    def versions(self) -> list[tuple[int, int]] | None:
+        """Return what changes when the scalars of the heads are written, moved or replaced; `None` if unknown."""
+        # All that is the memory's own: asking for each by its name takes four times as long.
+        try:
+            return [
+                (tensor.data_ptr(), tensor._version)
+                for tensor in (*self._parameters.values(), *self._buffers.values())
+            ]
+        except RuntimeError:  # tensors without numbers or, made in inference mode, without a count of what is written
+            return None
 
-        A memory keeps them from token to token: the same weights write all of it.
-        """
-        keeps = states is not None and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
-        known = states.scalars if keeps else {}
-        if num_tokens != 1 or self.kind not in known:
-            leak, mix = self.leak(), getattr(self, "value_mix", None)
-            of_heads = torch.exp(-leak), self.key_length(self.key_power), self.value_length()
-            mixes = [] if mix is None else [at_least_float32(mix)]
-            known[self.kind] = HeadScalars(leak, *(scalar.view(-1, 1, 1) for scalar in (*of_heads, *mixes)))
-        return known[self.kind]
+    def scalars(self, states: MemoryMosaicStates | None = None) -> HeadScalars:
+        """Return what the scalars of each head stand for. A memory keeps them from token to token."""
+        if states is None or torch.is_grad_enabled() or is_torchdynamo_compiling():
+            return self.new_scalars(None)
+        versions, known = self.versions(), states.scalars.get(self.kind)
+        if known is None or known.versions is None or known.versions != versions:
+            known = states.scalars[self.kind] = self.new_scalars(versions)
+        return known
+
+    def new_scalars(self, versions: list[tuple[int, int]] | None) -> HeadScalars:
+        """Return the scalars of the parameters as they are."""
+        leak, mix = self.leak(), getattr(self, "value_mix", None)
+        of_heads = [torch.exp(-leak), self.key_length(self.key_power), self.value_length()]
+        if mix is not None:
+            # A copy, if it is kept: a parameter may be written or freed.
+            of_heads.append(at_least_float32(mix) if torch.is_grad_enabled() else at_least_float32(mix).clone())
+        return HeadScalars(versions, leak, *(scalar.view(-1, 1, 1) for scalar in of_heads))
 
     def leaky_sums(
         self,
@@ -271,17 +286,22 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
         self.value_mix = nn.Parameter(torch.empty(config.num_attention_heads))
 
     def keys_and_queries(
-        self, hidden_states: torch.Tensor, query_scale: torch.Tensor | None, *past: Any
+        self,
+        hidden_states: torch.Tensor,
+        query_scale: torch.Tensor | None,
+        is_token: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+        states: MemoryMosaicStates | None,
+        scalars: HeadScalars,
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Return keys `(B, H, S, D)` and queries `(B, H, T, D)`, and whether no token came before.
 
-        Keys are those of the new tokens and, if there is one, of the token before them, whose pair completes now. The
-        arguments `past` are the others of `sum_keys`.
+        Keys are those of the new tokens and, if there is one, of the token before them, whose pair completes now.
         """
-        sums, previous = self.sum_keys(hidden_states, *past)
+        sums, previous = self.sum_keys(hidden_states, is_token, document_ids, states, scalars)
         if previous is not None:
             sums = torch.cat([previous, sums], dim=2)
-        return *keys_and_queries(sums, past[-1].key_length, hidden_states, query_scale), previous is None
+        return *keys_and_queries(sums, scalars.key_length, hidden_states, query_scale), previous is None
 
     def pair_values(
         self,
@@ -333,7 +353,7 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
             the pair of each of S tokens so far.
         """
         states = None if past_key_values is None else self.states(past_key_values)
-        scalars = self.scalars(states, hidden_states.shape[1])
+        scalars = self.scalars(states)
         past = is_token, document_ids, states, scalars
         keys, queries, is_first = self.keys_and_queries(hidden_states, query_scale, *past)
         values = as_dtype(self.pair_values(hidden_states, is_token, states, scalars), keys.dtype)
@@ -366,7 +386,7 @@ class MemoryMosaicPersistentMemory(MemoryMosaicTokenMemory):
         """Return the output `(B, T, C)`; arguments as for [`MemoryMosaicContextualMemory`]."""
         batch_size, num_tokens, _ = hidden_states.shape
         states = None if past_key_values is None else self.states(past_key_values)
-        scalars = self.scalars(states, num_tokens)
+        scalars = self.scalars(states)
         sums, _ = self.sum_keys(hidden_states, is_token, document_ids, states, scalars)
         queries = as_dtype(scale_to_length(sums, scalars.key_length), self.slot_keys.dtype)
         # Every token reads the same slots, so all rows become one batch and the slots are never repeated.

@@ -35,6 +35,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -321,11 +322,12 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
         kept = kept / cast(float, self.config.logits_scaling)
 
         loss, logits = None, None
-        if labels is not None and skip_logits:
+        if skip_logits:
+            self.check_own_loss()
             loss = loss_without_logits(kept, self.lm_head, labels, **kwargs)
         else:
             logits = self.lm_head(kept)
-        if labels is not None and logits is not None:
+        if labels is not None and not skip_logits:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -334,6 +336,11 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
             attentions=outputs.attentions,
             **memory_kwargs(getattr(outputs, MEMORY_NAME)),
         )
+
+    def check_own_loss(self) -> None:
+        """Raise `ValueError` if the model has been given another loss function, which needs logits."""
+        if self.loss_function is not ForCausalLMLoss:
+            raise ValueError("skip_logits=True computes the loss of the next token, and this model has another one.")
 
 
 # trf-ignore: TRF057

@@ -31,13 +31,12 @@ from transformers.utils.generic import maybe_autocast
 CHUNK_LENGTH = 32
 # The authors cap the log of a key's length, so that no product of two keys leaves the range of float16.
 MAX_LOG_KEY_SCALE = 5.0
-# The squares of smaller numbers are 0, so that no norm but 0 lies below.
-SMALLEST_NORM = {dtype: torch.finfo(dtype).tiny ** 0.6 for dtype in (torch.float32, torch.float64)}
 
 
 class HeadScalars(NamedTuple):
     """What the scalars of a memory's heads stand for, `(H, 1, 1)` each, in float32 at least.
 
+    - `versions`: of the parameters that these were computed from; `None` if they are not to be kept,
     - `leak`: of leaky sums, in nats per token, of shape `(H,)`,
     - `decay`: by which factor a leaky sum shrinks with each token,
     - `key_length`: of the kernel's keys; of persistent queries, which face slots without a scale, its square,
@@ -45,6 +44,7 @@ class HeadScalars(NamedTuple):
     - `value_mix`: share of the earlier of two values; persistent memories have none.
     """
 
+    versions: list[tuple[int, int]] | None
     leak: torch.Tensor
     decay: torch.Tensor
     key_length: torch.Tensor
@@ -79,11 +79,25 @@ def embed_ids(embedding: nn.Module, input_ids: torch.Tensor, vocab_size: int) ->
         ) from error
 
 
+def check_plain_head(head: nn.Module, hidden_states: torch.Tensor) -> None:
+    """Raise `ValueError` unless a head does nothing but multiply hidden states by a weight that lies where they do."""
+    weight: Any = getattr(head, "weight", None)
+    has_hooks = bool(head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+    is_plain = type(head) is nn.Linear and head.bias is None and not has_hooks
+    if not is_plain or type(weight) not in (nn.Parameter, torch.Tensor) or weight.device != hidden_states.device:
+        raise ValueError(
+            "skip_logits=True needs a plain `lm_head`, and this one is adapted, quantized, offloaded, sharded, hooked "
+            "or has a bias: leave skip_logits out."
+        )
+
+
 def loss_without_logits(
     hidden_states: torch.Tensor,
     head: nn.Module,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Return the cross entropy of the next tokens, with the logits of a part of the tokens at a time.
@@ -91,26 +105,32 @@ def loss_without_logits(
     Args:
         hidden_states (`torch.Tensor` of shape `(B, T, C)`).
         head: the linear layer that makes logits of them.
-        labels (`torch.Tensor` of shape `(B, T)`): not shifted; -100 is ignored.
+        labels (`torch.Tensor` of shape `(B, T)`): not shifted.
         num_items_in_batch (*optional*): what the sum of the losses is divided by; the number of labels when absent.
+        ignore_index (`int`): labels that do not count.
+        kwargs: of the model, as its own loss function takes them; they change nothing.
 
     Raises:
-        ValueError: if torch is older than 2.13 or the head is something else, or for arguments that it does not take.
+        ValueError: if torch is older than 2.13, if the head is more than a product, or if labels are absent, shifted
+            or of another shape.
     """
     if not hasattr(F, "linear_cross_entropy"):
         raise ValueError(f"skip_logits=True needs torch 2.13 or newer, and this is {torch.__version__}.")
-    if type(head) is not nn.Linear or "shift_labels" in kwargs:
+    check_plain_head(head, hidden_states)
+    if labels is None or shift_labels is not None or labels.shape != hidden_states.shape[:2]:
         raise ValueError(
-            "skip_logits=True needs `labels` and a plain `lm_head`, and this one is adapted, quantized or sharded: "
-            "leave skip_logits out."
+            "skip_logits=True needs `labels`, not shifted and one for each token, and no `logits_to_keep`: without "
+            "logits the loss is all that there is."
         )
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(hidden_states.device)
-    options = nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+    weight: Any = head.weight
+    targets = F.pad(labels, (0, 1), value=ignore_index)[:, 1:].flatten().to(hidden_states.device)
     # One by one: a sum in half precision would be rounded.
-    losses = F.linear_cross_entropy(
-        hidden_states.flatten(0, 1), head.weight, targets, reduction="none", options=options
-    )
-    num_items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    options: dict[str, Any] = {"reduction": "none", "ignore_index": ignore_index}
+    options["options"] = nn.LinearCrossEntropyOptions()
+    losses = F.linear_cross_entropy(hidden_states.flatten(0, 1), weight, targets, **options)
+    num_items = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    if isinstance(num_items, torch.Tensor):
+        num_items = num_items.to(losses.device)
     return at_least_float32(losses).sum() / num_items
 
 
@@ -264,15 +284,12 @@ def leaky_average(
 
 
 def scale_to_length(vectors: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """Scale vectors `(B, H, T, D)` to `length` `(H,)`, in float32 at least; a zero vector stays zero."""
+    """Scale vectors `(B, H, T, D)` to `length` `(H, 1, 1)`, in float32 at least; a zero vector stays zero."""
     vectors = at_least_float32(vectors)
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    if torch.is_grad_enabled():
-        # Not an epsilon: it would blow up the gradient of a zero vector beyond what half precision holds.
-        norms = norms + (norms == 0)
-    else:
-        norms.clamp_min_(SMALLEST_NORM[norms.dtype])  # the same, by one operation
-    length = length if length.ndim == 3 else length.view(-1, 1, 1)
+    # Not an epsilon: it would blow up the gradient of a zero vector beyond what half precision holds.
+    is_zero = norms.logical_not()
+    norms = norms.masked_fill(is_zero, 1.0) if torch.is_grad_enabled() else norms.masked_fill_(is_zero, 1.0)
     return vectors * (as_dtype(length, vectors.dtype) / norms)
 
 
@@ -286,7 +303,7 @@ def keys_and_queries(
 
     Args:
         sums (`torch.Tensor` of shape `(B, H, S, D)`): those of the T new tokens, and any before them.
-        length (`torch.Tensor` of shape `(H,)`): of keys.
+        length (`torch.Tensor` of shape `(H, 1, 1)`): of keys.
         hidden_states (`torch.Tensor` of shape `(B, T, C)`): of the new tokens, for their number and dtype.
         query_scale (`torch.Tensor` of shape `(B or 1, T)`, *optional*): in float32 at least; 1 for all when absent.
 

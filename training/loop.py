@@ -173,11 +173,11 @@ class LanguageModelTrainer(Trainer):
         self._meter = _Meter()
         self.peak_tokens_per_second = peak_tokens_per_second
         self.chunked_loss = chunked_loss
-        if (
-            chunked_loss
-            and "skip_logits" not in inspect.signature(self.accelerator.unwrap_model(self.model).forward).parameters
-        ):
-            raise ValueError(f"chunked_loss: {type(self.model).__name__} cannot compute its loss without logits")
+        if chunked_loss:
+            whole: Any = self.accelerator.unwrap_model(self.model)
+            whole = whole.get_base_model() if hasattr(whole, "get_base_model") else whole  # PEFT passes all on
+            if "skip_logits" not in inspect.signature(whole.forward).parameters:
+                raise ValueError(f"chunked_loss: {type(whole).__name__} cannot compute its loss without logits")
         for callback in (self._clock, self._meter, _LogWhenSaving, _StopWhenDone, _ReportProgress(report)):
             self.add_callback(callback)
 

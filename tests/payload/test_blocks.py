@@ -1,10 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading block by block equals kernel smoothing with the whole mask: forward, gradient, dropout and memory."""
 
+import copy
+
 import pytest
 import torch
+from helpers.models import make_ids, make_model
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_memory_mosaic.blocks_memory_mosaic import BLOCK_LENGTH, SlotRule, block_read, can_read_in_blocks
+from modeling_memory_mosaic.blocks_memory_mosaic import (
+    BLOCK_LENGTH,
+    SlotRule,
+    _kept,
+    block_read,
+    can_read_in_blocks,
+)
 from modeling_memory_mosaic.ops_memory_mosaic import kernel_smoothing
 
 
@@ -73,7 +86,7 @@ def test_the_strict_rule_reads_earlier_pairs_only_and_keys_may_be_longer(num_tok
 
 
 def test_dropped_weights_are_a_share_of_all_and_the_gradient_is_of_those_kept():
-    share, num_tokens = 0.3, 2 * BLOCK_LENGTH + 3
+    share, num_tokens = 0.25, 2 * BLOCK_LENGTH + 3
     inputs = tensors(1, num_tokens, num_tokens)
     rule = SlotRule(1)
 
@@ -136,3 +149,59 @@ def test_the_whole_mask_says_what_blocks_read(num_earlier):
         mask = rule.mask(num_queries, num_pairs)
         actual = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=1.0)
         torch.testing.assert_close(actual.transpose(1, 2), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.999995])
+def test_a_share_is_dropped_however_large(share):
+    """Rounded to whole levels, and divided by what is kept, so that the mean stays."""
+    ones = torch.ones(1, 400, 500)
+    kept = _kept(ones, share, torch.Generator().manual_seed(0))
+    assert (kept == 0).double().mean() == pytest.approx(share, abs=0.01)
+    assert kept[kept > 0].unique().numel() <= 1
+    assert share > 0.9 or kept.double().mean() == pytest.approx(1, abs=0.01)
+
+
+def test_a_default_device_changes_nothing():
+    inputs = tensors(2, 5, 5)
+    rule = SlotRule(1, torch.ones(2, 5, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.long))
+    expected = block_read(*inputs, rule)
+    with torch.device("meta"):
+        assert torch.equal(block_read(*inputs, rule), expected)
+        assert rule.mask(5, 5).device.type == "cpu"
+
+
+def test_a_rule_is_no_container():
+    """`generate` takes tuples and dictionaries apart where ids lie on another device than the model."""
+    assert not isinstance(SlotRule(1), (tuple, list, dict))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_function_that_a_caller_registers_reads_everything(masked, monkeypatch):
+    model, calls = make_model(), []
+
+    def mine(module, *arguments, **kwargs):
+        calls.append(type(module).__name__)
+        return sdpa_attention_forward(module, *arguments, **kwargs)
+
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :2] = 1 - masked
+    expected = model(make_ids(2, 9), attention_mask=mask).logits
+    AttentionInterface.register("mine", mine)
+    AttentionMaskInterface.register("mine", sdpa_mask)
+    model.set_attn_implementation("mine")
+    logits = model(make_ids(2, 9), attention_mask=mask).logits
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    torch.testing.assert_close(logits[mask == 1], expected[mask == 1], rtol=0, atol=1e-5)
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", mine)
+    calls.clear()
+    model(make_ids(2, 9), attention_mask=mask)
+    assert len(calls) == 2 * model.config.num_hidden_layers
+
+
+def test_dropout_acts_at_each_token_in_training_with_or_without_a_gradient():
+    model = make_model(attention_dropout=0.5, hidden_dropout=0.0).train()
+    with torch.no_grad():
+        cache = model(make_ids(1, 9), use_cache=True).past_key_values
+        draws = [model(make_ids(1, 1), past_key_values=copy.deepcopy(cache)).logits for _ in range(2)]
+    assert not torch.equal(*draws)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from helpers.kinds import BACKBONE_KINDS, KINDS, LENGTH, for_kinds
 from helpers.models import BANDWIDTHS, checkpoint_activations, make_ids, make_model
 from hypothesis import given, settings
@@ -691,7 +692,53 @@ def test_a_loss_without_logits_is_not_rounded_to_half_precision():
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
 
 
-def test_a_loss_without_logits_of_another_head_is_refused(model):
+def hooked(model):
+    model.lm_head.register_forward_hook(lambda *arguments: None)
+
+
+def with_bias(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+
+
+def wrapped(model):
     model.lm_head = torch.nn.Sequential(model.lm_head)
+
+
+def offloaded(model):
+    cpu_offload(model, execution_device="cpu")
+
+
+def with_another_loss(model):
+    model.loss_function = lambda **kwargs: 7.0
+
+
+@pytest.mark.skipif(not hasattr(functional, "linear_cross_entropy"), reason="torch before 2.13 has no chunked loss")
+@pytest.mark.parametrize("change", [hooked, with_bias, wrapped, offloaded, with_another_loss])
+def test_a_loss_without_logits_of_another_head_is_refused(change, model):
+    change(model)
     with pytest.raises(ValueError, match="skip_logits"):
         model(make_ids(1, 4), labels=make_ids(1, 4), skip_logits=True)
+
+
+@pytest.mark.skipif(not hasattr(functional, "linear_cross_entropy"), reason="torch before 2.13 has no chunked loss")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"labels": None},
+        {"labels": make_ids(2, 12)},
+        {"labels": make_ids(3, 9)},
+        {"labels": make_ids(2, 9), "logits_to_keep": 4},
+        {"labels": make_ids(2, 9), "shift_labels": make_ids(2, 9)},
+    ],
+    ids=["no labels", "long labels", "more rows", "some logits", "shifted labels"],
+)
+def test_what_a_loss_without_logits_does_not_compute_is_refused(options, model):
+    with pytest.raises(ValueError, match="skip_logits=True needs `labels`"):
+        model(make_ids(2, 9), skip_logits=True, **options)
+
+
+@pytest.mark.skipif(not hasattr(functional, "linear_cross_entropy"), reason="torch before 2.13 has no chunked loss")
+def test_a_loss_without_logits_knows_which_labels_do_not_count(model):
+    ids = make_ids(2, 9)
+    losses = [model(ids, labels=ids, ignore_index=int(ids[0, 3]), skip_logits=skip).loss for skip in (False, True)]
+    torch.testing.assert_close(losses[1], losses[0])

@@ -102,12 +102,19 @@ class MemoryMosaicQueryMemory(MemoryMosaicContextualMemory):
         return sums
 
     def keys_and_queries(
-        self, hidden_states: torch.Tensor, query_scale: torch.Tensor | None, *past: Any
+        self,
+        hidden_states: torch.Tensor,
+        query_scale: torch.Tensor | None,
+        is_token: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+        states: MemoryMosaicStates | None,
+        scalars: HeadScalars,
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Return keys and queries; arguments as for [`MemoryMosaicContextualMemory`]."""
+        past = is_token, document_ids, states, scalars
         keys, _, is_first = super().keys_and_queries(hidden_states, None, *past)
         sums = self.sum_queries(hidden_states, *past)
-        _, queries = keys_and_queries(sums, past[-1].key_length, hidden_states, query_scale)
+        _, queries = keys_and_queries(sums, scalars.key_length, hidden_states, query_scale)
         return keys, queries, is_first
 
 
