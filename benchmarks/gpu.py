@@ -7,6 +7,8 @@ and the share of a training step that leaky sums and normalisation take. What th
 """
 
 import copy
+import functools
+import itertools
 import json
 import statistics
 import time
@@ -16,10 +18,10 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache
 from transformers.utils import is_flash_attn_2_available
 
-from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
+from benchmarks.speed import build
 from modeling_memory_mosaic.modeling_memory_mosaic import MemoryMosaicPreTrainedModel
 from modeling_memory_mosaic.ops_memory_mosaic import leaky_average, scale_to_length
 from training.files import write_json
@@ -61,22 +63,6 @@ def ways() -> Iterator[Way]:
         if dtype in HALF and is_flash_attn_2_available():
             yield Way(dtype, "flash_attention_2")
         yield Way(dtype, "sdpa", is_compiled=True)
-
-
-def build(name: str, sizes: dict[str, Any], length: int) -> PreTrainedModel:
-    """Return `mosaic`, or `gpt2` or `llama` whose blocks have equally many parameters, without dropout."""
-    torch.manual_seed(0)
-    if name == "mosaic":
-        return MemoryMosaicForCausalLM(MemoryMosaicConfig(**sizes, attention_dropout=0.0, hidden_dropout=0.0))
-    if name == "llama":
-        intermediate_size = 8 * sizes["hidden_size"] // 3
-        config = LlamaConfig(**sizes, intermediate_size=intermediate_size, max_position_embeddings=2 * length)
-        config.tie_word_embeddings = True
-        return LlamaForCausalLM(config)
-    own: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "n_positions": 2 * length}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, **own, bos_token_id=0, eos_token_id=0))
-    model.loss_type = "ForCausalLM"
-    return model
 
 
 # Correctness
@@ -206,7 +192,7 @@ def leaky_share(
     shape = (max(1, tokens_per_step // num_tokens), heads, num_tokens, width)
     states = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
     leak = torch.linspace(0.5, 5.0, heads, device=device).requires_grad_()
-    length = torch.ones(heads, device=device)
+    length = torch.ones(heads, 1, 1, device=device)
 
     def both() -> None:
         sums, _ = leaky_average(states, leak)
@@ -215,63 +201,81 @@ def leaky_share(
     def values() -> None:
         scale_to_length(states, length).sum().backward()
 
-    both()
-    values()
+    # The first of each is a warm-up.
+    times = [[_seconds(step, device) for _ in range(6)][1:] for step in (both, values)]
+    of_sums, of_values = map(statistics.median, times)
     # A layer has two sums with their normalisation, and values that are normalised alone.
-    of_layer = 2 * _seconds(both, device) + _seconds(values, device)
-    return sizes["num_hidden_layers"] * of_layer / step_seconds
+    return sizes["num_hidden_layers"] * (2 * of_sums + of_values) / step_seconds
 
 
 # All of it
 
 
+class Report:
+    """Results that are on the disk as soon as they are measured, until the time is over.
+
+    Args:
+        output: JSON file; none is written without it.
+        seconds: from now on, after which nothing more is begun.
+    """
+
+    def __init__(self, output: Path | None, seconds: float, **setting: Any):
+        self.output, self.end = output, time.monotonic() + seconds
+        self.content: dict[str, Any] = {**setting, "correctness": [], "speed": [], "left_out": []}
+
+    def add(self, kind: str, name: str, make: Callable[[], dict[str, Any]]) -> None:
+        """Measure and keep one row, or keep its name if the time is over."""
+        if time.monotonic() > self.end:
+            self.content["left_out"].append(name)
+        else:
+            row = make()
+            self.content[kind].append(row)
+            typer.echo(json.dumps(row))
+        if self.output is not None:
+            write_json(self.output, self.content)
+
+
 def measure(
     device: str,
-    seconds: float = SECONDS,
-    small: dict[str, Any] | None = None,
-    large: dict[str, dict[str, Any]] | None = None,
+    report: Report,
+    small: dict[str, Any] = SMALL,
+    large: dict[str, dict[str, Any]] = LARGE,
     lengths: tuple[int, ...] = LENGTHS,
     tokens_per_step: int = TOKENS_PER_STEP,
     rounds: int = 5,
-) -> dict[str, Any]:
-    """Return all results; what there was no time for is under `left_out`.
+) -> None:
+    """Fill a report.
 
     Raises:
-        RuntimeError: if any way is wrong, after its errors were printed: the speed of a wrong answer is no result.
+        RuntimeError: if any way is wrong: the speed of a wrong answer is no result.
     """
     # The shift identity makes its mask plain causality, which FlashAttention has. It is off until this has passed.
     MemoryMosaicPreTrainedModel._supports_flash_attn = True
     torch.backends.cuda.matmul.allow_tf32 = False
-    end = time.monotonic() + seconds
-    report: dict[str, Any] = {"correctness": [], "speed": [], "left_out": []}
     for way in ways():
-        report["correctness"].append(check(way, device, small or SMALL, num_tokens=min(300, lengths[0])))
-        typer.echo(json.dumps(report["correctness"][-1]))
-    if wrong := [row["way"] for row in report["correctness"] if not row["ok"]]:
+        report.add("correctness", way.name, functools.partial(check, way, device, small, min(300, lengths[0])))
+    if wrong := [row["way"] for row in report.content["correctness"] if not row["ok"]]:
         raise RuntimeError(f"wrong beyond the bounds of their precision: {'; '.join(wrong)}")
     attentions = ["sdpa"] + (["flash_attention_2"] if is_flash_attn_2_available() else [])
-    for size, sizes in (large or LARGE).items():
-        for num_tokens in lengths:
-            for attention in attentions:
-                case = {"size": size, "num_tokens": num_tokens, "attention": attention}
-                if time.monotonic() > end:
-                    report["left_out"].append(case)
-                    continue
-                row = compare(size, sizes, num_tokens, tokens_per_step, attention, device, rounds)
-                step = row["seconds"]["training step"]["mosaic"]
-                row["leaky_share"] = leaky_share(sizes, num_tokens, tokens_per_step, step, device)
-                report["speed"].append(row)
-                typer.echo(json.dumps({key: value for key, value in row.items() if key != "memory"}))
-    return report
+    # The longest, which takes most of the time, last.
+    for num_tokens, (size, sizes), attention in itertools.product(lengths, large.items(), attentions):
+
+        def compared(arguments: tuple[Any, ...] = (size, sizes, num_tokens, attention)) -> dict[str, Any]:
+            size, sizes, num_tokens, attention = arguments
+            row = compare(size, sizes, num_tokens, tokens_per_step, attention, device, rounds)
+            step = row["seconds"]["training step"]["mosaic"]
+            return row | {"leaky_share": leaky_share(sizes, num_tokens, tokens_per_step, step, device)}
+
+        report.add("speed", f"{size}, {num_tokens} tokens, {attention}", compared)
 
 
 def main(output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None) -> None:
     """Check and measure on the GPU of this machine."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("this machine has no CUDA GPU: `make bench` measures on the CPU")
-    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, **measure("cuda")}
-    if output is not None:
-        write_json(output, report)
+    setting = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    # A comparison of the largest takes about a minute, and is not begun later.
+    measure("cuda", Report(output, SECONDS - 60, **setting))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A step cannot be faster than its products. So where a ratio falls short, the sha
 much could be won at all.
 """
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -55,8 +56,8 @@ def products_of(step: Callable[[], Any]) -> Counter[Product]:
     return products.counts
 
 
-def seconds_of(products: Counter[Product], repeats: int = 3) -> float:
-    """Return the seconds that the products take alone: for each the least of several times."""
+def seconds_of(products: Counter[Product], repeats: int = 5) -> float:
+    """Return the seconds that the products take alone: for each the median of several times."""
     total = 0.0
     for (matrices, rows, inner, columns), count in products.items():
         left, right = torch.randn(matrices, rows, inner), torch.randn(matrices, inner, columns)
@@ -65,7 +66,7 @@ def seconds_of(products: Counter[Product], repeats: int = 3) -> float:
             start = time.perf_counter()
             torch.bmm(left, right)
             times.append(time.perf_counter() - start)
-        total += count * min(times[1:])
+        total += count * statistics.median(times[1:])
     return total
 
 

@@ -70,12 +70,14 @@ def test_every_case_of_the_speed_benchmark_runs_small(what, how, monkeypatch):
     rows = list(speed.of_case(case, speed.SMALL_SIZES, rounds=2))
     assert [row["peer"] for row in rows] == list(speed.PEERS.values())
     for row in rows:
-        assert row["ratio"] > 0 and len(speed.cells(row)) == len(speed.COLUMNS)
+        assert row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
+        assert len(speed.cells(row)) == len(speed.COLUMNS)
         assert ("products" in row) == (what == "training step" and how == "eager")
 
 
 def test_the_straight_line_of_decoding_is_found():
-    rows = [{"num_tokens": length, "ours": 0.005 + 2e-7 * length} for length in (64, 512, 2048, 8192)]
+    lengths = (64, 512, 2048, 8192)
+    rows = [{"num_tokens": n, "ours": s * (0.005 + 2e-7 * n)} for n in lengths for s in (0.9, 1.1)]
     line = speed.over_length(rows, rate=1e10)
     assert line["intercept"] == pytest.approx(0.005) and line["slope"] == pytest.approx(2e-4)
     assert line["deviation"] < 1e-9
@@ -93,10 +95,9 @@ def test_products_of_a_step_are_those_of_its_layers():
 
     assert roofline.products_of(lambda: attend(False)) == {(6, 40, 8, 40): 7}
     assert roofline.products_of(lambda: attend(True)) == {(6, 40, 8, 20): 7}
-    assert roofline.seconds_of(counts) > 0 and roofline.read_rate(2**20) > 0
 
 
-def test_the_benchmark_of_a_gpu_runs_small_on_a_cpu(monkeypatch):
+def test_the_benchmark_of_a_gpu_runs_small_on_a_cpu(monkeypatch, tmp_path):
     """So that a lent GPU is not spent on mistakes: the same code, in seconds."""
     monkeypatch.setattr(MemoryMosaicPreTrainedModel, "_supports_flash_attn", False)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -104,10 +105,20 @@ def test_the_benchmark_of_a_gpu_runs_small_on_a_cpu(monkeypatch):
     monkeypatch.setattr(gpu, "NUM_DECODED", 2)
     sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = {"small": sizes, "large": {"tiny": sizes}, "lengths": (16, 32), "tokens_per_step": 64, "rounds": 1}
-    report = gpu.measure("cpu", **small)
-    assert [row["ok"] for row in report["correctness"]] == [True, True] and not report["left_out"]
-    assert [row["num_tokens"] for row in report["speed"]] == [16, 32]
-    assert gpu.measure("cpu", seconds=0, **small)["left_out"]
+    report = gpu.Report(tmp_path / "gpu.json", seconds=60, gpu="none")
+    gpu.measure("cpu", report, **small)
+    written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert written == report.content
+    assert [row["ok"] for row in written["correctness"]] == [True, True] and not written["left_out"]
+    assert [row["num_tokens"] for row in written["speed"]] == [16, 32]
+    late = gpu.Report(None, seconds=-1)
+    gpu.measure("cpu", late, **small)
+    assert late.content["left_out"] == [
+        "float32, sdpa",
+        "bfloat16, eager",
+        "tiny, 16 tokens, sdpa",
+        "tiny, 32 tokens, sdpa",
+    ]
     monkeypatch.setitem(gpu.BOUNDS, torch.bfloat16, 1e-9)
     with pytest.raises(RuntimeError, match="bfloat16, eager"):
-        gpu.measure("cpu", **small)
+        gpu.measure("cpu", gpu.Report(None, seconds=60), **small)
