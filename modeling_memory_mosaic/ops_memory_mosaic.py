@@ -175,9 +175,10 @@ def chunk_decays(
         `(G, L)`, and by how many tokens each chunk ages a state `(B, chunks)`.
     """
     if elapsed is None:
-        ages = torch.arange(1, length + 1, device=leak.device, dtype=leak.dtype)[None, None]
-    else:
-        ages = elapsed.to(leak.dtype).unflatten(1, (num_chunks, length)).cumsum(-1)  # (B, chunks, L)
+        ages = torch.arange(1, length + 1, device=leak.device, dtype=leak.dtype)
+        lags = (ages[:, None] - ages).clamp(min=0)
+        return torch.exp(-leak[:, None, None] * lags).tril(), torch.exp(-leak[:, None] * ages), ages[None, -1:]
+    ages = elapsed.to(leak.dtype).unflatten(1, (num_chunks, length)).cumsum(-1)  # (B, chunks, L)
     lags = (ages[..., :, None] - ages[..., None, :]).clamp(min=0)
     within = torch.exp(-leak[:, None, None, None] * lags[:, None]).tril()  # (B, H, chunks, L, L)
     before = torch.exp(-leak[:, None, None] * ages[:, None])  # (B, H, chunks, L)
@@ -231,9 +232,9 @@ def _leaky_sums(
         return rows.view(num_heads, -1, batch_size, num_chunks, width).permute(2, 0, 3, 1, 4)
 
     rows = to_rows(chunks)
-    sums = within @ rows
+    sums = torch.bmm(within, rows)
     if num_chunks > 1:
-        totals = from_rows(within[:, -1:] @ rows).squeeze(3)
+        totals = from_rows(torch.bmm(within[:, -1:], rows)).squeeze(3)
         ends = _leaky_sums(
             totals,
             leak * length if elapsed is None else leak,
