@@ -260,7 +260,7 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
         super().__init__(*args, **kwargs)
         self.key_storage, self.value_storage = GrowingStorage(), GrowingStorage()
 
-    # For copies and files: they need neither room nor what is computed anew.
+    # For copies and files, which need neither room nor what a token computes again.
     def __getstate__(self) -> dict[str, Any]:
         pairs = {name: without_room(getattr(self, name)) for name in ("keys", "values")}
         return {**self.__dict__, **pairs, "scalars": {}}

@@ -82,7 +82,7 @@ def embed_ids(embedding: nn.Module, input_ids: torch.Tensor, vocab_size: int) ->
 def check_plain_head(head: nn.Module, hidden_states: torch.Tensor) -> None:
     """Raise `ValueError` unless a head does nothing but multiply hidden states by a weight that lies where they do."""
     weight: Any = getattr(head, "weight", None)
-    has_hooks = bool(head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+    has_hooks = bool(head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__)
     is_plain = type(head) is nn.Linear and head.bias is None and not has_hooks
     if not is_plain or type(weight) not in (nn.Parameter, torch.Tensor) or weight.device != hidden_states.device:
         raise ValueError(

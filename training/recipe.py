@@ -32,6 +32,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     create_model,
     field_validator,
@@ -316,12 +317,13 @@ class TextRecipe(TrainingRecipe):
     generation: GenerationSection = GenerationSection()
     chunked_loss: bool = False
 
-    def content(self) -> dict[str, Any]:
-        """Return all that determines the run. Recipes without a later field keep the hash of before."""
-        content = super().content()
-        if not self.chunked_loss:
-            del content["chunked_loss"]
-        return content
+    @model_serializer(mode="wrap")
+    def _leave_out_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without a later field keep the text and the hash of before."""
+        values: dict[str, Any] = serialize(self)
+        if not values.get("chunked_loss"):
+            values.pop("chunked_loss", None)
+        return values
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
