@@ -88,7 +88,7 @@ def one_thread():
 
 @pytest.fixture
 def without_blocks(monkeypatch):
-    """Read by sdpa and its masks, as earlier versions did; a clean process would read in blocks, so it proves nothing."""
+    """Read by sdpa and its masks, as earlier versions did; a clean process would read in blocks and prove nothing."""
     monkeypatch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
     for module in (memories_memory_mosaic, masking_memory_mosaic):
         monkeypatch.setattr(module, "can_read_in_blocks", lambda tensor: False)
