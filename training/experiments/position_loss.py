@@ -26,7 +26,7 @@ from training.claims import Effect, Effects, crossed_effect
 from training.evaluate import tokens_and_bytes
 from training.experiments import comparison
 from training.experiments.comparison import DepthComparisonRecipe, Trained, blocks, plan, summary
-from training.figures import legend_below, new_figure, save_figure
+from training.figures import legend_below, new_figure, save_figure, series_style
 from training.metrics.mean_loss import bits_per_byte_of_loss
 from training.recipe import SourceSection
 from training.tables import markdown_table
@@ -332,13 +332,15 @@ def _draw_bands(recipe: Recipe, axes: np.ndarray, text: dict[str, Any], depth: i
     for model in text["models"]:
         if model["depth"] != depth:
             continue
-        color = f"C{list(recipe.runs).index(model['label'])}"
+        style = series_style(list(recipe.runs).index(model["label"]))
         for axis, bands in zip(axes, (model["loss"], model["minus_first"]), strict=False):
             if bands is None:
                 continue
-            axis.plot(text["positions"], bands["mean"], color=color, label=model["label"], lw=1.6)
+            axis.plot(text["positions"], bands["mean"], **style, label=model["label"], lw=1.6)
             if None not in bands["low"]:  # as with one seed
-                axis.fill_between(text["positions"], bands["low"], bands["high"], color=color, alpha=0.15, lw=0)
+                axis.fill_between(
+                    text["positions"], bands["low"], bands["high"], color=style["color"], alpha=0.15, lw=0
+                )
     for axis in axes:
         if recipe.context_length > recipe.training_length:
             axis.axvline(recipe.training_length, color="black", ls=":", label="training length")
