@@ -1,81 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bounds a step: the matrix products that it takes, alone, and the rate at which memory is read.
+"""What bounds a step: its matrix products at the best rate of this machine, and the rate at which memory is read.
 
-A step cannot be faster than its products. So where a ratio falls short, the share of the products in the step says how
-much could be won at all.
+No step can be faster than its products. So where a ratio falls short, their share of the step says how much could be
+won at all.
 """
 
-import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, mm_flop
 
 
-# A batched product: matrices, rows, inner width, columns.
-Product = tuple[int, int, int, int]
-# Where the two factors stand among the arguments.
-FACTORS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
-# Products that fused attention makes, in the forward and the backward pass, which computes the scores again.
-FLASH = "_scaled_dot_product_flash_attention_for_cpu"
-ATTENTION = {FLASH: 2, f"{FLASH}_backward": 5}
+aten = torch.ops.aten
 
 
-class _Products(TorchDispatchMode):
-    """Counts the matrix products of what runs within."""
+def _attention_flops(num_products: int, first: int) -> Callable[..., int]:
+    """Return the formula of a fused attention that makes so many products, its query being argument `first`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[Product] = Counter()
+    def count(*arguments: Any, is_causal: bool = False, **_: Any) -> int:
+        (batch_size, heads, num_queries, width), (_, _, num_keys, _) = arguments[first : first + 2]
+        is_causal |= any(argument is True for argument in arguments)
+        product = bmm_flop((batch_size * heads, num_queries, width), (batch_size * heads, width, num_keys))
+        return num_products * product // (2 if is_causal else 1)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func._schema.name.removeprefix("aten::").removesuffix("_")
-        if name in FACTORS:
-            left, right = args[FACTORS[name] : FACTORS[name] + 2]
-            matrices = left.shape[0] if left.ndim == 3 else 1
-            self.counts[matrices, left.shape[-2], left.shape[-1], right.shape[-1]] += 1
-        if name in ATTENTION:
-            is_backward = name.endswith("backward")
-            query, key = args[is_backward : is_backward + 2]
-            # Arguments behind the tensors: dropout, then whether the attention is causal, which halves the scores.
-            flags = [argument for argument in args if isinstance(argument, bool)] + [kwargs.get("is_causal", False)]
-            num_keys = key.shape[2] // 2 if any(flags) else key.shape[2]
-            shape = (query.shape[0] * query.shape[1], query.shape[2], query.shape[3], num_keys)
-            self.counts[shape] += ATTENTION[name]
-        return func(*args, **kwargs)
+    return count
 
 
-def products_of(step: Callable[[], Any]) -> Counter[Product]:
-    """Return the matrix products of a step, with how often each is made."""
-    with _Products() as products:
+# What torch's counter does not know. The backward pass of fused attention computes the scores again.
+FORMULAS = {
+    aten.addmm_: lambda _, left, right, **options: mm_flop(left, right),
+    aten.baddbmm_: lambda _, left, right, **options: bmm_flop(left, right),
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops(2, first=0),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_flops(5, first=1),
+}
+
+
+def flops_of(step: Callable[[], Any]) -> int:
+    """Return the floating-point operations of the matrix products that a step makes on a CPU."""
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         step()
-    return products.counts
+    return counter.get_total_flops()
 
 
-def seconds_of(products: Counter[Product], repeats: int = 5) -> float:
-    """Return the seconds that the products take alone: for each the median of several times."""
-    total = 0.0
-    for (matrices, rows, inner, columns), count in products.items():
-        left, right = torch.randn(matrices, rows, inner), torch.randn(matrices, inner, columns)
-        times = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            torch.bmm(left, right)
-            times.append(time.perf_counter() - start)
-        total += count * statistics.median(times[1:])
-    return total
+def _best_seconds(task: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        task()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def product_rate(width: int = 1024, repeats: int = 10) -> float:
+    """Return the floating-point operations per second of a product of two square matrices in float32."""
+    left, right = torch.randn(width, width), torch.randn(width, width)
+    return mm_flop(left.shape, right.shape) / _best_seconds(lambda: left @ right, repeats)
 
 
 def read_rate(num_bytes: int = 2**28, repeats: int = 5) -> float:
     """Return the bytes per second at which a sum reads memory that lies in no cache."""
     numbers = torch.zeros(num_bytes // 4)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        numbers.sum()
-        times.append(time.perf_counter() - start)
-    return num_bytes / min(times)
+    return num_bytes / _best_seconds(numbers.sum, repeats)

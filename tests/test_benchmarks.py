@@ -72,7 +72,7 @@ def test_every_case_of_the_speed_benchmark_runs_small(what, how, monkeypatch):
     for row in rows:
         assert row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
         assert len(speed.cells(row)) == len(speed.COLUMNS)
-        assert ("products" in row) == (what == "training step" and how == "eager")
+        assert ("products_of_ours" in row) == (what == "training step" and how == "eager")
 
 
 def test_the_straight_line_of_decoding_is_found():
@@ -83,18 +83,20 @@ def test_the_straight_line_of_decoding_is_found():
     assert line["deviation"] < 1e-9
 
 
-def test_products_of_a_step_are_those_of_its_layers():
-    """Forward and backward of a linear layer are three products, of attention without causality seven."""
+def test_operations_of_a_step_are_those_of_its_matrix_products():
+    """Forward and backward of a linear layer are three products, of attention seven, half of each if causal."""
     linear, vectors = torch.nn.Linear(5, 7, bias=False), torch.randn(3, 5, requires_grad=True)
-    counts = roofline.products_of(lambda: linear(vectors).sum().backward())
-    assert counts == {(1, 3, 5, 7): 1, (1, 7, 3, 5): 1, (1, 3, 7, 5): 1}
+    assert roofline.flops_of(lambda: linear(vectors).sum().backward()) == 3 * 2 * (3 * 5 * 7)
     query = torch.randn(2, 3, 40, 8, requires_grad=True)
 
     def attend(is_causal):
         return functional.scaled_dot_product_attention(query, query, query, is_causal=is_causal).sum().backward()
 
-    assert roofline.products_of(lambda: attend(False)) == {(6, 40, 8, 40): 7}
-    assert roofline.products_of(lambda: attend(True)) == {(6, 40, 8, 20): 7}
+    assert roofline.flops_of(lambda: attend(False)) == 7 * 2 * (6 * 40 * 8 * 40)
+    assert roofline.flops_of(lambda: attend(True)) == 7 * (6 * 40 * 8 * 40)
+    left, right, total = torch.randn(2, 3, 5), torch.randn(2, 5, 7), torch.zeros(2, 3, 7)
+    assert roofline.flops_of(lambda: total.baddbmm_(left, right)) == 2 * 2 * (3 * 5 * 7)
+    assert roofline.flops_of(lambda: total[0].addmm_(left[0], right[0])) == 2 * (3 * 5 * 7)
 
 
 def test_the_benchmark_of_a_gpu_runs_small_on_a_cpu(monkeypatch, tmp_path):

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
+import accelerate.accelerator
 import pytest
 import torch
 from helpers.payload import PACKAGE, PAYLOAD
@@ -478,8 +480,15 @@ def test_a_chunked_loss_of_another_model_is_refused(tmp_path, without_clean_proc
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own compiler reads it
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_training_resumes_and_exports_the_same_names(backend, tmp_path, monkeypatch, without_clean_process):
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_compiled_training_resumes_and_exports_the_same_names(
+    backend, by_layer, tmp_path, monkeypatch, without_clean_process
+):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(by_layer))
+    compiled_by_layer = Mock(wraps=accelerate.accelerator.compile_regions)
+    monkeypatch.setattr(accelerate.accelerator, "compile_regions", compiled_by_layer)
     compiled = ["training.torch_compile=true", f"training.torch_compile_backend={backend}"]
     recipes = [short_recipe(tmp_path / name, *compiled) for name in ("straight", "stopped")]
     language_modeling.run(recipes[0])
@@ -492,6 +501,7 @@ def test_a_compiled_training_resumes_and_exports_the_same_names(backend, tmp_pat
     result = language_modeling.run(plain)
     of_plain, of_compiled = weights(plain.folder), weights(recipes[0].folder)
     assert of_plain.keys() == of_compiled.keys()
+    assert compiled_by_layer.called == by_layer
     loss = json.loads((recipes[0].folder / "result.json").read_text(encoding="utf-8"))["metrics"]["validation_loss"]
     assert loss == pytest.approx(result["metrics"]["validation_loss"], rel=1e-3)
 
