@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -163,8 +162,13 @@ class _BlockRead(torch.autograd.Function):
         return retrieved
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Not by `once_differentiable`, with which `torch.autograd.grad` gives second derivatives without this part.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'A gradient with `create_graph=True` needs a model loaded with `attn_implementation="eager"`: reading '
+                "block by block has no second derivative."
+            )
         query, key, value, retrieved = ctx.saved_tensors
         queries, keys, values = (tensor.flatten(0, 1) for tensor in (query, key, value))
         generator = None if ctx.random_state is None else torch.Generator().set_state(ctx.random_state)

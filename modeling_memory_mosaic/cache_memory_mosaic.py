@@ -210,6 +210,7 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
 class GrowingStorage:
     """Storage of keys or of values that doubles when it is full, so that new ones are written in place.
 
+    It holds at most twice the memory in use, and for the moment of doubling the old storage besides.
     Only the newest view of it is written on. Other views, such as those of a memory's copy, keep what they show: they
     are copied before they grow. So is everything while gradients are recorded, which may need what was there before.
     """

@@ -137,6 +137,23 @@ def test_what_is_not_plain_is_left_to_torch():
     assert not torch.func.vmap(lambda row: torch.tensor(can_read_in_blocks(row)))(vectors).any()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_second_derivative_is_refused(dropout):
+    """`torch.autograd.grad` would leave out a part that has none, and say nothing."""
+
+    def derive_twice(model):
+        parameters = list(model.train().parameters())
+        loss = model(make_ids(2, 9), labels=make_ids(2, 9), use_cache=False).loss
+        first = torch.autograd.grad(loss, parameters, create_graph=True)
+        torch.autograd.grad(sum(gradient.square().sum() for gradient in first), parameters)
+
+    model = make_model(attention_dropout=dropout)
+    with pytest.raises(RuntimeError, match="attn_implementation"):
+        derive_twice(model)
+    model.set_attn_implementation("eager")
+    derive_twice(model)
+
+
 @pytest.mark.parametrize("num_earlier", [0, 7])
 def test_the_whole_mask_says_what_blocks_read(num_earlier):
     """Attention functions that take masks read the same; slot 0 is empty, and read by those who see no other."""
