@@ -33,7 +33,8 @@ from .modeling_memory_mosaic import (
     MemoryMosaicPreTrainedModel,
 )
 from .ops_memory_mosaic import kernel_smoothing, leaky_average
-from .store_memory_mosaic import memory_from_state_dict, memory_state_dict
+from .store_memory_mosaic import MosaicMemory
+from .tensors_memory_mosaic import memory_from_state_dict, memory_state_dict
 
 
 AutoConfig.register(MemoryMosaicConfig.model_type, MemoryMosaicConfig, exist_ok=True)
@@ -75,6 +76,7 @@ __all__ = [
     "MemoryMosaicStaticCacheLayer",
     "MemoryMosaicTrace",
     "MemoryMosaicUnits",
+    "MosaicMemory",
     "inspect_continuous_units",
     "inspect_units",
     "kernel_smoothing",

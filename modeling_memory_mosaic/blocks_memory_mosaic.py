@@ -32,6 +32,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torchdynamo_compiling
 
+from .ops_memory_mosaic import lowest_bias
+
 
 # Queries of a block. With some thousand pairs, their scores fit into the cache of a core.
 BLOCK_LENGTH = 64
@@ -47,7 +49,7 @@ class SlotRule:
 
     - `num_before`: N if all see all,
     - `is_full` `(B, N)`, *optional*: False at pairs that no query sees,
-    - `begins` `(B, T)`, *optional*: the first pair of each query's document, never falling.
+    - `begins` `(B, T)`, *optional*: the first pair that each query sees, that of its document.
 
     No tuple: `generate` would take it apart.
     """
@@ -58,7 +60,7 @@ class SlotRule:
 
     def seen_by(self, block: slice, num_pairs: int) -> slice:
         """Return the pairs that any query of a block may see."""
-        first = 0 if self.begins is None else int(self.begins[:, block.start].min())
+        first = 0 if self.begins is None else int(self.begins[:, block].min())
         return slice(first, min(num_pairs, self.num_before + block.stop - 1))
 
     def allowed(self, block: slice, pairs: slice) -> torch.Tensor | None:
@@ -112,20 +114,35 @@ def _blocks(num_queries: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK_LENGTH, num_queries))
 
 
-def _weights(queries: torch.Tensor, keys: torch.Tensor, block: slice, pairs: slice, rule: SlotRule) -> torch.Tensor:
+def _added(
+    rule: SlotRule, block: slice, pairs: slice, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Return what is added to the scores `(B or 1, H or 1, R, M)` of a block; `None` if nothing is."""
+    is_allowed, lowest = rule.allowed(block, pairs), lowest_bias(dtype)
+    added = None
+    if is_allowed is not None:
+        added = torch.zeros(is_allowed.shape, dtype=dtype, device=is_allowed.device)
+        added = added.masked_fill_(~is_allowed, lowest)[:, None]
+    if bias is None:
+        return added
+    of_pairs = bias[:, :, None, pairs].to(dtype).clamp(min=lowest)
+    return of_pairs if added is None else added + of_pairs
+
+
+def _weights(
+    queries: torch.Tensor, keys: torch.Tensor, block: slice, pairs: slice, rule: SlotRule, bias: torch.Tensor | None
+) -> torch.Tensor:
     """Return the weights `(G, R, M)` that a block of queries gives to pairs; all 0 for a query that sees none."""
     scores = torch.bmm(queries[:, block], keys[:, pairs].transpose(1, 2))
-    is_allowed = rule.allowed(block, pairs)
-    if is_allowed is None:
+    added = _added(rule, block, pairs, bias, scores.dtype)
+    if added is None:
         return scores.softmax(dim=-1)
-    num_rows = is_allowed.shape[0]
-    # Finite, so that a query that sees nothing has weights, which are then made 0.
-    bias = torch.zeros(is_allowed.shape, dtype=scores.dtype, device=scores.device)
-    bias.masked_fill_(~is_allowed, torch.finfo(scores.dtype).min)
-    scores.view(num_rows, -1, *scores.shape[1:]).add_(bias[:, None])
-    weights, sees_any = scores.softmax(dim=-1), is_allowed.any(dim=-1)
+    num_rows = len(added) if bias is None else len(bias)
+    by_row = scores.view(num_rows, -1, *scores.shape[1:])
+    by_row.add_(added)
+    weights, sees_any = scores.softmax(dim=-1), (added > lowest_bias(scores.dtype)).any(dim=-1, keepdim=True)
     if not sees_any.all():
-        weights.view(num_rows, -1, *weights.shape[1:]).mul_(sees_any[:, None, :, None])
+        weights.view(by_row.shape).mul_(sees_any)
     return weights
 
 
@@ -144,16 +161,22 @@ class _BlockRead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: SlotRule, dropout: float
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rule: SlotRule,
+        dropout: float,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.rule, ctx.dropout = rule, dropout
+        ctx.rule, ctx.dropout, ctx.bias = rule, dropout, bias
         ctx.random_state = torch.get_rng_state() if dropout else None
         (batch_size, num_heads, num_queries, _), width = query.shape, value.shape[-1]
         queries, keys, values = (tensor.flatten(0, 1) for tensor in (query, key, value))
         retrieved = query.new_empty(batch_size, num_queries, num_heads, width)
         for block in _blocks(num_queries):
             pairs = rule.seen_by(block, values.shape[1])
-            weights = _weights(queries, keys, block, pairs, rule)
+            weights = _weights(queries, keys, block, pairs, rule, bias)
             if dropout:
                 weights.mul_(_kept(weights, dropout, None))
             sums = torch.bmm(weights, values[:, pairs])
@@ -177,7 +200,7 @@ class _BlockRead(torch.autograd.Function):
         means = (gradient * retrieved).sum(dim=-1, keepdim=True)
         for block in _blocks(queries.shape[1]):
             pairs = ctx.rule.seen_by(block, values.shape[1])
-            weights = _weights(queries, keys, block, pairs, ctx.rule)
+            weights = _weights(queries, keys, block, pairs, ctx.rule, ctx.bias)
             of_block, mean = (part[:, block].transpose(1, 2).flatten(0, 1) for part in (gradient, means))
             to_scores, used = torch.bmm(of_block, values[:, pairs].transpose(1, 2)), weights
             if generator is not None:
@@ -188,11 +211,16 @@ class _BlockRead(torch.autograd.Function):
             to_queries[:, block] = torch.bmm(to_scores, keys[:, pairs])
             to_keys[:, pairs].baddbmm_(to_scores.transpose(1, 2), queries[:, block])
             to_values[:, pairs].baddbmm_(used.transpose(1, 2), of_block)
-        return to_queries.view(query.shape), to_keys.view(key.shape), to_values.view(value.shape), None, None
+        return to_queries.view(query.shape), to_keys.view(key.shape), to_values.view(value.shape), None, None, None
 
 
 def block_read(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: SlotRule, dropout: float = 0.0
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rule: SlotRule,
+    dropout: float = 0.0,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what [`kernel_smoothing`] retrieves for queries that see pairs by a rule.
 
@@ -201,9 +229,11 @@ def block_read(
             without a value, behind the others, are not read.
         rule ([`SlotRule`]).
         dropout (`float`): share of weights set to zero, rounded to a multiple of 1 / 65,536.
+        bias (`torch.Tensor` of shape `(B, H or 1, N)`, *optional*): added to the scores of each pair: -inf for an
+            empty one, log n for one that stands for n. Has no gradient.
 
     Returns:
         retrieved values `(B, T, H, D)`; 0 for a query that sees no pair.
     """
-    result: torch.Tensor = _BlockRead.apply(query, key, value, rule, dropout)
+    result: torch.Tensor = _BlockRead.apply(query, key, value, rule, dropout, bias)
     return result

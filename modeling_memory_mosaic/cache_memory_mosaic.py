@@ -75,7 +75,9 @@ class ReadText:
 
     - `read_ids` `(B, tokens)`, `None` if any of the text came as embeddings,
     - `read_mask` `(B, tokens or fewer)`, False at padding; columns that it does not cover are tokens,
-    - `writer`: the weights that have read it.
+    - `writer`: the weights that have read it,
+    - `num_joined`: how many of its tokens are those of texts that were read alone and joined; then a text begins,
+    - `bandwidth`: exponent and start of the growth of kernels, in place of the configuration's where not `None`.
     """
 
     # Every class that inherits this one has it.
@@ -87,6 +89,8 @@ class ReadText:
         self.read_ids: torch.Tensor | None = None
         self.read_mask: torch.Tensor | None = None
         self.writer: MemoryWriter | None = None
+        self.num_joined = 0
+        self.bandwidth: tuple[float | None, int | None] = (None, None)
 
     def note_text(self, input_ids: torch.Tensor | None, is_token: torch.Tensor | None) -> None:
         """Keep the ids `(B, T)` that are about to be read.
@@ -137,6 +141,9 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
     They stay on the model's device when pairs are offloaded: they are small, and needed before the pairs are.
     While the past is recorded (`activate_past_recording`), trajectories are kept whole so that `crop` can roll back.
 
+    `slot_bias` `(B, H or 1, S)`, in float32, is added to the scores of each slot: -inf for an empty one, log n for one
+    that stands for n pairs. `None`: slot 0 alone is empty, or the mask says which are.
+
     The first layer of a memory also keeps the text, for all layers.
     """
 
@@ -149,6 +156,7 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
         self.states: dict[str, torch.Tensor] = {}
         self.scalars: dict[str, HeadScalars] = {}  # of the weights that read, by kind of memory
         self.record_past = False
+        self.slot_bias: torch.Tensor | None = None
         self.forget_text()
 
     def get_state(self, name: str) -> torch.Tensor | None:
@@ -163,6 +171,21 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
         elif name in self.states:
             trajectory = torch.cat([self.states[name], trajectory], dim=2)
         self.states[name] = trajectory
+
+    def begin_text(self, slot_bias: torch.Tensor) -> None:
+        """Let a text begin behind the slots that are stored, whose biases `(B, H or 1, S)` are given."""
+        self.slot_bias = slot_bias
+
+    def add_slot_bias(self, new: torch.Tensor) -> torch.Tensor:
+        """Store the bias of new slots `(B, 1, T)`, and return that of all, `(B, H or 1, S)`."""
+        if self.slot_bias is None:
+            raise RuntimeError("This layer has no biases, although the first one has: the memory is damaged.")
+        self.slot_bias = torch.cat([self.slot_bias, new.expand(-1, self.slot_bias.shape[1], -1)], dim=2)
+        return self.slot_bias
+
+    def num_pairs(self) -> torch.Tensor:
+        """Return the number of joined pairs of each row `(B, 1)`, those that a slot stands for included."""
+        return self.slot_bias[:, 0, : self.num_joined].exp().sum(-1, keepdim=True)
 
     def check_precision(self, dtype: torch.dtype) -> None:
         """Raise `ValueError` if pairs of another precision are stored than a model computes in."""
@@ -187,6 +210,7 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._map_states(function)
         self._map_text(function)
+        self.slot_bias = None if self.slot_bias is None else function(self.slot_bias)
 
     def activate_past_recording(self) -> None:
         """Keep trajectories from now on, so that `crop` can take tokens back."""
@@ -199,7 +223,7 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
 
     def reset(self) -> None:
         super().reset()
-        self.states, self.scalars = {}, {}
+        self.states, self.scalars, self.slot_bias = {}, {}, None
         self.forget_text()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -312,6 +336,7 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
         super().crop(tokens_to_remove)
         self._map_states(lambda trajectory: trajectory[:, :, -1:].contiguous())
         self._cut_text(num_left)
+        self.slot_bias = None if self.slot_bias is None else self.slot_bias[:, :, :num_left]
 
     def _roll_back(self, num_tokens: int) -> None:
         if num_tokens > self.get_seq_length():
@@ -374,6 +399,13 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
                 getattr(self, name).index_copy_(1, places, new)
         if not self.knows_ids:
             self.read_ids = None
+
+    def begin_text(self, slot_bias: torch.Tensor) -> None:
+        self.slot_bias = F.pad(slot_bias, (0, self.max_cache_len - slot_bias.shape[2]), value=-torch.inf)
+
+    def add_slot_bias(self, new: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(new.shape[2], device=new.device) + self.cumulative_length.to(new.device)
+        return self.slot_bias.index_copy_(2, places, new.expand(-1, self.slot_bias.shape[1], -1))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_batch(lambda tensor: tensor.repeat_interleave(repeats, dim=0))

@@ -153,8 +153,11 @@ def whole_mask(text: ReadText, ids: torch.Tensor, mask: torch.Tensor | None, set
     if past_mask is None:
         past_mask = torch.ones(ids.shape[0], num_read, dtype=torch.bool, device=ids.device)
     new_mask = mask_by_ids(ids, settings) if mask is None else mask
-    if begins_with(ids, new_mask, text.past_ids(), past_mask.to(ids.device)):
-        new_mask = new_mask[:, num_read:]
+    # Joined texts have no order, so no text begins with them: ids can begin with what was read behind them.
+    first, past_ids = text.num_joined, text.past_ids()
+    past_ids = None if past_ids is None else past_ids[:, first:]
+    if num_read > first and begins_with(ids, new_mask, past_ids, past_mask[:, first:].to(ids.device)):
+        new_mask = new_mask[:, num_read - first :]
     return torch.cat([past_mask.to(ids.device, torch.long), new_mask.to(ids.device, torch.long)], dim=1)
 
 

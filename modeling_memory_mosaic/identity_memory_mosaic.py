@@ -219,18 +219,36 @@ class MemoryWriter:
         """
         if self.known_fingerprint is not None:
             return self.known_fingerprint
+        self.check_unchanged()
         module = None if self.module is None else self.module()
         if module is None:
             raise ValueError(
                 "The model that read this memory does not exist any more, so its weights cannot be compared: read "
                 "the text again."
             )
+        return weights_fingerprint(module)
+
+    def is_same(self, other: "MemoryWriter") -> bool:
+        """Return whether the same weights, with the same settings, wrote two memories.
+
+        Raises:
+            ValueError: if weights are gone or have changed since.
+        """
+        module = None if self.module is None else self.module()
+        if module is not None and other.is_module(module):
+            return (self.state, self.settings) == (other.state, other.settings)
+        return self is other or self.fingerprint() == other.fingerprint()
+
+    def check_unchanged(self) -> None:
+        """Raise `ValueError` if the module that wrote the memory exists and has changed since."""
+        module = None if self.module is None else self.module()
+        if module is None:
+            return
         if (weights_state(module), changeable_settings(module)) != (self.state, self.settings):
             raise ValueError(
                 "The model's weights or settings, or the adapters in use, have changed since it read this memory: "
                 "read the text again."
             )
-        return weights_fingerprint(module)
 
     def check_changes(self, module: nn.Module) -> None:
         """Raise `ValueError` if this very module has other adapters or settings than when it wrote the memory."""

@@ -235,6 +235,36 @@ def count_tokens(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None)
     return count - forward_fill(before, begins, torch.zeros_like(before[:, :, :1]))[:, 0, :, 0]
 
 
+def growth_of_kernels(
+    config: PreTrainedConfig,
+    num_pairs: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    exponent: float | None = None,
+    start: int | None = None,
+) -> torch.Tensor | None:
+    """Return the growth `(B or 1, T)` of each token's inverse temperature with the pairs `(B or 1, T)` that it sees.
+
+    f(n) = (max(n, start) / start) ** exponent: the bandwidth of the kernel is the inverse root of its inverse
+    temperature. Memory Mosaics v2 (arXiv 2507.03285) has such a growth.
+
+    Args:
+        exponent, start (*optional*): in place of the configuration's.
+
+    Returns:
+        factors in float32 at least; `None` if the kernels do not depend on n.
+    """
+    exponent = getattr(config, "bandwidth_exponent", 0) if exponent is None else exponent
+    if exponent == 0:
+        return None
+    start = config.bandwidth_start if start is None else start
+    dtype, device = torch.promote_types(inputs_embeds.dtype, torch.float32), inputs_embeds.device
+    # The longest query has to stay within the range of the precision that scores are computed in.
+    is_autocast = torch.is_autocast_enabled(device.type)
+    precision = torch.get_autocast_dtype(device.type) if is_autocast else inputs_embeds.dtype
+    largest = torch.finfo(precision).max / torch.e**MAX_LOG_KEY_SCALE
+    return ((num_pairs.clamp(min=start).to(dtype) / start) ** exponent).clamp(max=largest)
+
+
 def scale_of_queries(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -242,10 +272,7 @@ def scale_of_queries(
     document_ids: torch.Tensor | None,
     past_length: int | torch.Tensor,
 ) -> torch.Tensor | None:
-    """Return the growth of each new token's inverse temperature with the n pairs that it sees.
-
-    f(n) = (max(n, start) / start) ** exponent, by `bandwidth_start` and `bandwidth_exponent`: the bandwidth of the
-    kernel is the inverse root of its inverse temperature. Memory Mosaics v2 (arXiv 2507.03285) has such a growth.
+    """Return the growth of each new token's inverse temperature with the pairs that it sees: [`growth_of_kernels`].
 
     Args:
         attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): False at padding.
@@ -255,8 +282,7 @@ def scale_of_queries(
     Returns:
         factors `(B or 1, T)`, in float32 at least; `None` if the kernels do not depend on n.
     """
-    exponent = getattr(config, "bandwidth_exponent", 0)  # models of continuous observations have none
-    if exponent == 0:
+    if getattr(config, "bandwidth_exponent", 0) == 0:  # models of continuous observations have none
         return None
     num_tokens, device = inputs_embeds.shape[1], inputs_embeds.device
     if attention_mask is None and document_ids is None:
@@ -267,12 +293,7 @@ def scale_of_queries(
             attention_mask = torch.ones_like(document_ids, dtype=torch.bool)
         # A token sees a pair of each token before it. Behind a text, padding sees what the last token does.
         num_pairs = count_tokens(attention_mask, document_ids)[:, -num_tokens:] - 1
-    start, dtype = config.bandwidth_start, torch.promote_types(inputs_embeds.dtype, torch.float32)
-    # The longest query has to stay within the range of the precision that scores are computed in.
-    is_autocast = torch.is_autocast_enabled(device.type)
-    precision = torch.get_autocast_dtype(device.type) if is_autocast else inputs_embeds.dtype
-    largest = torch.finfo(precision).max / torch.e**MAX_LOG_KEY_SCALE
-    return ((num_pairs.clamp(min=start).to(dtype) / start) ** exponent).clamp(max=largest)
+    return growth_of_kernels(config, num_pairs, inputs_embeds)
 
 
 def strict_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None) -> Callable[..., torch.Tensor]:
@@ -307,6 +328,47 @@ def slot_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None, pa
     return SlotRule(past_length + 1, is_full, begins)
 
 
+def count_behind(layer: Any, attention_mask: torch.Tensor | None, past_length: Any, num_tokens: int) -> torch.Tensor:
+    """Return the number of tokens `(B or 1, T)` that the text behind joined ones has so far, each own included.
+
+    Args:
+        layer: the first of the memory.
+        attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): False at padding.
+    """
+    if attention_mask is not None:
+        return attention_mask[:, layer.num_joined :].long().cumsum(-1)[:, -num_tokens:]
+    return past_length - layer.num_joined + torch.arange(1, num_tokens + 1, device=layer.slot_bias.device)[None]
+
+
+def joined_masks(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache,
+    is_compiled: bool,
+) -> dict[str, Any]:
+    """Return the `slot_mask`, `slot_bias` and `query_scale` of a text that is read behind joined ones.
+
+    All tokens see the pairs of all joined texts, and each the pairs of its own text before it. The text begins anew:
+    its first token completes no pair.
+    """
+    layer, (batch_size, num_tokens, _) = memory_layer(past_key_values), inputs_embeds.shape
+    past_length: Any = past_key_values.get_seq_length()
+    count = count_behind(layer, attention_mask, past_length, num_tokens)
+    is_full = count > 1 if attention_mask is None else attention_mask[:, -num_tokens:] & (count > 1)
+    slot_bias = torch.zeros(is_full.shape, device=is_full.device).masked_fill(~is_full, -torch.inf)
+    num_pairs = layer.num_pairs() + (count - 1).clamp(min=0)
+    masks = {
+        "slot_bias": slot_bias.expand(batch_size, -1)[:, None],
+        "query_scale": growth_of_kernels(config, num_pairs, inputs_embeds, *layer.bandwidth),
+    }
+    if not is_compiled and has_plain_sdpa(config) and can_read_in_blocks(inputs_embeds):
+        return masks | {"slot_mask": SlotRule(int(past_length) + 1)}
+    num_slots = past_key_values.get_mask_sizes(num_tokens, 0)[0]
+    last = past_length + torch.arange(num_tokens, device=is_full.device)
+    return masks | {"slot_mask": (torch.arange(num_slots, device=is_full.device) <= last[:, None])[None, None]}
+
+
 def can_read_directly(config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> bool:
     """Return whether one new token without a mask is read by three operations, which compute what sdpa computes.
 
@@ -335,8 +397,8 @@ def create_memory_masks(
 
     Returns:
         `dict`: `slot_mask`, `is_token`, `document_ids` and `query_scale`, the arguments of
-        [`MemoryMosaicContextualMemory`], and for one token
-        `reads_directly`, of `retrieve` of memories.
+        [`MemoryMosaicContextualMemory`]; behind joined texts `slot_bias` too, and for one token `reads_directly`, of
+        `retrieve` of memories.
 
     Raises:
         ValueError: if the mask is not 2-D or not as long as past and new tokens together, or if several documents are
@@ -359,13 +421,11 @@ def create_memory_masks(
     if is_token is not None and not is_torchdynamo_compiling() and is_token.all():
         is_token = None
     document_ids = find_documents(inputs_embeds, attention_mask, past_key_values, **packing)
+    masks: dict[str, Any] = {"is_token": is_token, "document_ids": document_ids}
+    if past_key_values is not None and memory_layer(past_key_values).slot_bias is not None:
+        return masks | joined_masks(config, inputs_embeds, attention_mask, past_key_values, is_compiled)
     query_scale = scale_of_queries(config, inputs_embeds, attention_mask, document_ids, past_length)
-    masks: dict[str, Any] = {
-        "slot_mask": None,
-        "is_token": is_token,
-        "document_ids": document_ids,
-        "query_scale": query_scale,
-    }
+    masks |= {"slot_mask": None, "query_scale": query_scale}
 
     # Two families of attention functions read a missing mask as causal; the others need it spelled out.
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)

@@ -41,6 +41,7 @@ from .ops_memory_mosaic import (
     HeadScalars,
     as_dtype,
     at_least_float32,
+    biased_read,
     direct_read,
     eager_attention_forward,
     forward_fill,
@@ -105,9 +106,13 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         value: torch.Tensor,
         attention_mask: Any,
         reads_directly: bool = False,
+        slot_bias: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Smooth over pairs by the configured attention function, or directly (see [`direct_read`]).
+
+        Args:
+            slot_bias (`torch.Tensor` of shape `(B, H or 1, N)`, *optional*): added to the scores of each slot.
 
         Returns:
             retrieved values `(B, T, H, D)`, and weights `(B, H, T, N)` if the function returns them.
@@ -118,14 +123,18 @@ class MemoryMosaicAssociativeMemory(nn.Module):
         if rule is None and self.prefers_blocks(query):
             rule = SlotRule(key.shape[2] - (query.shape[2] - 1 if self.is_causal else 0))
         if isinstance(rule, SlotRule) and can_read_in_blocks(query):
-            return block_read(query, key, value, rule, dropout), None
+            return block_read(query, key, value, rule, dropout, slot_bias), None
         if isinstance(rule, SlotRule):  # made for embeddings on another device, or before the layer was compiled
             attention_mask = rule.mask(query.shape[2], key.shape[2]).to(query.device)
         implementation = self.config._attn_implementation
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         # The caller's `is_causal` would win over the module's, and persistent memories are not causal.
-        kwargs["is_causal"] = self.is_causal
-        return attention_function(self, query, key, value, attention_mask, dropout=dropout, scaling=1.0, **kwargs)
+        kwargs |= {"is_causal": self.is_causal, "dropout": dropout, "scaling": 1.0}
+        if slot_bias is not None:
+            if implementation == "flex_attention":  # its masks are no numbers that a bias could be added to
+                attention_function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            return biased_read(attention_function, self, query, key, value, attention_mask, slot_bias, **kwargs)
+        return attention_function(self, query, key, value, attention_mask, **kwargs)
 
 
 class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
@@ -155,6 +164,7 @@ class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
         slot_mask: Any,
         past_key_values: Cache | None,
         is_first: bool,
+        slot_bias: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Store the pairs that the new tokens complete, then retrieve for each token.
@@ -163,11 +173,13 @@ class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
             queries (`torch.Tensor` of shape `(B, H, T, D)`).
             keys (`torch.Tensor` of shape `(B, H, S + 1, D)`): of S pairs, and the newest, whose pair is incomplete.
             values (`torch.Tensor` of shape `(B, H, S, D)`): S is T, or T - 1 if no token came before (`is_first`).
-            slot_mask, past_key_values: as for `forward`.
+            slot_mask, past_key_values, slot_bias: as for `forward`.
 
         Returns:
             retrieved values `(B, T, H, D)`, and weights if the attention function returns them.
         """
+        if slot_bias is not None:
+            kwargs["slot_bias"] = self.states(past_key_values).add_slot_bias(slot_bias)
         slots = keys, values
         if past_key_values is not None or slot_mask is not None:
             slots = self.store(keys[:, :, :-1], values, past_key_values, is_first=is_first)
@@ -333,6 +345,7 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
         is_token: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         query_scale: torch.Tensor | None = None,
+        slot_bias: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -346,6 +359,8 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
                 several.
             query_scale (`torch.Tensor` of shape `(B or 1, T)`, *optional*): factor of each token's inverse
                 temperature, by the number of pairs that it sees. `None`: 1 for all.
+            slot_bias (`torch.Tensor` of shape `(B, 1, T)`, *optional*): of the new slots, if the memory has biases:
+                -inf where a token completes no pair.
             past_key_values ([`~transformers.Cache`], *optional*): the memory; grows by T slots.
 
         Returns:
@@ -357,6 +372,7 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
         past = is_token, document_ids, states, scalars
         keys, queries, is_first = self.keys_and_queries(hidden_states, query_scale, *past)
         values = as_dtype(self.pair_values(hidden_states, is_token, states, scalars), keys.dtype)
+        kwargs["slot_bias"] = slot_bias
         retrieved, weights = self.attend(queries, keys, values, slot_mask, past_key_values, is_first, **kwargs)
         return self.combine(retrieved.flatten(2)), weights
 

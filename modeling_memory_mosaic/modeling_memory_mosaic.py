@@ -61,6 +61,7 @@ from .memories_memory_mosaic import (
     MemoryMosaicTokenMemory,
 )
 from .ops_memory_mosaic import embed_ids, forward_fill, loss_without_logits, positions_to_keep
+from .store_memory_mosaic import MemorizingMixin
 
 
 class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
@@ -80,6 +81,7 @@ class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
         is_token: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         query_scale: torch.Tensor | None = None,
+        slot_bias: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -88,14 +90,14 @@ class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
         if not isinstance(self.persistent_memory, MemoryMosaicPersistentMemory):
             self.check_added_adapters()
         shared = {"is_token": is_token, "document_ids": document_ids, "past_key_values": past_key_values, **kwargs}
-        own = {"slot_mask": slot_mask, "query_scale": query_scale}
+        own = {"slot_mask": slot_mask, "query_scale": query_scale, "slot_bias": slot_bias}
         retrieved, _ = self.contextual_memory(self.contextual_norm(hidden_states), **own, **shared)
         hidden_states = hidden_states + retrieved
         return hidden_states + self.persistent_memory(self.persistent_norm(hidden_states), **shared)
 
 
 # trf-ignore: TRF057
-class MemoryMosaicPreTrainedModel(AdaptableModel, PreTrainedModel):
+class MemoryMosaicPreTrainedModel(MemorizingMixin, AdaptableModel, PreTrainedModel):
     """Base class of all Memory Mosaics: initialisation, saving, and what the library may do with them."""
 
     config: MemoryMosaicConfig

@@ -19,6 +19,7 @@ One function serves whole texts, chunks and single tokens. `naive_memory_mosaic.
 Shapes use B batch, T tokens, H heads, D head width, N stored pairs, C hidden size.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -391,6 +392,40 @@ def direct_read(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     queries, keys, values = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
     scores = torch.bmm(keys, queries.transpose(1, 2)).transpose(1, 2)
     return torch.bmm(scores.softmax(-1), values).view(query.shape)
+
+
+def lowest_bias(dtype: torch.dtype) -> float:
+    """Return what is added to the score of a pair that is not seen.
+
+    Finite, so that a query that sees nothing has weights, which are then made 0; two of them stay finite too.
+    """
+    return torch.finfo(dtype).min / 4
+
+
+def biased_read(
+    attention_function: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_allowed: torch.Tensor,
+    slot_bias: torch.Tensor,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what an attention function of transformers retrieves with biases of slots added to the scores.
+
+    Args:
+        is_allowed (`torch.Tensor`): which slots a query sees otherwise; broadcasts to `(B, H, T, S)`.
+        slot_bias (`torch.Tensor` of shape `(B, H or 1, S)`).
+
+    Returns:
+        retrieved values `(B, T, H, D)`, 0 for a query that sees no pair, and weights if the function returns them.
+    """
+    bias = slot_bias[:, :, None].to(device=query.device, dtype=query.dtype).masked_fill(~is_allowed, -torch.inf)
+    sees_any = (bias > -torch.inf).any(dim=-1, keepdim=True)
+    retrieved, weights = attention_function(module, query, key, value, bias.where(sees_any, 0.0), **kwargs)
+    weights = None if weights is None else weights * sees_any
+    return retrieved * sees_any.transpose(1, 2), weights
 
 
 def eager_attention_forward(

@@ -12,190 +12,363 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Saving and loading of a memory, as named tensors that `safetensors` can save.
+"""What a model has read as an object: texts that are read alone, joined in any order, and forgotten one by one.
 
-A model does not need this file, and folders written by `save_pretrained` do not hold it.
+The pairs of a memory are a set without positions. So texts that were read alone give the same answers in any order of
+joining, and without one of them those of a memory that never had it.
+
+Shapes use H heads, S slots of a memory, D head width. A text of T tokens fills T slots: slot t holds the pair of its
+token t - 1, which token t completes, and slot 0 is empty.
 """
 
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 
-from .cache_memory_mosaic import MemoryMosaicCacheLayer, MemoryMosaicStates, memory_layer
-from .identity_memory_mosaic import MemoryWriter, note_writer
+from .cache_memory_mosaic import memory_kwargs, memory_layer
+from .identity_memory_mosaic import MemoryWriter
+from .masking_memory_mosaic import find_documents
 
 
-# Saved beside the tensors of the layers: the fingerprint of the weights, and the text.
-TEXT_NAMES = ("fingerprint", "input_ids", "attention_mask")
+# Tokens that are read at a time, so that reading needs little memory besides the pairs.
+CHUNK_LENGTH = 1024
 
 
-def _unwrapped(model: Any) -> nn.Module:
-    """Return the model without its head and without what adapters and data parallelism put around it."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of adapters
-    while isinstance(getattr(model, "module", None), nn.Module):  # of data parallelism
-        model = model.module
-    return model.base_model
+@dataclass(eq=False)
+class MosaicMemory:
+    """Pairs of texts that a model has read, each alone.
 
-
-def _text_tensors(layer: MemoryMosaicStates, model: nn.Module | None) -> dict[str, torch.Tensor]:
-    """Return the tensors named in `TEXT_NAMES` of a memory's first layer, those that there are."""
-    if model is not None:
-        note_writer(layer, _unwrapped(model), num_tokens=1)
-    if layer.writer is None:
-        raise ValueError(
-            "This memory does not tell which weights wrote it, as compiled code does not sign it: pass the model "
-            "that has read it, `memory_state_dict(cache, model)`."
-        )
-    fingerprint = torch.frombuffer(bytearray(layer.writer.fingerprint()), dtype=torch.uint8)
-    parts = zip(TEXT_NAMES, (fingerprint, layer.past_ids(), layer.past_mask()), strict=True)
-    return {name: tensor for name, tensor in parts if tensor is not None}
-
-
-def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
-    """Return everything that a `DynamicCache` of this model holds, as named tensors.
+    Made by `model.memorize(input_ids)`, [`MosaicMemory.union`] and [`MosaicMemory.from_pretrained`].
 
     Args:
-        cache ([`~transformers.Cache`]): as returned by `model(..., use_cache=True).past_key_values` or by `generate`.
-        model (`nn.Module`, *optional*): the model that has read the text; needed only if it was compiled then.
-
-    Returns:
-        `dict[str, torch.Tensor]`: per layer `layers.{i}.keys` and `.values` of shape `(B, H, T, D)` and the layer's
-        states `layers.{i}.{name}` of shape `(B, H, 1, D)`; `fingerprint` `(32,)` of the weights that wrote it,
-        `input_ids` `(B, T)` if ids were read, and `attention_mask` `(B, T)` if there is padding. Empty for a memory
-        that has read nothing.
-
-    Raises:
-        ValueError: if a layer is not one of a `DynamicCache` of this model, or if the weights that wrote it are gone
-            or have changed since.
+        config ([`MemoryMosaicConfig`]): of the model.
+        writer (`MemoryWriter`): the weights that have read the texts.
+        keys, values (`list[torch.Tensor]`, one for each layer, of shape `(1, H, S, D)`): the pairs.
+        slot_bias (`list[torch.Tensor]`, one for each layer, of shape `(1, H or 1, S)`): added to the scores of each
+            slot: 0 for a pair, -inf for an empty slot, log n for a pair that stands for n.
+        input_ids (`torch.LongTensor` of shape `(S,)`): the tokens.
+        source_ids (`torch.LongTensor` of shape `(S,)`): the text of each slot, as an index into `sources`.
+        places (`torch.LongTensor` of shape `(S,)`): where in its text each slot's token stands.
+        sources (`list[str]`): names of the texts.
     """
-    tensors: dict[str, Any] = {}
-    for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, MemoryMosaicCacheLayer):
+
+    config: PreTrainedConfig
+    writer: MemoryWriter
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    slot_bias: list[torch.Tensor]
+    input_ids: torch.Tensor
+    source_ids: torch.Tensor
+    places: torch.Tensor
+    sources: list[str]
+
+    def __len__(self) -> int:
+        """Return the number of pairs of a layer."""
+        return int((self.slot_bias[0][0, 0] > -torch.inf).sum())
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.sources[:5]) + (", ..." if len(self.sources) > 5 else "")
+        return f"MosaicMemory({len(self):,} pairs of {len(self.sources)} texts: {names})"
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the pairs of all layers in bytes."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, *self.slot_bias))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
+
+    # Operations on the set
+
+    @classmethod
+    def union(cls, memories: Sequence["MosaicMemory"]) -> "MosaicMemory":
+        """Return the memory of all texts of some memories, which stay as they are. Their order changes no answer.
+
+        Raises:
+            ValueError: if there is none, if weights differ that wrote them, or if two have a text of one name.
+        """
+        memories = list(memories)
+        if not memories:
+            raise ValueError("union of no memories: pass at least one.")
+        first = memories[0]
+        for other in memories[1:]:
+            check_same_writer(first, other)
+        sources = [name for memory in memories for name in memory.sources]
+        if repeated := sorted({name for name in sources if sources.count(name) > 1}):
             raise ValueError(
-                f"Layer {index} is a {type(layer).__name__}: only a `DynamicCache` of this model is saved."
+                f"Two memories have a text named {repeated[0]!r}: its pairs would count twice. Name texts by "
+                "`memorize(..., source=...)`, or let one memory `forget` it."
             )
-        if layer.is_initialized:
-            tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
-            tensors |= {f"layers.{index}.{name}": layer.get_state(name) for name in layer.state_names}
-    # Before anything was read there is neither a text nor a writer.
-    if tensors:
-        tensors |= _text_tensors(memory_layer(cache), model)
-    # Storage of their own: safetensors refuses views that share memory.
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-
-
-def check_names(cache: Cache, tensors: dict[str, torch.Tensor]) -> None:
-    """Raise `ValueError` if tensors are not those of all layers of a cache."""
-    expected = {
-        f"layers.{index}.{name}"
-        for index in range(len(cache.layers))
-        for name in ("keys", "values", *memory_layer(cache, index).state_names)
-    }
-    if expected != set(tensors):
-        missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-        raise ValueError(f"Not a memory of this model: missing {missing}, unknown {unknown}.")
-
-
-def check_numbers(config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Raise `ValueError` for tensors of another width than the model's, or with numbers that no model has written."""
-    for name, tensor in tensors.items():
-        if tensor.ndim != 4 or (tensor.shape[1], tensor.shape[3]) != (config.num_attention_heads, config.head_dim):
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; this model stores (batch, {config.num_attention_heads}, "
-                f"tokens, {config.head_dim})."
-            )
-        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{name} is {tensor.dtype}: a memory holds floating point numbers of 16 bits or more.")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{name} holds numbers that are not finite: the file is damaged, or they do not "
-                "fit `dtype`. Read the text again."
-            )
-
-
-def check_pairs(tensors: dict[str, torch.Tensor]) -> None:
-    """Raise `ValueError` if pairs and states are not of one memory: of one number of rows and slots, one precision."""
-    sizes = {name: (tensor.shape[0], tensor.shape[2]) for name, tensor in tensors.items()}
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if name.endswith((".keys", ".values"))}
-    pairs = {size for name, size in sizes.items() if name in dtypes}
-    states = {size for name, size in sizes.items() if name not in dtypes}
-    if len(pairs) > 1 or states != {(batch_size, 1) for batch_size, _ in pairs}:
-        raise ValueError(f"Not one memory: its layers hold (rows, slots) {sorted(pairs)} and states {sorted(states)}.")
-    if 0 in next(iter(pairs)):
-        raise ValueError(f"The memory has (rows, slots) {next(iter(pairs))}: there must be at least one of each.")
-    if len(set(dtypes.values())) > 1:
-        raise ValueError(f"Not one memory: its pairs are of {sorted(map(str, set(dtypes.values())))}.")
-
-
-def check_text(text: dict[str, torch.Tensor], keys: torch.Tensor, check_weights: bool) -> None:
-    """Raise `ValueError` if ids or mask have another form than the pairs, or if the fingerprint is missing."""
-    shape = (keys.shape[0], keys.shape[2])
-    for name, dtype in (("input_ids", torch.int64), ("attention_mask", torch.bool)):
-        tensor = text.get(name)
-        if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != shape):
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: it must be {dtype} of {shape}."
-            )
-    if not check_weights:
-        return
-    fingerprint = text.get("fingerprint")
-    if fingerprint is None or fingerprint.dtype != torch.uint8 or tuple(fingerprint.shape) != (32,):
-        raise ValueError(
-            "This memory does not tell which weights wrote it (`fingerprint`, 32 bytes), as older files "
-            "do not: read the text again, or pass `check_weights=False` if you know that they are this model's."
+        offsets = torch.tensor([0, *(len(memory.sources) for memory in memories)]).cumsum(0).tolist()
+        source_ids = [memory.source_ids + offset for memory, offset in zip(memories, offsets[:-1], strict=True)]
+        heads = [max(memory.slot_bias[index].shape[1] for memory in memories) for index in range(len(first.keys))]
+        return replace(
+            first,
+            keys=_joined(memories, lambda memory, index: memory.keys[index]),
+            values=_joined(memories, lambda memory, index: memory.values[index]),
+            slot_bias=_joined(memories, lambda memory, index: memory.slot_bias[index].expand(-1, heads[index], -1)),
+            input_ids=torch.cat([memory.input_ids.to(first.device) for memory in memories]),
+            source_ids=torch.cat([ids.to(first.device) for ids in source_ids]),
+            places=torch.cat([memory.places.to(first.device) for memory in memories]),
+            sources=sources,
         )
 
+    def select(self, sources: Iterable[str]) -> "MosaicMemory":
+        """Return the memory of some texts alone.
 
-def memory_from_state_dict(
-    config: PreTrainedConfig,
-    tensors: dict[str, torch.Tensor],
-    dtype: torch.dtype | None = None,
-    check_weights: bool = True,
-) -> DynamicCache:
-    """Return the memory that [`memory_state_dict`] described: reading goes on as if never interrupted.
+        Raises:
+            ValueError: if one is not among `sources`.
+        """
+        names = set(sources)
+        chosen = [index for index, name in enumerate(self.sources) if name in names]
+        for name in names - set(self.sources):
+            raise ValueError(self._unknown(name))
+        kept = self._keep_slots(torch.isin(self.source_ids, torch.tensor(chosen, device=self.device)))
+        new_ids = torch.zeros(len(self.sources), dtype=torch.long, device=self.device)
+        new_ids[chosen] = torch.arange(len(chosen), device=self.device)
+        return replace(kept, source_ids=new_ids[kept.source_ids], sources=[self.sources[index] for index in chosen])
 
-    The first model that reads on is compared with the one that wrote the memory, by their fingerprints.
+    def forget(self, source: str, tokens: slice | None = None) -> "MosaicMemory":
+        """Forget a text, or the pairs of some of its tokens, in place; return the memory.
 
-    Args:
-        config ([`MemoryMosaicConfig`] or [`ContinuousMemoryMosaicConfig`]): of the model that will read on.
-        tensors (`dict[str, torch.Tensor]`): as returned by [`memory_state_dict`], on the model's device and from a
-            model of its dtype.
-        dtype (`torch.dtype`, *optional*): convert pairs and pending values to it; leaky sums stay in float32 at least.
-        check_weights (`bool`, defaults to `True`): whether other weights are refused. Without it, a memory that they
-            cannot read is read all the same, with other answers: for files without a fingerprint, or if you know that
-            the weights compute the same, such as those of another precision or with an adapter merged.
+        Without a text, answers are those of a memory that never had it, to the bit. Pairs of a text's other tokens
+        were made by a model that had read the forgotten ones, so that a part is forgotten as pairs only.
 
-    Raises:
-        ValueError: if tensors are missing, left over, of another shape or kind than `config` asks for, or not finite.
-    """
-    cache = DynamicCache(config=config)
-    if not tensors:
+        Args:
+            source (`str`): name of a text.
+            tokens (`slice`, *optional*): places in that text; the whole of it when absent.
+
+        Raises:
+            ValueError: if the memory has no text of this name, or none of these tokens.
+        """
+        if source not in self.sources:
+            raise ValueError(self._unknown(source))
+        if tokens is None:
+            rest = self.select(name for name in self.sources if name != source)
+        else:
+            # The pair of token t lies in slot t + 1.
+            is_source = self.source_ids == self.sources.index(source)
+            length = int(self.places[is_source].max()) + 1
+            of_tokens = torch.arange(length, device=self.device)[tokens] + 1
+            is_forgotten = is_source & torch.isin(self.places, of_tokens)
+            if not is_forgotten.any():
+                raise ValueError(f"{source!r} has no pairs of tokens {tokens} left: its last place is {length - 1}.")
+            rest = self._keep_slots(~is_forgotten)
+        self.__dict__.update(rest.__dict__)
+        return self
+
+    def _keep_slots(self, is_kept: torch.Tensor) -> "MosaicMemory":
+        return replace(
+            self,
+            keys=[part[:, :, is_kept] for part in self.keys],
+            values=[part[:, :, is_kept] for part in self.values],
+            slot_bias=[part[:, :, is_kept] for part in self.slot_bias],
+            input_ids=self.input_ids[is_kept],
+            source_ids=self.source_ids[is_kept],
+            places=self.places[is_kept],
+        )
+
+    def _unknown(self, source: str) -> str:
+        names = ", ".join(map(repr, self.sources[:10])) or "none"
+        return f"The memory has no text named {source!r}. It has {names}{', ...' if len(self.sources) > 10 else ''}."
+
+    def clone(self) -> "MosaicMemory":
+        """Return a copy with tensors of its own."""
+        return self._map(lambda tensor: tensor.clone())
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "MosaicMemory":
+        """Return the memory on a device, with pairs in a precision. A model reads pairs of its own precision only."""
+        moved = self._map(lambda tensor: tensor.to(device))
+        if dtype is None:
+            return moved
+        return replace(
+            moved,
+            keys=[part.to(dtype) for part in moved.keys],
+            values=[part.to(dtype) for part in moved.values],
+        )
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "MosaicMemory":
+        lists = {name: [function(part) for part in getattr(self, name)] for name in ("keys", "values", "slot_bias")}
+        flat = {name: function(getattr(self, name)) for name in ("input_ids", "source_ids", "places")}
+        return replace(self, **lists, **flat, sources=list(self.sources))
+
+    # Reading
+
+    def to_cache(
+        self,
+        batch_size: int = 1,
+        max_cache_len: int | None = None,
+        bandwidth: float | None = None,
+        bandwidth_start: int | None = None,
+    ) -> Cache:
+        """Return a cache of the texts, behind which a new text begins, for `forward` and `generate`.
+
+        Args:
+            batch_size (`int`): rows, all with these texts.
+            max_cache_len (`int`, *optional*): makes it a `StaticCache` of so many tokens, the memory's included.
+            bandwidth (`float`, *optional*): exponent of the growth of kernels with the number of pairs; the
+                configuration's `bandwidth_exponent` when absent.
+            bandwidth_start (`int`, *optional*): number of pairs from which on they grow; the configuration's when
+                absent, or `max_position_embeddings` for a configuration without growth.
+        """
+        self.writer.check_unchanged()
+        cache: Any
+        if max_cache_len is None:
+            cache = DynamicCache(config=self.config)
+        else:
+            cache = StaticCache(config=self.config, max_cache_len=max_cache_len)
+        for index, (keys, values, bias) in enumerate(zip(self.keys, self.values, self.slot_bias, strict=True)):
+            layer = memory_layer(cache, index)
+            if index == 0:
+                layer.note_text(self.input_ids.expand(batch_size, -1), None)
+            layer.update(*(part.expand(batch_size, -1, -1, -1) for part in (keys, values)))
+            layer.begin_text(bias.expand(batch_size, -1, -1))
+        first = memory_layer(cache)
+        first.writer, first.num_joined = self.writer, len(self.input_ids)
+        if bandwidth is not None and bandwidth_start is None and not self.config.bandwidth_exponent:
+            bandwidth_start = self.config.max_position_embeddings
+        first.bandwidth = (bandwidth, bandwidth_start)
         return cache
-    text = {name: tensors[name] for name in TEXT_NAMES if name in tensors}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in TEXT_NAMES}
-    check_names(cache, tensors)
-    check_numbers(config, tensors)
-    check_pairs(tensors)
-    if dtype is not None:
-        tensors = {name: part if name.endswith("_sum") else part.to(dtype) for name, part in tensors.items()}
-        check_numbers(config, tensors)  # they may not fit the other precision
-        check_pairs(tensors)
-    check_text(text, tensors["layers.0.keys"], check_weights)
-    for index in range(len(cache.layers)):
-        layer = memory_layer(cache, index)
-        parts = {name: tensors[f"layers.{index}.{name}"] for name in ("keys", "values", *layer.state_names)}
-        layer.update(parts["keys"], parts["values"])
-        for name in layer.state_names:
-            layer.set_state(name, parts[name])
-    first = memory_layer(cache)
-    first.read_ids, first.read_mask = text.get("input_ids"), text.get("attention_mask")
-    first.knows_ids = first.read_ids is not None
-    if check_weights:
-        first.writer = MemoryWriter(fingerprint=bytes(text["fingerprint"].tolist()))
-    return cache
+
+    def prompt(self, question: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Return the keyword arguments by which `generate` and `forward` read a question behind the memory.
+
+        Args:
+            question (`str`, `list[str]` or `torch.LongTensor` of shape `(B, T)`): texts, or their ids.
+            tokenizer: of the model; needed for texts.
+            kwargs: of [`MosaicMemory.to_cache`].
+
+        Returns:
+            `dict`: `input_ids` `(B, T)`, `attention_mask` `(B, S + T)` over memory and question, and a cache that is
+            the caller's own: the memory stays as it is.
+        """
+        if isinstance(question, torch.Tensor):
+            ids, mask = question, torch.ones_like(question)
+        elif tokenizer is None:
+            raise ValueError("The question is a text: pass the model's tokenizer too, or pass ids.")
+        else:
+            texts = [question] if isinstance(question, str) else list(question)
+            batch = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left")
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+        if ids.ndim != 2 or 0 in ids.shape:
+            raise ValueError(
+                f"The question has ids of shape {tuple(ids.shape)}: it must be (batch, tokens), not empty."
+            )
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        past = mask.new_ones(ids.shape[0], self.input_ids.shape[0])
+        cache = self.to_cache(ids.shape[0], **kwargs)
+        return {"input_ids": ids, "attention_mask": torch.cat([past, mask], dim=1), **memory_kwargs(cache)}
 
 
-__all__ = ["memory_from_state_dict", "memory_state_dict"]
+def _joined(memories: Sequence[MosaicMemory], part: Callable[[MosaicMemory, int], torch.Tensor]) -> list[torch.Tensor]:
+    device = memories[0].device
+    layers = range(len(memories[0].keys))
+    return [torch.cat([part(memory, index).to(device) for memory in memories], dim=2) for index in layers]
+
+
+def check_same_writer(first: MosaicMemory, other: MosaicMemory) -> None:
+    """Raise `ValueError` if two memories were not written by the same weights in the same precision."""
+    if first.dtype != other.dtype:
+        raise ValueError(
+            f"One memory holds pairs in {first.dtype}, another in {other.dtype}: convert one, `memory.to(dtype=...)`."
+        )
+    if not first.writer.is_same(other.writer):
+        raise ValueError(
+            f"Other weights have read {other.sources[0]!r} than {first.sources[0]!r}: a memory is one model's. Read "
+            "all texts with the same model."
+        )
+
+
+class MemorizingMixin:
+    """`memorize`, of all Memory Mosaics that read tokens."""
+
+    base_model: Any
+    config: PreTrainedConfig
+    training: bool
+
+    @torch.no_grad()
+    def memorize(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        source: str | Sequence[str] | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> MosaicMemory | list[MosaicMemory]:
+        """Read texts, each alone, and return what was read.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`).
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at padding.
+            source (`str` or list of them, *optional*): names of the texts; by default the beginning of a hash of the
+                ids.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): they start again where a text begins, if
+                rows hold several.
+
+        Returns:
+            [`MosaicMemory`] of one text, or a list of them if there are several rows or texts.
+
+        Raises:
+            ValueError: if the model is in training mode, if the ids are not `(B, T)`, or if names are not as many as
+                texts.
+        """
+        if self.training:
+            raise ValueError("A memory is read without dropout: call `model.eval()` first.")
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}: it must be (batch, tokens).")
+        texts = _texts(input_ids, attention_mask, position_ids)
+        names = [source] if isinstance(source, str) else source
+        names = [f"text {_hash(text)}" for text in texts] if names is None else list(names)
+        if len(names) != len(texts):
+            raise ValueError(f"{len(names)} names for {len(texts)} texts: pass one `source` for each text.")
+        memories = [self._read_alone(text, name) for text, name in zip(texts, names, strict=True)]
+        return memories[0] if len(memories) == 1 and len(input_ids) == 1 else memories
+
+    def _read_alone(self, ids: torch.Tensor, source: str) -> MosaicMemory:
+        cache = DynamicCache(config=self.config)
+        for chunk in ids.split(CHUNK_LENGTH):
+            self.base_model(chunk[None], use_cache=True, **memory_kwargs(cache))
+        layers = [memory_layer(cache, index) for index in range(len(cache.layers))]
+        bias = torch.zeros(1, 1, len(ids), device=ids.device)
+        bias[:, :, 0] = -torch.inf
+        return MosaicMemory(
+            config=self.config,
+            writer=layers[0].writer,
+            keys=[layer.keys for layer in layers],
+            values=[layer.values for layer in layers],
+            slot_bias=[bias] * len(layers),
+            input_ids=ids,
+            source_ids=torch.zeros_like(ids),
+            places=torch.arange(len(ids), device=ids.device),
+            sources=[source],
+        )
+
+
+def _hash(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:8]
+
+
+def _texts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Return the ids of each text `(tokens,)`, without padding."""
+    is_token = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    documents = find_documents(input_ids[:, :, None], attention_mask, None, position_ids)
+    texts = []
+    for row in range(len(input_ids)):
+        numbers = is_token[row].long() if documents is None else documents[row] + 1
+        numbers = numbers.masked_fill(~is_token[row], 0)
+        texts += [input_ids[row, numbers == number] for number in numbers.unique() if number]
+    return texts
+
+
+__all__ = ["MemorizingMixin", "MosaicMemory"]
