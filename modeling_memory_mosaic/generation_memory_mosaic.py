@@ -157,7 +157,12 @@ def whole_mask(text: ReadText, ids: torch.Tensor, mask: torch.Tensor | None, set
     first, past_ids = text.num_joined, text.past_ids()
     past_ids = None if past_ids is None else past_ids[:, first:]
     if num_read > first and begins_with(ids, new_mask, past_ids, past_mask[:, first:].to(ids.device)):
-        new_mask = new_mask[:, num_read - first :]
+        if first:
+            raise ValueError(
+                f"These ids begin with the {num_read - first} that were read behind joined texts already: pass the "
+                f"new ids alone. {SAY_THAT_IDS_ARE_NEW}"
+            )
+        new_mask = new_mask[:, num_read:]
     return torch.cat([past_mask.to(ids.device, torch.long), new_mask.to(ids.device, torch.long)], dim=1)
 
 

@@ -71,15 +71,17 @@ def naive_contextual_memory(
     value_mix: torch.Tensor,
     bandwidth_exponent: float = 0.0,
     bandwidth_start: int = 1,
+    pairs: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None,
 ) -> torch.Tensor:
     """Return the outputs `(T, D)` of one contextual memory with projected inputs `(T, D)` (eq. 7 and 8).
 
     Token t retrieves from the pairs of tokens before it, then stores its own. A pair's value looks one token ahead,
     so it completes when that token arrives: token t completes the pair of token t - 1, then reads.
+
+    `pairs` are keys and values that were stored before, by other texts. Those of this text are added to them.
     """
     keys = naive_keys(k_states, key_leak, key_scale)
-    stored_keys: list[torch.Tensor] = []
-    stored_values: list[torch.Tensor] = []
+    stored_keys, stored_values = ([], []) if pairs is None else pairs
     outputs = []
     for t in range(len(keys)):
         if t > 0:
@@ -118,13 +120,21 @@ def naive_layer_norm(
     return normed * weight + (0 if bias is None else bias)
 
 
-def naive_logits(state_dict: dict[str, torch.Tensor], config: Any, input_ids: torch.Tensor) -> torch.Tensor:
+def naive_logits(
+    state_dict: dict[str, torch.Tensor],
+    config: Any,
+    input_ids: torch.Tensor,
+    pairs: dict[str, list[tuple[list[torch.Tensor], list[torch.Tensor]]]] | None = None,
+) -> torch.Tensor:
     """Return the logits `(T, vocab_size)` of one unpadded text `(T,)`, without dropout.
 
     Args:
         state_dict: of a `MemoryMosaicForCausalLM`.
         config: its configuration.
+        pairs (*optional*): keys and values that other texts have stored, for each head of each contextual memory, by
+            its name. Those of this text are added to them.
     """
+    pairs = {} if pairs is None else pairs
 
     def linear(name: str, inputs: torch.Tensor) -> torch.Tensor:
         outputs = inputs @ state_dict[f"{name}.weight"].T
@@ -143,7 +153,11 @@ def naive_logits(state_dict: dict[str, torch.Tensor], config: Any, input_ids: to
         k_states, v_states = heads(linear(f"{name}.k_proj", inputs)), heads(linear(f"{name}.v_proj", inputs))
         bandwidth = {name: getattr(config, name) for name in ("bandwidth_exponent", "bandwidth_start")}
         memories = zip(k_states, v_states, *scalars, strict=True)
-        outputs = [naive_contextual_memory(*memory, **bandwidth) for memory in memories]
+        stored = pairs.setdefault(name, [([], []) for _ in k_states])
+        outputs = [
+            naive_contextual_memory(*memory, **bandwidth, pairs=own)
+            for memory, own in zip(memories, stored, strict=True)
+        ]
         return linear(f"{name}.o_proj", torch.cat(outputs, dim=-1))
 
     def persistent(name: str, inputs: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts read alone and joined: any order, any way of reading and any other text forgotten give the same answers."""
+
+import itertools
+
+import pytest
+import torch
+from helpers.models import NARROWING, make_ids, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_memory_mosaic import MosaicMemory, store_memory_mosaic
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
+from modeling_memory_mosaic.naive_memory_mosaic import naive_logits
+
+
+LENGTHS = (5, 9, 1, 14)
+
+
+def make_texts(lengths=LENGTHS):
+    return [make_ids(1, length, seed=length) for length in lengths]
+
+
+def memorized(model, texts=None):
+    texts = make_texts() if texts is None else texts
+    return [model.memorize(text, source=f"text {index}") for index, text in enumerate(texts)]
+
+
+@torch.no_grad()
+def answer(model, memory, question, **kwargs):
+    return model(**memory.prompt(question, **kwargs)).logits
+
+
+@pytest.fixture(params=[{}, NARROWING], ids=["fixed", "narrowing"])
+def model(request):
+    return make_model(dtype=torch.float64, **request.param)
+
+
+question = make_ids(1, 7, seed=99)
+
+
+def by_the_oracle(model, texts, question):
+    """Each text alone, then the question behind the pairs of all."""
+    joined: dict = {}
+    for text in texts:
+        own: dict = {}
+        naive_logits(model.state_dict(), model.config, text[0], own)
+        for name, heads in own.items():
+            pairs = joined.setdefault(name, [([], []) for _ in heads])
+            for (keys, values), (more_keys, more_values) in zip(pairs, heads, strict=True):
+                keys += more_keys
+                values += more_values
+    return naive_logits(model.state_dict(), model.config, question[0], joined)[None]
+
+
+def test_all_orders_of_joining_answer_as_the_oracle_does(model):
+    memories = memorized(model)
+    expected = by_the_oracle(model, make_texts(), question)
+    for order in itertools.permutations(memories):
+        logits = answer(model, MosaicMemory.union(order), question)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+    assert (expected - model(question).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("chunks", [(7,), (1, 6), (3, 3, 1), (1,) * 7])
+def test_a_question_may_be_read_in_any_parts(chunks, implementation, model):
+    memory = MosaicMemory.union(memorized(model))
+    expected = answer(model, memory, question)
+    model.set_attn_implementation(implementation)
+    for with_mask in (True, False):
+        arguments, logits, end = memory.prompt(question), [], len(memory.input_ids)
+        for chunk in arguments.pop("input_ids").split(chunks, dim=1):
+            end += chunk.shape[1]
+            mask = {"attention_mask": arguments["attention_mask"][:, :end]} if with_mask else {}
+            logits.append(model(chunk, **{MEMORY_NAME: arguments[MEMORY_NAME]}, **mask).logits)
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-10)
+
+
+def test_a_text_forgotten_is_a_text_never_joined(model):
+    memories = memorized(model)
+    for index, name in enumerate(["text 0", "text 1", "text 2", "text 3"]):
+        rest = MosaicMemory.union(memories[:index] + memories[index + 1 :])
+        forgotten = MosaicMemory.union(memories).forget(name)
+        assert torch.equal(answer(model, forgotten, question), answer(model, rest, question))
+        assert forgotten.sources == rest.sources and len(forgotten) == len(rest)
+        others = [other for other in ("text 3", "text 1", "text 0", "text 2") if other != name]
+        chosen = MosaicMemory.union(memories).select(others)
+        assert torch.equal(answer(model, chosen, question), answer(model, rest, question))
+    assert [len(memory) for memory in memories] == [length - 1 for length in LENGTHS]
+
+
+def test_everything_may_be_forgotten(model):
+    memory = memorized(model)[0].forget("text 0")
+    assert len(memory) == 0 and memory.nbytes == 0
+    torch.testing.assert_close(answer(model, memory, question), model(question).logits, rtol=0, atol=1e-12)
+
+
+def test_pairs_of_tokens_are_forgotten(model):
+    """The pair of a token goes, wherever its text stands among the others."""
+    memories = memorized(model)
+    joined = MosaicMemory.union(memories).forget("text 3", tokens=slice(2, 5))
+    first = MosaicMemory.union([memories[3].clone().forget("text 3", tokens=slice(2, 5)), *memories[:3]])
+    torch.testing.assert_close(answer(model, joined, question), answer(model, first, question), rtol=0, atol=1e-10)
+    assert len(joined) == sum(LENGTHS) - 4 - 3
+    assert joined.places[joined.source_ids == 3].tolist() == [0, 1, 2, *range(6, 14)]
+    with pytest.raises(ValueError, match="has no pairs of tokens"):
+        joined.forget("text 3", tokens=slice(2, 5))
+
+
+def test_a_batch_of_padded_questions_is_each_alone(model):
+    memory, questions = (
+        MosaicMemory.union(memorized(model)),
+        [make_ids(1, length, seed=length) for length in (3, 8, 1)],
+    )
+    ids, mask = torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.long)
+    for row, one in enumerate(questions):
+        ids[row, 8 - one.shape[1] :], mask[row, 8 - one.shape[1] :] = one, 1
+    arguments = memory.prompt(ids)
+    arguments["attention_mask"][:, -8:] = mask
+    logits = model(**arguments).logits
+    following = model(make_ids(3, 2, seed=1), **{MEMORY_NAME: arguments[MEMORY_NAME]}).logits
+    for row, one in enumerate(questions):
+        whole = torch.cat([one, make_ids(3, 2, seed=1)[row : row + 1]], dim=1)
+        expected = answer(model, memory, whole)[0]
+        torch.testing.assert_close(logits[row, 8 - one.shape[1] :], expected[:-2], rtol=0, atol=1e-10)
+        torch.testing.assert_close(following[row], expected[-2:], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_behind_a_memory_is_that_without_a_cache(beams, model):
+    memory = MosaicMemory.union(memorized(model))
+    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "eos_token_id": None, "pad_token_id": 61}
+    texts = model.generate(**memory.prompt(question), **settings)
+    texts_again = model.generate(**memory.prompt(question), **settings)
+    assert torch.equal(texts, texts_again)
+    if beams == 1:
+        for length in range(question.shape[1], texts.shape[1]):
+            assert answer(model, memory, texts[:, :length])[0, -1].argmax() == texts[0, length]
+
+
+@pytest.mark.parametrize("length", [1, 7, 25, 29, 40])
+def test_new_ids_alone_are_all_read_whatever_their_number(length, model):
+    memory, ids = MosaicMemory.union(memorized(model)), make_ids(1, length, seed=length)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 61}
+    expected = model.generate(**memory.prompt(ids), **settings)
+    memory_of_caller = memory.to_cache()
+    assert torch.equal(model.generate(ids, past_key_values=memory_of_caller, **settings), expected)
+    turn = torch.cat([expected, make_ids(1, 2, seed=5)], dim=1)
+    with pytest.raises(ValueError, match="that were read behind joined texts already"):
+        model.generate(turn, past_key_values=memory_of_caller, **settings)
+    # The last token of a generated text has not been read.
+    new_ids = turn[:, expected.shape[1] - 1 :]
+    new = model.generate(new_ids, past_key_values=memory_of_caller, **settings)
+    assert torch.equal(new[:, 3:], model.generate(**memory.prompt(turn), **settings)[:, turn.shape[1] :])
+
+
+def test_a_memory_stays_as_it_is_whatever_reads_it(model):
+    memory = MosaicMemory.union(memorized(model))
+    kept = memory.clone()
+    arguments = memory.prompt(make_ids(2, 7))
+    model.generate(**arguments, max_new_tokens=5, pad_token_id=0)
+    arguments[MEMORY_NAME].reset()
+    for one, other in zip(memory.keys + memory.values, kept.keys + kept.values, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_static_memory_answers_as_a_growing_one(model):
+    memory = MosaicMemory.union(memorized(model))
+    expected = answer(model, memory, question)
+    torch.testing.assert_close(answer(model, memory, question, max_cache_len=40), expected, rtol=0, atol=1e-10)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 61}
+    texts = [
+        model.generate(**memory.prompt(question, max_cache_len=length), **settings, disable_compile=True)
+        for length in (None, 45)
+    ]
+    assert torch.equal(*texts)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=3), min_size=1, max_size=3), data=st.data())
+def test_texts_of_a_batch_are_read_alone(rows, data):
+    """With padding before, between, after and within texts, several to a row, in chunks of any length."""
+    model = make_model(dtype=torch.float64)
+    length = max(map(sum, rows)) + data.draw(st.integers(0, 4))
+    ids, positions, mask = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
+    texts = []
+    for index, lengths in enumerate(rows):
+        places = sorted(data.draw(st.permutations(range(length)))[: sum(lengths)])
+        ids[index, places], mask[index, places] = make_ids(len(places), seed=index), 1
+        positions[index, places] = torch.cat([torch.arange(number) for number in lengths])
+        texts += ids[index, places].split(lengths)
+    whole = [model.memorize(text[None], source=f"text {index}") for index, text in enumerate(texts)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_memory_mosaic, "CHUNK_LENGTH", data.draw(st.integers(1, 20)))
+        names = [f"text {index}" for index in range(len(texts))]
+        memories = model.memorize(ids, mask, names, position_ids=positions)
+    memories = [memories] if isinstance(memories, MosaicMemory) else memories
+    for one, other in zip(memories, whole, strict=True):
+        assert torch.equal(one.input_ids, other.input_ids) and one.sources == other.sources
+        for name in ("keys", "values", "slot_bias"):
+            for part, expected in zip(getattr(one, name), getattr(other, name), strict=True):
+                torch.testing.assert_close(part, expected, rtol=0, atol=1e-11)
+
+
+def test_kernels_grow_with_the_number_of_joined_pairs():
+    """As if the model had that exponent: what it wrote does not depend on it."""
+    model = make_model(dtype=torch.float64, max_position_embeddings=3)
+    memory = MosaicMemory.union(memorized(model))
+    narrowing = make_model(dtype=torch.float64, bandwidth_exponent=0.25, bandwidth_start=3)
+    first_layer_alone = [module.set_attn_implementation("eager") or module for module in (model, narrowing)]
+    memory_of_other = MosaicMemory.union(memorized(narrowing))
+    weights = [
+        module(**one.prompt(question, **growth), output_attentions=True).attentions[0]
+        for module, one, growth in (
+            (model, memory, {"bandwidth": 0.25}),
+            (narrowing, memory_of_other, {}),
+            (model, memory, {}),
+        )
+    ]
+    assert first_layer_alone
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-10)
+    assert not torch.allclose(weights[0], weights[2], atol=1e-3)
+
+
+def test_what_cannot_be_joined_or_forgotten_is_refused(model):
+    memories = memorized(model)
+    another = make_model(seed=1, dtype=torch.float64)
+    other = another.memorize(make_ids(1, 4), source="other")
+    with pytest.raises(ValueError, match="no memories"):
+        MosaicMemory.union([])
+    with pytest.raises(ValueError, match="Other weights have read 'other' than 'text 0'"):
+        MosaicMemory.union([*memories, other])
+    with pytest.raises(ValueError, match="torch.float64, another in torch.float32"):
+        MosaicMemory.union([memories[0], memories[1].to(dtype=torch.float32)])
+    with pytest.raises(ValueError, match="a text named 'text 1'"):
+        MosaicMemory.union([*memories, memories[1]])
+    with pytest.raises(ValueError, match="no text named 'text 9'"):
+        memories[0].forget("text 9")
+    with pytest.raises(ValueError, match="Other weights"):
+        another(**memories[0].prompt(question))
+    with pytest.raises(ValueError, match="model.eval"):
+        make_model().train().memorize(question)
+    with pytest.raises(ValueError, match="2 names for 1 texts"):
+        model.memorize(question, source=["a", "b"])
+    with pytest.raises(ValueError, match="tokenizer"):
+        memories[0].prompt("Who has the ball?")
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+        model.model.norm.weight.add_(1)
+    with pytest.raises(ValueError, match="have changed"):
+        memories[0].prompt(question)
+
+
+def test_texts_without_a_name_have_one_of_their_ids(model):
+    memory = model.memorize(question)
+    assert memory.sources == model.memorize(question.clone()).sources
+    assert memory.sources != model.memorize(question[:, :-1]).sources
