@@ -16,6 +16,7 @@
 
 import dataclasses
 import hashlib
+import json
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -190,6 +191,27 @@ def weights_state(module: nn.Module) -> tuple:
     return (*versions, *adapters_at_work(module))
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return the sha256 of what determines a tokenizer's ids, in hexadecimal digits.
+
+    Padding and truncation do not, and calls change them.
+    """
+    if getattr(tokenizer, "is_fast", False):
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = {name: part for name, part in content.items() if name not in ("padding", "truncation")}
+    else:
+        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """Return the model without its head and without what adapters and data parallelism put around it."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of adapters
+    while isinstance(getattr(model, "module", None), nn.Module):  # of data parallelism
+        model = model.module
+    return model.base_model
+
+
 class MemoryWriter:
     """The weights that wrote a memory.
 
@@ -305,4 +327,4 @@ def note_writer(layer: Any, module: nn.Module, num_tokens: int) -> None:
     layer.writer = MemoryWriter(module)
 
 
-__all__ = ["MemoryWriter", "note_writer", "weights_fingerprint"]
+__all__ = ["MemoryWriter", "note_writer", "tokenizer_fingerprint", "unwrapped", "weights_fingerprint"]

@@ -26,41 +26,21 @@ from transformers.modeling_utils import PreTrainedModel
 from .configuration_memory_model import MemoryModelConfig
 from .identity_memory_mosaic import weights_fingerprint
 from .masking_memory_mosaic import raise_where
+from .rounding_memory_mosaic import check_codes, dequantize_vectors, quantize_vectors
 
 
-# Largest code on each side of zero; float8 e4m3 reaches to 448.
-LARGEST_CODE = {"int8": 127.0, "fp8": 448.0}
-CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # What a stored memory consists of; `scale` comes with codes only.
 STORED_NAMES = ("memories", "memory_mask", "chunk_length", "encoder")
 # Fields of the configuration that shape a memory.
 MEMORY_FIELDS = ("chunk_length", "num_memory_embeddings", "memory_size", "memory_pooling", "memory_quantization")
 
 
-def quantize_memories(memories: torch.Tensor, quantization: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes `(..., D)` of one byte each, and the scale `(..., 1)` of each vector, in float32.
-
-    A scale has few binary digits, in half precision one. So a code times a scale is exact, and rounding what was
-    rounded before changes nothing.
-    """
-    steps = 2.0 if memories.element_size() == 2 else 2.0**16
-    fraction, exponent = torch.frexp(memories.float().abs().amax(-1, keepdim=True) / LARGEST_CODE[quantization])
-    scale = torch.ldexp((fraction * steps).ceil() / steps, exponent)
-    scaled = memories.float() / scale.masked_fill(scale == 0, 1.0)
-    return (scaled.round() if quantization == "int8" else scaled).to(CODE_DTYPES[quantization]), scale
-
-
-def dequantize_memories(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the memories `(..., D)` that [`quantize_memories`] rounded to these codes and scales."""
-    return (codes.float() * scale).to(dtype)
-
-
 def fake_quantize(memories: torch.Tensor, quantization: str | None) -> torch.Tensor:
     """Return memories `(..., D)` rounded as they will be stored, with the gradient of memories as they are."""
     if quantization is None:
         return memories
-    codes, scale = quantize_memories(memories.detach(), quantization)
-    return memories + (dequantize_memories(codes, scale, memories.dtype) - memories.detach())
+    codes, scale = quantize_vectors(memories.detach(), quantization)
+    return memories + (dequantize_vectors(codes, scale, memories.dtype) - memories.detach())
 
 
 def encoder_fingerprint(encoder: PreTrainedModel) -> bytes:
@@ -147,7 +127,7 @@ def memories_to_tensors(
         memory_mask = torch.ones(memories.shape[:2], dtype=torch.bool)
     tensors = {"memories": memories, "memory_mask": memory_mask}
     if config.memory_quantization is not None:
-        tensors["memories"], tensors["scale"] = quantize_memories(memories, config.memory_quantization)
+        tensors["memories"], tensors["scale"] = quantize_vectors(memories, config.memory_quantization)
     tensors["chunk_length"] = torch.tensor(config.chunk_length)
     tensors["encoder"] = torch.frombuffer(bytearray(encoder_fingerprint(encoder)), dtype=torch.uint8)
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
@@ -167,16 +147,6 @@ def check_origin(tensors: dict[str, torch.Tensor], encoder: PreTrainedModel) -> 
         raise ValueError("These are memories of another encoder than this model's: encode the text again.")
 
 
-def check_codes(codes: torch.Tensor, scale: torch.Tensor, quantization: str) -> None:
-    """Raise if codes `(..., D)` and scales `(..., 1)` are not what [`quantize_memories`] returns."""
-    dtype = CODE_DTYPES[quantization]
-    if codes.dtype != dtype or scale.dtype != torch.float32 or scale.shape != (*codes.shape[:-1], 1):
-        raise ValueError(
-            f"memories are {codes.dtype} with scales {scale.dtype} of shape {tuple(scale.shape)}, but this "
-            f"model's are {dtype} with float32 scales of shape {(*codes.shape[:-1], 1)}: encode the text again."
-        )
-
-
 def memories_from_tensors(
     tensors: dict[str, torch.Tensor], encoder: PreTrainedModel, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +162,7 @@ def memories_from_tensors(
         raise ValueError(f"memories have shape {tuple(memories.shape)}, which holds none: encode the text again.")
     if config.memory_quantization is not None:
         scale = tensors.get("scale", torch.empty(0))
-        check_codes(memories, scale, config.memory_quantization)
-        memories = dequantize_memories(memories, scale, dtype)
+        check_codes("memories", memories, scale, config.memory_quantization)
+        memories = dequantize_vectors(memories, scale, dtype)
     check_memories(memories, memory_mask, memories.shape[0], config, dtype)
     return memories.to(dtype), memory_mask

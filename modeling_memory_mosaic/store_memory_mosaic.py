@@ -31,7 +31,8 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from .cache_memory_mosaic import memory_kwargs, memory_layer
-from .identity_memory_mosaic import MemoryWriter
+from .files_memory_mosaic import MemoryFilesMixin
+from .identity_memory_mosaic import MemoryWriter, tokenizer_fingerprint
 from .masking_memory_mosaic import find_documents
 
 
@@ -40,7 +41,7 @@ CHUNK_LENGTH = 1024
 
 
 @dataclass(eq=False)
-class MosaicMemory:
+class MosaicMemory(MemoryFilesMixin):
     """Pairs of texts that a model has read, each alone.
 
     Made by `model.memorize(input_ids)`, [`MosaicMemory.union`] and [`MosaicMemory.from_pretrained`].
@@ -55,6 +56,7 @@ class MosaicMemory:
         source_ids (`torch.LongTensor` of shape `(S,)`): the text of each slot, as an index into `sources`.
         places (`torch.LongTensor` of shape `(S,)`): where in its text each slot's token stands.
         sources (`list[str]`): names of the texts.
+        tokenizer (`str`, *optional*): fingerprint of the tokenizer that made the tokens, if it is known.
     """
 
     config: PreTrainedConfig
@@ -66,6 +68,7 @@ class MosaicMemory:
     source_ids: torch.Tensor
     places: torch.Tensor
     sources: list[str]
+    tokenizer: str | None = None
 
     def __len__(self) -> int:
         """Return the number of pairs of a layer."""
@@ -256,6 +259,8 @@ class MosaicMemory:
             ids, mask = question, torch.ones_like(question)
         elif tokenizer is None:
             raise ValueError("The question is a text: pass the model's tokenizer too, or pass ids.")
+        elif self.tokenizer not in (None, tokenizer_fingerprint(tokenizer)):
+            raise ValueError("Another tokenizer made the tokens of this memory: pass that one, or the question's ids.")
         else:
             texts = [question] if isinstance(question, str) else list(question)
             batch = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left")
@@ -282,6 +287,11 @@ def check_same_writer(first: MosaicMemory, other: MosaicMemory) -> None:
         raise ValueError(
             f"One memory holds pairs in {first.dtype}, another in {other.dtype}: convert one, `memory.to(dtype=...)`."
         )
+    if None not in (first.tokenizer, other.tokenizer) and first.tokenizer != other.tokenizer:
+        raise ValueError(
+            f"Another tokenizer made the tokens of {other.sources[0]!r} than those of {first.sources[0]!r}: read both "
+            "by one tokenizer."
+        )
     if not first.writer.is_same(other.writer):
         raise ValueError(
             f"Other weights have read {other.sources[0]!r} than {first.sources[0]!r}: a memory is one model's. Read "
@@ -303,6 +313,7 @@ class MemorizingMixin:
         attention_mask: torch.Tensor | None = None,
         source: str | Sequence[str] | None = None,
         position_ids: torch.Tensor | None = None,
+        tokenizer: Any = None,
     ) -> MosaicMemory | list[MosaicMemory]:
         """Read texts, each alone, and return what was read.
 
@@ -313,6 +324,7 @@ class MemorizingMixin:
                 ids.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): they start again where a text begins, if
                 rows hold several.
+            tokenizer (*optional*): that made the ids; questions by another one are refused then.
 
         Returns:
             [`MosaicMemory`] of one text, or a list of them if there are several rows or texts.
@@ -331,6 +343,8 @@ class MemorizingMixin:
         if len(names) != len(texts):
             raise ValueError(f"{len(names)} names for {len(texts)} texts: pass one `source` for each text.")
         memories = [self._read_alone(text, name) for text, name in zip(texts, names, strict=True)]
+        for memory in memories:
+            memory.tokenizer = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
         return memories[0] if len(memories) == 1 and len(input_ids) == 1 else memories
 
     def _read_alone(self, ids: torch.Tensor, source: str) -> MosaicMemory:

@@ -25,25 +25,17 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from .cache_memory_mosaic import MemoryMosaicCacheLayer, MemoryMosaicStates, memory_layer
-from .identity_memory_mosaic import MemoryWriter, note_writer
+from .identity_memory_mosaic import MemoryWriter, note_writer, unwrapped
 
 
 # Saved beside the tensors of the layers: the fingerprint of the weights, and the text.
 TEXT_NAMES = ("fingerprint", "input_ids", "attention_mask")
 
 
-def _unwrapped(model: Any) -> nn.Module:
-    """Return the model without its head and without what adapters and data parallelism put around it."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of adapters
-    while isinstance(getattr(model, "module", None), nn.Module):  # of data parallelism
-        model = model.module
-    return model.base_model
-
-
 def _text_tensors(layer: MemoryMosaicStates, model: nn.Module | None) -> dict[str, torch.Tensor]:
     """Return the tensors named in `TEXT_NAMES` of a memory's first layer, those that there are."""
     if model is not None:
-        note_writer(layer, _unwrapped(model), num_tokens=1)
+        note_writer(layer, unwrapped(model), num_tokens=1)
     if layer.writer is None:
         raise ValueError(
             "This memory does not tell which weights wrote it, as compiled code does not sign it: pass the model "

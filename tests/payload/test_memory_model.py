@@ -15,7 +15,8 @@ from transformers import DynamicCache
 
 from modeling_memory_mosaic import MemoryModelCache, MemoryModelConfig, MemoryMosaicConfig
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
-from modeling_memory_mosaic.store_memory_model import fake_quantize, quantize_memories
+from modeling_memory_mosaic.rounding_memory_mosaic import quantize_vectors
+from modeling_memory_mosaic.store_memory_model import fake_quantize
 
 
 @pytest.fixture(params=[*READS, *(name for name in ALL_BACKBONES if name != "mosaic")])
@@ -343,7 +344,7 @@ def test_rounded_memories_are_near_and_their_gradient_passes(quantization, error
     assert 0 < ((rounded - memories).abs() / scale).max() <= error + 1e-6
     rounded.mul(torch.arange(24)).sum().backward()
     assert torch.equal(memories.grad, torch.arange(24, dtype=torch.float64).expand(3, 2, 24))
-    codes, _ = quantize_memories(memories.detach(), quantization)
+    codes, _ = quantize_vectors(memories.detach(), quantization)
     assert codes.element_size() == 1
     assert not fake_quantize(torch.zeros(1, 4), quantization).any()
 

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The Memory Mosaic authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A [`MosaicMemory`] on the disk and on the Hub: pairs in one safetensors file, and what they are in a JSON file.
+
+Shapes use H heads, S slots of a memory, D head width.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import PushToHubMixin, cached_file
+
+from .identity_memory_mosaic import MemoryWriter, unwrapped, weights_fingerprint
+from .rounding_memory_mosaic import CODE_DTYPES, check_codes, dequantize_vectors, quantize_vectors
+
+
+PAIRS_NAME, SETTINGS_NAME = "memory.safetensors", "memory.json"
+FORMAT = 1
+# Precisions that pairs are stored in, by the names of `save_pretrained(dtype=...)`.
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, **CODE_DTYPES}
+
+
+def pairs_to_tensors(name: str, pairs: torch.Tensor, precision: str) -> dict[str, torch.Tensor]:
+    """Return keys or values `(1, H, S, D)` as named tensors to save, `(H, S, D)`."""
+    if precision not in CODE_DTYPES:
+        return {name: pairs[0].to(PRECISIONS[precision]).contiguous()}
+    codes, scale = quantize_vectors(pairs[0], precision)
+    return {name: codes.contiguous(), f"{name}.scale": scale.contiguous()}
+
+
+def save_memory(memory: Any, folder: Path, precision: str | None) -> None:
+    """Write a [`MosaicMemory`] into a folder; each file is complete or not there.
+
+    Args:
+        precision (`str`, *optional*): a key of `PRECISIONS`; that of the pairs when absent.
+    """
+    precision = str(memory.dtype).removeprefix("torch.") if precision is None else precision
+    if precision not in PRECISIONS:
+        raise ValueError(f"dtype={precision!r} is not one of {', '.join(PRECISIONS)}: choose one of them.")
+    tensors = {name: getattr(memory, name).contiguous() for name in ("input_ids", "source_ids", "places")}
+    for index, (keys, values, bias) in enumerate(zip(memory.keys, memory.values, memory.slot_bias, strict=True)):
+        tensors |= pairs_to_tensors(f"layers.{index}.keys", keys, precision)
+        tensors |= pairs_to_tensors(f"layers.{index}.values", values, precision)
+        tensors[f"layers.{index}.slot_bias"] = bias[0].clone()
+    settings = {
+        "format": FORMAT,
+        "model_type": memory.config.model_type,
+        "fingerprint": memory.writer.fingerprint().hex(),
+        "tokenizer": memory.tokenizer,
+        "precision": precision,
+        "read": "alone",
+        "sources": memory.sources,
+        "num_slots": len(memory.input_ids),
+        "transformers": transformers.__version__,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (SETTINGS_NAME, PAIRS_NAME):
+        (folder / name).unlink(missing_ok=True)  # settings never stand beside pairs of another memory
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / f"{PAIRS_NAME}.part")
+    os.replace(folder / f"{PAIRS_NAME}.part", folder / PAIRS_NAME)
+    (folder / f"{SETTINGS_NAME}.part").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    os.replace(folder / f"{SETTINGS_NAME}.part", folder / SETTINGS_NAME)
+
+
+def find_file(folder_or_repo: str | os.PathLike, name: str, **kwargs: Any) -> Path:
+    """Return the path of a file of a memory, which is fetched if it is not in a local folder.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if os.path.isdir(folder_or_repo):
+        path = Path(folder_or_repo) / name
+        if not path.is_file():
+            raise ValueError(f"{folder_or_repo} holds no {name}: `memory.save_pretrained(folder)` writes it last.")
+        return path
+    return Path(cached_file(str(folder_or_repo), name, **kwargs))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of a stored memory.
+
+    Raises:
+        ValueError: if the file is damaged, or is none of a memory.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    names = {"format", "model_type", "fingerprint", "tokenizer", "precision", "sources", "num_slots"}
+    if not isinstance(settings, dict) or names - settings.keys():
+        raise ValueError(f"{path} does not describe a memory: it needs {', '.join(sorted(names))}.")
+    if settings["format"] != FORMAT or settings["precision"] not in PRECISIONS:
+        raise ValueError(
+            f"{path} has format {settings['format']} and precision {settings['precision']!r}; this version reads "
+            f"format {FORMAT} and {', '.join(PRECISIONS)}."
+        )
+    return settings
+
+
+def read_pairs(file: Any, name: str, shape: tuple[int, ...], precision: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return stored keys or values `(1, H, S, D)`.
+
+    Raises:
+        ValueError: if they have another shape or precision than stated, or are not finite in `dtype`.
+    """
+    stored = file.get_tensor(name)
+    if stored.dtype != PRECISIONS[precision] or tuple(stored.shape) != shape:
+        raise ValueError(
+            f"{name} is {stored.dtype} of shape {tuple(stored.shape)}: it must be {PRECISIONS[precision]} of {shape}."
+        )
+    if precision in CODE_DTYPES:
+        scale = file.get_tensor(f"{name}.scale")
+        check_codes(name, stored, scale, precision)
+        stored = dequantize_vectors(stored, scale, dtype)
+    pairs = stored.to(dtype)
+    if not pairs.isfinite().all():
+        raise ValueError(
+            f"{name} holds numbers that are not finite in {dtype}: the file is damaged. Read the text again."
+        )
+    return pairs[None]
+
+
+def read_slots(file: Any, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return `input_ids`, `source_ids` and `places` of a stored memory, each `(S,)`.
+
+    Raises:
+        ValueError: if one has another form, or names a text that is not among the sources.
+    """
+    shape = (settings["num_slots"],)
+    slots = {name: file.get_tensor(name) for name in ("input_ids", "source_ids", "places")}
+    for name, tensor in slots.items():
+        if tensor.dtype != torch.long or tuple(tensor.shape) != shape or (tensor < 0).any():
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: it must be indices of {shape}."
+            )
+    if (slots["source_ids"] >= len(settings["sources"])).any():
+        raise ValueError(f"Slots name a text beyond the {len(settings['sources'])} sources: the file is damaged.")
+    return slots
+
+
+def check_model(settings: dict[str, Any], model: PreTrainedModel, check_weights: bool) -> None:
+    """Raise `ValueError` if a stored memory is not this model's."""
+    config: Any = model.config
+    if settings["model_type"] != config.model_type:
+        raise ValueError(f"This is a memory of a {settings['model_type']}, and the model is a {config.model_type}.")
+    if check_weights and settings["fingerprint"] != weights_fingerprint(unwrapped(model)).hex():
+        raise ValueError(
+            "Other weights wrote this memory than this model's: those of another model, with another adapter, of "
+            "other settings or in another precision. Read the texts again with this model. If you know that they "
+            "compute the same, pass `check_weights=False`."
+        )
+
+
+def load_memory(
+    folder_or_repo: str | os.PathLike, model: PreTrainedModel, check_weights: bool, **kwargs: Any
+) -> dict[str, Any]:
+    """Return the fields of the [`MosaicMemory`] that [`save_memory`] wrote.
+
+    Args:
+        check_weights (`bool`): whether other weights than those that wrote it are refused.
+        kwargs: of `transformers.utils.cached_file`.
+
+    Raises:
+        ValueError: if it is not this model's, or damaged.
+    """
+    settings = read_settings(find_file(folder_or_repo, SETTINGS_NAME, **kwargs))
+    check_model(settings, model, check_weights)
+    path, config = find_file(folder_or_repo, PAIRS_NAME, **kwargs), model.config
+    shape = (config.num_attention_heads, settings["num_slots"], config.head_dim)
+    fields: dict[str, Any] = {"keys": [], "values": [], "slot_bias": []}
+    try:
+        with safe_open(path, framework="pt") as file:
+            fields |= read_slots(file, settings)
+            for index in range(config.num_hidden_layers):
+                for part in ("keys", "values"):
+                    name = f"layers.{index}.{part}"
+                    fields[part].append(read_pairs(file, name, shape, settings["precision"], model.dtype))
+                fields["slot_bias"].append(read_bias(file, index, shape))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or holds no memory of this model: {error}.") from error
+    writer = MemoryWriter(unwrapped(model))
+    return fields | {"config": config, "writer": writer} | {name: settings[name] for name in ("sources", "tokenizer")}
+
+
+def read_bias(file: Any, index: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the stored biases of a layer's slots, `(1, H or 1, S)`."""
+    bias = file.get_tensor(f"layers.{index}.slot_bias")
+    is_shaped = bias.ndim == 2 and bias.shape[0] in (1, shape[0]) and bias.shape[1] == shape[1]
+    if bias.dtype != torch.float32 or not is_shaped or bias.isnan().any() or (bias == torch.inf).any():
+        raise ValueError(
+            f"layers.{index}.slot_bias is {bias.dtype} of shape {tuple(bias.shape)}: the file is damaged."
+        )
+    return bias[None]
+
+
+class MemoryFilesMixin(PushToHubMixin):
+    """`save_pretrained`, `from_pretrained` and `push_to_hub` of a [`MosaicMemory`]."""
+
+    def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None, **kwargs: Any) -> None:
+        """Write the memory into a folder.
+
+        Args:
+            folder: is made if it is not there; an older memory in it is replaced.
+            dtype (`str`, *optional*): `float32`, `bfloat16`, or one byte a number, `int8` or `fp8`; the memory's own
+                precision when absent.
+            kwargs: of `PushToHubMixin.push_to_hub`, which change nothing.
+        """
+        save_memory(self, Path(folder), dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_repo: str | os.PathLike,
+        model: PreTrainedModel,
+        sources: Sequence[str] | None = None,
+        check_weights: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the memory that `save_pretrained` wrote, in the model's precision and on its device.
+
+        Args:
+            folder_or_repo: a folder, or the name of a repository on the Hub.
+            model: that wrote it.
+            sources (*optional*): names of texts; all when absent.
+            check_weights (`bool`): whether other weights than those that wrote it are refused.
+            kwargs: `revision`, `token`, `cache_dir` and others of `transformers.utils.cached_file`.
+
+        Raises:
+            ValueError: if it is not this model's, or damaged, or has no such text.
+        """
+        memory = cls(**load_memory(folder_or_repo, model, check_weights, **kwargs))
+        memory = memory if sources is None else memory.select(sources)
+        return memory.to(model.device)
+
+
+__all__ = ["MemoryFilesMixin"]

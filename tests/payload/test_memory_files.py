@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A memory on the disk: what is loaded answers as what was saved, and everything else is refused."""
+
+import json
+
+import pytest
+import torch
+from helpers.models import make_ids, make_model
+from safetensors.torch import load_file, save_file
+
+from modeling_memory_mosaic import MosaicMemory
+from modeling_memory_mosaic.files_memory_mosaic import PAIRS_NAME, SETTINGS_NAME
+from training.text.tokenizer import train_tokenizer
+
+
+TEXTS = ["Mia has the red ball in the park.", "Tom has a blue kite at home."]
+question = make_ids(1, 6, seed=9)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16], ids=str)
+def model(request):
+    return make_model(dtype=request.param)
+
+
+def joined(model):
+    return MosaicMemory.union([model.memorize(make_ids(1, n, seed=n), source=f"text {n}") for n in (5, 9, 2)])
+
+
+@torch.no_grad()
+def answer(model, memory):
+    return model(**memory.prompt(question)).logits
+
+
+def test_a_memory_that_was_saved_answers_to_the_bit(model, tmp_path):
+    memory = joined(model)
+    memory.save_pretrained(tmp_path)
+    loaded = MosaicMemory.from_pretrained(tmp_path, model)
+    assert loaded.sources == memory.sources and len(loaded) == len(memory) and loaded.nbytes == memory.nbytes
+    assert torch.equal(answer(model, loaded), answer(model, memory))
+    # It joins texts that are read now, and forgets its own.
+    new = model.memorize(make_ids(1, 4), source="new")
+    both = MosaicMemory.union([loaded, new]).forget("text 9")
+    expected = MosaicMemory.union([memory.forget("text 9"), new])
+    assert torch.equal(answer(model, both), answer(model, expected))
+    chosen = MosaicMemory.from_pretrained(tmp_path, model, sources=["text 2", "text 5"])
+    assert torch.equal(answer(model, chosen), answer(model, loaded.forget("text 9")))
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 1e-2), ("int8", 1e-2), ("fp8", 5e-2)])
+def test_a_memory_may_be_stored_in_fewer_bytes(dtype, error, tmp_path):
+    model = make_model(dtype=torch.float64)
+    memory = joined(model)
+    memory.save_pretrained(tmp_path, dtype=dtype)
+    loaded = MosaicMemory.from_pretrained(tmp_path, model)
+    assert loaded.dtype == torch.float64
+    for keys, expected in zip(loaded.keys, memory.keys, strict=True):
+        assert (keys - expected).norm() < error * expected.norm()
+    assert 0 < (answer(model, loaded) - answer(model, memory)).abs().max() < 10 * error
+    # Rounding what was rounded changes nothing.
+    loaded.save_pretrained(tmp_path / "again", dtype=dtype)
+    again = MosaicMemory.from_pretrained(tmp_path / "again", model)
+    assert torch.equal(answer(model, again), answer(model, loaded))
+
+
+def test_a_memory_of_other_weights_is_refused(tmp_path):
+    model = make_model()
+    memory = joined(model)
+    memory.save_pretrained(tmp_path)
+    MosaicMemory.from_pretrained(tmp_path, make_model())  # the same weights, in another object
+    for other in (make_model(seed=1), make_model(num_hidden_layers=3), make_model(dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="Other weights wrote this memory"):
+            MosaicMemory.from_pretrained(tmp_path, other)
+    loaded = MosaicMemory.from_pretrained(tmp_path, make_model(dtype=torch.bfloat16), check_weights=False)
+    assert loaded.dtype == torch.bfloat16
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)  # the embeddings too, to which it is tied
+    with pytest.raises(ValueError, match="have changed since"):
+        memory.save_pretrained(tmp_path)
+    assert MosaicMemory.from_pretrained(tmp_path, make_model()).sources == memory.sources
+
+
+def change(name, function):
+    return lambda tensors: tensors | {name: function(tensors[name])}
+
+
+DAMAGES = {
+    "not a number": (change("layers.1.values", lambda t: t.fill_(torch.nan)), "not finite"),
+    "another width": (change("layers.0.keys", lambda t: t[:, :, 1:].contiguous()), "of shape"),
+    "fewer slots": (change("layers.0.keys", lambda t: t[:, 1:].contiguous()), "of shape"),
+    "another precision": (change("layers.0.values", lambda t: t.double()), "torch.float64 of shape"),
+    "no layer": (
+        lambda tensors: {k: t for k, t in tensors.items() if "layers.1" not in k},
+        "damaged, or holds no memory",
+    ),
+    "unknown text": (change("source_ids", lambda t: t + 3), "beyond the 3 sources"),
+    "negative place": (change("places", lambda t: t - 1), "must be indices"),
+    "bias": (change("layers.0.slot_bias", lambda t: t + torch.inf), "slot_bias"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_pairs_are_refused(name, tmp_path):
+    model = make_model()
+    joined(model).save_pretrained(tmp_path)
+    damage, message = DAMAGES[name]
+    save_file(damage(load_file(tmp_path / PAIRS_NAME)), tmp_path / PAIRS_NAME)
+    with pytest.raises(ValueError, match=message):
+        MosaicMemory.from_pretrained(tmp_path, model)
+
+
+def test_files_that_are_cut_or_missing_are_refused(tmp_path):
+    model = make_model()
+    joined(model).save_pretrained(tmp_path)
+    pairs, settings = (tmp_path / PAIRS_NAME).read_bytes(), (tmp_path / SETTINGS_NAME).read_text()
+    for length in (0, 5, 100, len(pairs) - 1):
+        (tmp_path / PAIRS_NAME).write_bytes(pairs[:length])
+        with pytest.raises(ValueError, match="damaged"):
+            MosaicMemory.from_pretrained(tmp_path, model)
+    (tmp_path / PAIRS_NAME).unlink()
+    with pytest.raises(ValueError, match=f"no {PAIRS_NAME}"):
+        MosaicMemory.from_pretrained(tmp_path, model)
+    (tmp_path / PAIRS_NAME).write_bytes(pairs)
+    for content, message in (
+        (settings[:-20], "damaged"),
+        ("[]", "does not describe"),
+        (json.dumps(json.loads(settings) | {"format": 9}), "format 9"),
+        (json.dumps(json.loads(settings) | {"precision": "int4"}), "int4"),
+        (json.dumps(json.loads(settings) | {"model_type": "gpt2"}), "a memory of a gpt2"),
+        (json.dumps(json.loads(settings) | {"num_slots": 4}), "must be indices"),
+    ):
+        (tmp_path / SETTINGS_NAME).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            MosaicMemory.from_pretrained(tmp_path, model)
+    (tmp_path / SETTINGS_NAME).unlink()
+    with pytest.raises(ValueError, match="writes it last"):
+        MosaicMemory.from_pretrained(tmp_path, model)
+    with pytest.raises(ValueError, match="dtype='int4'"):
+        joined(model).save_pretrained(tmp_path, dtype="int4")
+
+
+def test_a_question_of_another_tokenizer_is_refused(tmp_path):
+    tokenizer, other = (train_tokenizer([text] * 3, vocab_size=270) for text in TEXTS)
+    model = make_model(vocab_size=300)
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
+    memory = model.memorize(ids, source="Mia", tokenizer=tokenizer)
+    memory.save_pretrained(tmp_path)
+    memory = MosaicMemory.from_pretrained(tmp_path, model)
+    arguments = memory.prompt(["Who has the ball?", "Who?"], tokenizer)  # padding changes no tokenizer
+    assert arguments["input_ids"].shape[0] == 2 and memory.prompt("Who?", tokenizer)
+    with pytest.raises(ValueError, match="Another tokenizer"):
+        memory.prompt("Who has the ball?", other)
+    with pytest.raises(ValueError, match="Another tokenizer made the tokens of 'Tom'"):
+        MosaicMemory.union([memory, model.memorize(ids, source="Tom", tokenizer=other)])
