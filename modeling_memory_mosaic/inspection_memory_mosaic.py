@@ -18,10 +18,10 @@ A unit is one head of a layer's contextual or persistent memory. Each of its ret
 token completes. [`inspect_units`] measures how wrong a unit was, how sharply it chose, and how much of its layer's
 output it made; [`measure_units`] sums this up for a model card. [`trace_tokens`] shows for each token from which pairs
 each unit predicted the next one, and how much of its logit the unit made. All is recomputed from what the memories
-read, by their own operators, whatever attention function the model uses. A model does not need this file, and folders
-written by `save_pretrained` do not hold it.
+read, by their own operators, whatever attention function the model uses.
 
-Shapes use L layers, B batch, H heads, T tokens, D head width, C hidden size, N persistent slots per head.
+Shapes use L layers, B batch, H heads, T tokens, D head width, C hidden size, N persistent slots per head, S slots of
+texts that were joined before (0 if there are none).
 """
 
 import contextlib
@@ -37,6 +37,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .cache_memory_mosaic import memory_layer
 from .masking_memory_mosaic import strict_rule
 from .ops_memory_mosaic import at_least_float32, kernel_smoothing, scale_to_length
 
@@ -86,9 +87,10 @@ class MemoryMosaicTrace:
     what later layers retrieve, would then change.
 
     Args:
-        weights (`torch.Tensor` of shape `(L, B, H, T, T)`): what token t took, in contextual units, from the pair that
-            token s completed. The key of that pair is of the token before s, its value of both. Zero from s = t + 1
-            on. Rows sum to 1, or to 0 where nothing is stored: at the first token of each text.
+        weights (`torch.Tensor` of shape `(L, B, H, T, S + T)`): what token t took, in contextual units, from the pair
+            that token s completed, those of joined texts first. The key of that pair is of the token before s, its
+            value of both. Zero for tokens behind t. Rows sum to 1, or to 0 where nothing is stored: at the first token
+            of each text, if no others were joined.
         slot_weights (`torch.Tensor` of shape `(L, B, H, T, N)`): weights of persistent units over their slots.
         contribution (`torch.Tensor` of shape `(L, 2, B, H, T)`): what each unit adds to the logit; contextual units
             first, then persistent ones.
@@ -122,12 +124,16 @@ class MemoryMosaicTrace:
 
 
 class _Reading(NamedTuple):
-    """What a memory has read: hidden states `(B, T, C)`, and the arguments of its forward that describe them."""
+    """What a memory has read: hidden states `(B, T, C)`, and the arguments of its forward that describe them.
+
+    `joined` are keys and values `(B, H, S, D)` of texts that were joined before, and the biases of their slots.
+    """
 
     hidden_states: torch.Tensor
     is_token: torch.Tensor | None
     document_ids: torch.Tensor | None
     query_scale: torch.Tensor | None = None
+    joined: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
 
 def _readable_slots(is_token: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
@@ -139,7 +145,7 @@ def _readable_slots(is_token: torch.Tensor, document_ids: torch.Tensor | None) -
 
 
 def _retrieve_contextual(memory: Any, reading: _Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    hidden_states, is_token, document_ids, query_scale = reading
+    hidden_states, is_token, document_ids, query_scale, joined = reading
     scalars = memory.scalars()
     keys, queries, _ = memory.keys_and_queries(hidden_states, query_scale, is_token, document_ids, None, scalars)
     values = memory.pair_values(hidden_states, is_token, None, scalars).to(keys.dtype)
@@ -149,8 +155,18 @@ def _retrieve_contextual(memory: Any, reading: _Reading) -> tuple[torch.Tensor, 
         is_token = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
     is_readable = _readable_slots(is_token, document_ids)
     mask = torch.zeros_like(is_readable, dtype=torch.float32).masked_fill(~is_readable, -torch.inf)
-    retrieved, weights = kernel_smoothing(queries, slot_keys, slot_values, mask)
-    return retrieved, F.pad(weights[..., 1:], (1, 0)), slot_values
+    if joined is None:
+        retrieved, weights = kernel_smoothing(queries, slot_keys, slot_values, mask)
+        return retrieved, F.pad(weights[..., 1:], (1, 0)), slot_values
+    earlier_keys, earlier_values, bias = joined
+    has_pairs = (bias > -torch.inf).any(-1)[:, :, None]  # then no token needs the empty slot
+    mask = mask.expand(-1, bias.shape[1], -1, -1).clone()
+    mask[..., 0] = mask[..., 0].masked_fill(has_pairs, -torch.inf)
+    mask = torch.cat([bias[:, :, None].expand(-1, -1, mask.shape[2], -1), mask], dim=-1)
+    keys, values = torch.cat([earlier_keys, slot_keys], dim=2), torch.cat([earlier_values, slot_values], dim=2)
+    retrieved, weights = kernel_smoothing(queries, keys, values, mask)
+    weights[..., bias.shape[2]] = 0
+    return retrieved, weights, slot_values
 
 
 def _retrieve_persistent(memory: Any, reading: _Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -271,6 +287,15 @@ def _in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
     return watching
 
 
+def _joined_pairs(memory: Any, cache: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Return keys, values and biases of the texts that were joined before what a memory has read behind them."""
+    num_joined = 0 if cache is None else memory_layer(cache).num_joined
+    if memory.kind != "contextual" or not num_joined:
+        return None
+    layer = memory_layer(cache, memory.layer_idx)
+    return layer.keys[:, :, :num_joined], layer.values[:, :, :num_joined], layer.slot_bias[:, :, :num_joined]
+
+
 def _observing_hooks(model: nn.Module, observe: Callable[..., None]) -> Iterator[RemovableHandle]:
     """Register hooks that call `observe(memory, reading, residual)` for each memory.
 
@@ -286,7 +311,8 @@ def _observing_hooks(model: nn.Module, observe: Callable[..., None]) -> Iterator
             residual["persistent"] = residual["contextual"] + outputs[0]
         # Persistent memories get no `query_scale`: the number of their pairs is fixed.
         described = kwargs["is_token"], kwargs["document_ids"], kwargs.get("query_scale")
-        observe(memory, _Reading(inputs[0], *described), residual[memory.kind])
+        joined = _joined_pairs(memory, kwargs.get("past_key_values"))
+        observe(memory, _Reading(inputs[0], *described, joined), residual[memory.kind])
 
     for layer in model.modules():
         if hasattr(layer, "contextual_memory"):
@@ -301,12 +327,16 @@ def _read_through(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
+    memory: Any = None,
 ) -> None:
     """Let the model read, and observe each of its memories: see `_observing_hooks`."""
     _check_readable(model)
     with contextlib.ExitStack() as hooks:
         for hook in _observing_hooks(model, observe):
             hooks.enter_context(hook)
+        if memory is not None:
+            model(**memory.prompt(input_ids))
+            return
         masks = {"attention_mask": attention_mask, "position_ids": position_ids}
         model(input_ids=input_ids, use_cache=False, **{name: mask for name, mask in masks.items() if mask is not None})
 
@@ -452,20 +482,24 @@ def trace_tokens(
     input_ids: torch.LongTensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.LongTensor | None = None,
+    memory: Any = None,
 ) -> MemoryMosaicTrace:
     """Let a model read texts, and trace from which pairs and by which units each next token was predicted.
 
-    Keeps the weights of all layers: L x B x H x T x (T + persistent slots) numbers.
+    Keeps the weights of all layers: L x B x H x T x (S + T + persistent slots) numbers.
 
     Args:
         model, input_ids, attention_mask, position_ids: as for [`inspect_units`], with a model that predicts tokens.
             For a virtual token that another one follows, only the weights are known.
+        memory ([`MosaicMemory`], *optional*): of texts that are joined before each row; then without the masks.
 
     Raises:
         ValueError: if the model has no memories or no language modelling head, is in training mode, or does not take
             these arguments.
     """
     _check_readable(model)
+    if memory is not None and (attention_mask is not None or position_ids is not None):
+        raise ValueError("Behind a memory, texts are traced without masks: trace one text at a time.")
     causal: Any = next((module for module in model.modules() if "lm_head" in dict(module.named_children())), None)
     if causal is None:
         raise ValueError(f"{type(model).__name__} has no head that predicts tokens: pass a MemoryMosaicForCausalLM.")
@@ -483,7 +517,7 @@ def trace_tokens(
 
     keep_final = _in_this_thread(lambda _, inputs: streams.update(final=inputs[0]))
     with causal.model.norm.register_forward_pre_hook(keep_final):
-        _read_through(model, trace, input_ids, attention_mask, position_ids)
+        _read_through(model, trace, input_ids, attention_mask, position_ids, memory)
     following, is_followed = _following_ids(input_ids, streams["final"], **masks)
     numbers, direction = _look_through_head(causal, streams["final"], following)
     numbers["embedding"] = (at_least_float32(streams["embedding"]) * direction).sum(-1)

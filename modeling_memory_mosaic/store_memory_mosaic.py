@@ -29,10 +29,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
 from .cache_memory_mosaic import memory_kwargs, memory_layer
 from .files_memory_mosaic import MemoryFilesMixin
 from .identity_memory_mosaic import MemoryWriter, tokenizer_fingerprint
+from .inspection_memory_mosaic import trace_tokens
 from .masking_memory_mosaic import find_documents
 
 
@@ -273,6 +275,83 @@ class MosaicMemory(MemoryFilesMixin):
         past = mask.new_ones(ids.shape[0], self.input_ids.shape[0])
         cache = self.to_cache(ids.shape[0], **kwargs)
         return {"input_ids": ids, "attention_mask": torch.cat([past, mask], dim=1), **memory_kwargs(cache)}
+
+    def explain(self, model: PreTrainedModel, output: torch.Tensor) -> "MemoryRecall":
+        """Return from where each token of a text was recalled.
+
+        Args:
+            model: that wrote the memory, with its head.
+            output (`torch.LongTensor` of shape `(1, T)`): the text, as `generate(**memory.prompt(...))` returns it.
+
+        Raises:
+            ValueError: if the text has fewer than two tokens, or there are several texts.
+        """
+        if output.ndim != 2 or output.shape[0] != 1 or output.shape[1] < 2:
+            raise ValueError(f"The text has shape {tuple(output.shape)}: it must be (1, tokens), two tokens or more.")
+        trace = trace_tokens(model, output, memory=self)
+        # Of contextual units, to the logit of the token behind each: (L, H, T - 1), shared out by the weights.
+        units = trace.contribution[:, 0, 0, :, :-1]
+        pairs = torch.einsum("lht,lhts->ts", units, trace.weights[:, 0, :, :-1])
+        return MemoryRecall(pairs, self.source_ids.cpu(), self.places.cpu(), list(self.sources))
+
+    def verify(self, model: Any) -> dict[str, float]:
+        """Let a model read the texts again, and return how far their pairs are from those of the memory.
+
+        Returns:
+            the largest difference of a number of any key or value, by the name of each text that the memory holds
+            whole. Rounding alone gives about 1e-6 in float32.
+        """
+        differences = {}
+        for index, name in enumerate(self.sources):
+            own = self.select([name])
+            if not torch.equal(own.places, torch.arange(len(own.places), device=self.device)):
+                continue  # some of its pairs are forgotten
+            again = model.memorize(own.input_ids[None], source=name)
+            parts = zip(own.keys + own.values, again.keys + again.values, strict=True)
+            differences[name] = max(float((one - other).abs().max()) for one, other in parts)
+        return differences
+
+
+@dataclass
+class MemoryRecall:
+    """From where each token of a text was recalled.
+
+    With the scale of the final norm held at its value, the logit of a token, less the mean over the vocabulary, is a
+    sum over what each unit retrieved from each pair (see [`MemoryMosaicTrace`]).
+
+    Args:
+        contribution (`torch.Tensor` of shape `(T - 1, S + T)`): what each pair of the memory, and then of the text,
+            adds to the logit of tokens 1 to T - 1, over all units.
+        source_ids, places (`torch.LongTensor` of shape `(S,)`): of the memory's slots.
+        sources (`list[str]`): names of the texts.
+    """
+
+    contribution: torch.Tensor
+    source_ids: torch.Tensor
+    places: torch.Tensor
+    sources: list[str]
+
+    def by_source(self) -> torch.Tensor:
+        """Return what each text of the memory, and last the text itself, adds to the logit `(T - 1, sources + 1)`."""
+        own = torch.full((self.contribution.shape[1] - len(self.source_ids),), len(self.sources))
+        owners = torch.cat([self.source_ids.cpu(), own]).expand_as(self.contribution)
+        sums = self.contribution.new_zeros(len(self.contribution), len(self.sources) + 1)
+        return sums.scatter_add(1, owners, self.contribution)
+
+    def strongest(self, token: int, num: int = 5) -> list[tuple[str | None, int, float]]:
+        """Return the pairs that add most to the logit of a token, numbered from 1, the first of the text being 0.
+
+        Returns:
+            the text's name (`None`: the text itself), the place of the token that completed the pair, and the logit.
+        """
+        values, slots = self.contribution[token - 1].topk(min(num, self.contribution.shape[1]))
+        pairs = []
+        for value, slot in zip(values.tolist(), slots.tolist(), strict=True):
+            is_own = slot >= len(self.source_ids)
+            name = None if is_own else self.sources[int(self.source_ids[slot])]
+            place = slot - len(self.source_ids) if is_own else int(self.places[slot])
+            pairs.append((name, place, value))
+        return pairs
 
 
 def _joined(memories: Sequence[MosaicMemory], part: Callable[[MosaicMemory, int], torch.Tensor]) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from helpers.models import NARROWING, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_memory_mosaic import MosaicMemory, store_memory_mosaic
+from modeling_memory_mosaic import MosaicMemory, store_memory_mosaic, trace_tokens
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from modeling_memory_mosaic.naive_memory_mosaic import naive_logits
 
@@ -256,3 +256,47 @@ def test_texts_without_a_name_have_one_of_their_ids(model):
     memory = model.memorize(question)
     assert memory.sources == model.memorize(question.clone()).sources
     assert memory.sources != model.memorize(question[:, :-1]).sources
+
+
+def test_recall_shares_out_the_logit_of_each_token(model):
+    """Over all pairs it is what contextual units add, and without the memory it is the trace's own."""
+    memory = MosaicMemory.union(memorized(model))
+    text = torch.cat([question, make_ids(1, 3, seed=3)], dim=1)
+    trace = trace_tokens(model, text, memory=memory)
+    logits = answer(model, memory, text)
+    relative = logits.gather(-1, text.roll(-1, 1)[..., None])[..., 0] - logits.mean(-1)
+    torch.testing.assert_close(trace.logit[:, :-1], relative[:, :-1], rtol=0, atol=1e-10)
+    total = trace.embedding + trace.biases + trace.contribution.sum(dim=(0, 1, 3))
+    torch.testing.assert_close(total[:, :-1], relative[:, :-1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(trace.weights.sum(-1), torch.ones_like(trace.weights[..., 0]), rtol=0, atol=1e-10)
+    recall = memory.explain(model, text)
+    expected = trace.contribution[:, 0, 0].sum(dim=(0, 1))[:-1]
+    torch.testing.assert_close(recall.contribution.sum(-1), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(recall.by_source().sum(-1), expected, rtol=0, atol=1e-10)
+    is_empty = (memory.slot_bias[0][0, 0] == -torch.inf).nonzero()[:, 0]
+    assert (recall.contribution[:, is_empty] == 0).all()
+    name, place, value = recall.strongest(4)[0]
+    assert value == recall.contribution[3].max()
+    if name is not None:
+        slot = (memory.source_ids == memory.sources.index(name)) & (memory.places == place)
+        assert recall.contribution[3, slot.nonzero()[0, 0]] == value
+    with pytest.raises(ValueError, match="two tokens"):
+        memory.explain(model, question[:, :1])
+
+
+def test_weights_of_a_trace_are_those_of_the_model(model):
+    memory = MosaicMemory.union(memorized(model))
+    model.set_attn_implementation("eager")
+    maps = model(**memory.prompt(question), output_attentions=True).attentions
+    weights = trace_tokens(model, question, memory=memory).weights
+    for layer, of_model in enumerate(maps):
+        # The model names the token whose key it is, the trace the one that completes the pair.
+        torch.testing.assert_close(weights[layer, ..., 1:], of_model[..., :-1], rtol=0, atol=1e-10)
+
+
+def test_a_memory_is_compared_with_the_texts_read_again(model):
+    memory = MosaicMemory.union(memorized(model)).forget("text 1", tokens=slice(0, 2))
+    differences = memory.verify(model)
+    assert differences.keys() == {"text 0", "text 2", "text 3"} and max(differences.values()) < 1e-12
+    memory.keys[1][:, :, -1] += 1e-3
+    assert memory.verify(model)["text 3"] == pytest.approx(1e-3)
