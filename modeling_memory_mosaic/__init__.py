@@ -3,6 +3,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from .bounded_memory_mosaic import bounded
 from .cache_memory_model import MemoryModelCache
 from .cache_memory_mosaic import (
     MemoryMosaicCacheLayer,
@@ -77,6 +78,7 @@ __all__ = [
     "MemoryMosaicTrace",
     "MemoryMosaicUnits",
     "MosaicMemory",
+    "bounded",
     "inspect_continuous_units",
     "inspect_units",
     "kernel_smoothing",

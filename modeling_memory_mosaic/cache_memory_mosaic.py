@@ -172,6 +172,11 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
             trajectory = torch.cat([self.states[name], trajectory], dim=2)
         self.states[name] = trajectory
 
+    @property
+    def has_biases(self) -> bool:
+        """Whether slots have biases, so that no token reads without them."""
+        return self.slot_bias is not None
+
     def begin_text(self, slot_bias: torch.Tensor) -> None:
         """Let a text begin behind the slots that are stored, whose biases `(B, H or 1, S)` are given."""
         self.slot_bias = slot_bias

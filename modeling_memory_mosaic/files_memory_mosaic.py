@@ -12,7 +12,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A [`MosaicMemory`] on the disk and on the Hub: pairs in one safetensors file, and what they are in a JSON file.
+"""A [`MosaicMemory`] on the disk and on the Hub: one safetensors file, whose header says what the pairs are.
 
 Shapes use H heads, S slots of a memory, D head width.
 """
@@ -34,7 +34,9 @@ from .identity_memory_mosaic import MemoryWriter, unwrapped, weights_fingerprint
 from .rounding_memory_mosaic import CODE_DTYPES, check_codes, dequantize_vectors, quantize_vectors
 
 
-PAIRS_NAME, SETTINGS_NAME = "memory.safetensors", "memory.json"
+FILE_NAME = "memory.safetensors"
+# Where the header has the settings, as JSON.
+SETTINGS_NAME = "memory"
 FORMAT = 1
 # Precisions that pairs are stored in, by the names of `save_pretrained(dtype=...)`.
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, **CODE_DTYPES}
@@ -49,7 +51,7 @@ def pairs_to_tensors(name: str, pairs: torch.Tensor, precision: str) -> dict[str
 
 
 def save_memory(memory: Any, folder: Path, precision: str | None) -> None:
-    """Write a [`MosaicMemory`] into a folder; each file is complete or not there.
+    """Write a [`MosaicMemory`] into a folder, in place of an older one; until it is complete, that stays.
 
     Args:
         precision (`str`, *optional*): a key of `PRECISIONS`; that of the pairs when absent.
@@ -74,26 +76,24 @@ def save_memory(memory: Any, folder: Path, precision: str | None) -> None:
         "transformers": transformers.__version__,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (SETTINGS_NAME, PAIRS_NAME):
-        (folder / name).unlink(missing_ok=True)  # settings never stand beside pairs of another memory
-    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / f"{PAIRS_NAME}.part")
-    os.replace(folder / f"{PAIRS_NAME}.part", folder / PAIRS_NAME)
-    (folder / f"{SETTINGS_NAME}.part").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    os.replace(folder / f"{SETTINGS_NAME}.part", folder / SETTINGS_NAME)
+    staged = folder / f"{FILE_NAME}.part"
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, staged, metadata={SETTINGS_NAME: json.dumps(settings)})
+    os.replace(staged, folder / FILE_NAME)
 
 
-def find_file(folder_or_repo: str | os.PathLike, name: str, **kwargs: Any) -> Path:
-    """Return the path of a file of a memory, which is fetched if it is not in a local folder.
+def find_file(folder_or_repo: str | os.PathLike, **kwargs: Any) -> Path:
+    """Return the path of the file of a memory, which is fetched if it is not in a local folder.
 
     Raises:
         ValueError: if there is none.
     """
     if os.path.isdir(folder_or_repo):
-        path = Path(folder_or_repo) / name
+        path = Path(folder_or_repo) / FILE_NAME
         if not path.is_file():
-            raise ValueError(f"{folder_or_repo} holds no {name}: `memory.save_pretrained(folder)` writes it last.")
+            raise ValueError(f"{folder_or_repo} holds no {FILE_NAME}: `memory.save_pretrained(folder)` writes it.")
         return path
-    return Path(cached_file(str(folder_or_repo), name, **kwargs))
+    return Path(cached_file(str(folder_or_repo), FILE_NAME, **kwargs))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -103,8 +103,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         ValueError: if the file is damaged, or is none of a memory.
     """
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {}).get(SETTINGS_NAME, "null"))
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
     names = {"format", "model_type", "fingerprint", "tokenizer", "precision", "sources", "num_slots"}
     if not isinstance(settings, dict) or names - settings.keys():
@@ -183,9 +184,9 @@ def load_memory(
     Raises:
         ValueError: if it is not this model's, or damaged.
     """
-    settings = read_settings(find_file(folder_or_repo, SETTINGS_NAME, **kwargs))
+    path, config = find_file(folder_or_repo, **kwargs), model.config
+    settings = read_settings(path)
     check_model(settings, model, check_weights)
-    path, config = find_file(folder_or_repo, PAIRS_NAME, **kwargs), model.config
     shape = (config.num_attention_heads, settings["num_slots"], config.head_dim)
     fields: dict[str, Any] = {"keys": [], "values": [], "slot_bias": []}
     try:

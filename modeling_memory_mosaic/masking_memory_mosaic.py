@@ -41,7 +41,7 @@ from .ops_memory_mosaic import MAX_LOG_KEY_SCALE, forward_fill
 
 
 # What `DataCollatorWithFlattening` sends along with `position_ids`.
-PACKING_NAMES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+PACKING_NAMES = ("sees_all", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # What other libraries call them: without a check they would be passed over.
 FOREIGN_PACKING_NAMES = ("document_ids", "segment_ids", "sequence_ids", "cu_seqlens", "cu_seqlens_q")
 # All arguments that mark where each document of a packed batch begins.
@@ -218,6 +218,25 @@ def find_documents(
     return begins.long().cumsum(-1) if is_torchdynamo_compiling() or begins.any() else None
 
 
+def check_sees_all(
+    sees_all: torch.Tensor | None,
+    inputs_embeds: torch.Tensor,
+    document_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> torch.Tensor | None:
+    """Return `sees_all` as booleans; `None` if rows hold one document each, which sees itself.
+
+    Raises:
+        ValueError: if it has another shape than `(B, T)`, or if there is a memory.
+    """
+    if sees_all is None:
+        return None
+    check_shape("sees_all", sees_all, *inputs_embeds.shape[:2])
+    if past_key_values is not None:
+        raise ValueError("sees_all is for packed documents without a memory: tokens see all that a memory holds.")
+    return None if document_ids is None else sees_all.to(inputs_embeds.device, torch.bool)
+
+
 def count_tokens(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
     """Return the number of tokens `(B, S)` of the same document so far, each slot's own included.
 
@@ -265,12 +284,27 @@ def growth_of_kernels(
     return ((num_pairs.clamp(min=start).to(dtype) / start) ** exponent).clamp(max=largest)
 
 
+def count_pairs(
+    is_token_slot: torch.Tensor, document_ids: torch.Tensor | None, sees_all: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the number of pairs `(B, S)` that each token sees; -1 or 0 for one that sees none.
+
+    Arguments as for [`count_tokens`], and `sees_all` `(B, S)`: True at tokens that see the pairs of all documents
+    before them in the row.
+    """
+    count = count_tokens(is_token_slot, document_ids)
+    if sees_all is None:
+        return count - 1
+    return torch.where(sees_all, (is_token_slot & (count > 1)).long().cumsum(-1), count - 1)
+
+
 def scale_of_queries(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     document_ids: torch.Tensor | None,
     past_length: int | torch.Tensor,
+    sees_all: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Return the growth of each new token's inverse temperature with the pairs that it sees: [`growth_of_kernels`].
 
@@ -278,6 +312,7 @@ def scale_of_queries(
         attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): False at padding.
         document_ids (`torch.Tensor` of shape `(B, T)`, *optional*): see [`find_documents`].
         past_length: number of tokens in the memory; a tensor if the memory is static.
+        sees_all (`torch.Tensor` of shape `(B, T)`, *optional*): see [`count_pairs`].
 
     Returns:
         factors `(B or 1, T)`, in float32 at least; `None` if the kernels do not depend on n.
@@ -292,16 +327,21 @@ def scale_of_queries(
         if attention_mask is None:
             attention_mask = torch.ones_like(document_ids, dtype=torch.bool)
         # A token sees a pair of each token before it. Behind a text, padding sees what the last token does.
-        num_pairs = count_tokens(attention_mask, document_ids)[:, -num_tokens:] - 1
+        num_pairs = count_pairs(attention_mask, document_ids, sees_all)[:, -num_tokens:]
     return growth_of_kernels(config, num_pairs, inputs_embeds)
 
 
-def strict_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+def strict_rule(
+    is_token_slot: torch.Tensor, document_ids: torch.Tensor | None, sees_all: torch.Tensor | None = None
+) -> Callable[..., torch.Tensor]:
     """Return which slots a token may read besides causality, as a mask function of transformers.
 
-    Arguments as for [`count_tokens`].
+    Arguments as for [`count_pairs`].
     """
-    count = count_tokens(is_token_slot, document_ids)
+    count, num_pairs = (
+        count_tokens(is_token_slot, document_ids),
+        count_pairs(is_token_slot, document_ids, sees_all),
+    )
 
     def rule(
         batch_idx: torch.Tensor, head_idx: torch.Tensor | None, q_idx: torch.Tensor, kv_idx: torch.Tensor
@@ -309,26 +349,35 @@ def strict_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None) 
         """A slot is full if its token is real and not the first. A token without full slots reads empty slot 0."""
         is_full = is_token_slot[batch_idx, kv_idx] & (count[batch_idx, kv_idx] > 1)
         if document_ids is not None:
-            is_full = is_full & (document_ids[batch_idx, kv_idx] == document_ids[batch_idx, q_idx])
-        return is_full | ((kv_idx == 0) & (count[batch_idx, q_idx] <= 1))
+            is_seen = document_ids[batch_idx, kv_idx] == document_ids[batch_idx, q_idx]
+            is_full = is_full & (is_seen if sees_all is None else is_seen | sees_all[batch_idx, q_idx])
+        return is_full | ((kv_idx == 0) & (num_pairs[batch_idx, q_idx] <= 0))
 
     return rule
 
 
-def slot_rule(is_token_slot: torch.Tensor, document_ids: torch.Tensor | None, past_length: int) -> SlotRule:
+def slot_rule(
+    is_token_slot: torch.Tensor,
+    document_ids: torch.Tensor | None,
+    past_length: int,
+    sees_all: torch.Tensor | None = None,
+) -> SlotRule:
     """Return the rule of [`strict_rule`] with causality, for [`block_read`], without a number for each token and slot.
 
-    Arguments as for [`count_tokens`]; `past_length` is the number of tokens in the memory.
+    Arguments as for [`count_pairs`]; `past_length` is the number of tokens in the memory.
     """
     is_full = is_token_slot & (count_tokens(is_token_slot, document_ids) > 1)
     begins = None
     if document_ids is not None:
         places = torch.arange(document_ids.shape[1], device=document_ids.device)
         begins = (F.pad(document_ids.diff(dim=-1), (1, 0)) * places).cummax(dim=-1).values
+        begins = begins if sees_all is None else begins.masked_fill(sees_all, 0)
     return SlotRule(past_length + 1, is_full, begins)
 
 
-def count_behind(layer: Any, attention_mask: torch.Tensor | None, past_length: Any, num_tokens: int) -> torch.Tensor:
+def count_behind(
+    layer: Any, attention_mask: torch.Tensor | None, past_length: Any, num_tokens: int, device: torch.device
+) -> torch.Tensor:
     """Return the number of tokens `(B or 1, T)` that the text behind joined ones has so far, each own included.
 
     Args:
@@ -337,7 +386,7 @@ def count_behind(layer: Any, attention_mask: torch.Tensor | None, past_length: A
     """
     if attention_mask is not None:
         return attention_mask[:, layer.num_joined :].long().cumsum(-1)[:, -num_tokens:]
-    return past_length - layer.num_joined + torch.arange(1, num_tokens + 1, device=layer.slot_bias.device)[None]
+    return past_length - layer.num_joined + torch.arange(1, num_tokens + 1, device=device)[None]
 
 
 def joined_masks(
@@ -354,14 +403,14 @@ def joined_masks(
     """
     layer, (batch_size, num_tokens, _) = memory_layer(past_key_values), inputs_embeds.shape
     past_length: Any = past_key_values.get_seq_length()
-    count = count_behind(layer, attention_mask, past_length, num_tokens)
+    count = count_behind(layer, attention_mask, past_length, num_tokens, inputs_embeds.device)
     is_full = count > 1 if attention_mask is None else attention_mask[:, -num_tokens:] & (count > 1)
     slot_bias = torch.zeros(is_full.shape, device=is_full.device).masked_fill(~is_full, -torch.inf)
+    masks: dict[str, Any] = {"slot_bias": slot_bias.expand(batch_size, -1)[:, None], "query_scale": None}
+    if hasattr(layer, "read"):  # a bounded memory, which knows itself how many pairs it holds
+        return masks | {"slot_mask": None}
     num_pairs = layer.num_pairs() + (count - 1).clamp(min=0)
-    masks = {
-        "slot_bias": slot_bias.expand(batch_size, -1)[:, None],
-        "query_scale": growth_of_kernels(config, num_pairs, inputs_embeds, *layer.bandwidth),
-    }
+    masks["query_scale"] = growth_of_kernels(config, num_pairs, inputs_embeds, *layer.bandwidth)
     if not is_compiled and has_plain_sdpa(config) and can_read_in_blocks(inputs_embeds):
         return masks | {"slot_mask": SlotRule(int(past_length) + 1)}
     num_slots = past_key_values.get_mask_sizes(num_tokens, 0)[0]
@@ -386,6 +435,7 @@ def create_memory_masks(
     past_key_values: Cache | None = None,
     cache: Cache | None = None,
     is_compiled: bool = False,
+    sees_all: torch.Tensor | None = None,
     **packing: Any,
 ) -> dict[str, Any]:
     """Return what all layers of one forward pass need to know about padding, documents and the past.
@@ -393,6 +443,8 @@ def create_memory_masks(
     Args:
         attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, on either side or within.
         is_compiled (`bool`): whether compiled code is to read the mask, which then is a tensor, not a [`SlotRule`].
+        sees_all (`torch.Tensor` of shape `(B, T)`, *optional*): True at tokens that see the pairs of all documents
+            before them in the row, and not of their own alone, as a question does that is asked of several documents.
         packing: `position_ids`, `seq_idx` and `cu_seq_lens_q`, see [`find_documents`].
 
     Returns:
@@ -421,10 +473,11 @@ def create_memory_masks(
     if is_token is not None and not is_torchdynamo_compiling() and is_token.all():
         is_token = None
     document_ids = find_documents(inputs_embeds, attention_mask, past_key_values, **packing)
+    sees_all = check_sees_all(sees_all, inputs_embeds, document_ids, past_key_values)
     masks: dict[str, Any] = {"is_token": is_token, "document_ids": document_ids}
-    if past_key_values is not None and memory_layer(past_key_values).slot_bias is not None:
+    if past_key_values is not None and memory_layer(past_key_values).has_biases:
         return masks | joined_masks(config, inputs_embeds, attention_mask, past_key_values, is_compiled)
-    query_scale = scale_of_queries(config, inputs_embeds, attention_mask, document_ids, past_length)
+    query_scale = scale_of_queries(config, inputs_embeds, attention_mask, document_ids, past_length, sees_all)
     masks |= {"slot_mask": None, "query_scale": query_scale}
 
     # Two families of attention functions read a missing mask as causal; the others need it spelled out.
@@ -445,9 +498,9 @@ def create_memory_masks(
         attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], num_slots), dtype=torch.bool)
     is_token_slot = F.pad(attention_mask, (0, num_slots - attention_mask.shape[1]))
     if not is_compiled and has_plain_sdpa(config) and can_read_in_blocks(inputs_embeds):
-        masks["slot_mask"] = slot_rule(is_token_slot, document_ids, int(past_length))
+        masks["slot_mask"] = slot_rule(is_token_slot, document_ids, int(past_length), sees_all)
         return masks
-    rule = strict_rule(is_token_slot, document_ids)
+    rule = strict_rule(is_token_slot, document_ids, sees_all)
     masks["slot_mask"] = create_causal_mask(config, inputs_embeds, None, past_key_values, and_mask_function=rule)
     if masks["slot_mask"] is None:
         raise ValueError(

@@ -165,6 +165,7 @@ class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
         past_key_values: Cache | None,
         is_first: bool,
         slot_bias: torch.Tensor | None = None,
+        is_token: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Store the pairs that the new tokens complete, then retrieve for each token.
@@ -173,11 +174,19 @@ class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
             queries (`torch.Tensor` of shape `(B, H, T, D)`).
             keys (`torch.Tensor` of shape `(B, H, S + 1, D)`): of S pairs, and the newest, whose pair is incomplete.
             values (`torch.Tensor` of shape `(B, H, S, D)`): S is T, or T - 1 if no token came before (`is_first`).
-            slot_mask, past_key_values, slot_bias: as for `forward`.
+            slot_mask, past_key_values, slot_bias, is_token: as for `forward`.
 
         Returns:
             retrieved values `(B, T, H, D)`, and weights if the attention function returns them.
         """
+        states: Any = None if past_key_values is None else self.states(past_key_values)
+        if hasattr(states, "read"):
+            # Bounded: the layer knows by itself which pairs it holds.
+            pairs = (F.pad(part, (0, 0, is_first, 0)) for part in (keys[:, :, :-1], values))
+            is_full = slot_bias[:, 0] > -torch.inf
+            return states.read(
+                queries, *pairs, torch.ones_like(is_full) if is_token is None else is_token, is_full
+            ), None
         if slot_bias is not None:
             kwargs["slot_bias"] = self.states(past_key_values).add_slot_bias(slot_bias)
         slots = keys, values
@@ -372,7 +381,7 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
         past = is_token, document_ids, states, scalars
         keys, queries, is_first = self.keys_and_queries(hidden_states, query_scale, *past)
         values = as_dtype(self.pair_values(hidden_states, is_token, states, scalars), keys.dtype)
-        kwargs["slot_bias"] = slot_bias
+        kwargs |= {"slot_bias": slot_bias, "is_token": is_token}
         retrieved, weights = self.attend(queries, keys, values, slot_mask, past_key_values, is_first, **kwargs)
         return self.combine(retrieved.flatten(2)), weights
 

@@ -49,6 +49,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_memory_mosaic import AdaptableLayer, AdaptableModel
+from .bounded_memory_mosaic import bind_memory
 from .cache_memory_mosaic import MEMORY_NAME, check_memory, memory_kwargs, memory_layer, one_memory
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .generation_memory_mosaic import MemoryMosaicGenerationMixin
@@ -181,6 +182,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
         self.gradient_checkpointing = False
+        self.bound: tuple[Any, ...] | None = None  # of memories, see `bounded`
         self.post_init()
 
     # trf-ignore: TRF057
@@ -209,8 +211,12 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         else:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         check_inputs(self.config, embeds, kwargs)
+        if use_cache and past_key_values is None and self.bound is not None:
+            past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             self.check_memory(embeds, past_key_values)
+            if self.bound is not None:
+                bind_memory(past_key_values, self.bound)
         packing = pop_packing(kwargs, position_ids)
 
         # `generate` makes the masks itself where it compiles the model.

@@ -93,6 +93,54 @@ def naive_contextual_memory(
     return torch.stack(outputs)
 
 
+def naive_bounded_memory(
+    k_states: torch.Tensor,
+    v_states: torch.Tensor,
+    key_leak: torch.Tensor,
+    key_scale: torch.Tensor,
+    value_scale: torch.Tensor,
+    value_mix: torch.Tensor,
+    max_pairs: int,
+    policy: str,
+) -> torch.Tensor:
+    """Return the outputs `(T, D)` of [`naive_contextual_memory`] if it holds at most so many pairs. Not in the paper.
+
+    Before a pair is stored that does not fit, a sixteenth of the pairs go, and one at least: those that the policy
+    rates lowest, of pairs that are rated alike the older ones.
+    """
+    keys = naive_keys(k_states, key_leak, key_scale)
+    pairs: list[dict[str, Any]] = []
+    outputs: list[torch.Tensor] = []
+    for t in range(len(keys)):
+        if t > 0:
+            if len(pairs) == max_pairs:
+                ratings = {
+                    "fifo": [pair["born"] for pair in pairs],
+                    "lru": [pair["used_at"] for pair in pairs],
+                    "usage": [pair["usage"] / max(1, pair["exposure"]) for pair in pairs],
+                    "surprise": [pair["error"] for pair in pairs],
+                }[policy]
+                order = sorted(range(max_pairs), key=lambda index: ratings[index])
+                pairs = [pairs[index] for index in sorted(order[max(1, max_pairs // 16) :])]
+            value = value_mix * v_states[t - 1] + (1 - value_mix) * v_states[t]
+            value = torch.exp(10 * value_scale) * naive_norm(value)
+            error = float((outputs[t - 1] - value).square().sum() / value.square().sum())
+            new = {"key": keys[t - 1], "value": value, "error": error}
+            pairs.append(new | {"born": t + 1, "used_at": t + 1, "usage": 0.0, "exposure": 0})
+        outputs.append(
+            naive_kernel_smoothing(
+                keys[t], [pair["key"] for pair in pairs], [pair["value"] for pair in pairs], v_states.shape[1]
+            )
+        )
+        scores = torch.stack([keys[t] @ pair["key"] for pair in pairs]) if pairs else keys.new_zeros(0)
+        for pair, weight in zip(pairs, scores.softmax(0).tolist(), strict=True):
+            pair["usage"] += weight
+            pair["exposure"] += 1
+            if weight * len(pairs) > 1:
+                pair["used_at"] = t + 1
+    return torch.stack(outputs)
+
+
 def naive_persistent_memory(
     k_states: torch.Tensor,
     slot_keys: torch.Tensor,
@@ -125,6 +173,7 @@ def naive_logits(
     config: Any,
     input_ids: torch.Tensor,
     pairs: dict[str, list[tuple[list[torch.Tensor], list[torch.Tensor]]]] | None = None,
+    bound: tuple[int, str] | None = None,
 ) -> torch.Tensor:
     """Return the logits `(T, vocab_size)` of one unpadded text `(T,)`, without dropout.
 
@@ -133,6 +182,7 @@ def naive_logits(
         config: its configuration.
         pairs (*optional*): keys and values that other texts have stored, for each head of each contextual memory, by
             its name. Those of this text are added to them.
+        bound (*optional*): number of pairs that each head holds at most, and the policy by which others go.
     """
     pairs = {} if pairs is None else pairs
 
@@ -153,6 +203,8 @@ def naive_logits(
         k_states, v_states = heads(linear(f"{name}.k_proj", inputs)), heads(linear(f"{name}.v_proj", inputs))
         bandwidth = {name: getattr(config, name) for name in ("bandwidth_exponent", "bandwidth_start")}
         memories = zip(k_states, v_states, *scalars, strict=True)
+        if bound is not None:
+            return linear(f"{name}.o_proj", torch.cat([naive_bounded_memory(*m, *bound) for m in memories], dim=-1))
         stored = pairs.setdefault(name, [([], []) for _ in k_states])
         outputs = [
             naive_contextual_memory(*memory, **bandwidth, pairs=own)

@@ -302,7 +302,7 @@ class MosaicMemory(MemoryFilesMixin):
             whole. Rounding alone gives about 1e-6 in float32.
         """
         differences = {}
-        for index, name in enumerate(self.sources):
+        for name in self.sources:
             own = self.select([name])
             if not torch.equal(own.places, torch.arange(len(own.places), device=self.device)):
                 continue  # some of its pairs are forgotten

@@ -162,6 +162,78 @@ def generate(
 
 
 @app.command()
+def memorize(
+    context: typer.Context,
+    folder: Folder,
+    files: Annotated[list[Path], typer.Argument(help="Texts in UTF-8; each is read alone, and named by its path.")],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the stored pairs: float32, bfloat16, int8 or fp8; the model's by default.")
+    ] = None,
+) -> None:
+    """Let a model read files, and write what it has read as a memory."""
+    with _plain_errors(context):
+        from training.memories import memorize_files
+
+        typer.echo(memorize_files(folder, files, output, dtype))
+
+
+@app.command()
+def ask(
+    context: typer.Context,
+    folder: Folder,
+    question: Annotated[str, typer.Argument(help="A text to continue behind what was read.")],
+    memory: Annotated[
+        list[str], typer.Option(help="A folder of `memorize`, or USER/NAME; may be given several times.")
+    ],
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer, in tokens.")] = 32,
+    temperature: Annotated[float, typer.Option(help="Of the sampling; 0 takes the likeliest token.")] = 0.0,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Exponent by which kernels narrow with the number of pairs.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Answer behind the joined memories, and show what each of their texts added to the answer, in nats."""
+    with _plain_errors(context):
+        from training.memories import ask as answer
+
+        sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+        sampling |= {"temperature": temperature} if temperature > 0 else {}
+        text, totals = answer(folder, memory, question, seed, bandwidth, **sampling)
+        typer.echo(text)
+        for name, nats in totals:
+            typer.echo(f"{nats:9.2f}  {name}", err=True)
+
+
+@app.command()
+def forget(
+    context: typer.Context,
+    folder: Folder,
+    memory: Annotated[Path, typer.Option(help="A folder of `memorize`, which is changed.")],
+    source: Annotated[str, typer.Option(help="The name of a text in it, see `info`.")],
+) -> None:
+    """Forget a text: from then on, answers are those of a memory that never had it."""
+    with _plain_errors(context):
+        from training.memories import forget_source
+
+        typer.echo(forget_source(folder, memory, source))
+
+
+@app.command()
+def info(
+    context: typer.Context,
+    memory: Annotated[Path, typer.Argument(help="A folder of `memorize`.")],
+) -> None:
+    """Print what a stored memory is, as JSON."""
+    with _plain_errors(context):
+        import json
+
+        from training.memories import describe
+
+        typer.echo(json.dumps(describe(memory), indent=1))
+
+
+@app.command()
 def convert(
     context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of the authors' code.")],

@@ -300,3 +300,76 @@ def test_a_memory_is_compared_with_the_texts_read_again(model):
     assert differences.keys() == {"text 0", "text 2", "text 3"} and max(differences.values()) < 1e-12
     memory.keys[1][:, :, -1] += 1e-3
     assert memory.verify(model)["text 3"] == pytest.approx(1e-3)
+
+
+def packed(texts, last):
+    """Return texts in one row, the last of which sees all, with padding before, between and behind them."""
+    pieces = [torch.zeros(1, 2, dtype=torch.long)]
+    masks, positions, sees = [torch.zeros(1, 2)], [torch.zeros(1, 2)], [torch.zeros(1, 2)]
+    for text in [*texts, last]:
+        length = text.shape[1]
+        pieces += [text, torch.zeros(1, 1, dtype=torch.long)]
+        masks += [torch.ones(1, length), torch.zeros(1, 1)]
+        positions += [torch.arange(length)[None], torch.zeros(1, 1)]
+        sees += [torch.full((1, length), float(text is last)), torch.zeros(1, 1)]
+    ids, mask, positions, sees = (torch.cat(parts, dim=1) for parts in (pieces, masks, positions, sees))
+    return {
+        "input_ids": ids,
+        "attention_mask": mask.long(),
+        "position_ids": positions.long(),
+        "sees_all": sees.bool(),
+        "use_cache": False,
+    }
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_packed_question_of_all_texts_is_that_behind_joined_ones(implementation, model):
+    """It is how models are trained to use what was read alone."""
+    memories = memorized(model)
+    expected = answer(model, MosaicMemory.union(memories), question)
+    alone = [model(text).logits for text in make_texts()]
+    model.set_attn_implementation(implementation)
+    batch = packed(make_texts(), question)
+    logits = model(**batch).logits
+    texts = logits[batch["attention_mask"].bool() & ~batch["sees_all"]]
+    torch.testing.assert_close(logits[batch["sees_all"]][None], expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(texts, torch.cat(alone, dim=1)[0], rtol=0, atol=1e-10)
+    # Without padding, too.
+    plain = {name: part[:, batch["attention_mask"][0].bool()] for name, part in list(batch.items())[:4]}
+    logits = model(**plain, use_cache=False).logits[:, -question.shape[1] :]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+def test_gradients_of_a_packed_question_reach_the_texts(model):
+    gradients = []
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        batch = packed(make_texts(), question)
+        labels = batch["input_ids"].masked_fill(~batch["sees_all"], -100)
+        model(**batch, labels=labels).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    # In one block, words of the texts matter to nothing but the pairs that they are stored as.
+    embedding = gradients[0][0].abs().sum(-1)
+    assert (embedding[torch.cat(make_texts(), dim=1)[0]] > 0).all()
+
+
+def test_one_block_reads_joined_texts_as_if_one_after_the_other_with_new_sums(model):
+    """The only thing that joining changes at one block is that no pair goes from one text to the next."""
+    one_block = make_model(dtype=torch.float64, num_hidden_layers=1)
+    texts = make_texts()
+    joined = answer(one_block, MosaicMemory.union(memorized(one_block)), question)
+    batch = packed(texts, question)
+    batch["sees_all"] = batch["attention_mask"].bool()
+    logits = one_block(**batch).logits[:, -1 - question.shape[1] : -1]
+    torch.testing.assert_close(logits, joined, rtol=0, atol=1e-12)
+
+
+def test_what_sees_all_cannot_be_is_refused(model):
+    batch = packed(make_texts(), question)
+    with pytest.raises(ValueError, match="sees_all has shape"):
+        model(**batch | {"sees_all": batch["sees_all"][:, 1:]})
+    with pytest.raises(ValueError, match="sees_all is for packed documents"):
+        model(question, sees_all=torch.ones_like(question), past_key_values=memorized(model)[0].to_cache())

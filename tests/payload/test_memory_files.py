@@ -8,8 +8,8 @@ import torch
 from helpers.models import make_ids, make_model
 from safetensors.torch import load_file, save_file
 
-from modeling_memory_mosaic import MosaicMemory
-from modeling_memory_mosaic.files_memory_mosaic import PAIRS_NAME, SETTINGS_NAME
+from modeling_memory_mosaic import MosaicMemory, files_memory_mosaic
+from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME, SETTINGS_NAME, read_settings
 from training.text.tokenizer import train_tokenizer
 
 
@@ -98,12 +98,37 @@ DAMAGES = {
 }
 
 
+def rewrite(folder, damage=lambda tensors: tensors, **settings):
+    """Write a stored memory again, with damaged tensors or other settings."""
+    path = folder / FILE_NAME
+    content = json.dumps(read_settings(path) | settings)
+    save_file(damage(load_file(path)), path, metadata={SETTINGS_NAME: content})
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_pairs_are_refused(name, tmp_path):
     model = make_model()
     joined(model).save_pretrained(tmp_path)
     damage, message = DAMAGES[name]
-    save_file(damage(load_file(tmp_path / PAIRS_NAME)), tmp_path / PAIRS_NAME)
+    rewrite(tmp_path, damage)
+    with pytest.raises(ValueError, match=message):
+        MosaicMemory.from_pretrained(tmp_path, model)
+
+
+SETTINGS = {
+    "format 9": {"format": 9},
+    "int4": {"precision": "int4"},
+    "a memory of a gpt2": {"model_type": "gpt2"},
+    "must be indices": {"num_slots": 4},
+    "Other weights": {"fingerprint": 64 * "0"},
+}
+
+
+@pytest.mark.parametrize("message", SETTINGS)
+def test_other_settings_are_refused(message, tmp_path):
+    model = make_model()
+    joined(model).save_pretrained(tmp_path)
+    rewrite(tmp_path, **SETTINGS[message])
     with pytest.raises(ValueError, match=message):
         MosaicMemory.from_pretrained(tmp_path, model)
 
@@ -111,31 +136,34 @@ def test_damaged_pairs_are_refused(name, tmp_path):
 def test_files_that_are_cut_or_missing_are_refused(tmp_path):
     model = make_model()
     joined(model).save_pretrained(tmp_path)
-    pairs, settings = (tmp_path / PAIRS_NAME).read_bytes(), (tmp_path / SETTINGS_NAME).read_text()
-    for length in (0, 5, 100, len(pairs) - 1):
-        (tmp_path / PAIRS_NAME).write_bytes(pairs[:length])
+    content = (tmp_path / FILE_NAME).read_bytes()
+    for length in (0, 5, 100, len(content) - 1):
+        (tmp_path / FILE_NAME).write_bytes(content[:length])
         with pytest.raises(ValueError, match="damaged"):
             MosaicMemory.from_pretrained(tmp_path, model)
-    (tmp_path / PAIRS_NAME).unlink()
-    with pytest.raises(ValueError, match=f"no {PAIRS_NAME}"):
+    save_file({"weight": torch.zeros(2)}, tmp_path / FILE_NAME)
+    with pytest.raises(ValueError, match="does not describe a memory"):
         MosaicMemory.from_pretrained(tmp_path, model)
-    (tmp_path / PAIRS_NAME).write_bytes(pairs)
-    for content, message in (
-        (settings[:-20], "damaged"),
-        ("[]", "does not describe"),
-        (json.dumps(json.loads(settings) | {"format": 9}), "format 9"),
-        (json.dumps(json.loads(settings) | {"precision": "int4"}), "int4"),
-        (json.dumps(json.loads(settings) | {"model_type": "gpt2"}), "a memory of a gpt2"),
-        (json.dumps(json.loads(settings) | {"num_slots": 4}), "must be indices"),
-    ):
-        (tmp_path / SETTINGS_NAME).write_text(content)
-        with pytest.raises(ValueError, match=message):
-            MosaicMemory.from_pretrained(tmp_path, model)
-    (tmp_path / SETTINGS_NAME).unlink()
-    with pytest.raises(ValueError, match="writes it last"):
+    (tmp_path / FILE_NAME).unlink()
+    with pytest.raises(ValueError, match=f"holds no {FILE_NAME}"):
         MosaicMemory.from_pretrained(tmp_path, model)
+
+
+def test_a_write_that_fails_leaves_the_older_memory(tmp_path, monkeypatch):
+    model = make_model()
+    memory = joined(model)
+    memory.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="dtype='int4'"):
-        joined(model).save_pretrained(tmp_path, dtype="int4")
+        memory.save_pretrained(tmp_path, dtype="int4")
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(files_memory_mosaic, "save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        memory.forget("text 5").save_pretrained(tmp_path)
+    assert MosaicMemory.from_pretrained(tmp_path, model).sources == ["text 5", "text 9", "text 2"]
 
 
 def test_a_question_of_another_tokenizer_is_refused(tmp_path):

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memories of a bounded number of pairs: what is left is read as the oracle reads it, in any way of reading."""
+
+import copy
+
+import pytest
+import torch
+from helpers.models import NARROWING, make_ids, make_model
+from transformers import DynamicCache, StaticCache
+
+from modeling_memory_mosaic import MosaicMemory, bounded
+from modeling_memory_mosaic.bounded_memory_mosaic import POLICIES, BoundedMemoryLayer
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
+from modeling_memory_mosaic.naive_memory_mosaic import naive_logits
+
+
+DETERMINISTIC = sorted(POLICIES.keys() - {"random"})
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 61}
+
+
+@pytest.fixture
+def model():
+    return make_model(dtype=torch.float64)
+
+
+@torch.no_grad()
+def read(model, ids, cache=None, **kwargs):
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    return model(ids, **{MEMORY_NAME: cache}, **kwargs).logits, cache
+
+
+@pytest.mark.parametrize("max_pairs", [2, 5, 16, 33])
+@pytest.mark.parametrize("policy", DETERMINISTIC)
+def test_what_is_left_is_read_as_the_oracle_reads_it(policy, max_pairs, model):
+    ids = make_ids(1, 40)
+    expected = naive_logits(model.state_dict(), model.config, ids[0], bound=(max_pairs, policy))
+    with bounded(model, max_pairs, policy):
+        logits, cache = read(model, ids)
+    torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-9)
+    assert not torch.allclose(logits, model(ids).logits, atol=1e-3)
+    assert cache.layers[0].keys.shape[2] == max_pairs and cache.get_seq_length() == 40
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("config", [{}, NARROWING], ids=["fixed", "narrowing"])
+def test_with_room_for_all_pairs_nothing_changes(config, policy):
+    model, ids = make_model(dtype=torch.float64, **config), make_ids(2, 40)
+    with bounded(model, 40, policy):
+        logits, _ = read(model, ids)
+    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("policy", DETERMINISTIC)
+def test_any_chunks_leave_the_same_pairs(policy, model):
+    ids = make_ids(2, 40)
+    with bounded(model, 10, policy):
+        whole, expected = read(model, ids)
+        for lengths in ((1,) * 40, (7, 1, 30, 2), (39, 1)):
+            cache, logits = DynamicCache(config=model.config), []
+            for chunk in ids.split(lengths, dim=1):
+                logits.append(read(model, chunk, cache)[0])
+            torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-10)
+            for one, other in zip(cache.layers, expected.layers, strict=True):
+                torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=1e-10)
+                torch.testing.assert_close(one.counters, other.counters, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("policy", DETERMINISTIC)
+def test_a_padded_row_is_the_row_alone(policy, model):
+    lengths, width = (30, 17, 1), 33
+    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :], mask[row, width - length :] = make_ids(length, seed=row), 1
+    mask[0, 10] = 0  # and within a text
+    with bounded(model, 8, policy):
+        logits, cache = read(model, ids, attention_mask=mask)
+        following = read(
+            model, make_ids(3, 5, seed=7), cache, attention_mask=torch.cat([mask, mask.new_ones(3, 5)], 1)
+        )[0]
+        for row in range(3):
+            is_token = mask[row].bool()
+            alone, own = read(model, ids[row : row + 1, is_token])
+            then, _ = read(model, make_ids(3, 5, seed=7)[row : row + 1], own)
+            torch.testing.assert_close(logits[row, is_token], alone[0], rtol=0, atol=1e-10)
+            torch.testing.assert_close(following[row], then[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("policy", DETERMINISTIC)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_is_that_of_reading_token_by_token(beams, policy, model):
+    ids = make_ids(2, 20)
+    with bounded(model, 8, policy):
+        texts = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=beams, **GREEDY)
+        if beams == 1:
+            for length in range(20, 26):
+                assert torch.equal(read(model, texts[:, :length])[0][:, -1].argmax(-1), texts[:, length])
+    assert texts.shape == (2, 26)
+
+
+def test_rows_are_reordered_repeated_and_chosen_with_their_counters(model):
+    ids = make_ids(3, 20)
+    with bounded(model, 8, "usage"):
+        _, cache = read(model, ids)
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([1, 2, 5]))
+        copied = copy.deepcopy(cache)
+        expected = read(model, make_ids(3, 9, seed=1), read(model, ids[[2, 0, 1]])[1])[0]
+        for one in (cache, copied):
+            logits = read(model, make_ids(3, 9, seed=1), one)[0]
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+        cache.reset()
+        torch.testing.assert_close(read(model, ids, cache)[0], read(model, ids)[0], rtol=0, atol=1e-10)
+
+
+def test_joined_texts_are_bounded_when_a_question_is_read(model):
+    memory = MosaicMemory.union([model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in (9, 5)])
+    question = make_ids(1, 6, seed=3)
+    with bounded(model, 40):
+        logits = model(**memory.prompt(question)).logits
+    torch.testing.assert_close(logits, model(**memory.prompt(question)).logits, rtol=0, atol=1e-10)
+    with bounded(model, 5, "fifo"):
+        arguments = memory.prompt(question)
+        model(**arguments)
+    assert arguments[MEMORY_NAME].layers[0].counters["born"].shape[-1] == 5
+    with bounded(model, 5):
+        assert model.generate(**memory.prompt(question), **GREEDY).shape[1] == 12
+
+
+def test_a_function_may_rate_pairs(model):
+    """By the length of values, which all have one: the older pairs go."""
+    ids = make_ids(1, 30)
+    with bounded(model, 8, lambda layer: torch.zeros_like(layer.counters["born"])):
+        logits, _ = read(model, ids)
+    with bounded(model, 8, "fifo"):
+        torch.testing.assert_close(logits, read(model, ids)[0], rtol=0, atol=1e-10)
+
+
+def test_memory_stays_constant_however_long_the_text(model):
+    sizes = []
+    with bounded(model, 16, "lru"):
+        _, cache = read(model, make_ids(1, 50))
+        for _ in range(4):
+            read(model, make_ids(1, 100), cache)
+            layer = cache.layers[0]
+            held = [layer.keys, layer.values, *layer.counters.values(), *layer.states.values()]
+            sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in held))
+            assert layer.read_ids is None and layer.read_mask is None
+    assert len(set(sizes)) == 1
+
+
+def test_what_cannot_be_bounded_is_refused(model):
+    for max_pairs in (0, 1, -3, 2.5, True, None):
+        with pytest.raises(ValueError, match="max_pairs"), bounded(model, max_pairs):
+            pass
+    with pytest.raises(ValueError, match="policy='best'"), bounded(model, 8, "best"):
+        pass
+    with pytest.raises(ValueError, match="no memories"), bounded(torch.nn.Linear(2, 2), 8):
+        pass
+    with bounded(model, 8):
+        with pytest.raises(ValueError, match="static memory"):
+            model(make_ids(1, 4), **{MEMORY_NAME: StaticCache(config=model.config, max_cache_len=9)})
+        with pytest.raises(ValueError, match="no gradient"):
+            model(make_ids(1, 4), use_cache=True)
+        _, cache = read(model, make_ids(1, 4))
+        with pytest.raises(RuntimeError, match="cannot take tokens back"):
+            cache.crop(-1)
+    assert isinstance(cache.layers[0], BoundedMemoryLayer)
+    # Outside, memories have no bound.
+    _, cache = read(model, make_ids(1, 20))
+    assert cache.layers[0].keys.shape[2] == 20
