@@ -81,7 +81,7 @@ _RECORDED = {
 }
 
 
-def _pick(rng: random.Random, options: Sequence[Option]) -> Option:
+def pick(rng: random.Random, options: Sequence[Option]) -> Option:
     return options[int(rng.random() * len(options))]
 
 
@@ -89,7 +89,7 @@ def _with_article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def _pronouns(prefix: str, gender: str) -> dict[str, str]:
+def pronouns_of(prefix: str, gender: str) -> dict[str, str]:
     """The fields are called after the male forms: `{he}`, `{him}`, `{his}`, `{himself}`; `{He}` begins a sentence."""
     forms = dict(zip(("he", "him", "his", "himself"), PRONOUNS[gender], strict=True))
     capitals = {field.capitalize(): form.capitalize() for field, form in forms.items()}
@@ -102,31 +102,31 @@ def _names(gender: str) -> list[str]:
 
 def _draw_people(rng: random.Random) -> dict[str, str]:
     """The character, a friend with another name (both children or both animals, never the same animal), a grown-up."""
-    gender, friend_gender = _pick(rng, ("she", "he")), _pick(rng, ("she", "he"))
-    name, friend = _pick(rng, _names(gender)), _pick(rng, _names(friend_gender))
+    gender, friend_gender = pick(rng, ("she", "he")), pick(rng, ("she", "he"))
+    name, friend = pick(rng, _names(gender)), pick(rng, _names(friend_gender))
     while friend == name:
-        friend = _pick(rng, _names(friend_gender))
+        friend = pick(rng, _names(friend_gender))
     who, friend_full = ("girl", f"her friend {friend}") if gender == "she" else ("boy", f"his friend {friend}")
     if rng.random() < 0.4:
-        who, other = _pick(rng, ANIMALS), _pick(rng, ANIMALS)
+        who, other = pick(rng, ANIMALS), pick(rng, ANIMALS)
         while other == who:
-            other = _pick(rng, ANIMALS)
+            other = pick(rng, ANIMALS)
         friend_full = f"{friend} the {other}"
-    elder, elder_gender = _pick(rng, ELDERS)
-    words = {"name": name, "who": who, "a_who": _with_article(f"{_pick(rng, SIZES)} {who}"), "friend": friend}
+    elder, elder_gender = pick(rng, ELDERS)
+    words = {"name": name, "who": who, "a_who": _with_article(f"{pick(rng, SIZES)} {who}"), "friend": friend}
     words |= {
         "friend_full": friend_full,
         "Friend_full": friend_full[0].upper() + friend_full[1:],
         "elder": elder,
         "Elder": elder.capitalize(),
     }
-    words |= {"trait": _pick(rng, TRAITS), "hobby": _pick(rng, HOBBIES), "home": _pick(rng, HOMES)}
-    return words | _pronouns("", gender) | _pronouns("f_", friend_gender) | _pronouns("e_", elder_gender)
+    words |= {"trait": pick(rng, TRAITS), "hobby": pick(rng, HOBBIES), "home": pick(rng, HOMES)}
+    return words | pronouns_of("", gender) | pronouns_of("f_", friend_gender) | pronouns_of("e_", elder_gender)
 
 
 def _draw_thing(rng: random.Random, thing: Thing) -> dict[str, str]:
     """The required noun, adjective and verb, and what has to agree with a noun in the plural."""
-    adjective, (verb, verbed) = _pick(rng, thing.adjectives), _pick(rng, thing.verbs)
+    adjective, (verb, verbed) = pick(rng, thing.adjectives), pick(rng, thing.verbs)
     phrase = f"{adjective} {thing.noun}"
     words = {"noun": thing.noun, "adjective": adjective, "verb": verb, "verbed": verbed, "thing": phrase}
     words |= {"ruin": thing.ruin, "extra": thing.extra, "Extra": thing.extra.capitalize()}
@@ -136,32 +136,32 @@ def _draw_thing(rng: random.Random, thing: Thing) -> dict[str, str]:
 
 
 def _draw_place(rng: random.Random) -> dict[str, str]:
-    place = _pick(rng, tuple(PLACES))
-    return {"place": place, "in_place": PLACES[place]["in_place"], "spot": _pick(rng, PLACES[place]["spots"])}
+    place = pick(rng, tuple(PLACES))
+    return {"place": place, "in_place": PLACES[place]["in_place"], "spot": pick(rng, PLACES[place]["spots"])}
 
 
 def _draw_story(rng: random.Random) -> tuple[str, dict[str, str]]:
     """Draw plot, words and features; returns the story with its `{fields}` open and the words that fill them."""
-    plot, things = _pick(rng, PLOTS_AND_THINGS)
-    words = _draw_people(rng) | _draw_thing(rng, _pick(rng, things)) | _draw_place(rng)
+    plot, things = pick(rng, PLOTS_AND_THINGS)
+    words = _draw_people(rng) | _draw_thing(rng, pick(rng, things)) | _draw_place(rng)
 
-    outcome = _pick(rng, ("happy", "happy", "happy", "moral", "moral", "twist", "twist", "bad"))
+    outcome = pick(rng, ("happy", "happy", "happy", "moral", "moral", "twist", "twist", "bad"))
     # Foreshadowing and a moral exclude each other only because both together make the story too long.
     foreshadows = outcome != "moral" and rng.random() < 0.5
-    begin = [_pick(rng, OPENINGS), _pick(rng, TRAIT_LINES), _pick(rng, plot.setup)]
+    begin = [pick(rng, OPENINGS), pick(rng, TRAIT_LINES), pick(rng, plot.setup)]
     if foreshadows:
-        begin.append(_pick(rng, plot.foreshadow))
-    middle = [_pick(rng, plot.talk if rng.random() < 0.65 else plot.narration)]
+        begin.append(pick(rng, plot.foreshadow))
+    middle = [pick(rng, plot.talk if rng.random() < 0.65 else plot.narration)]
     if outcome in ("twist", "bad"):
-        close = [_pick(rng, getattr(plot, outcome))]
+        close = [pick(rng, getattr(plot, outcome))]
     else:
-        middle.append(_pick(rng, plot.happy))
-        close = [_pick(rng, plot.end)]
+        middle.append(pick(rng, plot.happy))
+        close = [pick(rng, plot.end)]
         if outcome == "moral":
-            close.append(_pick(rng, plot.moral))
+            close.append(pick(rng, plot.moral))
         elif not foreshadows:
-            close.append(_pick(rng, TRAIT_CLOSINGS))
-    paragraphs = (begin, [_pick(rng, plot.trouble)], middle, close)
+            close.append(pick(rng, TRAIT_CLOSINGS))
+    paragraphs = (begin, [pick(rng, plot.trouble)], middle, close)
     return "\n".join(" ".join(sentences) for sentences in paragraphs), words
 
 
