@@ -34,6 +34,7 @@ from .modeling_memory_mosaic import (
     MemoryMosaicPreTrainedModel,
 )
 from .ops_memory_mosaic import kernel_smoothing, leaky_average
+from .retrieval_memory_mosaic import nearest
 from .store_memory_mosaic import MosaicMemory
 from .tensors_memory_mosaic import memory_from_state_dict, memory_state_dict
 
@@ -85,6 +86,7 @@ __all__ = [
     "leaky_average",
     "memory_from_state_dict",
     "memory_state_dict",
+    "nearest",
     "summarize_units",
     "trace_tokens",
     "weights_fingerprint",

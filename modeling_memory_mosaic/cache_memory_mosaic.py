@@ -157,6 +157,9 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
         self.scalars: dict[str, HeadScalars] = {}  # of the weights that read, by kind of memory
         self.record_past = False
         self.slot_bias: torch.Tensor | None = None
+        # Of joined texts that many pairs make up, see `nearest`: clusters by their number, shared with the memory.
+        self.index: dict[int, Any] | None = None
+        self.search: Any = None
         self.forget_text()
 
     def get_state(self, name: str) -> torch.Tensor | None:
@@ -228,7 +231,7 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
 
     def reset(self) -> None:
         super().reset()
-        self.states, self.scalars, self.slot_bias = {}, {}, None
+        self.states, self.scalars, self.slot_bias, self.index = {}, {}, None, None
         self.forget_text()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

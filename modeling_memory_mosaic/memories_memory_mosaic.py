@@ -192,6 +192,8 @@ class MemoryMosaicPairStore(MemoryMosaicAssociativeMemory):
         slots = keys, values
         if past_key_values is not None or slot_mask is not None:
             slots = self.store(keys[:, :, :-1], values, past_key_values, is_first=is_first)
+        if states is not None and states.search is not None and states.search.reads(states, queries.shape[2]):
+            return states.search.read(states, self.layer_idx, queries, *slots), None
         if slot_mask is not None:
             return self.retrieve(queries, *slots, slot_mask, **kwargs)
         if is_first and self.prefers_blocks(queries):

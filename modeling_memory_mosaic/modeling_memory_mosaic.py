@@ -183,6 +183,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
         self.gradient_checkpointing = False
         self.bound: tuple[Any, ...] | None = None  # of memories, see `bounded`
+        self.search: Any = None  # in memories, see `nearest`
         self.post_init()
 
     # trf-ignore: TRF057
@@ -217,6 +218,8 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             self.check_memory(embeds, past_key_values)
             if self.bound is not None:
                 bind_memory(past_key_values, self.bound)
+            for part in past_key_values.layers:
+                part.search = self.search
         packing = pop_packing(kwargs, position_ids)
 
         # `generate` makes the masks itself where it compiles the model.

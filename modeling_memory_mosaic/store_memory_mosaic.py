@@ -23,7 +23,7 @@ token t - 1, which token t completes, and slot 0 is empty.
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class MosaicMemory(MemoryFilesMixin):
     places: torch.Tensor
     sources: list[str]
     tokenizer: str | None = None
+    indexes: dict[int, dict[int, Any]] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         """Return the number of pairs of a layer."""
@@ -238,8 +239,9 @@ class MosaicMemory(MemoryFilesMixin):
                 layer.note_text(self.input_ids.expand(batch_size, -1), None)
             layer.update(*(part.expand(batch_size, -1, -1, -1) for part in (keys, values)))
             layer.begin_text(bias.expand(batch_size, -1, -1))
+            layer.num_joined, layer.index = len(self.input_ids), self.indexes.setdefault(index, {})
         first = memory_layer(cache)
-        first.writer, first.num_joined = self.writer, len(self.input_ids)
+        first.writer = self.writer
         if bandwidth is not None and bandwidth_start is None and not self.config.bandwidth_exponent:
             bandwidth_start = self.config.max_position_embeddings
         first.bandwidth = (bandwidth, bandwidth_start)

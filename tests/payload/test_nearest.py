@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading few of many pairs: errors are within their certificates, and certificates within what is asked."""
+
+import pytest
+import torch
+from helpers.models import make_ids, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_memory_mosaic import MosaicMemory, nearest, retrieval_memory_mosaic
+from modeling_memory_mosaic.retrieval_memory_mosaic import Clusters
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_pairs=st.integers(1, 300),
+    num_clusters=st.integers(1, 30),
+    length=st.sampled_from([0.1, 1.0, 3.0, 10.0, 30.0]),
+    tolerance=st.sampled_from([1e-6, 1e-3, 0.1, 1.0]),
+    num_others=st.integers(0, 5),
+    with_counts=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_the_error_is_within_its_certificate(
+    num_pairs, num_clusters, length, tolerance, num_others, with_counts, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+
+    def vectors(number):
+        drawn = torch.randn(number, 6, generator=generator, dtype=torch.float64)
+        return drawn / drawn.norm(dim=-1, keepdim=True)
+
+    keys, values = length * vectors(num_pairs), vectors(num_pairs)
+    bias = torch.zeros(num_pairs, dtype=torch.float64)
+    if with_counts:
+        bias = torch.randint(1, 5, (num_pairs,), generator=generator).double().log()
+    query, other_keys, other_values = length * vectors(1)[0], length * vectors(num_others), vectors(num_others)
+    found = Clusters.of(keys, values, bias, num_clusters).read(query, other_keys @ query, tolerance)
+    clusters = Clusters.of(keys, values, bias, num_clusters)
+    weights = torch.cat([found.scores, found.whole_scores, other_keys @ query]).softmax(0)
+    retrieved = weights @ torch.cat([clusters.values[found.places], clusters.means[found.wholes], other_values])
+    scores = torch.cat([keys @ query + bias, other_keys @ query])
+    expected = scores.softmax(0) @ torch.cat([values, other_values])
+    assert (retrieved - expected).norm() <= found.bound + 1e-12
+    assert found.bound <= tolerance
+    # The mass that was not read one by one is at most what is reported.
+    is_left = torch.ones(num_pairs, dtype=torch.bool)
+    order = torch.cat(
+        [(keys == key).all(-1).nonzero()[:1, 0] for key in clusters.keys[found.places]] or [keys.new_zeros(0)]
+    )
+    is_left[order.long()] = False
+    assert scores.softmax(0)[:num_pairs][is_left].sum() <= found.mass + 1e-12
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.setattr(retrieval_memory_mosaic, "FEWEST_PAIRS", 10)
+    return make_model(dtype=torch.float64)
+
+
+def many(model):
+    return MosaicMemory.union([model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in (90, 60, 75)])
+
+
+@torch.no_grad()
+def answer(model, memory, question):
+    return model(**memory.prompt(question)).logits
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7])
+def test_answers_come_near_as_the_tolerance_falls(num_tokens, model):
+    memory, question = many(model), make_ids(2, num_tokens, seed=5)
+    expected, errors, visited = answer(model, memory, question), [], []
+    for tolerance in (1.0, 0.1, 1e-3, 1e-9):
+        with nearest(model, tolerance) as report:
+            errors.append(float((answer(model, memory, question) - expected).abs().max()))
+        visited.append(report.summary()["visited"])
+        assert report.summary()["largest_bound"] <= tolerance * 2
+        assert len(report.bound) == 6 and all(len(one) == 2 * num_tokens for one in report.bound.values())
+    assert errors[-1] < 1e-8 and errors[0] > errors[2] > errors[3]
+    assert visited[0] < visited[1] < visited[2] <= visited[3] <= 1
+    # Outside, everything is read.
+    assert torch.equal(answer(model, memory, question), expected)
+
+
+def test_a_question_is_read_in_parts_and_generated_from(model):
+    memory, question = many(model), make_ids(1, 6, seed=5)
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 61}
+    expected = model.generate(**memory.prompt(question), **settings)
+    with nearest(model, 1e-9) as report:
+        assert torch.equal(model.generate(**memory.prompt(question), **settings), expected)
+        beams = model.generate(**memory.prompt(question), num_beams=3, **settings)
+    assert torch.equal(beams, model.generate(**memory.prompt(question), num_beams=3, **settings))
+    assert report.visited
+
+
+def test_clusters_are_made_once_and_only_of_many_pairs(model, monkeypatch):
+    memory, question = many(model), make_ids(1, 3)
+    with nearest(model) as report:
+        answer(model, memory, question)
+        monkeypatch.setattr(Clusters, "of", None)
+        answer(model, memory, question)
+        memory_of_one = model.memorize(make_ids(1, 8), source="short")
+        answer(model, memory_of_one, question)
+        model(question)
+    assert all(len(one) == 6 for one in report.visited.values())
+
+
+@pytest.mark.parametrize("tolerance", [0, -1e-3, 2.5, float("nan")])
+def test_a_tolerance_that_cannot_be_met_is_refused(tolerance, model):
+    with pytest.raises(ValueError, match="tolerance"), nearest(model, tolerance):
+        pass
+    with pytest.raises(ValueError, match="no memories"), nearest(torch.nn.Linear(2, 2)):
+        pass
