@@ -24,12 +24,15 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
+from .bounded_memory_mosaic import COUNTERS, BoundedMemoryLayer, bind_memory, check_bound
 from .cache_memory_mosaic import MemoryMosaicCacheLayer, MemoryMosaicStates, memory_layer
 from .identity_memory_mosaic import MemoryWriter, note_writer, unwrapped
 
 
 # Saved beside the tensors of the layers: the fingerprint of the weights, and the text.
 TEXT_NAMES = ("fingerprint", "input_ids", "attention_mask")
+# What a layer of a bounded number of pairs has besides. The counters are `(B, H, P)`, `held` is `(B,)`.
+BOUNDED_NAMES = (*COUNTERS, "held", "num_read", "num_joined", "last_retrieval")
 
 
 def _text_tensors(layer: MemoryMosaicStates, model: nn.Module | None) -> dict[str, torch.Tensor]:
@@ -44,6 +47,31 @@ def _text_tensors(layer: MemoryMosaicStates, model: nn.Module | None) -> dict[st
     fingerprint = torch.frombuffer(bytearray(layer.writer.fingerprint()), dtype=torch.uint8)
     parts = zip(TEXT_NAMES, (fingerprint, layer.past_ids(), layer.past_mask()), strict=True)
     return {name: tensor for name, tensor in parts if tensor is not None}
+
+
+def _bounded_tensors(layer: BoundedMemoryLayer) -> dict[str, torch.Tensor]:
+    numbers = {name: torch.tensor(getattr(layer, name)) for name in ("num_read", "num_joined")}
+    return {**layer.counters, **numbers, "held": layer.held, "last_retrieval": layer.states["last_retrieval"]}
+
+
+def _set_bounded(layer: BoundedMemoryLayer, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill a bounded layer, which has started, with what [`_bounded_tensors`] returned.
+
+    Raises:
+        ValueError: if a tensor has another shape or kind than a layer of this size writes, or impossible numbers.
+    """
+    own = _bounded_tensors(layer)
+    for name in BOUNDED_NAMES:
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+            raise ValueError(f"{name} of a bounded memory must be {own[name].dtype} of {tuple(own[name].shape)}.")
+        if not tensor.isfinite().all() or (name != "last_retrieval" and (tensor < 0).any()):
+            raise ValueError(f"{name} of a bounded memory has impossible numbers: the file is damaged.")
+    if (tensors["held"] > layer.max_pairs).any():
+        raise ValueError(f"A row holds {int(tensors['held'].max())} pairs, and there is room for {layer.max_pairs}.")
+    layer.counters = {name: tensors[name] for name in COUNTERS}
+    layer.held, layer.states["last_retrieval"] = tensors["held"], tensors["last_retrieval"]
+    layer.num_read, layer.num_joined = int(tensors["num_read"]), int(tensors["num_joined"])
 
 
 def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
@@ -65,13 +93,17 @@ def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str,
     """
     tensors: dict[str, Any] = {}
     for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, MemoryMosaicCacheLayer):
+        if not isinstance(layer, (MemoryMosaicCacheLayer, BoundedMemoryLayer)):
             raise ValueError(
                 f"Layer {index} is a {type(layer).__name__}: only a `DynamicCache` of this model is saved."
             )
+        if layer.slot_bias is not None:
+            raise ValueError("This cache holds joined texts: save the `MosaicMemory`, and read what follows again.")
         if layer.is_initialized:
             tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
             tensors |= {f"layers.{index}.{name}": layer.get_state(name) for name in layer.state_names}
+            if isinstance(layer, BoundedMemoryLayer):
+                tensors |= {f"layers.{index}.{name}": tensor for name, tensor in _bounded_tensors(layer).items()}
     # Before anything was read there is neither a text nor a writer.
     if tensors:
         tensors |= _text_tensors(memory_layer(cache), model)
@@ -122,9 +154,8 @@ def check_pairs(tensors: dict[str, torch.Tensor]) -> None:
         raise ValueError(f"Not one memory: its pairs are of {sorted(map(str, set(dtypes.values())))}.")
 
 
-def check_text(text: dict[str, torch.Tensor], keys: torch.Tensor, check_weights: bool) -> None:
-    """Raise `ValueError` if ids or mask have another form than the pairs, or if the fingerprint is missing."""
-    shape = (keys.shape[0], keys.shape[2])
+def check_text(text: dict[str, torch.Tensor], shape: tuple[int, int], check_weights: bool) -> None:
+    """Raise `ValueError` if ids or mask are not of a shape `(B, tokens)`, or if the fingerprint is missing."""
     for name, dtype in (("input_ids", torch.int64), ("attention_mask", torch.bool)):
         tensor = text.get(name)
         if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != shape):
@@ -146,6 +177,7 @@ def memory_from_state_dict(
     tensors: dict[str, torch.Tensor],
     dtype: torch.dtype | None = None,
     check_weights: bool = True,
+    policy: Any = None,
 ) -> DynamicCache:
     """Return the memory that [`memory_state_dict`] described: reading goes on as if never interrupted.
 
@@ -159,15 +191,20 @@ def memory_from_state_dict(
         check_weights (`bool`, defaults to `True`): whether other weights are refused. Without it, a memory that they
             cannot read is read all the same, with other answers: for files without a fingerprint, or if you know that
             the weights compute the same, such as those of another precision or with an adapter merged.
+        policy (`str` or a function, *optional*): of a bounded memory, as for [`bounded`], which reads on within its
+            bound.
 
     Raises:
-        ValueError: if tensors are missing, left over, of another shape or kind than `config` asks for, or not finite.
+        ValueError: if a bounded memory has no policy, or if tensors are missing, left over, of another shape or kind
+            than `config` asks for, or not finite.
     """
     cache = DynamicCache(config=config)
     if not tensors:
         return cache
     text = {name: tensors[name] for name in TEXT_NAMES if name in tensors}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in TEXT_NAMES}
+    of_bounded = {name: part for name, part in tensors.items() if name.rpartition(".")[2] in BOUNDED_NAMES}
+    tensors = {name: part for name, part in tensors.items() if name not in of_bounded}
     check_names(cache, tensors)
     check_numbers(config, tensors)
     check_pairs(tensors)
@@ -175,11 +212,23 @@ def memory_from_state_dict(
         tensors = {name: part if name.endswith("_sum") else part.to(dtype) for name, part in tensors.items()}
         check_numbers(config, tensors)  # they may not fit the other precision
         check_pairs(tensors)
-    check_text(text, tensors["layers.0.keys"], check_weights)
+    num_slots = tensors["layers.0.keys"].shape[2]
+    if of_bounded:
+        check_bound(num_slots, policy)
+        bind_memory(cache, (config, num_slots, policy))
+        num_slots = int(of_bounded.get("layers.0.num_read", torch.tensor(0)))
+    check_text(text, (len(tensors["layers.0.keys"]), num_slots), check_weights)
     for index in range(len(cache.layers)):
         layer = memory_layer(cache, index)
         parts = {name: tensors[f"layers.{index}.{name}"] for name in ("keys", "values", *layer.state_names)}
-        layer.update(parts["keys"], parts["values"])
+        if isinstance(layer, BoundedMemoryLayer):
+            layer.start(parts["keys"])
+            layer.keys, layer.values = parts["keys"], parts["values"]
+            own = f"layers.{index}."
+            others = {name.removeprefix(own): part for name, part in of_bounded.items() if name.startswith(own)}
+            _set_bounded(layer, others)
+        else:
+            layer.update(parts["keys"], parts["values"])
         for name in layer.state_names:
             layer.set_state(name, parts[name])
     first = memory_layer(cache)

@@ -8,7 +8,7 @@ import torch
 from helpers.models import NARROWING, make_ids, make_model
 from transformers import DynamicCache, StaticCache
 
-from modeling_memory_mosaic import MosaicMemory, bounded
+from modeling_memory_mosaic import MosaicMemory, bounded, memory_from_state_dict, memory_state_dict
 from modeling_memory_mosaic.bounded_memory_mosaic import POLICIES, BoundedMemoryLayer
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from modeling_memory_mosaic.naive_memory_mosaic import naive_logits
@@ -169,3 +169,37 @@ def test_what_cannot_be_bounded_is_refused(model):
     # Outside, memories have no bound.
     _, cache = read(model, make_ids(1, 20))
     assert cache.layers[0].keys.shape[2] == 20
+
+
+@pytest.mark.parametrize("policy", DETERMINISTIC)
+def test_a_bounded_memory_is_saved_with_its_counters(policy, model):
+    ids, mask = make_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :4] = 0
+    with bounded(model, 8, policy):
+        cache = read(model, ids, attention_mask=mask)[1]
+        tensors = memory_state_dict(cache)
+        loaded = memory_from_state_dict(model.config, tensors, policy=policy)
+        expected = read(model, make_ids(2, 15, seed=1), cache)[0]
+        torch.testing.assert_close(read(model, make_ids(2, 15, seed=1), loaded)[0], expected, rtol=0, atol=0)
+    # It stays bounded where nothing else is.
+    loaded = memory_from_state_dict(model.config, tensors, policy=policy)
+    logits = read(model, make_ids(2, 15, seed=1), loaded)[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    assert loaded.layers[0].keys.shape[2] == 8
+    for name, change, message in (
+        ("layers.1.usage", lambda tensor: tensor[:, :, 1:], "usage of a bounded memory must be"),
+        ("layers.0.held", lambda tensor: tensor + 100, "room for 8"),
+        ("layers.0.error", lambda tensor: tensor * torch.nan, "impossible numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            memory_from_state_dict(model.config, tensors | {name: change(tensors[name])}, policy=policy)
+    with pytest.raises(ValueError, match="policy=None"):
+        memory_from_state_dict(model.config, tensors)
+
+
+def test_a_cache_of_joined_texts_is_saved_as_a_memory(model):
+    memory = model.memorize(make_ids(1, 9), source="text")
+    arguments = memory.prompt(make_ids(1, 3))
+    model(**arguments)
+    with pytest.raises(ValueError, match="save the `MosaicMemory`"):
+        memory_state_dict(arguments[MEMORY_NAME])
