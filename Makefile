@@ -50,8 +50,8 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.speed --output benchmarks/speed.json
 	$(BIN)/python -m benchmarks.memory_models --output benchmarks/memory_models.json
 
-# Every experiment at CPU size, each an hour at most on two cores, but hours for the trainings that `training_curves` and
-# `stories_tiny_comparison` share with others: interrupt it anywhere, and start it again to go on.
+# Every experiment at CPU size: most take an hour or less on two cores, `training_curves`, whose trainings others use too, three.
+# Interrupt it anywhere, and start it again to go on.
 # Those from `stories_tuning` on read stories from the Hub.
 results: .venv/installed
 	@for recipe in $(RESULTS); do \

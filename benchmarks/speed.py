@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import re
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -325,6 +326,26 @@ def table(report: dict[str, Any]) -> str:
         f"takes {1e3 * line['traffic']:.2f} ms for each thousand at the rate of this machine's memory."
     )
     return "\n".join([setting, markdown_table(COLUMNS, "lllrrrrrrrr", map(cells, report["rows"])), "", law])
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return the ratios to both peers as a paragraph."""
+
+    def ratios(what: str, how: str, batch_size: int, num_tokens: int) -> str:
+        wanted = (what, how, batch_size, num_tokens)
+        names = ("what", "how", "batch_size", "num_tokens")
+        rows = [row for row in report["rows"] if tuple(row[name] for name in names) == wanted]
+        return " / ".join(f"{row['ratio']:.2f}" for row in rows)
+
+    training = [f"{ratios(c.what, c.how, c.batch_size, c.num_tokens)} at {c.num_tokens:,} tokens" for c in TRAINING]
+    one_row = [f"{ratios('decode', 'eager', 1, n)} behind {n:,}" for n in (64, 512, 2048, 8192)]
+    text = (
+        f"Speed relative to transformers' {' / '.join(PEERS.values())} of equal size on {report['threads']} threads "
+        f"of a CPU: training {', '.join(training)}; decoding {', '.join(one_row)}, and "
+        f"{ratios('decode', 'eager', 8, 2048)} behind 2,048 in batches of 8; compiled decoding "
+        f"{ratios('decode', COMPILED, 1, 2048)} behind 2,048. Above 1 is faster."
+    )
+    return textwrap.fill(text, 130)
 
 
 def machine(rounds: int) -> dict[str, Any]:

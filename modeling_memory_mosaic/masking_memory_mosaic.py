@@ -497,9 +497,13 @@ def create_memory_masks(
     if attention_mask is None:
         attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], num_slots), dtype=torch.bool)
     is_token_slot = F.pad(attention_mask, (0, num_slots - attention_mask.shape[1]))
-    if not is_compiled and has_plain_sdpa(config) and can_read_in_blocks(inputs_embeds):
-        masks["slot_mask"] = slot_rule(is_token_slot, document_ids, int(past_length), sees_all)
-        return masks
+    is_eager_here = inputs_embeds.device.type == "cpu" and not is_torchdynamo_compiling()
+    if is_eager_here and has_plain_sdpa(config):
+        slots = slot_rule(is_token_slot, document_ids, int(past_length), sees_all)
+        if not is_compiled and can_read_in_blocks(inputs_embeds):
+            return masks | {"slot_mask": slots}
+        masks["reads_directly"] = num_tokens == 1 and can_read_directly(config, inputs_embeds)
+        return masks | {"slot_mask": slots.mask(num_tokens, num_slots)}
     rule = strict_rule(is_token_slot, document_ids, sees_all)
     masks["slot_mask"] = create_causal_mask(config, inputs_embeds, None, past_key_values, and_mask_function=rule)
     if masks["slot_mask"] is None:

@@ -118,7 +118,7 @@ class MemoryMosaicAssociativeMemory(nn.Module):
             retrieved values `(B, T, H, D)`, and weights `(B, H, T, N)` if the function returns them.
         """
         if reads_directly and not self.weight_dropout():
-            return direct_read(query, key, value).transpose(1, 2), None
+            return direct_read(query, key, value, attention_mask).transpose(1, 2), None
         dropout, rule = self.weight_dropout(), attention_mask
         if rule is None and self.prefers_blocks(query):
             rule = SlotRule(key.shape[2] - (query.shape[2] - 1 if self.is_causal else 0))

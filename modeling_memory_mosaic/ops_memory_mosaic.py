@@ -384,13 +384,18 @@ def kernel_smoothing(
     return weighted_values(weights, value), weights
 
 
-def direct_read(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def direct_read(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_seen: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return what [`kernel_smoothing`] retrieves `(B, H, T, D)` for the few queries of a decoding step.
 
-    On a CPU their time is that of fetching pairs, which products of matrices and columns do fastest.
+    On a CPU their time is that of fetching pairs, which products of matrices and columns do fastest. `is_seen` says
+    which pairs a query sees, and broadcasts to `(B, H, T, N)`.
     """
     queries, keys, values = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
     scores = torch.bmm(keys, queries.transpose(1, 2)).transpose(1, 2)
+    if is_seen is not None:
+        scores = scores.view(*query.shape[:3], -1).masked_fill(~is_seen, -torch.inf).flatten(0, 1)
     return torch.bmm(scores.softmax(-1), values).view(query.shape)
 
 

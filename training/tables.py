@@ -30,8 +30,12 @@ from training.result import SHOWN, read_result
 PARTS = ("parts", "parts_induction")
 
 
-# Names of blocks that show a benchmark, and the module that measures it.
-BENCHMARKS = {"speed": "speed", "memory_speed": "memory_models"}
+# Names of blocks that show a benchmark, the module that measures it, and its function that writes the block.
+BENCHMARKS = {
+    "speed": ("speed", "table"),
+    "speed_summary": ("speed", "summary"),
+    "memory_speed": ("memory_models", "table"),
+}
 
 
 _ROW = DataRow("| ", " | ", " |")
@@ -232,8 +236,11 @@ def table_of(name: str) -> str:
     """
     if name in BENCHMARKS:
         # Imported only here: no training should depend on a benchmark.
-        benchmark = importlib.import_module(f"benchmarks.{BENCHMARKS[name]}")
-        return benchmark.table(read_json(CLONE / "benchmarks" / f"{BENCHMARKS[name]}.json"))
+        module, function = BENCHMARKS[name]
+        block: str = getattr(importlib.import_module(f"benchmarks.{module}"), function)(
+            read_json(CLONE / "benchmarks" / f"{module}.json")
+        )
+        return block
     results = committed_results()
     if name == "claims":
         return claims_table(results)
