@@ -68,11 +68,12 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
       when that was new. 1 if it had nothing to read then.
     """
 
-    _layer_type = "memory_mosaic"
     is_croppable = False
 
     def __init__(self, config: PreTrainedConfig, max_pairs: int, policy: Any):
         super().__init__()
+        # Not of the class: caches would then be built of it.
+        self._layer_type = config.layer_types[0]
         self.config, self.max_pairs = config, max_pairs
         self.policy = policy
         self.num_read = 0

@@ -69,7 +69,7 @@ def _set_bounded(layer: BoundedMemoryLayer, tensors: dict[str, torch.Tensor]) ->
             raise ValueError(f"{name} of a bounded memory has impossible numbers: the file is damaged.")
     if (tensors["held"] > layer.max_pairs).any():
         raise ValueError(f"A row holds {int(tensors['held'].max())} pairs, and there is room for {layer.max_pairs}.")
-    layer.counters = {name: tensors[name] for name in COUNTERS}
+    layer.counters = {name: tensors[name].clone() for name in COUNTERS}
     layer.held, layer.states["last_retrieval"] = tensors["held"], tensors["last_retrieval"]
     layer.num_read, layer.num_joined = int(tensors["num_read"]), int(tensors["num_joined"])
 
@@ -223,7 +223,7 @@ def memory_from_state_dict(
         parts = {name: tensors[f"layers.{index}.{name}"] for name in ("keys", "values", *layer.state_names)}
         if isinstance(layer, BoundedMemoryLayer):
             layer.start(parts["keys"])
-            layer.keys, layer.values = parts["keys"], parts["values"]
+            layer.keys, layer.values = parts["keys"].clone(), parts["values"].clone()  # they are written in place
             own = f"layers.{index}."
             others = {name.removeprefix(own): part for name, part in of_bounded.items() if name.startswith(own)}
             _set_bounded(layer, others)

@@ -113,6 +113,7 @@ def test_rows_are_reordered_repeated_and_chosen_with_their_counters(model):
         torch.testing.assert_close(read(model, ids, cache)[0], read(model, ids)[0], rtol=0, atol=1e-10)
 
 
+@torch.no_grad()
 def test_joined_texts_are_bounded_when_a_question_is_read(model):
     memory = MosaicMemory.union([model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in (9, 5)])
     question = make_ids(1, 6, seed=3)
