@@ -38,6 +38,18 @@ SURFACE = {
         "--batch-size",
     },
     "generate": {"folder", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed"},
+    "memorize": {"folder", "files", "--output", "--dtype"},
+    "ask": {
+        "folder",
+        "question",
+        "--memory",
+        "--max-new-tokens",
+        "--temperature",
+        "--bandwidth",
+        "--seed",
+    },
+    "forget": {"folder", "--memory", "--source"},
+    "info": {"memory"},
     "convert": {"checkpoint", "output"},
     "publish": {
         "run",
