@@ -79,6 +79,10 @@ class SlotRule:
             is_allowed = is_own if is_allowed is None else is_allowed & is_own
         return is_allowed
 
+    def contiguous(self) -> "SlotRule":
+        """Return the rule itself: `generate` of transformers before 5.23 asks each of a model's masks for this."""
+        return self
+
     def mask(self, num_queries: int, num_pairs: int) -> torch.Tensor:
         """Return the whole rule as a mask `(B or 1, 1, T, N)`, for functions that do not read in blocks.
 
@@ -107,6 +111,12 @@ def can_read_in_blocks(tensor: torch.Tensor) -> bool:
         return False
     # Transforms such as `torch.func.vmap` and derivatives forwards take operations apart.
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
+def can_read_one_query(query: torch.Tensor, config: PreTrainedConfig) -> bool:
+    """Return whether a query `(B, H, 1, D)` is read by products, compiled or not: on a CPU sdpa is slow at one."""
+    is_one = query.shape[2] == 1 and query.device.type == "cpu" and query.dtype == torch.float32
+    return is_one and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and has_plain_sdpa(config)
 
 
 def _blocks(num_queries: int) -> Iterator[slice]:

@@ -502,7 +502,6 @@ def create_memory_masks(
         slots = slot_rule(is_token_slot, document_ids, int(past_length), sees_all)
         if not is_compiled and can_read_in_blocks(inputs_embeds):
             return masks | {"slot_mask": slots}
-        masks["reads_directly"] = num_tokens == 1 and can_read_directly(config, inputs_embeds)
         return masks | {"slot_mask": slots.mask(num_tokens, num_slots)}
     rule = strict_rule(is_token_slot, document_ids, sees_all)
     masks["slot_mask"] = create_causal_mask(config, inputs_embeds, None, past_key_values, and_mask_function=rule)

@@ -33,7 +33,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
 
-from .blocks_memory_mosaic import LONGEST_TEXT, SlotRule, block_read, can_read_in_blocks, has_plain_sdpa
+from .blocks_memory_mosaic import (
+    LONGEST_TEXT,
+    SlotRule,
+    block_read,
+    can_read_in_blocks,
+    can_read_one_query,
+    has_plain_sdpa,
+)
 from .cache_memory_mosaic import MemoryMosaicStates, memory_layer
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .ops_memory_mosaic import (
@@ -118,7 +125,7 @@ class MemoryMosaicAssociativeMemory(nn.Module):
             retrieved values `(B, T, H, D)`, and weights `(B, H, T, N)` if the function returns them.
         """
         if reads_directly and not self.weight_dropout():
-            return direct_read(query, key, value, attention_mask).transpose(1, 2), None
+            return direct_read(query, key, value).transpose(1, 2), None
         dropout, rule = self.weight_dropout(), attention_mask
         if rule is None and self.prefers_blocks(query):
             rule = SlotRule(key.shape[2] - (query.shape[2] - 1 if self.is_causal else 0))
@@ -126,6 +133,8 @@ class MemoryMosaicAssociativeMemory(nn.Module):
             return block_read(query, key, value, rule, dropout, slot_bias), None
         if isinstance(rule, SlotRule):  # made for embeddings on another device, or before the layer was compiled
             attention_mask = rule.mask(query.shape[2], key.shape[2]).to(query.device)
+        if is_torchdynamo_compiling() and not dropout and can_read_one_query(query, self.config):
+            return direct_read(query, key, value, attention_mask).transpose(1, 2), None
         implementation = self.config._attn_implementation
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         # The caller's `is_causal` would win over the module's, and persistent memories are not causal.
