@@ -113,10 +113,13 @@ def can_read_in_blocks(tensor: torch.Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
-def can_read_one_query(query: torch.Tensor, config: PreTrainedConfig) -> bool:
-    """Return whether a query `(B, H, 1, D)` is read by products, compiled or not: on a CPU sdpa is slow at one."""
-    is_one = query.shape[2] == 1 and query.device.type == "cpu" and query.dtype == torch.float32
-    return is_one and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and has_plain_sdpa(config)
+def can_read_directly(tensor: torch.Tensor, config: PreTrainedConfig) -> bool:
+    """Return whether a model reads a token, of the device and dtype of a tensor, by [`direct_read`] in place of sdpa.
+
+    On a CPU, for one query, the time is that of fetching the pairs, and sdpa is slower at it.
+    """
+    is_plain = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and has_plain_sdpa(config)
+    return is_plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def _blocks(num_queries: int) -> Iterator[slice]:

@@ -35,7 +35,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_torchdynamo_compiling
 
-from .blocks_memory_mosaic import SlotRule, can_read_in_blocks, has_plain_sdpa
+from .blocks_memory_mosaic import SlotRule, can_read_directly, can_read_in_blocks, has_plain_sdpa
 from .cache_memory_mosaic import memory_layer, one_memory
 from .ops_memory_mosaic import MAX_LOG_KEY_SCALE, forward_fill
 
@@ -418,16 +418,6 @@ def joined_masks(
     return masks | {"slot_mask": (torch.arange(num_slots, device=is_full.device) <= last[:, None])[None, None]}
 
 
-def can_read_directly(config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> bool:
-    """Return whether one new token without a mask is read by three operations, which compute what sdpa computes.
-
-    On a CPU, for one query, the time is that of fetching the pairs, and sdpa is slower at it.
-    """
-    is_plain = inputs_embeds.device.type == "cpu" and inputs_embeds.dtype == torch.float32
-    is_sdpa = is_plain and has_plain_sdpa(config) and not torch.is_autocast_enabled("cpu")
-    return is_sdpa and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
-
-
 def create_memory_masks(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -488,7 +478,7 @@ def create_memory_masks(
         is_growing = past_key_values is not None and not past_key_values.is_compileable
         reads_all_slots = not is_first and num_tokens == 1 and is_growing
         if reads_all_slots:
-            masks["reads_directly"] = can_read_directly(config, inputs_embeds)
+            masks["reads_directly"] = can_read_directly(inputs_embeds, config)
         if by_shift_identity or reads_all_slots:
             return masks
 

@@ -37,8 +37,8 @@ from .blocks_memory_mosaic import (
     LONGEST_TEXT,
     SlotRule,
     block_read,
+    can_read_directly,
     can_read_in_blocks,
-    can_read_one_query,
     has_plain_sdpa,
 )
 from .cache_memory_mosaic import MemoryMosaicStates, memory_layer
@@ -133,7 +133,8 @@ class MemoryMosaicAssociativeMemory(nn.Module):
             return block_read(query, key, value, rule, dropout, slot_bias), None
         if isinstance(rule, SlotRule):  # made for embeddings on another device, or before the layer was compiled
             attention_mask = rule.mask(query.shape[2], key.shape[2]).to(query.device)
-        if is_torchdynamo_compiling() and not dropout and can_read_one_query(query, self.config):
+        is_one = query.shape[2] == 1 and is_torchdynamo_compiling()
+        if is_one and not dropout and can_read_directly(query, self.config):
             return direct_read(query, key, value, attention_mask).transpose(1, 2), None
         implementation = self.config._attn_implementation
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.isolation import run_clean
+from helpers.models import read_without_blocks
 from helpers.processes import call
 from helpers.runs import assert_same_run, weights
 from peft import PeftModel
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
 
-from modeling_memory_mosaic import masking_memory_mosaic, memories_memory_mosaic, memory_from_state_dict
+from modeling_memory_mosaic import memory_from_state_dict
 from training.__main__ import app
 from training.tasks import language_modeling
 
@@ -90,8 +91,7 @@ def one_thread():
 def without_blocks(monkeypatch):
     """Read by sdpa and its masks, as earlier versions did; a clean process would read in blocks and prove nothing."""
     monkeypatch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
-    for module in (memories_memory_mosaic, masking_memory_mosaic):
-        monkeypatch.setattr(module, "can_read_in_blocks", lambda tensor: False)
+    read_without_blocks(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
+from modeling_memory_mosaic import (
+    MemoryMosaicConfig,
+    MemoryMosaicForCausalLM,
+    masking_memory_mosaic,
+    memories_memory_mosaic,
+)
 
 
 # Kernels that do not depend on the number of pairs, as the authors', and those that narrow with it, from 1 or 3 on.
@@ -41,6 +46,12 @@ def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any)
 def make_ids(*shape: int, seed: int = 0, vocab_size: int = SIZES["vocab_size"]) -> torch.Tensor:
     """Return random token ids of a shape."""
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def read_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let mosaics read by sdpa and its masks on a CPU too."""
+    for module in (memories_memory_mosaic, masking_memory_mosaic):
+        monkeypatch.setattr(module, "can_read_in_blocks", lambda tensor: False)
 
 
 def checkpoint_activations(model: PreTrainedModel, use_reentrant: bool) -> None:

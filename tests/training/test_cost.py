@@ -7,11 +7,11 @@ import time
 import psutil
 import pytest
 import torch
+from helpers.models import read_without_blocks
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from modeling_memory_mosaic import masking_memory_mosaic, memories_memory_mosaic
 from training.__main__ import app
 from training.cost import (
     activation_bytes,
@@ -131,8 +131,7 @@ def test_attention_is_counted_whatever_kernel_computes_it():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Mosaics read by sdpa: estimates are for any device, and blocks of a CPU keep a little less."""
-    for module in (memories_memory_mosaic, masking_memory_mosaic):
-        monkeypatch.setattr(module, "can_read_in_blocks", lambda tensor: False)
+    read_without_blocks(monkeypatch)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
