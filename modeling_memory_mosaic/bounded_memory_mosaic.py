@@ -77,6 +77,7 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
         self.config, self.max_pairs = config, max_pairs
         self.policy = policy
         self.num_read = 0
+        self.held: torch.Tensor  # (B,), the number of pairs of each row, once there are some
         self.counters: dict[str, torch.Tensor] = {}
 
     has_biases = True  # those of empty slots: no token sees them
@@ -155,8 +156,9 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
                 continue
             end = min(start + min(room, LONGEST_SEGMENT), num_tokens)
             segment = slice(start, end)
-            parts = (tensor[:, :, segment] for tensor in (queries, keys, values))
-            retrieved.append(self.read_segment(*parts, is_token[:, segment], is_full[:, segment]))
+            heads = [tensor[:, :, segment] for tensor in (queries, keys, values)]
+            rows = [tensor[:, segment] for tensor in (is_token, is_full)]
+            retrieved.append(self.read_segment(*heads, *rows))
             start = end
         return torch.cat(retrieved, dim=2).transpose(1, 2)
 

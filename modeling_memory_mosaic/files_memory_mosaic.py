@@ -249,7 +249,7 @@ class MemoryFilesMixin(PushToHubMixin):
         Raises:
             ValueError: if it is not this model's, or damaged, or has no such text.
         """
-        memory = cls(**load_memory(folder_or_repo, model, check_weights, **kwargs))
+        memory: Any = cls(**load_memory(folder_or_repo, model, check_weights, **kwargs))
         memory = memory if sources is None else memory.select(sources)
         return memory.to(model.device)
 

@@ -218,8 +218,9 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             self.check_memory(embeds, past_key_values)
             if self.bound is not None:
                 bind_memory(past_key_values, self.bound)
-            for part in past_key_values.layers:
-                part.search = self.search
+            layers: list[Any] = past_key_values.layers
+            for layer in layers:
+                layer.search = self.search
         packing = pop_packing(kwargs, position_ids)
 
         # `generate` makes the masks itself where it compiles the model.

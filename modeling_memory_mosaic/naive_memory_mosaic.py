@@ -201,15 +201,15 @@ def naive_logits(
     def contextual(name: str, inputs: torch.Tensor) -> torch.Tensor:
         scalars = [state_dict[f"{name}.{s}"] for s in ("key_leak", "key_scale", "value_scale", "value_mix")]
         k_states, v_states = heads(linear(f"{name}.k_proj", inputs)), heads(linear(f"{name}.v_proj", inputs))
-        bandwidth = {name: getattr(config, name) for name in ("bandwidth_exponent", "bandwidth_start")}
-        memories = zip(k_states, v_states, *scalars, strict=True)
-        if bound is not None:
-            return linear(f"{name}.o_proj", torch.cat([naive_bounded_memory(*m, *bound) for m in memories], dim=-1))
         stored = pairs.setdefault(name, [([], []) for _ in k_states])
-        outputs = [
-            naive_contextual_memory(*memory, **bandwidth, pairs=own)
-            for memory, own in zip(memories, stored, strict=True)
-        ]
+        others: dict[str, Any] = {n: getattr(config, n) for n in ("bandwidth_exponent", "bandwidth_start")}
+        outputs = []
+        for k, v, leak, key_scale, value_scale, mix, own in zip(k_states, v_states, *scalars, stored, strict=True):
+            memory = (k, v, leak, key_scale, value_scale, mix)
+            if bound is None:
+                outputs.append(naive_contextual_memory(*memory, **others, pairs=own))
+            else:
+                outputs.append(naive_bounded_memory(*memory, *bound))
         return linear(f"{name}.o_proj", torch.cat(outputs, dim=-1))
 
     def persistent(name: str, inputs: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ token t - 1, which token t completes, and slot 0 is empty.
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
@@ -204,8 +204,10 @@ class MosaicMemory(MemoryFilesMixin):
         )
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "MosaicMemory":
-        lists = {name: [function(part) for part in getattr(self, name)] for name in ("keys", "values", "slot_bias")}
-        flat = {name: function(getattr(self, name)) for name in ("input_ids", "source_ids", "places")}
+        lists: dict[str, Any] = {
+            name: [function(part) for part in getattr(self, name)] for name in ("keys", "values", "slot_bias")
+        }
+        flat: dict[str, Any] = {name: function(getattr(self, name)) for name in ("input_ids", "source_ids", "places")}
         return replace(self, **lists, **flat, sources=list(self.sources))
 
     # Reading
@@ -290,7 +292,7 @@ class MosaicMemory(MemoryFilesMixin):
         """
         if output.ndim != 2 or output.shape[0] != 1 or output.shape[1] < 2:
             raise ValueError(f"The text has shape {tuple(output.shape)}: it must be (1, tokens), two tokens or more.")
-        trace = trace_tokens(model, output, memory=self)
+        trace = trace_tokens(model, cast(torch.LongTensor, output), memory=self)
         # Of contextual units, to the logit of the token behind each: (L, H, T - 1), shared out by the weights.
         units = trace.contribution[:, 0, 0, :, :-1]
         pairs = torch.einsum("lht,lhts->ts", units, trace.weights[:, 0, :, :-1])

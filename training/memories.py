@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import set_seed
 
@@ -68,7 +68,7 @@ def ask(
     prompt = memory.prompt(question, tokenizer, bandwidth=bandwidth)
     length = prompt["input_ids"].shape[1]
     output = model.generate(**prompt, **options)
-    answer = tokenizer.decode(output[0, length:], skip_special_tokens=True)
+    answer = cast(str, tokenizer.decode(output[0, length:], skip_special_tokens=True))
     totals = memory.explain(model, output).by_source()[length - 1 :].sum(0).tolist()
     return answer, list(zip([*memory.sources, "the question and the answer"], totals, strict=True))
 

@@ -101,7 +101,7 @@ def find_previous(attention_mask: torch.Tensor | None, position_ids: torch.Tenso
         if attention_mask.ndim != 2:
             raise ValueError(
                 f"attention_mask has {attention_mask.ndim} axes: pass one of shape (B, T), 1 at tokens and 0 at "
-                "padding, which the shift of keys and values has to know."
+                "padding, which the shift of keys and values has to know, or `has_previous`."
             )
         is_token = F.pad(attention_mask.bool(), (1, 0))
         if (is_token[:, 1:] & ~is_token[:, :-1]).sum(-1).max() > 1:
@@ -139,22 +139,29 @@ class ShiftedGPTNeoXModel(GPTNeoXModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        has_previous: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return what GPT-NeoX returns, without a cache; `use_cache`, which callers pass to every model, is unused.
+
+        Args:
+            has_previous (`torch.Tensor` of shape `(B, T)`, *optional*): whether the token before each belongs to its
+                text, for masks that do not say so. See [`find_previous`] for those that do.
 
         Raises:
             ValueError: a cache is passed, or the mask is none that `find_previous` reads.
         """
         if any(kwargs.pop(name, None) is not None for name in ("cache", "past_key_values")):
             raise ValueError("This model has no cache, which would lack the keys to shift from: pass the whole text.")
+        if has_previous is None:
+            has_previous = find_previous(attention_mask, position_ids)
         output = super().forward(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=False,
-            has_previous=find_previous(attention_mask, position_ids),
+            has_previous=has_previous,
             **kwargs,
         )
         return cast(BaseModelOutputWithPast, output)

@@ -8,7 +8,7 @@ read so far. Everything is drawn from (seed, split, number) alone: automaton 7 i
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from huggingface_hub import DatasetCardData
 from pydantic import PositiveInt, model_validator
 from scipy.optimize import minimize_scalar
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from training.card import render
@@ -191,6 +191,15 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     for row, ids in zip(input_ids, (row["input_ids"] for row in rows), strict=True):
         row[: len(ids)] = torch.tensor(ids)
     return {"input_ids": input_ids, "labels": input_ids.masked_fill(input_ids >= NUM_SYMBOLS, IGNORED)}
+
+
+def tokenizer_of(section: AutomataSection) -> None:
+    """Return nothing: the tokens stand for no text."""
+
+
+def collator(section: AutomataSection, config: PreTrainedConfig) -> Callable[..., dict[str, torch.Tensor]]:
+    """Return what makes batches, for any model."""
+    return collate
 
 
 def next_symbol_probabilities(rows: list[dict[str, Any]], length: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ alone. A model predicts "b" at the end of "a b ... a" if it looks back at what f
 import functools
 import math
 from bisect import bisect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from pydantic import Field, PositiveInt
 from scipy.optimize import brentq
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from training.recipe import Section
 
@@ -188,6 +189,15 @@ def provenance(section: InductionSection) -> dict[str, Any]:
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return a batch to train on. All next tokens count, so that no label reveals which tokens are triggers."""
     return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+
+def tokenizer_of(section: InductionSection) -> None:
+    """Return nothing: the tokens stand for no text."""
+
+
+def collator(section: InductionSection, config: PreTrainedConfig) -> Callable[..., dict[str, torch.Tensor]]:
+    """Return what makes batches, for any model."""
+    return collate
 
 
 def _waiting_time(rates: np.ndarray, num_rings: int) -> float:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on an artificial language: one training of the experiments `regbench` and `induction`.
+"""Training on an artificial language: one training of the experiments `regbench`, `induction` and `join`.
 
-A language is a module with `VOCAB_SIZE`, a section of settings, `provenance`, `draw_splits`, `collate`, `score`,
-`CHOSEN_BY` and `report`. By each measure of `CHOSEN_BY`, the model of the best evaluation on validation data is kept,
-as RegBench chooses the number of epochs; `report` measures these models in the end.
+A language is a module with `VOCAB_SIZE`, a section of settings, `provenance`, `draw_splits`, `tokenizer_of`,
+`collator`, `score`, `CHOSEN_BY` and `report`. By each measure of `CHOSEN_BY`, the model of the best evaluation on
+validation data is kept, as RegBench chooses the number of epochs; `report` measures these models in the end.
 """
 
 import math
@@ -22,13 +22,14 @@ from training.loop import LanguageModelTrainer, build_training_arguments
 from training.recipe import TrainingRecipe, TrainingSection
 from training.result import header
 from training.run_folder import run_once
-from training.synthetic import automata, bigrams
+from training.synthetic import automata, bigrams, recall
 from training.synthetic.automata import AutomataSection
 from training.synthetic.bigrams import InductionSection
+from training.synthetic.recall import RecallSection
 from training.tasks import language_modeling
 
 
-LANGUAGES = {"automata": automata, "induction": bigrams}
+LANGUAGES: dict[str, Any] = {"automata": automata, "induction": bigrams, "recall": recall}
 # By measure: the folder, within that of the run, of the model of the best evaluation, and whether more is better.
 KEPT_FOLDERS = {"accuracy": "best", "loss": "best_loss"}
 MORE_IS_BETTER = {"accuracy": True, "loss": False}
@@ -38,7 +39,7 @@ class Recipe(TrainingRecipe):
     """A model and an artificial language; see `configuration/README.md` for each field."""
 
     task: Literal["symbols"]
-    data: Annotated[AutomataSection | InductionSection, Field(discriminator="language")]
+    data: Annotated[AutomataSection | InductionSection | RecallSection, Field(discriminator="language")]
     training: TrainingSection
     batch_size: PositiveInt = 50
 
@@ -113,7 +114,8 @@ class SymbolTrainer(LanguageModelTrainer):
             # Checkpoints hold the history, so that a resumed training compares with all earlier evaluations.
             earlier = [_merit(measure, entry[f"eval_{measure}"]) for entry in history]
             if _merit(measure, scores[measure]) > max(earlier, default=-math.inf):
-                export_model(model, None, self._recipe.folder / KEPT_FOLDERS[measure], checksums=True)
+                tokenizer = LANGUAGES[self._recipe.data.language].tokenizer_of(self._recipe.data)
+                export_model(model, tokenizer, self._recipe.folder / KEPT_FOLDERS[measure], checksums=True)
         return scores
 
 
@@ -146,10 +148,11 @@ def _best_evaluations(language: Any, curve: list[dict[str, Any]]) -> dict[str, A
 def _train(recipe: Recipe, arguments: TrainingArguments, data: dict[str, Any]) -> dict[str, Any]:
     language: Any = LANGUAGES[recipe.data.language]
     splits = language.draw_splits(recipe.data)
+    model = build_model(recipe)
     trainer = SymbolTrainer(
-        model=build_model(recipe),
+        model=model,
         args=arguments,
-        data_collator=language.collate,
+        data_collator=language.collator(recipe.data, model.config),
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         recipe=recipe,

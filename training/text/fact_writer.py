@@ -7,7 +7,6 @@ one answer, which stands in that document alone.
 """
 
 import random
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from training.text.story_writer import (
@@ -27,7 +26,16 @@ from training.text.story_writer import (
 
 COLOURS = ("red", "blue", "green", "yellow", "pink", "brown", "white", "black", "purple", "orange")
 NOUNS = tuple(sorted({thing.noun for thing in THINGS} - PLURAL_NOUNS))
-NAMES = (*((name, "she") for name in GIRLS), *((name, "he") for name in BOYS))
+# More than those of the stories, so that a row may have 64 documents.
+MORE_NAMES = {
+    "she": "Bea Clara Dora Ella Flora Greta Hana Ida Jana Kira Lena Mina Nora Olga Paula Rita Stella Tara Uma Vera",
+    "he": "Basil Carl Dan Erik Felix Gus Hugo Ivan Jonas Karl Leo Milo Nils Oscar Paul Ralf Simon Theo Uli Victor",
+}
+NAMES = tuple(
+    (name, gender)
+    for gender, names in (("she", GIRLS), ("he", BOYS))
+    for name in dict.fromkeys([*names, *MORE_NAMES[gender].split()])
+)
 
 FACTS = (
     "{name} has the {colour} {noun} {in_place}.",
@@ -43,11 +51,10 @@ QUESTIONS = {
 }
 
 
-class FactRow(NamedTuple):
-    """Documents, and a question that one of them answers; `asked` is its index, `kind` a key of `QUESTIONS`."""
+class Question(NamedTuple):
+    """A question, its answer, the index of the document that has it, and a key of `QUESTIONS`."""
 
-    documents: list[str]
-    question: str
+    text: str
     answer: str
     asked: int
     kind: str
@@ -72,30 +79,31 @@ def _write_document(rng: random.Random, fields: dict[str, str], gender: str) -> 
     return " ".join(sentences)
 
 
-def write_fact_rows(num_rows: int, num_documents: int, seed: int = 0) -> Iterator[FactRow]:
-    """Write rows of documents with a question about one of them.
+def write_facts(rng: random.Random, num_documents: int, num_questions: int = 1) -> tuple[list[str], list[Question]]:
+    """Write documents, and questions about different ones of them.
 
     Args:
-        num_rows (`int`): how many; row i is the same however many follow it.
-        num_documents (`int`): in each row.
-        seed (`int`, *optional*, defaults to 0): two seeds give two unrelated streams.
+        rng: all draws come from it.
+        num_documents (`int`): of one fact each.
+        num_questions (`int`): at most as many as documents; with fewer documents, one about each.
 
     Raises:
-        ValueError: if there are more documents than names.
+        ValueError: if there are no documents, or more than names.
     """
     if not 1 <= num_documents <= len(NAMES):
         raise ValueError(f"num_documents is {num_documents}: it must be from 1 to {len(NAMES)}, the number of names")
-    rng = random.Random(f"fact writer {seed}")
     things = tuple((colour, noun) for colour in COLOURS for noun in NOUNS)
-    places = tuple(PLACES.values())
-    for _ in range(num_rows):
-        names = _draw_distinct(rng, NAMES, num_documents)
-        rows = []
-        for (name, gender), (colour, noun) in zip(names, _draw_distinct(rng, things, num_documents), strict=True):
-            in_place = pick(rng, places)["in_place"]
-            fields = {"name": name, "colour": colour, "noun": noun, "in_place": in_place}
-            fields["In_place"] = in_place[0].upper() + in_place[1:]
-            rows.append((fields, _write_document(rng, fields, gender)))
-        asked, kind = int(rng.random() * num_documents), pick(rng, tuple(QUESTIONS))
-        question, answer = (part.format_map(rows[asked][0]) for part in QUESTIONS[kind])
-        yield FactRow([document for _, document in rows], question, answer, asked, kind)
+    facts, documents = [], []
+    people, owned = _draw_distinct(rng, NAMES, num_documents), _draw_distinct(rng, things, num_documents)
+    for (name, gender), (colour, noun) in zip(people, owned, strict=True):
+        in_place = pick(rng, tuple(PLACES.values()))["in_place"]
+        fields = {"name": name, "colour": colour, "noun": noun, "in_place": in_place}
+        fields["In_place"] = in_place[0].upper() + in_place[1:]
+        facts.append(fields)
+        documents.append(_write_document(rng, fields, gender))
+    questions = []
+    for asked in _draw_distinct(rng, tuple(range(num_documents)), min(num_questions, num_documents)):
+        kind = pick(rng, tuple(QUESTIONS))
+        text, answer = (part.format_map(facts[asked]) for part in QUESTIONS[kind])
+        questions.append(Question(text, answer, asked, kind))
+    return documents, questions

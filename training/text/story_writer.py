@@ -165,6 +165,12 @@ def _draw_story(rng: random.Random) -> tuple[str, dict[str, str]]:
     return "\n".join(" ".join(sentences) for sentences in paragraphs), words
 
 
+def write_story(rng: random.Random) -> str:
+    """Write one story, of which all draws come from `rng`."""
+    template, words = _draw_story(rng)
+    return template.format_map(words)
+
+
 def write_stories(num_stories: int, seed: int = 0) -> Iterator[str]:
     """Write `num_stories` short stories; the same `seed` always gives the same ones.
 
@@ -179,8 +185,7 @@ def write_stories(num_stories: int, seed: int = 0) -> Iterator[str]:
     # A string seed is hashed, so that -1 and 1 differ (an integer seed loses its sign).
     rng = random.Random(f"story writer {seed}")
     for _ in range(num_stories):
-        template, words = _draw_story(rng)
-        yield template.format_map(words)
+        yield write_story(rng)
 
 
 @functools.cache
