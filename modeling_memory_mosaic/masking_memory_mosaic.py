@@ -398,8 +398,8 @@ def joined_masks(
 ) -> dict[str, Any]:
     """Return the `slot_mask`, `slot_bias` and `query_scale` of a text that is read behind joined ones.
 
-    All tokens see the pairs of all joined texts, and each the pairs of its own text before it. The text begins anew:
-    its first token completes no pair.
+    All tokens see the pairs of all joined texts, and each the pairs of its own text before it. Its first
+    token completes no pair.
     """
     layer, (batch_size, num_tokens, _) = memory_layer(past_key_values), inputs_embeds.shape
     past_length: Any = past_key_values.get_seq_length()

@@ -110,6 +110,19 @@ class SourceSection(Section):
     seed: int = 0
 
 
+class FactsSection(Section):
+    """Rows of documents with a fact each, which are read alone, and questions about them, among windows of stories.
+
+    `num_rows` are for training and `num_test` are measured; `max_documents` and `num_questions` are of a row, in which
+    some are left out if they are too long together.
+    """
+
+    num_rows: PositiveInt
+    num_test: PositiveInt = 200
+    max_documents: PositiveInt = 4
+    num_questions: PositiveInt = 4
+
+
 class DataSection(Section):
     """Training and validation text, cut into windows of `context_length` tokens."""
 
@@ -118,6 +131,21 @@ class DataSection(Section):
     context_length: int = Field(ge=2)
     num_proc: PositiveInt | None = None
     streaming: bool = False
+    facts: FactsSection | None = None
+
+    @model_validator(mode="after")
+    def _check_facts(self) -> Self:
+        if self.facts is not None and self.streaming:
+            raise ValueError("`facts` are rows among those of a data set of known length: set `streaming` to false")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without a later field keep the text and the hash of before."""
+        values: dict[str, Any] = serialize(self)
+        if not values.get("facts"):
+            values.pop("facts", None)
+        return values
 
 
 class TokenizerSection(Section):

@@ -32,11 +32,13 @@ from training.evaluate import load_model, tokens_and_bytes
 from training.experiments import cloze, continuations, position_loss, samples
 from training.export import export_model
 from training.generate import generate_texts
+from training.memories import ask, load_memory, memorize_files
 from training.paths import CLONE, CONFIGURATION
 from training.recipe import load_recipe
 from training.tasks import fine_tuning, language_modeling
 from training.text import cloze_items
 from training.text.generator import Generator, GeneratorSection
+from training.text.question_rows import FactRows
 from training.text.sources import load_stories
 from training.text.tokenizer import added_tokens, load_tokenizer, train_tokenizer
 from training.text.windows import pack_windows
@@ -144,6 +146,17 @@ def test_measured_texts_are_read_as_they_stand(run):
     ids, _ = position_loss.cut_windows(Dataset.from_dict({"text": [TEXT]}), tokenizer, len(PLAIN), "documents", 1)
     assert ids.tolist() == [PLAIN]
     assert measure_units(model, tokenizer, [TEXT, TEXT[:5]])["tokens"] == len(PLAIN) + 5
+    assert FactRows(tokenizer, 2000, 1, "train", 2, 1)._encode(TEXT) == PLAIN
+    documents = FactRows(tokenizer, 2000, 1, "train", 2, 1).row(0).documents
+    assert all(VOCABULARY["</s>"] not in ids for ids in documents)
+
+
+def test_memorized_files_and_questions_are_read_as_they_stand(run, read, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    memorize_files(run.folder / "model", [tmp_path / "a.txt"], tmp_path / "memory")
+    assert load_memory(str(tmp_path / "memory"), load_model(run.folder / "model")[0]).input_ids.tolist() == PLAIN
+    ask(run.folder / "model", [str(tmp_path / "memory")], TEXT, max_new_tokens=1)
+    assert read[0] == [PLAIN]
 
 
 def test_the_harness_reads_a_text_behind_the_end_of_the_one_before(run):
@@ -225,6 +238,7 @@ def test_a_tokenizer_that_adds_nothing_is_left_as_it_is(tmp_path, caplog):
 WALKED = {
     *("training/text/windows.py", "training/evaluate.py", "training/text/tokenizer.py"),
     *("training/text/generator.py", "training/text/story_selection.py", "training/experiments/position_loss.py"),
+    *("training/memories.py", "training/text/question_rows.py"),
     *("training/experiments/samples.py", "training/experiments/cloze.py", "training/experiments/continuations.py"),
     "hub_cards/space/app.py",
     "modeling_memory_mosaic/inspection_memory_mosaic.py",

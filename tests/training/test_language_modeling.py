@@ -363,7 +363,7 @@ def test_export_of_a_run(tmp_path):
     assert [sample["prompt"] for sample in result["samples"]] == ["Once", "Once"]
     assert all(sample["text"].startswith("Once") for sample in result["samples"])
     payload = {name: (PACKAGE / name).read_bytes() for name in PAYLOAD}
-    assert not any(name.startswith(("naive_", "inspection_")) or "continuous" in name for name in payload)
+    assert not any(name.startswith(("naive_", "retrieval_")) or "continuous" in name for name in payload)
     for folder in (recipe.folder / "model", recipe.folder / "checkpoint-20"):
         code = {path.name: path.read_bytes() for path in folder.glob("*.py")}
         assert code == payload

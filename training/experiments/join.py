@@ -20,8 +20,9 @@ from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, summary
 from training.figures import new_figure, save_figure
 from training.synthetic.readings import Reading, model_inputs
-from training.synthetic.recall import RecallDataset, Row, features, pad, score_rows
+from training.synthetic.recall import RecallDataset, score_rows
 from training.tables import markdown_table, mean_and_deviation
+from training.text.question_rows import Row, features, pad
 
 
 __all__ = ["Recipe", "effects", "plan", "run", "summary"]

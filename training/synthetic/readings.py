@@ -15,9 +15,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-
-# Of a batch: the number of each token's document, those of the question after all; padding has this one.
-PADDING = -1
+from training.text.question_rows import PADDING, pad
 
 
 class Reading(NamedTuple):
@@ -91,6 +89,12 @@ def model_inputs(config: PreTrainedConfig, batch: dict[str, torch.Tensor], readi
     return arguments
 
 
+def labelled_batch(config: PreTrainedConfig, rows: list[dict[str, Any]], reading: Reading) -> dict[str, Any]:
+    """Return the arguments of a model for rows of `training.text.question_rows`, with labels `(B, T)`."""
+    batch = pad(rows)
+    return model_inputs(config, batch, reading) | {"labels": batch["labels"]}
+
+
 def parallel_encoding(
     module: nn.Module,
     query: torch.Tensor,
@@ -112,7 +116,9 @@ def parallel_encoding(
         the read-out `(B, T, H, D)` and the weights `(B, H, T, T)`.
     """
     scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:  # as the caller passed it
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     if of_documents is not None:
         # The sum S over documents becomes S^scale: so each of its terms is multiplied by S^(scale - 1).

@@ -12,9 +12,10 @@ A model learns this for 1 to `max_documents` documents, and is measured beyond.
 """
 
 import functools
+import itertools
 import random
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, PositiveInt
@@ -23,16 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from training.recipe import Section
-from training.synthetic.readings import PADDING, Reading, model_inputs
-from training.text.fact_writer import write_facts
-from training.text.story_writer import write_story
+from training.synthetic.readings import Reading, labelled_batch, model_inputs
+from training.text.question_rows import Row, fact_texts, facts_row, features, pad
+from training.text.story_writer import write_stories, write_story
 from training.text.tokenizer import train_tokenizer
 
 
 VOCAB_SIZE = 1024
 NUM_KEYS = VOCAB_SIZE // 2  # of pairs; the other tokens are values
 CHOSEN_BY = ("accuracy",)
-IGNORED = -100
 
 
 class RecallSection(Section):
@@ -50,18 +50,6 @@ class RecallSection(Section):
     seed: int = Field(default=0, ge=0)
 
 
-class Row(NamedTuple):
-    """Documents and a question, in tokens. `answers` numbers the answer that each token of the question belongs to.
-
-    Tokens that belong to none have -1. `asked` are the documents that hold an answer.
-    """
-
-    documents: list[list[int]]
-    question: list[int]
-    answers: list[int]
-    asked: list[int]
-
-
 def _pairs_row(section: RecallSection, rng: random.Random, num_documents: int) -> Row:
     keys = rng.sample(range(NUM_KEYS), num_documents * section.num_pairs)
     pairs = [(key, NUM_KEYS + int(rng.random() * NUM_KEYS)) for key in keys]
@@ -77,11 +65,7 @@ def _pairs_row(section: RecallSection, rng: random.Random, num_documents: int) -
 @functools.lru_cache(maxsize=1)
 def recall_tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer of facts and stories, which is always the same."""
-    rng, texts = random.Random("tokenizer of recall"), []
-    for _ in range(1000):
-        documents, questions = write_facts(rng, 4, 4)
-        texts += [*documents, *(f"{one.text} {one.answer}." for one in questions), write_story(rng)]
-    return train_tokenizer(texts, VOCAB_SIZE)
+    return train_tokenizer(itertools.chain(fact_texts(4), write_stories(1000)), VOCAB_SIZE)
 
 
 def tokens_of(text: str) -> list[int]:
@@ -90,13 +74,7 @@ def tokens_of(text: str) -> list[int]:
 
 
 def _facts_row(section: RecallSection, rng: random.Random, num_documents: int) -> Row:
-    documents, questions = write_facts(rng, num_documents, section.num_questions)
-    tokens, answers = [], []
-    for number, question in enumerate(questions):
-        text, answer = tokens_of(question.text), [*tokens_of(f" {question.answer}."), recall_tokenizer().eos_token_id]
-        tokens += [*text, *answer]
-        answers += [-1] * len(text) + [number] * len(answer)
-    return Row([tokens_of(text) for text in documents], tokens, answers, [one.asked for one in questions])
+    return facts_row(rng, num_documents, section.num_questions, tokens_of, recall_tokenizer().eos_token_id)
 
 
 def _stories_row(section: RecallSection, rng: random.Random, num_documents: int) -> Row:
@@ -141,29 +119,6 @@ class RecallDataset(Dataset):
         return features(self.row(index))
 
 
-def features(row: Row) -> dict[str, list[int]]:
-    """Return a row as one text: `input_ids`, `document_ids`, `is_question`, `answers`, each a list of T numbers."""
-    parts = [*row.documents, row.question]
-    num_before = sum(map(len, row.documents))
-    return {
-        "input_ids": [token for part in parts for token in part],
-        "document_ids": [number for number, part in enumerate(parts) for _ in part],
-        "is_question": [0] * num_before + [1] * len(row.question),
-        "answers": [-1] * num_before + row.answers,
-    }
-
-
-def pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Return rows as a batch `(B, T)`, padded on the right."""
-    length = max(len(row["input_ids"]) for row in rows)
-    fillings = {"input_ids": 0, "document_ids": PADDING, "is_question": 0, "answers": -1}
-    batch = {
-        name: torch.tensor([row[name] + [filling] * (length - len(row[name])) for row in rows])
-        for name, filling in fillings.items()
-    }
-    return batch | {"is_question": batch["is_question"].bool()}
-
-
 def draw_splits(section: RecallSection) -> dict[str, RecallDataset]:
     """Return rows for training, and others for validation and test."""
     sizes = {"train": section.num_rows, "validation": section.num_test, "test": section.num_test}
@@ -183,12 +138,7 @@ def tokenizer_of(section: RecallSection) -> PreTrainedTokenizerFast | None:
 def collator(section: RecallSection, config: PreTrainedConfig) -> Callable[[list[dict]], dict[str, Any]]:
     """Return what makes batches for a model: its arguments and labels `(B, T)`, which are the answers."""
 
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-        batch = pad(rows)
-        labels = batch["input_ids"].masked_fill(batch["answers"] < 0, IGNORED)
-        return model_inputs(config, batch, Reading(is_joined=section.joined)) | {"labels": labels}
-
-    return collate
+    return functools.partial(labelled_batch, config, reading=Reading(is_joined=section.joined))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@
 `training.tasks.fine_tuning` goes through the same steps with another `TrainingMode`.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, Subset
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -39,9 +41,12 @@ from training.figures import draw_learning_curve
 from training.files import faults, staged_folder, write_checksums
 from training.loop import LanguageModelTrainer, build_training_arguments
 from training.metrics.mean_loss import bits_per_byte_of_loss, perplexity
-from training.recipe import DataSection, Recipe, TextRecipe, TrainingRecipe
+from training.recipe import DataSection, FactsSection, Recipe, TextRecipe, TrainingRecipe
 from training.result import header, learning_curve, tokens_per_second
 from training.run_folder import run_once
+from training.synthetic.readings import Reading, labelled_batch
+from training.synthetic.recall import score_rows
+from training.text.question_rows import FactRows, fact_texts, window_features
 from training.text.sources import load_stories, source_provenance
 from training.text.tokenizer import load_tokenizer, train_tokenizer
 from training.text.windows import collate_windows, pack_windows
@@ -82,6 +87,8 @@ def training_arguments(recipe: TextRecipe) -> TrainingArguments:
     """
     # Each step uses every parameter, so that DDP need not search for the others.
     settings = {"ddp_find_unused_parameters": False} | recipe.training.model_dump()
+    if recipe.data.facts is not None:
+        settings["remove_unused_columns"] = False  # the collator needs them
     arguments = build_training_arguments(settings, recipe.folder, recipe.seed)
     per_step = tokens_per_step(recipe, arguments)
     if recipe.tokens is not None:
@@ -175,7 +182,9 @@ def _make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         limits = [limit for limit in (section.max_training_stories, source["num_stories"]) if limit is not None]
         source["num_stories"] = min(limits)
     stories = load_stories(**source, streaming=recipe.data.streaming)
-    return train_tokenizer((row["text"] for row in stories), section.vocab_size)
+    texts = (row["text"] for row in stories)
+    facts = [] if recipe.data.facts is None else fact_texts(recipe.data.facts.max_documents)
+    return train_tokenizer(itertools.chain(texts, facts), section.vocab_size)
 
 
 def prepare_tokenizer(
@@ -228,6 +237,14 @@ def prepare_windows(
     return windows
 
 
+def fact_rows(recipe: ReadsText, tokenizer: PreTrainedTokenizerFast, split: str) -> FactRows:
+    """Return the rows of facts of a recipe that has some, for `train` or `test`."""
+    facts = cast(FactsSection, recipe.data.facts)
+    size = facts.num_rows if split == "train" else facts.num_test
+    sizes = (facts.max_documents, facts.num_questions)
+    return FactRows(tokenizer, recipe.data.context_length, size, split, *sizes)
+
+
 def whole_steps(
     windows: Dataset | IterableDataset, arguments: TrainingArguments, state: PartialState
 ) -> Dataset | IterableDataset:
@@ -259,6 +276,30 @@ def build_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> P
     model = AutoModelForCausalLM.from_config(config)
     model.loss_type = "ForCausalLM"  # GPT-2's class name does not say it, and each forward would warn
     return model
+
+
+def training_rows(
+    recipe: TextRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    windows: Dataset | IterableDataset,
+    arguments: TrainingArguments,
+    state: PartialState,
+) -> Any:
+    """Return what a training reads: windows, and rows of facts if the recipe has some, in whole steps."""
+    if recipe.data.facts is None:
+        return whole_steps(windows, arguments, state)
+    rows: ConcatDataset = ConcatDataset([windows, fact_rows(recipe, tokenizer, "train")])
+    return Subset(rows, range(len(rows) - len(rows) % windows_per_step(arguments)))
+
+
+def facts_collator(config: PreTrainedConfig) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Return what makes batches of windows and rows of facts, whose documents are read alone."""
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        whole = [row if "answers" in row else window_features(row["input_ids"]) for row in rows]
+        return labelled_batch(config, whole, Reading())
+
+    return collate
 
 
 class TrainingMode(NamedTuple):
@@ -353,6 +394,7 @@ def _finish(
     folder, model = mode.export(recipe, model, trainer.processing_class, state_dict)
     sampling = recipe.generation.model_dump()
     prompts = sampling.pop("prompts")
+    tokenizer = cast(PreTrainedTokenizerFast, trainer.processing_class)
     # No process holds the whole of a sharded model, and a compiled one rounds in another order: for these the folder
     # itself is the reference.
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.torch_compile:
@@ -361,6 +403,11 @@ def _finish(
     texts = verify_export(folder, prompts, seed=recipe.seed, model=model, **sampling)
     result = _result(recipe, trainer, loss, list(zip(prompts, texts, strict=True)), data, cost)
     result |= mode.describe(recipe, trainer.eval_dataset, trainer.args.eval_batch_size)
+    if recipe.data.facts is not None:
+        asked = fact_rows(recipe, tokenizer, "test")
+        rows = [asked.row(index) for index in range(len(asked))]
+        scores = score_rows(model, rows, trainer.args.eval_batch_size, Reading())
+        result["metrics"] |= {"answer_accuracy": scores["accuracy"], "num_answers": scores["num_answers"]}
     draw_learning_curve(result, recipe.folder / "loss.png")
     return result
 
@@ -377,8 +424,8 @@ def _train(
     trainer = LanguageModelTrainer(
         model=model,
         args=arguments,
-        data_collator=collate_windows,
-        train_dataset=whole_steps(windows["train"], arguments, state),
+        data_collator=collate_windows if recipe.data.facts is None else facts_collator(model.config),
+        train_dataset=training_rows(recipe, tokenizer, windows["train"], arguments, state),
         eval_dataset=windows["validation"],
         processing_class=tokenizer,
         peak_tokens_per_second=peak * 1e12 / per_token,

@@ -40,7 +40,6 @@ NAMES = tuple(
 FACTS = (
     "{name} has the {colour} {noun} {in_place}.",
     "The {colour} {noun} {in_place} belongs to {name}.",
-    "{In_place}, {name} plays with the {colour} {noun}.",
 )
 # Each asks for one of the four, by others of the same document.
 QUESTIONS = {
@@ -74,7 +73,7 @@ def _write_document(rng: random.Random, fields: dict[str, str], gender: str) -> 
     words |= pronouns_of("", gender)
     sentences = [pick(rng, FACTS).format_map(words)]
     for _ in range(int(rng.random() * 3)):
-        # What is said besides names nobody, so that the fact stands alone.
+        # What is said besides has no names, so that the fact stands alone.
         sentences.append(pick(rng, TRAIT_LINES).format_map(words))
     return " ".join(sentences)
 
@@ -98,7 +97,6 @@ def write_facts(rng: random.Random, num_documents: int, num_questions: int = 1) 
     for (name, gender), (colour, noun) in zip(people, owned, strict=True):
         in_place = pick(rng, tuple(PLACES.values()))["in_place"]
         fields = {"name": name, "colour": colour, "noun": noun, "in_place": in_place}
-        fields["In_place"] = in_place[0].upper() + in_place[1:]
         facts.append(fields)
         documents.append(_write_document(rng, fields, gender))
     questions = []
