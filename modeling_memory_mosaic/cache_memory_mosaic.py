@@ -157,8 +157,8 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
         self.scalars: dict[str, HeadScalars] = {}  # of the weights that read, by kind of memory
         self.record_past = False
         self.slot_bias: torch.Tensor | None = None
-        # Of joined texts that many pairs make up, see `nearest`: clusters by their number, shared with the memory.
-        self.index: dict[int, Any] | None = None
+        # Of joined texts that many pairs make up, see `nearest`: what finds pairs, shared with the memory.
+        self.index: dict[Any, Any] | None = None
         self.search: Any = None
         self.forget_text()
 

@@ -150,7 +150,8 @@ def read_slots(file: Any, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     shape = (settings["num_slots"],)
     slots = {name: file.get_tensor(name) for name in ("input_ids", "source_ids", "places")}
     for name, tensor in slots.items():
-        if tensor.dtype != torch.long or tuple(tensor.shape) != shape or (tensor < 0).any():
+        least = 0 if name == "source_ids" else -1  # of merged pairs
+        if tensor.dtype != torch.long or tuple(tensor.shape) != shape or (tensor < least).any():
             raise ValueError(
                 f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: it must be indices of {shape}."
             )

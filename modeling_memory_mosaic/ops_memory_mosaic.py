@@ -32,6 +32,8 @@ from transformers.utils.generic import maybe_autocast
 CHUNK_LENGTH = 32
 # The authors cap the log of a key's length, so that no product of two keys leaves the range of float16.
 MAX_LOG_KEY_SCALE = 5.0
+# Of `k_means`: steps, and points that are compared with all centres at a time.
+LLOYD_STEPS, POINTS_AT_ONCE = 5, 4096
 
 
 class HeadScalars(NamedTuple):
@@ -448,6 +450,22 @@ def eager_attention_forward(
         # Slot t holds the pair of token t - 1, slot 0 a zero. Moved on by one, the weights name tokens.
         weights, value = F.pad(weights[..., 1:], (0, 1)), F.pad(value[:, :, 1:], (0, 0, 0, 1))
     return weighted_values(weights, value).transpose(1, 2), weights
+
+
+def k_means(points: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """Return the cluster of each point `(N, D)`, from 0 on, none of them empty, `(N,)`."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    centres = points[torch.randperm(len(points), generator=generator)[:num_clusters].to(points.device)]
+    cluster = torch.zeros(len(points), dtype=torch.long, device=points.device)
+    for _ in range(LLOYD_STEPS):
+        # The nearest centre: products and lengths of centres say which, without a number for each pair and width.
+        half_squares = 0.5 * centres.square().sum(-1)
+        parts = [(part @ centres.T - half_squares).argmax(-1) for part in points.split(POINTS_AT_ONCE)]
+        cluster = torch.cat(parts)
+        counts = torch.bincount(cluster, minlength=len(centres))
+        sums = torch.zeros_like(centres).index_add_(0, cluster, points)
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+    return cluster.unique(return_inverse=True)[1]
 
 
 __all__ = ["kernel_smoothing", "leaky_average"]

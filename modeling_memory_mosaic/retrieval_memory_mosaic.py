@@ -26,41 +26,103 @@ Shapes use B batch, H heads, S slots, D head width, C clusters, G = B * H.
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
-from .ops_memory_mosaic import at_least_float32
+from .ops_memory_mosaic import at_least_float32, k_means
 
 
 # With fewer pairs, all are read one by one: that is faster.
 FEWEST_PAIRS = 2048
 # Questions of more tokens are read with all pairs too.
 LONGEST_QUESTION = 32
-LLOYD_STEPS = 5
+# Pairs that an index is asked for at first; twice as many each time that they are not enough.
+FEWEST_FOUND = 16
 
 
-def k_means(points: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """Return the cluster of each point `(N, D)`, from 0 on, none of them empty, `(N,)`."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    centres = points[torch.randperm(len(points), generator=generator)[:num_clusters].to(points.device)]
-    cluster = torch.zeros(len(points), dtype=torch.long, device=points.device)
-    for _ in range(LLOYD_STEPS):
-        # The nearest centre: products and lengths of centres say which, without a number for each pair and width.
-        cluster = (points @ centres.T - 0.5 * centres.square().sum(-1)).argmax(-1)
-        counts = torch.bincount(cluster, minlength=len(centres))
-        sums = torch.zeros_like(centres).index_add_(0, cluster, points)
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
-    return cluster.unique(return_inverse=True)[1]
+class Index(Protocol):
+    """Finds those of many keys that are near to queries. What it misses costs time and never the tolerance."""
+
+    def search(self, queries: Any, k: int) -> Any:
+        """Return the places of about k near keys for each of queries `(Q, D)`, `(Q, k)`; -1 where there are fewer."""
+
+
+class ExactIndex:
+    """Compares a query with all keys `(S, D)`."""
+
+    def __init__(self, keys: torch.Tensor):
+        self.keys = keys
+
+    def search(self, queries: torch.Tensor, k: int) -> torch.Tensor:
+        return (queries @ self.keys.T).topk(min(k, len(self.keys)), dim=-1).indices
+
+
+class LshIndex:
+    """Locality-sensitive hashing: compares a query with the keys `(S, D)` that share a bucket of some table with it.
+
+    A bucket of a table is the side of each of some random planes that a key is on.
+    """
+
+    num_tables, fewest_in_bucket = 16, 32
+
+    def __init__(self, keys: torch.Tensor):
+        self.keys = keys
+        num_planes = max(1, int(math.log2(max(2, len(keys) / self.fewest_in_bucket))))
+        generator = torch.Generator().manual_seed(0)
+        planes = torch.randn(self.num_tables, keys.shape[1], num_planes, generator=generator, dtype=keys.dtype)
+        self.planes, self.powers = planes.to(keys.device), 2 ** torch.arange(num_planes, device=keys.device)
+        self.sorted, self.order = self.buckets(keys).sort(dim=-1)  # (tables, S)
+
+    def buckets(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return the bucket of vectors `(N, D)` in each table, `(tables, N)`."""
+        return ((vectors @ self.planes > 0) * self.powers).sum(-1)
+
+    def search(self, queries: torch.Tensor, k: int) -> torch.Tensor:
+        buckets = self.buckets(queries).contiguous()
+        first, last = (torch.searchsorted(self.sorted, buckets, right=right) for right in (False, True))
+        found = torch.full((len(queries), k), -1, device=queries.device)
+        for number, query in enumerate(queries):
+            ranges = zip(self.order, first[:, number].tolist(), last[:, number].tolist(), strict=True)
+            places = torch.cat([order[begin:end] for order, begin, end in ranges]).unique()
+            nearest_ones = (self.keys[places] @ query).topk(min(k, len(places))).indices
+            found[number, : len(nearest_ones)] = places[nearest_ones]
+        return found
+
+
+class UsearchIndex:
+    """The library usearch, a graph of neighbours on CPUs: `pip install usearch`."""
+
+    def __init__(self, keys: torch.Tensor):
+        from usearch.index import Index as Graph
+
+        self.graph, self.device = Graph(ndim=keys.shape[1], metric="ip", dtype="f32"), keys.device
+        self.graph.add(np.arange(len(keys)), keys.float().cpu().numpy())
+
+    def search(self, queries: torch.Tensor, k: int) -> torch.Tensor:
+        matches = self.graph.search(queries.float().cpu().numpy(), min(k, len(self.graph)))
+        return torch.from_numpy(matches.keys.astype(np.int64)).reshape(len(queries), -1).to(self.device)
+
+
+# By the name in `nearest`; clusters find their own.
+INDEXES: dict[str, Callable[[torch.Tensor], Index] | None] = {
+    "clusters": None,
+    "exact": ExactIndex,
+    "lsh": LshIndex,
+    "usearch": UsearchIndex,
+}
 
 
 @dataclasses.dataclass
 class Clusters:
     """Pairs of one head, sorted by cluster, and what a cluster is as a whole. A pair that stands for n counts n times.
 
-    - `keys`, `values` `(S, D)` and `bias` `(S,)`: of the pairs; `begins` `(C + 1,)`: where each cluster begins,
+    - `keys`, `values` `(S, D)` and `bias` `(S,)`: of the pairs; `owner` `(S,)`: their clusters; `begins` `(C + 1,)`:
+      where each cluster begins,
     - `centres`, `means` `(C, D)`: means of keys and of values; `log_counts` `(C,)`,
     - `radii` `(C,)`: the largest distance of a key from its centre.
     """
@@ -68,11 +130,13 @@ class Clusters:
     keys: torch.Tensor
     values: torch.Tensor
     bias: torch.Tensor
+    owner: torch.Tensor
     begins: torch.Tensor
     centres: torch.Tensor
     means: torch.Tensor
     log_counts: torch.Tensor
     radii: torch.Tensor
+    index: Index | None = None
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, num_clusters: int) -> "Clusters":
@@ -93,7 +157,7 @@ class Clusters:
         distances = (keys - centres[cluster]).norm(dim=-1)
         radii = torch.zeros_like(totals).scatter_reduce_(0, cluster, distances, "amax")
         begins = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        return cls(keys, values, bias, begins, centres, mean(values), totals.log(), radii)
+        return cls(keys, values, bias, cluster, begins, centres, mean(values), totals.log(), radii)
 
     def pairs_of(self, clusters: torch.Tensor) -> torch.Tensor:
         """Return the places of all pairs of some clusters, `(pairs,)`."""
@@ -102,27 +166,61 @@ class Clusters:
         within = torch.arange(int(ends[-1]) if len(ends) else 0, device=sizes.device)
         return within + torch.repeat_interleave(begins - (ends - sizes), sizes)
 
+    def rest_without(self, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log of the number `(C,)` and the mean of values `(C, D)` of pairs that were not found."""
+        if not len(found):
+            return self.log_counts, self.means
+        counts, owner = self.bias[found].to(self.keys.dtype).exp(), self.owner[found]
+        left = self.log_counts.exp().index_add(0, owner, -counts)
+        sums = self.means * self.log_counts.exp()[:, None]
+        sums = sums.index_add(0, owner, -counts[:, None] * self.values[found])
+        # Of a cluster that was found as a whole rounding may leave a little.
+        num_left = (self.begins.diff()).index_add(0, owner, torch.full_like(owner, -1))
+        left = torch.where(num_left > 0, left, 0.0)
+        return left.log(), sums / torch.where(num_left > 0, left, 1.0)[:, None]
+
     def read(self, query: torch.Tensor, others: torch.Tensor, tolerance: float) -> "ClusterRead":
         """Read the pairs for a query `(D,)`, so that the weights are off by at most `tolerance` in sum.
 
         Args:
             others (`torch.Tensor` of shape `(N,)`): scores of pairs that are read besides, all of them right.
         """
-        scores = self.centres @ query + self.log_counts
+        num_found, found = 0, torch.zeros(0, dtype=torch.long, device=query.device)
+        while True:
+            result = self._read_behind(query, others, tolerance, found)
+            # Where an index does not help any more, clusters are read as a whole.
+            if self.index is None or num_found >= len(self.keys) or not len(result.extra):
+                return result
+            before, num_found = len(found), min(len(self.keys), max(FEWEST_FOUND, 2 * num_found))
+            found = torch.as_tensor(self.index.search(query[None], num_found), device=query.device)[0].long()
+            found = found[(found >= 0) & (found < len(self.keys))].unique()
+            if len(found) <= before:
+                return result
+
+    def _read_behind(
+        self, query: torch.Tensor, others: torch.Tensor, tolerance: float, found: torch.Tensor
+    ) -> "ClusterRead":
+        """Do as `read`, with pairs that an index has found."""
+        log_counts, means = self.rest_without(found)
+        scores = self.centres @ query + log_counts
+        exact = self.keys[found] @ query + self.bias[found]
         drift = query.norm() * self.radii  # by how much a score may differ from its centre's
         # What a cluster adds to the error at most, relative to the sum of all, for the two bounds.
-        top = torch.cat([scores, others]).max()
+        top = torch.cat([scores, others, exact]).max()
         least, most = (scores - top).exp(), (scores + drift - top).exp()
         error = most * drift.expm1().clamp(max=1.0)
         order = error.argsort(descending=True)
         rest = error[order].flip(0).cumsum(0).flip(0)
-        total = least.sum() + (others - top).exp().sum()
-        num_read = int((2 * rest > tolerance * total).sum())
+        known = (others - top).exp().sum() + (exact - top).exp().sum()
+        num_read = int((2 * rest > tolerance * (least.sum() + known)).sum())
+        is_found = torch.zeros(len(self.keys), dtype=torch.bool, device=query.device)
+        is_found[found] = True
         while True:
-            places = self.pairs_of(order[:num_read])
-            exact = self.keys[places] @ query + self.bias[places]
+            extra = self.pairs_of(order[:num_read])
+            extra = extra[~is_found[extra]]
+            more = self.keys[extra] @ query + self.bias[extra]
             is_left = order[num_read:]
-            sums = (exact - top).exp().sum() + (others - top).exp().sum()
+            sums = (more - top).exp().sum() + known
             lower, upper = sums + least[is_left].sum(), sums + most[is_left].sum()
             by_mass = most[is_left].sum() / upper
             by_drift = (most[is_left] * drift[is_left].expm1()).sum() * upper / lower**2
@@ -130,20 +228,33 @@ class Clusters:
             if bound <= tolerance or num_read == len(order):
                 break
             num_read = min(len(order), 2 * num_read + 1)
-        return ClusterRead(places, exact, is_left, scores[is_left], bound if len(is_left) else 0.0, float(by_mass))
+        is_left = is_left[log_counts[is_left] > -torch.inf]
+        return ClusterRead(
+            torch.cat([found, extra]),
+            torch.cat([exact, more]),
+            extra,
+            is_left,
+            scores[is_left],
+            means[is_left],
+            bound if len(is_left) else 0.0,
+            float(by_mass),
+        )
 
 
 @dataclasses.dataclass
 class ClusterRead:
-    """What was read for one query: places and scores of pairs, and clusters that were read as wholes.
+    """What was read for one query: places and scores of pairs, and clusters of which the rest was read as a whole.
 
-    `bound` is the sum by which weights may be off, `mass` the largest share of weight that wholes may have.
+    `extra` are those of the places that no index had found; `means` are the values of wholes. `bound` is the sum by
+    which weights may be off, `mass` the largest share of weight that wholes may have.
     """
 
     places: torch.Tensor
     scores: torch.Tensor
+    extra: torch.Tensor
     wholes: torch.Tensor
     whole_scores: torch.Tensor
+    means: torch.Tensor
     bound: float
     mass: float
 
@@ -183,6 +294,7 @@ class Search:
     tolerance: float
     num_clusters: int | None
     report: SearchReport
+    index: str | Callable[[torch.Tensor], Index] = "clusters"
 
     def reads(self, layer: Any, num_queries: int) -> bool:
         """Return whether a layer of a memory is read so by so many queries: one of many joined pairs."""
@@ -192,12 +304,16 @@ class Search:
         """Return the clusters of the joined pairs of each head, which are those of all rows; they are made once."""
         first = layer.num_joined
         num_clusters = self.num_clusters or int(2 * first**0.5)
-        if num_clusters not in layer.index:
+        name = (num_clusters, self.index)
+        if name not in layer.index:
             keys, values = layer.keys[0, :, :first], layer.values[0, :, :first]
             bias = layer.slot_bias[0, :, :first].expand(len(keys), -1)
             parts = zip(keys, values, bias, strict=True)
-            layer.index[num_clusters] = [Clusters.of(*one, num_clusters) for one in parts]
-        clusters: list[Clusters] = layer.index[num_clusters]
+            layer.index[name] = [Clusters.of(*one, num_clusters) for one in parts]
+            make = INDEXES[self.index] if isinstance(self.index, str) else self.index
+            for one in layer.index[name]:
+                one.index = None if make is None else make(one.keys)
+        clusters: list[Clusters] = layer.index[name]
         return clusters
 
     def read(
@@ -221,7 +337,7 @@ class Search:
                 one = at_least_float32(query[row, head, token])
                 found = clusters.read(one, others, self.tolerance)
                 weights = torch.cat([found.scores, found.whole_scores, others]).softmax(0)
-                values = [clusters.values[found.places], clusters.means[found.wholes], own_values[:num_seen]]
+                values = [clusters.values[found.places], found.means, own_values[:num_seen]]
                 retrieved[row, head, token] = (weights @ torch.cat(values)).to(retrieved.dtype)
                 share = len(found.places) / max(1, len(clusters.keys))
                 self.report.note(layer_idx, head, share, found.mass, found.bound * float(length))
@@ -229,30 +345,40 @@ class Search:
 
 
 @contextlib.contextmanager
-def nearest(model: nn.Module, tolerance: float = 1e-3, num_clusters: int | None = None) -> Iterator[SearchReport]:
+def nearest(
+    model: nn.Module,
+    tolerance: float = 1e-3,
+    index: str | Callable[[torch.Tensor], Index] = "clusters",
+    num_clusters: int | None = None,
+) -> Iterator[SearchReport]:
     """Let a model read joined memories of many pairs by reading few of them one by one.
 
     Args:
         model: a Memory Mosaic with any head, in the whole process.
         tolerance (`float`): the largest error of a read-out, in lengths of a value. Fewer pairs are read where it is
             larger.
+        index (`str` or a function): what finds pairs that are read one by one: `clusters`, whose centres are near;
+            `exact`, all keys; `lsh`, hashing; `usearch`, the library; or a function that returns an [`Index`] of keys
+            `(S, D)`. It is made once for each head of a memory. Whatever it misses is read by clusters.
         num_clusters (`int`, *optional*): of each head; about twice the root of the number of pairs when absent.
 
     Yields:
         [`SearchReport`]: grows with each query.
 
     Raises:
-        ValueError: if the tolerance is not above 0 and at most 2, which is no bound at all.
+        ValueError: if the tolerance is not above 0 and at most 2, which is no bound at all; if the index is unknown.
     """
     if not 0 < tolerance <= 2:
         raise ValueError(f"tolerance={tolerance} must be above 0, which only reading all pairs meets, and at most 2.")
+    if not callable(index) and index not in INDEXES:
+        raise ValueError(f"index={index!r} is not one of {', '.join(INDEXES)}, and no function of keys.")
     models: Any = [module for module in model.modules() if hasattr(module, "search")]
     if not models:
         raise ValueError(f"{type(model).__name__} has no memories that could be searched: pass a Memory Mosaic.")
     report = SearchReport()
     before = [module.search for module in models]
     for module in models:
-        module.search = Search(tolerance, num_clusters, report)
+        module.search = Search(tolerance, num_clusters, report, index)
     try:
         yield report
     finally:
@@ -260,4 +386,4 @@ def nearest(model: nn.Module, tolerance: float = 1e-3, num_clusters: int | None 
             module.search = search
 
 
-__all__ = ["SearchReport", "nearest"]
+__all__ = ["Index", "SearchReport", "nearest"]

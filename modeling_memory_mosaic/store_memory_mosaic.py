@@ -24,7 +24,7 @@ token t - 1, which token t completes, and slot 0 is empty.
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
@@ -35,11 +35,14 @@ from .cache_memory_mosaic import memory_kwargs, memory_layer
 from .files_memory_mosaic import MemoryFilesMixin
 from .identity_memory_mosaic import MemoryWriter, tokenizer_fingerprint
 from .inspection_memory_mosaic import trace_tokens
-from .masking_memory_mosaic import find_documents
+from .masking_memory_mosaic import find_documents, growth_of_kernels
+from .ops_memory_mosaic import k_means
 
 
 # Tokens that are read at a time, so that reading needs little memory besides the pairs.
 CHUNK_LENGTH = 1024
+# Token and place of a slot that stands for several pairs.
+MERGED = -1
 
 
 @dataclass(eq=False)
@@ -54,7 +57,7 @@ class MosaicMemory(MemoryFilesMixin):
         keys, values (`list[torch.Tensor]`, one for each layer, of shape `(1, H, S, D)`): the pairs.
         slot_bias (`list[torch.Tensor]`, one for each layer, of shape `(1, H or 1, S)`): added to the scores of each
             slot: 0 for a pair, -inf for an empty slot, log n for a pair that stands for n.
-        input_ids (`torch.LongTensor` of shape `(S,)`): the tokens.
+        input_ids (`torch.LongTensor` of shape `(S,)`): the tokens; -1 where pairs were merged, as in `places`.
         source_ids (`torch.LongTensor` of shape `(S,)`): the text of each slot, as an index into `sources`.
         places (`torch.LongTensor` of shape `(S,)`): where in its text each slot's token stands.
         sources (`list[str]`): names of the texts.
@@ -71,7 +74,7 @@ class MosaicMemory(MemoryFilesMixin):
     places: torch.Tensor
     sources: list[str]
     tokenizer: str | None = None
-    indexes: dict[int, dict[int, Any]] = field(default_factory=dict, init=False)
+    indexes: dict[int, dict[Any, Any]] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         """Return the number of pairs of a layer."""
@@ -165,6 +168,8 @@ class MosaicMemory(MemoryFilesMixin):
             # The pair of token t lies in slot t + 1.
             is_source = self.source_ids == self.sources.index(source)
             length = int(self.places[is_source].max()) + 1
+            if length == MERGED + 1:
+                raise ValueError(f"The pairs of {source!r} were merged by `consolidate`: forget the whole text.")
             of_tokens = torch.arange(length, device=self.device)[tokens] + 1
             is_forgotten = is_source & torch.isin(self.places, of_tokens)
             if not is_forgotten.any():
@@ -172,6 +177,64 @@ class MosaicMemory(MemoryFilesMixin):
             rest = self._keep_slots(~is_forgotten)
         self.__dict__.update(rest.__dict__)
         return self
+
+    def consolidate(
+        self, max_pairs: int, bandwidth: float | None = None, bandwidth_start: int | None = None
+    ) -> torch.Tensor:
+        """Merge pairs with near keys, in place, so that each head holds at most so many.
+
+        Pairs of equal keys are merged without error. A slot stands for as many pairs as were merged into it, with the
+        means of their keys and values, and pairs of different texts stay apart, so that each text can be forgotten.
+        Tokens can not: a merged slot has no place in its text.
+
+        Args:
+            max_pairs (`int`): at least one for each text.
+            bandwidth, bandwidth_start: as in [`MosaicMemory.to_cache`], if the memory will be read so.
+
+        Returns:
+            `torch.Tensor` of shape `(layers, H)`: the largest possible error of what a head retrieves by a query, in
+            lengths of a value, for questions of up to `max_position_embeddings` tokens. Layers above the first get
+            other queries than before, which are not counted.
+
+        Raises:
+            ValueError: if there are more texts than pairs may be left.
+        """
+        if isinstance(max_pairs, bool) or max_pairs < max(1, len(self.sources)):
+            raise ValueError(
+                f"max_pairs={max_pairs} is too few for the {len(self.sources)} texts of the memory, whose pairs stay "
+                "apart: raise it, or let the memory `forget` some."
+            )
+        parts = [self.select([name]) for name in self.sources]
+        budgets = _shares([int((part.slot_bias[0] > -torch.inf).sum(-1).max()) for part in parts], max_pairs)
+        largest = self.num_pairs() + self.config.max_position_embeddings
+        growth = growth_of_kernels(self.config, torch.tensor([largest]), self.keys[0], bandwidth, bandwidth_start)
+        drifts = torch.zeros(len(self.keys), self.keys[0].shape[1], dtype=torch.float64)
+        for part, budget in zip(parts, budgets, strict=True):
+            drifts = torch.maximum(drifts, part._merge(budget))
+        merged = MosaicMemory.union(parts) if parts else self
+        self.__dict__.update(merged.__dict__)
+        drifts = drifts if growth is None else drifts * float(growth)
+        return 2 * (drifts / 2).tanh()
+
+    def num_pairs(self) -> float:
+        """Return the number of pairs of a head, those that a slot stands for included."""
+        return float(self.slot_bias[0][0, 0].double().exp().sum())
+
+    def _merge(self, max_slots: int) -> torch.Tensor:
+        """Merge the pairs of each head into so many slots; return by how much a score may change `(layers, H)`."""
+        if int((self.slot_bias[0] > -torch.inf).sum(-1).max()) <= max_slots:
+            return torch.zeros(len(self.keys), self.keys[0].shape[1], dtype=torch.float64)
+        layers = []
+        for keys, values, bias in zip(self.keys, self.values, self.slot_bias, strict=True):
+            heads = zip(keys[0], values[0], bias[0].expand(keys.shape[1], -1), strict=True)
+            layers.append([merge_pairs(*head, max_slots) for head in heads])
+        self.keys = [torch.stack([head.keys for head in heads])[None] for heads in layers]
+        self.values = [torch.stack([head.values for head in heads])[None] for heads in layers]
+        self.slot_bias = [torch.stack([head.bias for head in heads])[None] for heads in layers]
+        self.source_ids = torch.zeros(max_slots, dtype=torch.long, device=self.device)
+        self.input_ids, self.places = (torch.full_like(self.source_ids, MERGED) for _ in range(2))
+        self.indexes = {}
+        return torch.tensor([[head.drift for head in heads] for heads in layers], dtype=torch.float64)
 
     def _keep_slots(self, is_kept: torch.Tensor) -> "MosaicMemory":
         return replace(
@@ -238,7 +301,8 @@ class MosaicMemory(MemoryFilesMixin):
         for index, (keys, values, bias) in enumerate(zip(self.keys, self.values, self.slot_bias, strict=True)):
             layer = memory_layer(cache, index)
             if index == 0:
-                layer.note_text(self.input_ids.expand(batch_size, -1), None)
+                is_known = bool((self.input_ids != MERGED).all())
+                layer.note_text(self.input_ids.expand(batch_size, -1) if is_known else None, None)
             layer.update(*(part.expand(batch_size, -1, -1, -1) for part in (keys, values)))
             layer.begin_text(bias.expand(batch_size, -1, -1))
             layer.num_joined, layer.index = len(self.input_ids), self.indexes.setdefault(index, {})
@@ -356,6 +420,45 @@ class MemoryRecall:
             place = slot - len(self.source_ids) if is_own else int(self.places[slot])
             pairs.append((name, place, value))
         return pairs
+
+
+class MergedPairs(NamedTuple):
+    """Slots of one head: `keys`, `values` `(N, D)`, `bias` `(N,)`, and by how much a score may have changed."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor
+    drift: float
+
+
+def merge_pairs(keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, num_slots: int) -> MergedPairs:
+    """Merge pairs `(S, D)` with biases `(S,)` into so many slots, of which some may be empty.
+
+    Queries are as long as keys. So a score changes by at most that length times the distance of a key from the mean.
+    """
+    is_pair = bias > -torch.inf
+    points, kept, counts = keys[is_pair].double(), values[is_pair].double(), bias[is_pair].double().exp()
+    cluster = points.unique(dim=0, return_inverse=True)[1]
+    if int(cluster.max()) >= num_slots:
+        cluster = k_means(points, num_slots)
+    totals = counts.new_zeros(num_slots).index_add_(0, cluster, counts)
+
+    def means(vectors: torch.Tensor) -> torch.Tensor:
+        sums = vectors.new_zeros(num_slots, vectors.shape[1]).index_add_(0, cluster, counts[:, None] * vectors)
+        return sums / totals.clamp(min=1)[:, None]
+
+    centres = means(points).to(keys.dtype)
+    distance = (points - centres.double()[cluster]).norm(dim=-1).max()
+    drift = float(distance * points.norm(dim=-1).max())
+    return MergedPairs(centres, means(kept).to(values.dtype), totals.log().to(bias.dtype), drift)
+
+
+def _shares(sizes: list[int], total: int) -> list[int]:
+    """Return shares of a total, at least 1 each and at most the sizes, in proportion to these."""
+    shares = [max(1, size * total // max(total, sum(sizes))) for size in sizes]
+    while sum(shares) > total:  # by those of which one was more than their part
+        shares[shares.index(max(shares))] -= 1
+    return shares
 
 
 def _joined(memories: Sequence[MosaicMemory], part: Callable[[MosaicMemory, int], torch.Tensor]) -> list[torch.Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
@@ -187,9 +188,29 @@ class LanguageModelTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "answer_labels" in inputs:
+            return self._compute_loss_with_answers(model, inputs, *args, **kwargs)
         if self.chunked_loss:
             inputs = {**inputs, "skip_logits": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _compute_loss_with_answers(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Add the mean over `answer_labels` to that over `labels`: there are few answers, which count as much."""
+        targets = [inputs[name] for name in ("labels", "answer_labels")]
+        outputs = model(**{name: value for name, value in inputs.items() if not name.endswith("labels")})
+        logits = outputs.logits[:, :-1].flatten(0, 1).float()
+        sums = [cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") for labels in targets]
+        counts = [(labels[:, 1:] != -100).sum().clamp(min=1) for labels in targets]
+        loss = sum(total / count for total, count in zip(sums, counts, strict=True))
+        # With that number Trainer leaves it to the loss to be a share of an accumulated batch.
+        loss = loss if num_items_in_batch is None else loss / self.args.gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not math.isfinite(logs.get("loss", 0.0)):

@@ -177,6 +177,21 @@ def test_a_static_memory_answers_as_a_growing_one(model):
     assert torch.equal(*texts)
 
 
+def test_a_memory_that_was_offloaded_between_tokens_answers_alike(model):
+    memory = MosaicMemory.union(memorized(model))
+    expected = answer(model, memory, question)
+    arguments = memory.prompt(question)
+    cache, logits = arguments[MEMORY_NAME], []
+    for token in range(question.shape[1]):
+        for layer in cache.layers:
+            layer.offload()
+            layer.prefetch()
+        one = {"input_ids": question[:, token : token + 1], MEMORY_NAME: cache}
+        with torch.no_grad():
+            logits.append(model(**one).logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-10)
+
+
 @settings(max_examples=25, deadline=None)
 @given(rows=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=3), min_size=1, max_size=3), data=st.data())
 def test_texts_of_a_batch_are_read_alone(rows, data):

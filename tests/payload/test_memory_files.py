@@ -93,7 +93,7 @@ DAMAGES = {
         "damaged, or holds no memory",
     ),
     "unknown text": (change("source_ids", lambda t: t + 3), "beyond the 3 sources"),
-    "negative place": (change("places", lambda t: t - 1), "must be indices"),
+    "negative place": (change("places", lambda t: t - 2), "must be indices"),
     "bias": (change("layers.0.slot_bias", lambda t: t + torch.inf), "slot_bias"),
 }
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_memory_mosaic import MosaicMemory, nearest, retrieval_memory_mosaic
-from modeling_memory_mosaic.retrieval_memory_mosaic import Clusters
+from modeling_memory_mosaic.retrieval_memory_mosaic import Clusters, ExactIndex, LshIndex, UsearchIndex
 
 
 @settings(max_examples=60, deadline=None)
@@ -38,7 +38,7 @@ def test_the_error_is_within_its_certificate(
     found = Clusters.of(keys, values, bias, num_clusters).read(query, other_keys @ query, tolerance)
     clusters = Clusters.of(keys, values, bias, num_clusters)
     weights = torch.cat([found.scores, found.whole_scores, other_keys @ query]).softmax(0)
-    retrieved = weights @ torch.cat([clusters.values[found.places], clusters.means[found.wholes], other_values])
+    retrieved = weights @ torch.cat([clusters.values[found.places], found.means, other_values])
     scores = torch.cat([keys @ query + bias, other_keys @ query])
     expected = scores.softmax(0) @ torch.cat([values, other_values])
     assert (retrieved - expected).norm() <= found.bound + 1e-12
@@ -112,3 +112,74 @@ def test_a_tolerance_that_cannot_be_met_is_refused(tolerance, model):
         pass
     with pytest.raises(ValueError, match="no memories"), nearest(torch.nn.Linear(2, 2)):
         pass
+
+
+INDEXES = ["exact", "lsh", "usearch", ExactIndex, lambda keys: Blind()]
+
+
+class Blind:
+    """An index that finds nothing."""
+
+    def search(self, queries, k):
+        return torch.full((len(queries), k), -1)
+
+
+@pytest.mark.parametrize("index", INDEXES, ids=["exact", "lsh", "usearch", "class", "blind"])
+def test_any_index_keeps_the_tolerance(index, model):
+    memory, question = many(model), make_ids(2, 3, seed=5)
+    expected = answer(model, memory, question)
+    for tolerance, largest in ((1e-1, 1.0), (1e-9, 1e-7)):
+        with nearest(model, tolerance, index) as report:
+            error = float((answer(model, memory, question) - expected).abs().max())
+        assert error < largest and report.summary()["largest_bound"] <= 2 * tolerance
+        assert all(0 <= share <= 1 for one in report.visited.values() for share in one)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_pairs=st.integers(1, 300),
+    num_clusters=st.integers(1, 30),
+    length=st.sampled_from([1.0, 3.0, 10.0]),
+    tolerance=st.sampled_from([1e-6, 1e-3, 0.1]),
+    make=st.sampled_from([ExactIndex, LshIndex, UsearchIndex]),
+    with_counts=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_pairs_that_an_index_finds_are_counted_once(
+    num_pairs, num_clusters, length, tolerance, make, with_counts, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+
+    def vectors(number):
+        drawn = torch.randn(number, 6, generator=generator, dtype=torch.float64)
+        return drawn / drawn.norm(dim=-1, keepdim=True)
+
+    keys, values, query = length * vectors(num_pairs), vectors(num_pairs), length * vectors(1)[0]
+    bias = torch.zeros(num_pairs, dtype=torch.float64)
+    if with_counts:
+        bias = torch.randint(1, 5, (num_pairs,), generator=generator).double().log()
+    clusters = Clusters.of(keys, values, bias, num_clusters)
+    clusters.index = make(clusters.keys)
+    found = clusters.read(query, query[:0], tolerance)
+    assert len(found.places.unique()) == len(found.places)
+    weights = torch.cat([found.scores, found.whole_scores]).softmax(0)
+    retrieved = weights @ torch.cat([clusters.values[found.places], found.means])
+    expected = (keys @ query + bias).softmax(0) @ values
+    assert (retrieved - expected).norm() <= found.bound + 1e-11
+    assert found.bound <= tolerance
+
+
+def test_an_exact_index_finds_the_nearest_and_hashing_most_of_them():
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = torch.randn(4000, 16, generator=generator), torch.randn(20, 16, generator=generator)
+    nearest_ones = (queries @ keys.T).topk(10).indices
+    assert torch.equal(ExactIndex(keys).search(queries, 10), nearest_ones)
+    for index, least in ((LshIndex, 0.5), (UsearchIndex, 0.9)):
+        found = index(keys).search(queries, 10)
+        shares = [len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), nearest_ones.tolist(), strict=True)]
+        assert sum(shares) / len(shares) >= least, index
+
+
+def test_an_unknown_index_is_refused(model):
+    with pytest.raises(ValueError, match="index='trees' is not one of clusters, exact, lsh, usearch"):
+        nearest(model, index="trees").__enter__()

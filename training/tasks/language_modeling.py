@@ -46,7 +46,7 @@ from training.result import header, learning_curve, tokens_per_second
 from training.run_folder import run_once
 from training.synthetic.readings import Reading, labelled_batch
 from training.synthetic.recall import score_rows
-from training.text.question_rows import FactRows, fact_texts, window_features
+from training.text.question_rows import IGNORED, FactRows, fact_texts, window_features
 from training.text.sources import load_stories, source_provenance
 from training.text.tokenizer import load_tokenizer, train_tokenizer
 from training.text.windows import collate_windows, pack_windows
@@ -297,7 +297,13 @@ def facts_collator(config: PreTrainedConfig) -> Callable[[list[dict[str, Any]]],
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         whole = [row if "answers" in row else window_features(row["input_ids"]) for row in rows]
-        return labelled_batch(config, whole, Reading())
+        batch = labelled_batch(config, whole, Reading())
+        is_window = torch.tensor(["answers" not in row for row in rows])[:, None]
+        labels = batch.pop("labels")
+        return batch | {
+            "labels": labels.masked_fill(~is_window, IGNORED),
+            "answer_labels": labels.masked_fill(is_window, IGNORED),
+        }
 
     return collate
 

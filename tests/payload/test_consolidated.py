@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merged pairs: equal keys without error, near ones within the bound that was promised, texts apart."""
+
+import pytest
+import torch
+from helpers.models import make_ids, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_memory_mosaic import MosaicMemory
+from modeling_memory_mosaic.store_memory_mosaic import merge_pairs
+
+
+LENGTHS = (40, 25, 33)
+
+
+def vectors(number, generator, length=1.0, width=6):
+    drawn = torch.randn(number, width, generator=generator, dtype=torch.float64)
+    return length * drawn / drawn.norm(dim=-1, keepdim=True)
+
+
+def read(query, keys, values, bias):
+    return (keys @ query + bias).softmax(0) @ values
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_pairs=st.integers(1, 60),
+    num_slots=st.integers(1, 70),
+    length=st.sampled_from([0.1, 1.0, 2.0, 5.0]),
+    num_keys=st.integers(1, 60),
+    with_counts=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_an_error_is_within_what_was_promised(num_pairs, num_slots, length, num_keys, with_counts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys = vectors(num_keys, generator, length)[torch.randint(0, num_keys, (num_pairs,), generator=generator)]
+    values, bias = vectors(num_pairs, generator), torch.zeros(num_pairs, dtype=torch.float64)
+    if with_counts:
+        bias = torch.randint(1, 5, (num_pairs,), generator=generator).double().log()
+    empty = torch.cat([bias, torch.tensor([-torch.inf])])
+    padded = [torch.cat([part, part[:1]]) for part in (keys, values)]
+    merged = merge_pairs(*padded, empty, num_slots)
+    assert merged.keys.shape == (num_slots, 6)
+    assert torch.isclose(merged.bias.exp().sum(), bias.exp().sum())
+    bound = 2 * float(torch.tensor(merged.drift, dtype=torch.float64).div(2).tanh())
+    for query in vectors(5, generator, length):
+        error = (read(query, merged.keys, merged.values, merged.bias) - read(query, keys, values, bias)).norm()
+        assert error <= bound + 1e-12
+    if len(keys.unique(dim=0)) <= num_slots:
+        assert merged.drift < 1e-12
+
+
+@pytest.fixture
+def model():
+    return make_model(dtype=torch.float64)
+
+
+def many(model):
+    texts = [model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in LENGTHS]
+    return MosaicMemory.union(texts)
+
+
+@torch.no_grad()
+def answer(model, memory, seed=5, **kwargs):
+    return model(**memory.prompt(make_ids(1, 6, seed=seed), **kwargs)).logits
+
+
+def test_fewer_slots_come_further_from_the_answer_of_all(model):
+    expected, errors, bounds = answer(model, many(model)), [], []
+    for max_pairs in (95, 90, 60, 20, 3):
+        memory = many(model)
+        bound = memory.consolidate(max_pairs)
+        assert bound.shape == (2, 3) and len(memory) <= max_pairs
+        assert memory.sources == [str(n) for n in LENGTHS]
+        errors.append(float((answer(model, memory) - expected).abs().max()))
+        bounds.append(float(bound.max()))
+    assert errors[0] == bounds[0] == 0 and bounds == sorted(bounds)
+    assert 0 < errors[1] < errors[3] and 0 < bounds[1] < bounds[-1] <= 2
+    with pytest.raises(ValueError, match="max_pairs=2 is too few for the 3 texts"):
+        many(model).consolidate(2)
+
+
+def test_texts_stay_apart(model, tmp_path):
+    memory = many(model)
+    memory.consolidate(30)
+    alone = memory.select(["25", "33"])
+    expected = answer(model, alone)
+    memory.save_pretrained(tmp_path)
+    loaded = MosaicMemory.from_pretrained(tmp_path, model)
+    torch.testing.assert_close(answer(model, loaded), answer(model, memory), rtol=0, atol=0)
+    assert torch.equal(answer(model, memory.forget("40")), expected)
+    with pytest.raises(ValueError, match="were merged by `consolidate`"):
+        memory.forget("25", tokens=slice(0, 3))
+    # Nothing is left to be compared with, and recall names the text alone.
+    assert memory.verify(model) == {}
+    with torch.no_grad():
+        text = model.generate(**memory.prompt(make_ids(1, 4)), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    recall = memory.explain(model, text)
+    assert recall.by_source().shape == (6, 3)
+    assert {place for _, place, _ in recall.strongest(3, 4)} <= {-1, *range(10)}
+
+
+def test_the_number_of_pairs_that_kernels_narrow_with_stays(model):
+    memory, settings = many(model), {"bandwidth": 0.5, "bandwidth_start": 10}
+    total, expected = memory.num_pairs(), answer(model, memory, **settings)
+    wide, narrow = (many(model).consolidate(60, **given).max() for given in ({}, settings))
+    assert 0 < wide < narrow
+    memory.consolidate(97, **settings)
+    assert memory.num_pairs() == pytest.approx(total) == 95
+    torch.testing.assert_close(answer(model, memory, **settings), expected)
+    memory.consolidate(10)
+    assert memory.num_pairs() == pytest.approx(total)
+    memory.consolidate(5)
+    assert memory.num_pairs() == pytest.approx(total)
+
+
+def test_consolidated_and_whole_memories_are_joined(model):
+    first, *others = (model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in LENGTHS)
+    first.consolidate(8)
+    memory = MosaicMemory.union([first, *others])
+    reversed_memory = MosaicMemory.union([*others[::-1], first])
+    torch.testing.assert_close(answer(model, memory), answer(model, reversed_memory), rtol=0, atol=1e-10)
+    assert memory.num_pairs() == pytest.approx(95)
