@@ -68,6 +68,7 @@ TASKS = {
     "symbols": "training.tasks.symbols",
     "regbench": "training.experiments.regbench",
     "induction": "training.experiments.induction",
+    "join": "training.experiments.join",
     "search": "training.tasks.search",
     "three_moons": "training.experiments.three_moons",
     "memory_model": "training.tasks.memory_model",

@@ -46,9 +46,13 @@ class Recipe(ComparisonRecipe):
     batch_size: PositiveInt = 8
 
     def readings(self, label: str) -> list[str]:
-        """Return how a run's model reads."""
-        is_mosaic = hasattr(self.run_recipes[label].build_config(), "num_persistent_slots")
-        return [JOINED, SEQUENCE] if is_mosaic else [ROTATED, STORED, ENCODED, SEQUENCE]
+        """Return how a run's model reads: as it was trained, and in all other ways if it was trained in sequence."""
+        recipe = self.run_recipes[label]
+        if hasattr(recipe.build_config(), "num_persistent_slots"):
+            return [JOINED, SEQUENCE]
+        if recipe.data.joined:
+            return [STORED if recipe.data.positions == "own" else ROTATED, SEQUENCE]
+        return [SEQUENCE, ROTATED, STORED, ENCODED]
 
     @functools.cached_property
     def accuracies(self) -> dict[str, tuple[str, str, int]]:

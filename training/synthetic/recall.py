@@ -45,8 +45,9 @@ class RecallSection(Section):
     max_documents: PositiveInt = 8
     num_pairs: PositiveInt = 4
     num_questions: PositiveInt = 4
-    # Whether documents are read alone and joined, or in sequence, while the model learns.
+    # How the model reads while it learns: documents alone and joined, or in sequence; and where a transformer's stand.
     joined: bool = True
+    positions: Literal["running", "own"] = "running"
     seed: int = Field(default=0, ge=0)
 
 
@@ -138,7 +139,7 @@ def tokenizer_of(section: RecallSection) -> PreTrainedTokenizerFast | None:
 def collator(section: RecallSection, config: PreTrainedConfig) -> Callable[[list[dict]], dict[str, Any]]:
     """Return what makes batches for a model: its arguments and labels `(B, T)`, which are the answers."""
 
-    return functools.partial(labelled_batch, config, reading=Reading(is_joined=section.joined))
+    return functools.partial(labelled_batch, config, reading=Reading(section.joined, section.positions))
 
 
 @torch.no_grad()
@@ -171,7 +172,7 @@ def score_rows(model: PreTrainedModel, rows: list[Row], batch_size: int, reading
 
 def score(model: PreTrainedModel, split: RecallDataset, batch_size: int = 32) -> dict[str, float]:
     """Measure how a model answers in the reading of its training, see [`score_rows`]."""
-    reading = Reading(is_joined=split.section.joined)
+    reading = Reading(split.section.joined, split.section.positions)
     return score_rows(model, [split.row(index) for index in range(len(split))], batch_size, reading)
 
 
