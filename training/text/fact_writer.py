@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A seeded writer of short documents, each with one fact, and of questions with one answer each.
 
-A document says who has what, of which colour, and where, in sentences of several forms, among others of the story
-writer's. Names, and things with their colours, differ within a row, so that a question about any of its documents has
-one answer, which stands in that document alone.
+A document says who has what, of which colour, and where, and says it from both sides, in any order: that Tom has the
+red ball, and that the red ball belongs to Tom. So each answer stands right behind words that its question has.
+Sentences of the story writer may stand between. Names, and things with their colours, differ within a row, so that a
+question about any of its documents has one answer, which stands in that document alone.
 """
 
 import random
@@ -37,16 +38,13 @@ NAMES = tuple(
     for name in dict.fromkeys([*names, *MORE_NAMES[gender].split()])
 )
 
-FACTS = (
-    "{name} has the {colour} {noun} {in_place}.",
-    "The {colour} {noun} {in_place} belongs to {name}.",
-)
+FACTS = ("{name} has the {colour} {noun} {in_place}.", "The {colour} {noun} belongs to {name}.")
 # Each asks for one of the four, by others of the same document.
 QUESTIONS = {
     "who": ("Who has the {colour} {noun}?", "{name}"),
     "where": ("Where is the {colour} {noun}?", "{in_place}"),
     "colour": ("What colour is the {noun} that {name} has?", "{colour}"),
-    "what": ("What does {name} have?", "{noun}"),
+    "what": ("What does {name} have?", "the {colour} {noun}"),
 }
 
 
@@ -71,11 +69,10 @@ def _write_document(rng: random.Random, fields: dict[str, str], gender: str) -> 
     elder, _ = pick(rng, ELDERS)
     words = fields | {"trait": pick(rng, TRAITS), "hobby": pick(rng, HOBBIES), "elder": elder}
     words |= pronouns_of("", gender)
-    sentences = [pick(rng, FACTS).format_map(words)]
-    for _ in range(int(rng.random() * 3)):
-        # What is said besides has no names, so that the fact stands alone.
-        sentences.append(pick(rng, TRAIT_LINES).format_map(words))
-    return " ".join(sentences)
+    # What is said besides has no names, so that the fact stands alone.
+    between = [pick(rng, TRAIT_LINES)] if rng.random() < 0.5 else []
+    first, second = _draw_distinct(rng, FACTS, 2)
+    return " ".join(sentence.format_map(words) for sentence in (first, *between, second))
 
 
 def write_facts(rng: random.Random, num_documents: int, num_questions: int = 1) -> tuple[list[str], list[Question]]:
