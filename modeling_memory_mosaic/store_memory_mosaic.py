@@ -36,7 +36,7 @@ from .files_memory_mosaic import MemoryFilesMixin
 from .identity_memory_mosaic import MemoryWriter, tokenizer_fingerprint
 from .inspection_memory_mosaic import trace_tokens
 from .masking_memory_mosaic import find_documents, growth_of_kernels
-from .ops_memory_mosaic import k_means
+from .ops_memory_mosaic import at_least_float32, k_means
 
 
 # Tokens that are read at a time, so that reading needs little memory besides the pairs.
@@ -440,7 +440,7 @@ def merge_pairs(keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, nu
     points, kept, counts = keys[is_pair].double(), values[is_pair].double(), bias[is_pair].double().exp()
     cluster = points.unique(dim=0, return_inverse=True)[1]
     if int(cluster.max()) >= num_slots:
-        cluster = k_means(points, num_slots)
+        cluster = k_means(at_least_float32(keys[is_pair]), num_slots)
     totals = counts.new_zeros(num_slots).index_add_(0, cluster, counts)
 
     def means(vectors: torch.Tensor) -> torch.Tensor:

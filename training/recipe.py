@@ -67,6 +67,7 @@ TASKS = {
     "babistories": "training.tasks.babistories",
     "symbols": "training.tasks.symbols",
     "regbench": "training.experiments.regbench",
+    "reading": "training.experiments.reading",
     "bound": "training.experiments.bound",
     "induction": "training.experiments.induction",
     "join": "training.experiments.join",

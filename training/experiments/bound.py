@@ -39,7 +39,7 @@ CHUNK_LENGTH = 512
 
 
 class Recipe(ComparisonRecipe):
-    """Each way to forget is compared with all pairs of its model, with its first way, and with those of the first run."""
+    """Each way to forget is compared with all pairs of its model, with its first way, and those of the first run."""
 
     task: Literal["bound"]
     texts: dict[str, TextSection] = Field(min_length=1)
