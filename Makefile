@@ -49,6 +49,7 @@ check: .venv/installed-for-tests
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.speed --output benchmarks/speed.json
 	$(BIN)/python -m benchmarks.memory_models --output benchmarks/memory_models.json
+	$(BIN)/python -m benchmarks.stored_memories --output benchmarks/stored_memories.json
 
 # Every experiment at CPU size: most take an hour or less on two cores, `training_curves`, whose trainings others use too, three.
 # Interrupt it anywhere, and start it again to go on.

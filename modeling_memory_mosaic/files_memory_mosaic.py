@@ -160,12 +160,12 @@ def read_slots(file: Any, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     return slots
 
 
-def check_model(settings: dict[str, Any], model: PreTrainedModel, check_weights: bool) -> None:
-    """Raise `ValueError` if a stored memory is not this model's."""
+def check_model(settings: dict[str, Any], model: PreTrainedModel, fingerprint: str | None) -> None:
+    """Raise `ValueError` if a stored memory is not that of a model with this fingerprint; `None`: of any weights."""
     config: Any = model.config
     if settings["model_type"] != config.model_type:
         raise ValueError(f"This is a memory of a {settings['model_type']}, and the model is a {config.model_type}.")
-    if check_weights and settings["fingerprint"] != weights_fingerprint(unwrapped(model)).hex():
+    if fingerprint is not None and settings["fingerprint"] != fingerprint:
         raise ValueError(
             "Other weights wrote this memory than this model's: those of another model, with another adapter, of "
             "other settings or in another precision. Read the texts again with this model. If you know that they "
@@ -174,12 +174,12 @@ def check_model(settings: dict[str, Any], model: PreTrainedModel, check_weights:
 
 
 def load_memory(
-    folder_or_repo: str | os.PathLike, model: PreTrainedModel, check_weights: bool, **kwargs: Any
+    folder_or_repo: str | os.PathLike, model: PreTrainedModel, fingerprint: str | None, **kwargs: Any
 ) -> dict[str, Any]:
     """Return the fields of the [`MosaicMemory`] that [`save_memory`] wrote.
 
     Args:
-        check_weights (`bool`): whether other weights than those that wrote it are refused.
+        fingerprint (`str`, *optional*): of the model; weights are not compared when absent.
         kwargs: of `transformers.utils.cached_file`.
 
     Raises:
@@ -187,7 +187,7 @@ def load_memory(
     """
     path, config = find_file(folder_or_repo, **kwargs), model.config
     settings = read_settings(path)
-    check_model(settings, model, check_weights)
+    check_model(settings, model, fingerprint)
     shape = (config.num_attention_heads, settings["num_slots"], config.head_dim)
     fields: dict[str, Any] = {"keys": [], "values": [], "slot_bias": []}
     try:
@@ -232,7 +232,7 @@ class MemoryFilesMixin(PushToHubMixin):
     @classmethod
     def from_pretrained(
         cls,
-        folder_or_repo: str | os.PathLike,
+        folder_or_repo: str | os.PathLike | Sequence[str | os.PathLike],
         model: PreTrainedModel,
         sources: Sequence[str] | None = None,
         check_weights: bool = True,
@@ -241,7 +241,8 @@ class MemoryFilesMixin(PushToHubMixin):
         """Return the memory that `save_pretrained` wrote, in the model's precision and on its device.
 
         Args:
-            folder_or_repo: a folder, or the name of a repository on the Hub.
+            folder_or_repo: a folder, or the name of a repository on the Hub; of a list, the memories are joined, and
+                the model's weights are compared once.
             model: that wrote it.
             sources (*optional*): names of texts; all when absent.
             check_weights (`bool`): whether other weights than those that wrote it are refused.
@@ -250,7 +251,12 @@ class MemoryFilesMixin(PushToHubMixin):
         Raises:
             ValueError: if it is not this model's, or damaged, or has no such text.
         """
-        memory: Any = cls(**load_memory(folder_or_repo, model, check_weights, **kwargs))
+        is_one = isinstance(folder_or_repo, (str, os.PathLike))
+        places: Any = [folder_or_repo] if is_one else folder_or_repo
+        fingerprint = weights_fingerprint(unwrapped(model)).hex() if check_weights else None
+        loaded: Any = cls
+        memories = [loaded(**load_memory(place, model, fingerprint, **kwargs)) for place in places]
+        memory = memories[0] if is_one else loaded.union(memories)
         memory = memory if sources is None else memory.select(sources)
         return memory.to(model.device)
 

@@ -13,7 +13,7 @@ from training.evaluate import load_model
 from training.files import staged_folder
 
 
-def load_memory(folder: str, model: Any) -> MosaicMemory:
+def load_memory(folder: str | Sequence[str], model: Any) -> MosaicMemory:
     memory: MosaicMemory = MosaicMemory.from_pretrained(folder, model)
     return memory
 
@@ -63,7 +63,7 @@ def ask(
     """
     model, tokenizer = load_model(model_folder)
     model = model.eval()
-    memory = MosaicMemory.union([load_memory(folder, model) for folder in folders])
+    memory = load_memory(folders, model)
     set_seed(seed)
     prompt = memory.prompt(question, tokenizer, bandwidth=bandwidth)
     length = prompt["input_ids"].shape[1]

@@ -72,6 +72,7 @@ TASKS = {
     "induction": "training.experiments.induction",
     "join": "training.experiments.join",
     "search": "training.tasks.search",
+    "searching": "training.experiments.searching",
     "three_moons": "training.experiments.three_moons",
     "memory_model": "training.tasks.memory_model",
     "memory_models": "training.experiments.memory_models",

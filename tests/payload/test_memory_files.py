@@ -179,3 +179,25 @@ def test_a_question_of_another_tokenizer_is_refused(tmp_path):
         memory.prompt("Who has the ball?", other)
     with pytest.raises(ValueError, match="Another tokenizer made the tokens of 'Tom'"):
         MosaicMemory.union([memory, model.memorize(ids, source="Tom", tokenizer=other)])
+
+
+def test_several_folders_are_joined_and_weights_compared_once(tmp_path, monkeypatch):
+    model = make_model()
+    memories = [model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in (5, 8, 6)]
+    folders = [tmp_path / str(index) for index in range(3)]
+    for memory, folder in zip(memories, folders, strict=True):
+        memory.save_pretrained(folder)
+    calls, fingerprint = [], files_memory_mosaic.weights_fingerprint
+    monkeypatch.setattr(files_memory_mosaic, "weights_fingerprint", lambda *a: calls.append(a) or fingerprint(*a))
+    loaded = MosaicMemory.from_pretrained(folders, model)
+    assert len(calls) == 1 and loaded.sources == ["5", "8", "6"]
+    expected = MosaicMemory.union(memories)
+    question = make_ids(1, 4)
+    answers = [model(**memory.prompt(question)).logits for memory in (loaded, expected)]
+    assert torch.equal(*answers)
+    other = make_model(seed=5)
+    other.memorize(make_ids(1, 9), source="other").save_pretrained(folders[1])
+    with pytest.raises(ValueError, match="Other weights wrote this memory"):
+        MosaicMemory.from_pretrained(folders, model)
+    with pytest.raises(ValueError, match="union of no memories"):
+        MosaicMemory.from_pretrained([], model)
