@@ -165,7 +165,10 @@ def generate(
 def memorize(
     context: typer.Context,
     folder: Folder,
-    files: Annotated[list[Path], typer.Argument(help="Texts in UTF-8; each is read alone, and named by its path.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Texts in UTF-8; each is read alone, and named by its path within this folder."),
+    ],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     dtype: Annotated[
         str | None, typer.Option(help="Of the stored pairs: float32, bfloat16, int8 or fp8; the model's by default.")
@@ -250,15 +253,22 @@ def convert(
 def publish(
     context: typer.Context,
     run: Annotated[
-        str, typer.Argument(help="The folder of a finished run; with --verify-only, a published folder or USER/NAME.")
+        str,
+        typer.Argument(
+            help="The folder of a finished run or of a memory; with --verify-only, a published folder or USER/NAME."
+        ),
     ],
     repo_id: Annotated[str | None, typer.Option(help="Where to: user/name on the Hub.")] = None,
     what: Annotated[
-        str | None, typer.Option(help="model, adapter, merged, dataset or space; by default what the run makes.")
+        str | None,
+        typer.Option(help="model, adapter, merged, dataset, space, memory; by default what the run makes."),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="user/name@COMMIT of what an adapter or a merged model was made from, or a Space shows."),
+        typer.Option(
+            help="user/name@COMMIT of what an adapter or a merged model was made from, has read a memory, or a Space "
+            "shows."
+        ),
     ] = None,
     about: Annotated[
         Path | None, typer.Option(help="What no result knows, for the card; hub_cards/about/RECIPE.yaml by default.")

@@ -25,6 +25,9 @@ STORIES = [{"config_name": "default", "data_files": "stories.jsonl.gz"}]
 # On arXiv, by model type. Only models of these types are published.
 PAPERS = {"memory_mosaic": "2405.06394", "memory_model": "2602.13466"}
 
+# The library that loads a memory, for the Hub, which offers no snippet of its own for it.
+MEMORY_LIBRARY = "modeling-memory-mosaic"
+
 
 class DataAbout(Section):
     """The origin of the training text."""
@@ -69,16 +72,18 @@ def load_about(name: str, path: Path | None = None) -> About:
 
 def check_data(about: About, result: dict[str, Any]) -> None:
     """Raise `ValueError` if a run has read other data than those that are described."""
-    for split in ("train", "validation"):
+    # A memory has read files, and was not trained on them.
+    for split in ("read",) if "read" in result["data"] else ("train", "validation"):
         source = result["data"][split]
         # A local file may have any name, so its checksum identifies it. Other sources have names of their own.
         files = {} if source["kind"] in ("embedded", "hub") else source["files"]
-        for name, identity in (files or {split: source["name"].partition("@")[0]}).items():
-            if identity not in about.data.sources:
-                raise ValueError(
-                    f"the run's {split} data are {identity} ({name}), of which data.origin and data.license say "
-                    "nothing: describe them, with that among data.sources, and give the file as --about"
-                )
+        identities = files or {split: source["name"].partition("@")[0]}
+        unknown = [f"{identity} ({n})" for n, identity in identities.items() if identity not in about.data.sources]
+        if unknown:
+            raise ValueError(
+                f"the run's {split} data are {', '.join(unknown)}, of which data.origin and data.license say "
+                "nothing: describe them, with that among data.sources, and give the file as --about"
+            )
 
 
 def _evaluations(result: dict[str, Any], about: About) -> list[EvalResult]:
@@ -130,6 +135,21 @@ def model_metadata(result: dict[str, Any], about: About, base: str | None = None
         model_name=about.title,
         eval_results=_evaluations(result, about) or None,
         **relation,
+    )
+    return data.to_yaml()
+
+
+def memory_metadata(result: dict[str, Any], about: About, base: str) -> str:
+    """Return the metadata of a memory's card, the YAML that the Hub reads; arguments as of `model_metadata`."""
+    # No `pipeline_tag` and no relation to the base: the Hub has none for it, and would offer code that cannot load it.
+    data = ModelCardData(
+        license=about.license,
+        language=about.language,
+        library_name=MEMORY_LIBRARY,
+        tags=["memory", "associative-memory", f"arxiv:{PAPERS[result['architecture']['model_type']]}"],
+        datasets=about.data.datasets or None,
+        base_model=base,
+        model_name=about.title,
     )
     return data.to_yaml()
 

@@ -132,6 +132,11 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def weights_checksums(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file of weights in a model's folder."""
+    return {path.name: checksum(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
 def checksum_of_text(text: str) -> str:
     """Return the sha256 of a text's UTF-8."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -152,6 +152,16 @@ def check_base_weights(repo_id: str, revision: str, weights: dict[str, str]) -> 
         raise ValueError(f"{repo_id} at {revision} has not the weights that this builds on: give the right --base")
 
 
+def check_base_files(repo_id: str, revision: str, names: set[str]) -> None:
+    """Raise `ValueError` unless a model on the Hub has, at a commit, files of these names."""
+    with plain_errors(Target(repo_id), uploading=False):
+        missing = names - list_files(Target(repo_id), revision)
+    if missing:
+        raise ValueError(
+            f"{repo_id} at {revision} lacks {', '.join(sorted(missing))}: publish it again by this version"
+        )
+
+
 def check_card(card: str, repo_type: str) -> None:
     """Raise `ValueError` if the Hub does not accept the metadata of a card."""
     RepoCard(card).validate(repo_type)

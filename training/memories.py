@@ -1,16 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memories of files: what `memorize`, `ask`, `forget` and `info` of the command line do."""
 
-from collections.abc import Sequence
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from safetensors import safe_open
 from transformers import set_seed
 
 from modeling_memory_mosaic import MosaicMemory
-from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME, read_settings
+from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME, read_settings, read_slots
 from training.evaluate import load_model
-from training.files import staged_folder
+from training.files import CHECKSUMS, staged_folder, weights_checksums
+from training.result import environment, moment, read_result, write_result
+from training.run_folder import RUN_LOCK, locked
+
+
+# The `task` that a memory's result states, as if a recipe had made it.
+TASK = "memorize"
+# In the folder of a memory: its result, and what was staged of it.
+RESULT, PUBLISHED = "result.json", "published"
 
 
 def load_memory(folder: str | Sequence[str], model: Any) -> MosaicMemory:
@@ -18,28 +30,158 @@ def load_memory(folder: str | Sequence[str], model: Any) -> MosaicMemory:
     return memory
 
 
-def memorize_files(model_folder: Path, files: Sequence[Path], output: Path, dtype: str | None = None) -> MosaicMemory:
-    """Let a model read files, each alone, and write what it has read into a folder.
+def _named_files(files: Sequence[Path]) -> dict[str, Path]:
+    """Return files by the names that a memory gives their texts; `ValueError` if two would have one name."""
+    named: dict[str, Path] = {}
+    for path in files:
+        # A memory may be published: no name in it is a path of this machine.
+        leads_out = path.is_absolute() or ".." in path.parts
+        name = path.name if leads_out else path.as_posix()
+        if name in named:
+            raise ValueError(
+                f"{named[name]} and {path} would both be named {name!r}: call the command in a folder that holds "
+                "both, and give their paths within it"
+            )
+        named[name] = path
+    return named
+
+
+def _read_text(path: Path) -> tuple[str, str]:
+    """Return the text of a file, with the ends of its lines as they are, and the sha256 of the file."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8"), hashlib.sha256(content).hexdigest()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}): convert it, or leave it out") from None
+
+
+def _record(name: str, model_folder: Path, memory: MosaicMemory, files: dict[str, str]) -> dict[str, Any]:
+    """Return what `result.json` says of a memory that was just read, but for its pairs.
 
     Args:
-        files: texts in UTF-8; a memory names each by its path as given.
+        name: of the memory.
+        model_folder: of the model that has read it.
+        memory: what was read.
+        files: sha256 of each file, by the name of its text.
+    """
+    architecture = memory.config.to_dict()
+    architecture.pop("_name_or_path", None)  # a path of this machine
+    return {
+        "name": name,
+        "task": TASK,
+        "recipe": {"name": name, "task": TASK, "model": str(model_folder)},
+        "finished": moment(),
+        **environment(),
+        "architecture": architecture,
+        "base": {
+            "weights": weights_checksums(model_folder),
+            "fingerprint": memory.writer.fingerprint().hex(),
+            "tokenizer": memory.tokenizer,
+        },
+        "data": {"read": {"kind": "local", "name": name, "files": files}},
+    }
+
+
+def _write(
+    memory: MosaicMemory, folder: Path, dtype: str | None, record: dict[str, Any], tokens: dict[str, int]
+) -> None:
+    """Write a memory into a folder, with a result that says what it holds.
+
+    Args:
+        dtype: of the stored pairs.
+        record: what `_record` returns.
+        tokens: of each text as it was read, by its name.
+    """
+    memory.save_pretrained(folder, dtype=dtype)
+    is_pair = memory.slot_bias[0][0, 0] > -torch.inf
+    pairs = [int(is_pair[memory.source_ids == index].sum()) for index in range(len(memory.sources))]
+    files = record["data"]["read"]["files"]
+    kept = {name: files[name] for name in memory.sources}
+    content = {
+        "precision": read_settings(folder / FILE_NAME)["precision"],
+        "pairs": len(memory),
+        "bytes": (folder / FILE_NAME).stat().st_size,
+        "texts": [
+            {"name": name, "tokens": tokens[name], "pairs": number}
+            for name, number in zip(memory.sources, pairs, strict=True)
+        ],
+    }
+    data = {"read": record["data"]["read"] | {"files": kept}}
+    write_result(record | {"data": data, "memory": content}, folder, [FILE_NAME])
+
+
+def memorize_files(model_folder: Path, files: Sequence[Path], output: Path, dtype: str | None = None) -> MosaicMemory:
+    """Let a model read files, each alone, and write what it has read into a folder, with a `result.json` of it.
+
+    Args:
+        files: texts in UTF-8; a memory names each by its path as given, or by its last part if that path is absolute
+            or leads up.
         dtype: of the stored pairs, see `MosaicMemory.save_pretrained`.
     """
     if output.exists():
         raise ValueError(f"{output} exists already: remove it, or choose another folder")
-    texts = {str(path): path.read_text(encoding="utf-8") for path in files}
-    model, tokenizer = load_model(model_folder)
-    model = model.eval()
+    texts = {name: _read_text(path) for name, path in _named_files(files).items()}
+    loaded, tokenizer = load_model(model_folder)
+    model: Any = loaded.eval()
+    if not hasattr(model, "memorize"):
+        raise ValueError(f"{model_folder} holds a {model.config.model_type}: only Memory Mosaics memorize texts")
     memories = []
-    for name, text in texts.items():
+    for name, (text, _) in texts.items():
         ids = tokenizer(text, return_tensors="pt", split_special_tokens=True)["input_ids"]
         if ids.shape[1] < 2:
             raise ValueError(f"{name} has {ids.shape[1]} tokens: a text of fewer than two leaves no pair")
-        memories.append(model.memorize(ids, source=name, tokenizer=tokenizer))
+        memories.append(model.memorize(ids.to(model.device), source=name, tokenizer=tokenizer))
     memory = MosaicMemory.union(memories)
+    record = _record(
+        output.resolve().name, model_folder, memory, {name: digest for name, (_, digest) in texts.items()}
+    )
     with staged_folder(output) as staged:
-        memory.save_pretrained(staged, dtype=dtype)
+        _write(memory, staged, dtype, record, {part.sources[0]: len(part.input_ids) for part in memories})
     return memory
+
+
+def replace_memory(folder: Path, change: Callable[[MosaicMemory], Any], model: Any) -> MosaicMemory:
+    """Change the memory in a folder, as by `forget` or `consolidate`, and return it.
+
+    Its result names the texts that it still has and no other. What was staged for publishing is removed, because it
+    holds the memory of before. Other files in the folder stay.
+
+    Args:
+        folder: of the memory, which another one replaces whole.
+        change: what to do with the memory, in place.
+        model: that has read it.
+    """
+    place = folder.resolve()
+    precision = read_settings(place / FILE_NAME)["precision"]  # raises before a folder is made for the lock
+    made = {FILE_NAME, RESULT, CHECKSUMS, PUBLISHED, RUN_LOCK}
+    # Locked before it is read: of two processes, one would bring back what the other forgets.
+    with locked(place):
+        memory, record = load_memory(str(place), model), read_result(place)
+        change(memory)
+        with staged_folder(place) as staged:
+            left_out = {str(place): made}
+            shutil.copytree(
+                place, staged, symlinks=True, dirs_exist_ok=True, ignore=lambda at, _: left_out.get(at, ())
+            )
+            if record is None:  # of a version that wrote none, or by `save_pretrained`
+                memory.save_pretrained(staged, dtype=precision)
+            else:
+                tokens = {text["name"]: text["tokens"] for text in record["memory"]["texts"]}
+                _write(memory, staged, precision, record, tokens)
+    return memory
+
+
+def stored_texts(folder: Path, tokenizer: Any) -> dict[str, str]:
+    """Return what the tokens of a stored memory say, by the names of its texts; without forgotten and merged ones."""
+    settings = read_settings(folder / FILE_NAME)
+    with safe_open(folder / FILE_NAME, framework="pt") as file:
+        slots = read_slots(file, settings)
+    texts = {}
+    for index, name in enumerate(settings["sources"]):
+        ids = slots["input_ids"][(slots["source_ids"] == index) & (slots["input_ids"] >= 0)]
+        # With special tokens, and spaces as they are: what stood in the file.
+        texts[name] = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return texts
 
 
 def ask(
@@ -74,16 +216,11 @@ def ask(
 
 
 def forget_source(model_folder: Path, folder: Path, source: str) -> MosaicMemory:
-    """Forget a text of a stored memory, in its folder."""
+    """Forget a text of a stored memory, in its folder, where no file names it afterwards."""
     model, _ = load_model(model_folder)
-    precision = read_settings(folder / FILE_NAME)["precision"]
-    memory = load_memory(str(folder), model.eval()).forget(source)
-    memory.save_pretrained(folder, dtype=precision)
-    return memory
+    return replace_memory(folder, lambda memory: memory.forget(source), model.eval())
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """Return what a stored memory is, without a model."""
-    settings = read_settings(folder / FILE_NAME)
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    return {**settings, "bytes": size}
+    return {**read_settings(folder / FILE_NAME), "bytes": (folder / FILE_NAME).stat().st_size}

@@ -87,6 +87,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def moment() -> str:
+    """Return the time in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def header(recipe: BaseRecipe) -> dict[str, Any]:
     """Return the part of `result.json` that all tasks share: the recipe, and when and where it was run."""
     return {
@@ -95,7 +100,7 @@ def header(recipe: BaseRecipe) -> dict[str, Any]:
         # The folder is a path of this machine, and results are published.
         "recipe": recipe.model_dump(exclude={"output_dir"}),
         "recipe_hash": recipe.hash,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": moment(),
         **environment(),
     }
 
@@ -172,11 +177,13 @@ def read_result(folder: Path, name: str = "result.json") -> dict[str, Any] | Non
     return read_json(folder / name)
 
 
-def refuse_change(folder: Path) -> None:
-    """Raise `ValueError` if a file that `write_result` listed in the folder is missing or changed."""
+def refuse_change(folder: Path, again: str = "remove its result.json and run the recipe again") -> None:
+    """Raise `ValueError` if a file that `write_result` listed in the folder is missing or changed.
+
+    Args:
+        folder: of a run.
+        again: how to make it again, for the message.
+    """
     # A run's folder also has files that the list leaves out, such as checkpoints.
     if damage := faults(folder, unlisted=False):
-        raise ValueError(
-            f"{folder} is damaged ({'; '.join(damage)}): restore it, or remove its result.json and run the recipe "
-            "again"
-        )
+        raise ValueError(f"{folder} is damaged ({'; '.join(damage)}): restore it, or {again}")

@@ -6,6 +6,7 @@ secret: it names the type of secret with the file and line, or the setting.
 """
 
 import functools
+import io
 import os
 import re
 from pathlib import Path
@@ -144,6 +145,23 @@ def _first_secret(file: BinaryIO, tokens: list[bytes], end: int | None) -> tuple
         line += text.count(b"\n", 0, kept)
         before = text[kept:]
     return None
+
+
+def refuse_secrets_in_texts(texts: dict[str, str]) -> None:
+    """Raise `ValueError` if a text holds a secret; the message says which text, line and type of secret.
+
+    Args:
+        texts: that are published in a form that `check_no_secrets` cannot search, by their names.
+    """
+    tokens = [token.encode() for token in machine_tokens()]
+    for name, text in texts.items():
+        first = _first_secret(io.BytesIO(text.encode("utf-8", "replace")), tokens, None)
+        if first is not None:
+            secret, line = first
+            raise ValueError(
+                f"the text {name}, line {line}, holds what {secret} looks like, and an upload would publish it: take "
+                "it out of the text, and revoke it if it has been published before"
+            )
 
 
 def check_no_secrets(folder: Path, names: list[str]) -> str:

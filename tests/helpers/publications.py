@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from training import memories
 from training.files import CHECKSUMS, checksums_of, checksums_text, read_checksums
 from training.paths import CONFIGURATION, RESULTS
 from training.publishing import publish
@@ -58,6 +61,30 @@ def stories_run(folder: Path, license: str = "cc-by-4.0") -> Path:
     (folder / "stories.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     write_result(result, folder, ["stories.jsonl.gz"])
     return folder
+
+
+def memorize(folder: Path, model: Path, dtype: str | None = None, **texts: str) -> Path:
+    """Let a model read texts, which lie beside a folder as files of their names, and write them into the folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    paths = [folder.with_name(f"{name}.txt") for name in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        path.write_bytes(text.encode())
+    memories.memorize_files(model, paths, folder, dtype)
+    return folder
+
+
+def about_memory(folder: Path) -> Path:
+    """Write what no result knows of a memory into a file beside it."""
+    read = json.loads((folder / "result.json").read_text(encoding="utf-8"))["data"]["read"]["files"]
+    path = folder.with_name(f"{folder.name}.yaml")
+    data = ABOUT_SMOKE["data"] | {"sources": list(read.values()), "license": "public domain"}
+    path.write_text(yaml.safe_dump(ABOUT_SMOKE | {"data": data}), encoding="utf-8")
+    return path
+
+
+def stage_memory(folder: Path, **options: Any) -> Path:
+    about = options.pop("about", None) or about_memory(folder)
+    return stage(folder, "someone/texts", "memory", about, f"someone/smoke@{COMMIT}", **options)
 
 
 def prepare(run: Path, about: Path | None, repo_id: str = "someone/smoke", **options: Any) -> Publication:

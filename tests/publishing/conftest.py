@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import yaml
-from helpers.publications import ABOUT_SMOKE, lora, smoke, stage
+from helpers.publications import ABOUT_SMOKE, lora, memorize, smoke, stage, stage_memory
 
 from training.tasks import fine_tuning, language_modeling
 
@@ -35,6 +35,19 @@ def adapted(run):
 def staged(run, about, tmp_path_factory):
     # Out of the run, where a test that publishes it would replace the folder.
     return shutil.copytree(stage(run, "someone/smoke", about=about), tmp_path_factory.mktemp("staged") / "model")
+
+
+@pytest.fixture(scope="session")
+def memory(run, tmp_path_factory):
+    texts = {"lily": "Lily has the red ball.\r\nShe runs home.\n", "tom": "Once upon a time Tom had a kite – blue."}
+    return memorize(tmp_path_factory.mktemp("memories") / "texts", run / "model", **texts)
+
+
+@pytest.fixture(scope="session")
+def staged_memory(memory, tmp_path_factory):
+    """A staged memory, and what was logged."""
+    lines = []
+    return shutil.copytree(stage_memory(memory, lines=lines), tmp_path_factory.mktemp("staged") / "memory"), lines
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from helpers.hub_server import TOKEN, Hub, Refusal
 from huggingface_hub import constants
 
-from training.hub import Target, check_base_weights, download
+from training.hub import Target, check_base_files, check_base_weights, download
 from training.publishing.folder import CARD, published_files, write_sums
 from training.publishing.upload import upload_folder
 
@@ -202,6 +202,35 @@ def test_other_content_is_refused(hub, folder, theirs, message):
     assert repository.files() == {".gitattributes": b"", **theirs}
 
 
+def memory_result(digest, name="texts", weights="0"):
+    """The result of a memory that has read one file."""
+    read = {"kind": "local", "name": name, "files": {"a.txt": digest}}
+    base = {"weights": {"model.safetensors": weights}}
+    return json.dumps({"name": name, "task": "memorize", "recipe": {}, "data": {"read": read}, "base": base})
+
+
+def test_a_memory_with_other_texts_is_a_version_of_the_same(hub, tmp_path):
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    (folder / "memory.safetensors").write_bytes(WEIGHTS)
+    (folder / "result.json").write_text(memory_result("1"))
+    send(folder, "someone/texts")
+    (folder / "result.json").write_text(memory_result("2"))
+    send(folder, "someone/texts")
+    for other, message in (
+        (memory_result("2", name="others"), "holds a run of another recipe"),
+        (memory_result("2", weights="1"), "holds a run of another base"),
+        (json.dumps(RESULT), "holds a run of another recipe"),
+    ):
+        (folder / "result.json").write_text(other)
+        with pytest.raises(ValueError, match=message):
+            send(folder, "someone/texts")
+    (folder / "result.json").write_text(memory_result("2"))
+    (folder / "memory.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="has memory.safetensors, unlike the folder to be published"):
+        send(folder, "someone/texts")
+
+
 def test_an_earlier_version_may_have_shown_its_progress_otherwise(hub, folder):
     send(folder)
     recipe = RESULT["recipe"] | {"training": {"max_steps": 2, "disable_tqdm": True}}
@@ -315,6 +344,9 @@ def test_weights_of_a_base_are_compared(hub, folder):
             check_base_weights("someone/stories", pinned, wrong)
     with pytest.raises(OSError, match="not there, or hidden"):
         check_base_weights("someone/nothing", pinned, weights)
+    check_base_files("someone/stories", pinned, {"config.json"})
+    with pytest.raises(ValueError, match="lacks store_memory_mosaic.py: publish it again"):
+        check_base_files("someone/stories", pinned, {"config.json", "store_memory_mosaic.py"})
 
 
 @pytest.mark.parametrize("kind", ["dataset", "space"])

@@ -24,9 +24,10 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from training.card import STORIES, render
+from training.card import MEMORY_LIBRARY, STORIES, render
 from training.hub import COMMIT, REPO_ID
 from training.publishing.folder import CARD
+from training.publishing.memory_checks import read_result
 from training.untrusted import parse_yaml, read_object, walk
 
 
@@ -61,6 +62,7 @@ CARD_KEYS = {
     "dataset": {"license", "language", "task_categories", "size_categories", "tags", "pretty_name", "configs"},
 }
 CARD_KEYS["adapter"] = CARD_KEYS["model"]
+CARD_KEYS["memory"] = CARD_KEYS["model"] - {"pipeline_tag", "metrics", "base_model_relation", "model-index"}
 # A setting with "layer" in its name may exceed the depth of the model, but not by any amount: each layer takes memory.
 MOST_LAYERS = 1000
 # Floating-point types, as safetensors names them.
@@ -337,11 +339,14 @@ def check_card(folder: Path, folder_type: str) -> str:
             raise ValueError(f"the card has {', '.join(map(ascii, unknown))}, which no card of this project has")
     expected = {"model": {"library_name": "transformers", "pipeline_tag": "text-generation"}}
     expected["adapter"] = expected["model"] | {"library_name": "peft"}
+    expected["memory"] = {"library_name": MEMORY_LIBRARY}
     for key, value in expected.get(folder_type, {}).items():
         if data.get(key, value) != value:
             raise ValueError(f"`{key}` in the card is {data[key]!r}, not {value!r}")
     if folder_type == "adapter" and data.get("base_model") != base_of_adapter(folder)[0]:
         raise ValueError(f"`base_model` in the card is {data.get('base_model')!r}, unlike in adapter_config.json")
+    if folder_type == "memory" and data.get("base_model") != read_result(folder).base.repo_id:
+        raise ValueError(f"`base_model` in the card is {data.get('base_model')!r}, unlike in result.json")
     if folder_type == "dataset" and data.get("configs") != STORIES:
         raise ValueError(
             f"`configs` in the card is {data.get('configs')!r}, not {STORIES!r}: it would load something else"

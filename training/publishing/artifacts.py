@@ -14,18 +14,19 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
-from training import card, hub
+from training import card, hub, secrecy
 from training.evaluate import load_model
-from training.files import write_json, write_text
+from training.files import weights_checksums, write_json, write_text
+from training.memories import TASK, stored_texts
 from training.paths import CLONE
 from training.publishing import checks, trials
 from training.publishing.allowed_values import package_requirements
-from training.publishing.folder import CARD, LICENSE, NO_COMMIT, RESULT, read_sums
+from training.publishing.folder import CARD, LICENSE, MARKERS, NO_COMMIT, RESULT, read_sums
 from training.publishing.portable_results import comparable_results
 from training.tables import TABLES
 from training.tasks import babistories
-from training.tasks.fine_tuning import weights_checksums
 from training.text.story_selection import REJECTED_FILE, STORIES_FILE
+from training.text.tokenizer import load_tokenizer
 from training.untrusted import read_object
 
 
@@ -65,11 +66,11 @@ class Publication:
     Args:
         run: folder of the run.
         result: content of its `result.json`, without paths of this machine.
-        what: name of the artifact: `model`, `adapter`, `merged`, `dataset` or `space`.
+        what: name of the artifact: `model`, `adapter`, `merged`, `dataset`, `space` or `memory`.
         artifact: how such a thing is staged, described and tried.
         repo_id: `user/name` on the Hub.
         about: what the card says and no result knows; none for a data set.
-        base: the model that this one was made from, or that a Space shows.
+        base: the model that this one was made from, that has read a memory, or that a Space shows.
     """
 
     run: Path
@@ -92,12 +93,13 @@ class Publication:
     # Compared at each use: the base may change while the publication is tried.
     @property
     def base_folder(self) -> Path:
-        """The base on this machine or from the Hub; `ValueError` if its weights are not those that the run adapted."""
+        """The base on this machine or from the Hub; `ValueError` if its weights are not those that the run used."""
         # `self.result` has lost the path.
         name = read_object(self.run / RESULT)["recipe"]["model"]
         folder = Path(name) if Path(name).is_dir() else hub.download(*self.pinned_base)
         if weights_checksums(folder) != self.result["base"]["weights"]:
-            raise ValueError(f"the weights in {folder} are not those that {self.run} has adapted: restore them")
+            used = "was read with" if self.what == "memory" else "has adapted"
+            raise ValueError(f"the weights in {folder} are not those that {self.run} {used}: restore them")
         return folder
 
     @property
@@ -117,7 +119,7 @@ class Publication:
     def base_weights(self, staged: Path) -> dict[str, str]:
         """Return sha256 by file name of the weights that the base on the Hub has to have.
 
-        They are the weights that the run adapted, or those that a staged Space shows.
+        They are the weights that the run adapted or memorized with, or those that a staged Space shows.
         """
         return weights_checksums(staged / "model") if self.what == "space" else self.result["base"]["weights"]
 
@@ -163,6 +165,16 @@ def _stage_space(publication: Publication, staged: Path) -> None:
     for path in checks.PACKAGE.glob("*.py"):
         shutil.copyfile(path, staged / checks.PACKAGE.name / path.name)
     _stage_results(publication, staged)
+
+
+def _stage_memory(publication: Publication, staged: Path) -> None:
+    checks.check_formats(publication.run)
+    shutil.copyfile(publication.run / MARKERS["memory"], staged / MARKERS["memory"])
+    # Its tokens are numbers, in which a search of the file finds no secret.
+    tokenizer = load_tokenizer(str(publication.base_folder))
+    secrecy.refuse_secrets_in_texts(stored_texts(staged, tokenizer))
+    base = publication.result["base"] | publication.pinned_base._asdict()
+    write_json(staged / RESULT, publication.result | {"base": base})
 
 
 def _stage_stories(publication: Publication, staged: Path) -> None:
@@ -211,6 +223,23 @@ def _stories_card(publication: Publication, folder: Path, revision: str) -> str:
     return babistories.card(publication.result, place)
 
 
+def _memory_card(publication: Publication, folder: Path, revision: str) -> str:
+    result, about, base = publication.result, publication.about, publication.pinned_base
+    assert about is not None  # only a data set has none
+    text = card.render(
+        "memory_card.md.jinja",
+        metadata=card.memory_metadata(result, about, base.repo_id),
+        about=about,
+        result=result,
+        repo_id=publication.repo_id,
+        revision=revision,
+        base=base._asdict(),
+        files=read_sums(folder),
+        ranges=_required_versions(),
+    )
+    return str(ModelCard(text))  # raises if the metadata cannot be parsed
+
+
 def _gradio_version() -> str:
     try:
         return importlib.metadata.version("gradio")
@@ -247,6 +276,13 @@ def _try_space(publication: Publication, staged: Path) -> list[str]:
     return [trials.check_space(staged)]
 
 
+def _try_memory(publication: Publication, staged: Path) -> list[str]:
+    base = publication.base_folder
+    repositories = {(publication.repo_id, NO_COMMIT): staged, publication.pinned_base: base}
+    text = (staged / CARD).read_text(encoding="utf-8")
+    return [*trials.check_memory(staged, base), trials.check_snippets(text, repositories)]
+
+
 # By task and name; the first artifact of a task is its default.
 ARTIFACTS = {
     ("language_modeling", "model"): Artifact("model", _stage_model, _model_card("mosaic_card.md.jinja"), _try_model),
@@ -256,4 +292,5 @@ ARTIFACTS = {
     ("language_modeling", "space"): Artifact("space", _stage_space, _space_card, _try_space),
     ("fine_tuning", "space"): Artifact("space", _stage_space, _space_card, _try_space),
     ("babistories", "dataset"): Artifact("dataset", _stage_stories, _stories_card, _try_stories),
+    (TASK, "memory"): Artifact("model", _stage_memory, _memory_card, _try_memory),
 }

@@ -19,12 +19,13 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from training.files import checksum
 from training.paths import CLONE
-from training.publishing import allowed_values
+from training.publishing import allowed_values, memory_checks
 from training.publishing.allowed_values import MODEL_TYPES
 from training.publishing.folder import (
     CARD,
     HUB_FILES,
     LICENSE,
+    MARKERS,
     RESULT,
     SUMS,
     folder_type,
@@ -50,6 +51,7 @@ _FILES_BY_TYPE = {
     "adapter": ("adapter_config.json", "adapter_model.safetensors"),
     "dataset": (STORIES_FILE, REJECTED_FILE),
     "space": tuple(f"model/{name}" for name in _MODEL_FILES),
+    "memory": (MARKERS["memory"],),
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 # Names appear in cards, pages and terminals, and are paths: no other character is safe in all of them.
@@ -218,8 +220,10 @@ def check_settings(folder: Path) -> str:
         allowed_values.check_tokenizer(model_folder(folder))
     if type_ == "adapter":
         allowed_values.check_adapter(folder)
+    # It has no file of settings: they stand in the header of its tensors.
+    stated = f"{memory_checks.check_statements(folder)}; " if type_ == "memory" else ""
     card = allowed_values.check_card(folder, type_)
-    return f"{len(settings)} files of settings lead nowhere else; {card}"
+    return f"{stated}{len(settings)} files of settings lead nowhere else; {card}"
 
 
 def check_weights(folder: Path) -> str:
@@ -227,6 +231,8 @@ def check_weights(folder: Path) -> str:
     type_ = folder_type(folder)
     if type_ == "dataset":
         return "no weights"
+    if type_ == "memory":
+        return memory_checks.check_pairs(folder)
     place = model_folder(folder)
     files = allowed_values.weight_files(place, published_files(place), is_adapter=type_ == "adapter")
     for path in files:

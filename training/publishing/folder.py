@@ -4,6 +4,7 @@
 import os
 from pathlib import Path
 
+from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME
 from training.files import checksum
 from training.text.story_selection import STORIES_FILE
 
@@ -14,7 +15,13 @@ NO_COMMIT = "0" * 40
 # The Hub adds these to every new repository.
 HUB_FILES = (".gitattributes",)
 # The file that only a folder of this type has.
-MARKERS = {"model": "config.json", "adapter": "adapter_config.json", "dataset": STORIES_FILE, "space": "app.py"}
+MARKERS = {
+    "model": "config.json",
+    "adapter": "adapter_config.json",
+    "dataset": STORIES_FILE,
+    "space": "app.py",
+    "memory": FILE_NAME,
+}
 # Git and the downloads of the Hub keep these in a folder. They are never published.
 _TOOL_FOLDERS = (".git", ".cache")
 
@@ -38,11 +45,11 @@ def published_files(folder: Path) -> list[str]:
 
 
 def folder_type(folder: Path) -> str:
-    """Return `model`, `adapter`, `dataset` or `space`; `ValueError` unless the folder is exactly one of them."""
+    """Return the name in `MARKERS` of what a folder is; `ValueError` unless it is exactly one of these."""
     types = [name for name, marker in MARKERS.items() if (folder / marker).is_file()]
     if len(types) != 1:
         held = " and ".join(MARKERS[name] for name in types) or "none of " + ", ".join(MARKERS.values())
-        raise ValueError(f"{folder} is not a published model, adapter, data set or Space: it holds {held}")
+        raise ValueError(f"{folder} is not a published model, adapter, data set, Space or memory: it holds {held}")
     return types[0]
 
 

@@ -19,10 +19,21 @@ from transformers import PreTrainedTokenizerBase
 
 from training import card, hub, secrecy
 from training.evaluate import load_model
-from training.files import staged_folder, write_text
+from training.files import staged_folder, weights_checksums, write_text
+from training.memories import PUBLISHED
 from training.publishing import allowed_values, checks, trials, upload
 from training.publishing.artifacts import ARTIFACTS, PinnedRepo, Publication
-from training.publishing.folder import CARD, NO_COMMIT, RESULT, folder_type, model_folder, published_files, write_sums
+from training.publishing.folder import (
+    CARD,
+    MARKERS,
+    NO_COMMIT,
+    RESULT,
+    folder_type,
+    model_folder,
+    published_files,
+    write_sums,
+)
+from training.publishing.memory_checks import read_result
 from training.publishing.portable_results import read_portable_result
 from training.result import refuse_change
 from training.run_folder import locked
@@ -57,7 +68,7 @@ def _pin_base(base: str, what: str) -> PinnedRepo:
     """Parse `user/name@commit`, as --base or the recipe gives it."""
     name, _, revision = base.partition("@")
     if name.count("/") != 1 or not hub.COMMIT.fullmatch(revision):
-        model = "the model that it shows" if what == "space" else "its base"
+        model = {"space": "the model that it shows", "memory": "the model that has read it"}.get(what, "its base")
         raise ValueError(
             f"the card has to name {model} on the Hub: publish that, and give --base user/name@COMMIT (not {base!r})"
         )
@@ -69,9 +80,12 @@ def prepare(
 ) -> Publication:
     """Check what can be checked before any work; arguments and errors as of `publish`."""
     _check_repo_id(repo_id)
+    is_memory = (run / MARKERS["memory"]).is_file()
     if not (run / RESULT).is_file():
-        raise ValueError(f"{run} has no result.json: name the folder of a run, and run its recipe to the end first")
-    refuse_change(run)  # a figure or a result edited by hand is not what the run has made
+        first = "memorize the texts again" if is_memory else "name the folder of a run, and run its recipe to the end"
+        raise ValueError(f"{run} has no result.json: {first} first")
+    # A figure or a result edited by hand is not what the run has made.
+    refuse_change(run, *(["`memorize` the texts again"] if is_memory else []))
     result = read_portable_result(run / RESULT)
     what = _choose_artifact(run, result, what)
     if what != "dataset" and result["architecture"]["model_type"] not in card.PAPERS:
@@ -92,6 +106,11 @@ def prepare(
     return Publication(run, result, what, ARTIFACTS[result["task"], what], repo_id, described, pinned)
 
 
+def _marked(line: str) -> str:
+    """Return the line of a check or trial as it is logged."""
+    return line if line.startswith("not checked") else f"ok: {line}"
+
+
 def _stage(publication: Publication, staged: Path, log: Log) -> None:
     """Fill a folder with all files to be published, check it and try it."""
     artifact = publication.artifact
@@ -101,8 +120,8 @@ def _stage(publication: Publication, staged: Path, log: Log) -> None:
     write_text(staged / CARD, artifact.card(publication, staged, NO_COMMIT))
     log(f"ok: {secrecy.check_no_secrets(staged, published_files(staged))}")
     for line in (*checks.check_folder(staged), *artifact.run_trials(publication, staged)):
-        log(f"ok: {line}")
-    if publication.what != "dataset":
+        log(_marked(line))
+    if publication.what not in ("dataset", "memory"):
         # The whole result: the portable one has lost the paths of the data.
         log(trials.check_loss(read_object(publication.run / RESULT), publication.load))
     checks.check_sums(staged)  # no trial may have changed a file
@@ -132,11 +151,12 @@ def publish(
     """Stage, check and try what a run has made, list it, and upload it in one commit.
 
     Args:
-        run: the folder of a finished run.
+        run: the folder of a finished run, or of a memory.
         repo_id: `user/name` on the Hub.
-        what: `model`, `adapter`, `merged`, `dataset` or `space`; by default what the run's task makes.
+        what: `model`, `adapter`, `merged`, `dataset`, `space` or `memory`; by default what the run's task makes.
         about: a YAML file with what no result knows; by default `hub_cards/about/NAME.yaml`.
-        base: `user/name@commit` of the model that an adapter or a merged model was made from, or that a Space shows.
+        base: `user/name@commit` of the model that an adapter or a merged model was made from, that has read a memory,
+            or that a Space shows.
         public: let everybody see a new repository.
         create_pr: propose it in a pull request.
         dry_run: stop before anything is uploaded.
@@ -152,7 +172,7 @@ def publish(
         RuntimeError: the folder does not load in a clean process, or computes other logits there.
     """
     publication = prepare(run, repo_id, what, about, base)
-    final = run / "published" / publication.what
+    final = run / PUBLISHED / publication.what
     # Locked, so that no start of the run changes what is being copied.
     with locked(run), staged_folder(final) as staged:
         _stage(publication, staged, log)
@@ -164,6 +184,9 @@ def publish(
         return final
     if publication.base is not None:
         hub.check_base_weights(*publication.base, publication.base_weights(final))
+        if publication.what == "memory":
+            # By its code, readers load the memory. The base may be there at a commit of an earlier version.
+            hub.check_base_files(*publication.base, set(checks.expected_code(publication.base_folder)))
     artifact, target = publication.artifact, hub.Target(repo_id, publication.artifact.repo_type, public, create_pr)
     message = f"Publish {publication.result['name']} by modeling-memory-mosaic {_version()}"
     address, pinned = upload.upload_folder(
@@ -187,6 +210,17 @@ def _try_published_adapter(folder: Path, result: dict[str, Any], downloads: Path
     return [*(f"ok: {line}" for line in lines), trials.check_loss(result, load, is_local=False)]
 
 
+def _try_published_memory(folder: Path, downloads: Path, log: Log) -> list[str]:
+    stated = read_result(folder).base
+    base = hub.download(stated.repo_id, stated.revision, into=downloads)
+    log(f"its base is {stated.repo_id} at commit {stated.revision}")
+    # The base comes from the Hub like the memory, so it is checked before it is loaded.
+    lines = checks.check_folder(base)
+    if weights_checksums(base) != stated.weights:
+        raise ValueError(f"{stated.repo_id} at {stated.revision} has other weights than {RESULT} says: trust neither")
+    return [_marked(line) for line in (*lines, *trials.check_memory(folder, base))]
+
+
 def _try_published(folder: Path, downloads: Path, log: Log) -> list[str]:
     """Load and use a published folder whose files are in order; return one line for each trial."""
     type_ = folder_type(folder)
@@ -196,6 +230,8 @@ def _try_published(folder: Path, downloads: Path, log: Log) -> list[str]:
         return [f"ok: {trials.check_stories(folder, metrics.get('kept') if isinstance(metrics, dict) else None)}"]
     if type_ == "adapter":
         return _try_published_adapter(folder, result, downloads, log)
+    if type_ == "memory":
+        return _try_published_memory(folder, downloads, log)
     place = model_folder(folder)
     line = trials.check_space(folder) if type_ == "space" else trials.check_loads(folder, [])
     return [f"ok: {line}", trials.check_loss(result, lambda: load_model(place), is_local=False)]

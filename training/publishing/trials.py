@@ -18,8 +18,12 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from training.evaluate import load_causal_lm, mean_loss
+from modeling_memory_mosaic import MosaicMemory
+from training.evaluate import load_causal_lm, load_model, mean_loss
 from training.export import run_isolated, verify_export
+from training.files import checksum_of_text
+from training.memories import load_memory, stored_texts
+from training.publishing.memory_checks import read_result
 from training.recipe import SourceSection
 from training.secrecy import masked
 from training.text.sources import EMBEDDED, load_stories, source_provenance
@@ -34,6 +38,11 @@ LOSS_TOLERANCE = 0.005
 # What a result from elsewhere may ask for, so that it takes minutes at most.
 MOST_STORIES, MOST_CONTEXT = 10_000, 8192
 _BATCH_SIZE = 16
+# Tokens of a memory that are read again, so that it takes minutes at most.
+MOST_READ = 100_000
+# By the precision of a stored memory, the part of its largest number by which rounding, and other hardware, may change
+# a number.
+ROUNDING = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.01, "int8": 0.02, "fp8": 0.08}
 
 
 def check_lint(folder: Path) -> str:
@@ -160,6 +169,56 @@ def check_stories(folder: Path, num_stories: int | None) -> str:
     if loaded != num_stories or loaded != counted:
         raise ValueError(f"{folder} loads with {loaded} stories, but its result says {num_stories}")
     return f"loads in a clean offline process, with {loaded:,} stories"
+
+
+def _most_difference(memory: MosaicMemory, precision: str) -> float:
+    """Return by how much a number of a stored memory may differ from that of its text, read again."""
+    # Of weights in half precision, each number is a sum of rounded ones.
+    share = max(ROUNDING[precision], 0.05 if memory.dtype.itemsize < 4 else 0.0)
+    return share * max(float(part.abs().max()) for part in (*memory.keys, *memory.values))
+
+
+def check_memory(folder: Path, base: Path) -> list[str]:
+    """Check that a memory is what its base reads in the texts that it holds.
+
+    Texts of which a part is forgotten or merged cannot be compared, nor those beyond `MOST_READ` tokens.
+
+    Args:
+        folder: of the memory.
+        base: of the model.
+
+    Returns:
+        A line for each trial; one that begins with `not checked` has compared nothing.
+
+    Raises:
+        ValueError: the base has other weights than those that wrote the memory, or reads something else.
+    """
+    model, tokenizer = load_model(base)
+    result = read_result(folder)
+    memory = load_memory(str(folder), model)  # raises if other weights wrote it
+    texts, chosen, read = stored_texts(folder, tokenizer), [], 0
+    lengths = memory.source_ids.bincount(minlength=len(memory.sources)).tolist()
+    for name, length in zip(memory.sources, lengths, strict=True):
+        if read + length <= MOST_READ:
+            chosen.append(name)
+            read += length
+    differences = memory.select(chosen).verify(model)
+    count, most = len(memory.sources), _most_difference(memory, result.memory.precision)
+    if differences and not max(differences.values()) <= most:
+        name = max(differences, key=differences.__getitem__)
+        raise ValueError(
+            f"the pairs of {name!r} differ by {differences[name]:.2g} from those that {base} reads in its tokens, "
+            f"more than by rounding ({most:.2g}): memorize it again"
+        )
+    again = f"{len(differences)} of {count} texts, read again by the base"
+    line = f"{again}: a number differs by at most {max(differences.values()):.1e}" if differences else None
+    same = sum(checksum_of_text(texts[name]) == digest for name, digest in result.data.read.files.items())
+    return [
+        line or f"not checked: the pairs, as no text of at most {MOST_READ:,} tokens is whole and not merged",
+        f"{same} of {count} texts, put back from their tokens, have the sha256 that result.json states"
+        if same
+        else "not checked: the sha256 of the texts, which their tokens do not give back",
+    ]
 
 
 def check_space(folder: Path) -> str:

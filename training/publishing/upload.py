@@ -16,7 +16,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from training import hub
 from training.files import checksum, write_text
 from training.hub import Repository, Target
-from training.publishing.folder import CARD, HUB_FILES, NO_COMMIT, RESULT, SUMS, parse_sums, published_files
+from training.memories import TASK
+from training.publishing.folder import CARD, HUB_FILES, MARKERS, NO_COMMIT, RESULT, SUMS, parse_sums, published_files
 from training.publishing.portable_results import without_display_settings
 from training.untrusted import read_object
 
@@ -25,6 +26,9 @@ def _identity(path: Path) -> dict[str, Any]:
     """Return what all versions of one publication share; nothing if the file is no `result.json` of this project."""
     try:
         result = read_object(path)
+        if result.get("task") == TASK:
+            # Texts join a memory and are forgotten: what it has read differs between its versions.
+            return {"recipe": result["name"], "data": None, "base": result["base"]["weights"]}
         return {
             "recipe": without_display_settings(result["recipe"]),
             "data": result.get("data"),
@@ -51,7 +55,7 @@ def _refuse_other_content(folder: Path, target: Target, existing: Repository) ->
     for name in ("recipe", "data", "base"):
         if theirs.get(name) != ours[name]:
             raise ValueError(f"{target.repo_id} holds a run of another {name}: {remedy}, or delete it there first")
-    for name in ("config.json", "adapter_config.json"):
+    for name in ("config.json", "adapter_config.json", MARKERS["memory"]):
         if (name in files) != (folder / name).is_file():
             which = "has" if name in files else "has no"
             raise ValueError(f"{target.repo_id} {which} {name}, unlike the folder to be published: {remedy}")

@@ -29,7 +29,7 @@ from typing_extensions import Self
 from training import hub
 from training.evaluate import load_causal_lm, mean_loss
 from training.export import export_model
-from training.files import checksum, staged_folder
+from training.files import staged_folder, weights_checksums
 from training.metrics.mean_loss import perplexity
 from training.paths import CONFIGURATION
 from training.recipe import Section, TextRecipe, load_recipe
@@ -39,11 +39,6 @@ from training.untrusted import read_object
 
 
 plan, summary = language_modeling.plan, language_modeling.summary
-
-
-def weights_checksums(folder: Path) -> dict[str, str]:
-    """Return the sha256 of each file of weights in a model's folder."""
-    return {path.name: checksum(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 class LoraSection(Section):
