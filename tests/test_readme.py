@@ -63,7 +63,7 @@ def test_python_blocks_run_in_order_in_one_session(page, tmp_path):
     export_model(make_model(vocab_size=300, **ids), tokenizer, tmp_path / "runs/demo/mosaic-demo-seed0/model")
     code = "\n".join(blocks(read(page), "python"))
     expected = {
-        "README.md": ["from_pretrained", "generate", "pipeline(", "trainer.train()"],
+        "README.md": ["MosaicMemory.union", "from_pretrained", "generate", "trainer.train()"],
         "modeling_memory_mosaic/README.md": ["memory_from_state_dict", "get_peft_model", "torch.export.export"],
     }
     assert all(call in code for call in expected[page])
