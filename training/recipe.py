@@ -73,6 +73,7 @@ TASKS = {
     "join": "training.experiments.join",
     "search": "training.tasks.search",
     "searching": "training.experiments.searching",
+    "surprise": "training.experiments.surprise",
     "three_moons": "training.experiments.three_moons",
     "memory_model": "training.tasks.memory_model",
     "memory_models": "training.experiments.memory_models",
