@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A page that shows the memory of a Memory Mosaic: `python hub_cards/space/app.py FOLDER_OR_REPO`.
 
-The model continues a text. For every token the page shows which memories it came from and what they recalled. In a
-Space the package `modeling_memory_mosaic` and the folder `model` lie beside this file: no code of a repository is run.
-`page.css` has the looks of the page.
+The model continues a text. For every token the first tab shows which memories it came from and what they recalled.
+`memories.py` is the second tab, of documents that are joined and forgotten. `shared.py` is what both use, and
+`page.css` has the looks. In a Space the package `modeling_memory_mosaic` and the folder `model` lie beside these
+files: no code of a repository is run.
 
 A text has T tokens, a model L layers of H contextual and H persistent memories. All are counted from 0.
 """
@@ -24,27 +25,45 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase  # noqa: E402
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
+import memories  # noqa: E402
 from modeling_memory_mosaic import MemoryMosaicForCausalLM, MemoryMosaicTrace, trace_tokens  # noqa: E402
+from shared import (  # noqa: E402
+    CHOSEN,
+    GIVEN,
+    KEPT_SECONDS,
+    MARKS,
+    MOST_CHARACTERS,
+    NOT_FINITE,
+    OCHRES,
+    ONE_AT_A_TIME,
+    bar,
+    boxed,
+    check_kept,
+    check_text,
+    generation_settings,
+    label_of,
+    pair_name,
+    paragraph,
+    place_among,
+    shown_tokens,
+    tokenize_end,
+    visible,
+)
 
 
 KINDS = ("contextual", "persistent")
-# A visitor waits for tokens x tokens weights of each of L x H memories.
-MOST_GIVEN_TOKENS = 128
 MOST_NEW_TOKENS = 100
 HIGHEST_TEMPERATURE = 1.5
-# A longer beginning is cut before it is tokenized, which takes time and memory in proportion. Only the end is read.
-MOST_CHARACTERS = 10_000
 # In bytes. A request of this page has a few kilobytes: nothing is uploaded.
 LARGEST_REQUEST = 2**20
 MOST_WAITING = 32
 UNITS_OF_A_KIND = 4
 PAIRS_OF_A_UNIT = 3
 WORDS_OF_A_SLOT = 3
-KEPT_SECONDS = 3600
-
-NOT_FINITE = "What the model computes is not finite: its weights are damaged, or too large for this text."
+# Of a text that is kept no more.
+DROPPED = "This text was", "continue it again."
 
 EXAMPLES = [
     "The dog's name was Max. The cat's name was Bella. The dog's name was",
@@ -53,12 +72,9 @@ EXAMPLES = [
     "Once upon a time, there was a little girl named Lily. One day, Lily",
 ]
 
-# Each token has a label, and each label a colour. Gradio shows colours at half strength, below black letters.
-GIVEN, CHOSEN = "given", "chosen"
 PROBABILITIES = {"under 5%": 0.05, "5 to 25%": 0.25, "25 to 60%": 0.6, "over 60%": 1.01}
 WEIGHTS = {"1 to 5%": 0.05, "5 to 20%": 0.2, "20 to 50%": 0.5, "over 50%": 1.01}
 BLUES = dict(zip(PROBABILITIES, ["#e3eefa", "#b3d4f5", "#72b0ea", "#2f86d9"], strict=True))
-OCHRES = dict(zip(WEIGHTS, ["#fdeed2", "#fcd391", "#f9ab3d", "#ee7410"], strict=True))
 
 
 @dataclasses.dataclass
@@ -129,20 +145,6 @@ def load(source: str) -> tuple[MemoryMosaicForCausalLM, PreTrainedTokenizerBase]
     return model.eval(), tokenizer
 
 
-def tokenize_end(tokenizer: PreTrainedTokenizerBase, beginning: str) -> tuple[torch.Tensor, str]:
-    """Return the ids `(1, T)` of the last `MOST_GIVEN_TOKENS` tokens, and a notice if there were more."""
-    end = beginning[-MOST_CHARACTERS:]
-    ids = tokenizer(end, return_tensors="pt").input_ids
-    if ids.shape[1] <= MOST_GIVEN_TOKENS:
-        return ids, ""
-    if len(end) < len(beginning):  # how many tokens it has is not known
-        length, unit = f"{len(beginning):,} characters", "tokens"
-    else:
-        length, unit = f"{ids.shape[1]} tokens", "of them"
-    notice = f"The beginning has {length}; the model read the last {MOST_GIVEN_TOKENS} {unit}."
-    return ids[:, -MOST_GIVEN_TOKENS:], notice
-
-
 def generate(
     model: MemoryMosaicForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -152,10 +154,7 @@ def generate(
     seed: int,
 ) -> torch.Tensor:
     """Return the ids of a text and its continuation, `(1, T)`. The global random state stays as it is."""
-    # With `top_k` at 0 all tokens can be drawn: by default only the 50 likeliest can.
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    settings = GenerationConfig(max_new_tokens=num_tokens, **sampling, **ends)
+    settings = generation_settings(model, tokenizer, num_tokens, temperature)
     # The model is on the CPU. Without the list, the state of every GPU would be kept.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -167,8 +166,7 @@ def generate(
 
 def check_settings(beginning: Any, num_tokens: Any, temperature: Any, seed: Any) -> None:
     """Raise `ValueError` for settings out of bounds. A program is not held by the bounds of the page."""
-    if not isinstance(beginning, str) or not beginning[-MOST_CHARACTERS:].strip():
-        raise ValueError("The beginning is empty: write a few words for the model to continue.")
+    check_text(beginning, "The beginning", "write a few words for the model to continue.")
     if None in (num_tokens, temperature, seed):
         raise ValueError("A number is missing: give the number of new tokens, the temperature and the seed.")
     for number in (num_tokens, temperature, seed):
@@ -180,22 +178,6 @@ def check_settings(beginning: Any, num_tokens: Any, temperature: Any, seed: Any)
         raise ValueError(f"Ask for {bounds}.")
     if not (0 <= seed < 2**31 and seed == int(seed)):
         raise ValueError("The seed has to be a whole number from 0 on, below 2,147,483,648.")
-    try:
-        beginning[-MOST_CHARACTERS:].encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("The beginning has half a character, which no text can have.") from error
-
-
-def shown_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Return the text of each token. If several tokens make one character, the last of them shows it."""
-    tokens, begins = [], 0
-    for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[begins:end]))
-        # A character has at most four bytes. Four tokens that make none are shown as they are.
-        is_open = text.endswith("\ufffd") and end < len(ids) and end - begins < 4
-        tokens.append("" if is_open else text)
-        begins = begins if is_open else end
-    return tokens
 
 
 @torch.no_grad()
@@ -286,7 +268,7 @@ def write(
             computes numbers that are not finite.
     """
     check_settings(beginning, num_tokens, temperature, seed)
-    ids, notice = tokenize_end(tokenizer, beginning)
+    ids, notice = tokenize_end(tokenizer, beginning, "The beginning")
     text = generate(model, tokenizer, ids, int(num_tokens), temperature, int(seed))
     trace = trace_tokens(model, text)
     # Without the last token: nothing follows it, so that its numbers are NaN.
@@ -302,17 +284,6 @@ def write(
     return dataclasses.replace(reading, words=words_of_slots(model, tokenizer, places)), notice
 
 
-def visible(token: str) -> str:
-    """Return a token with signs for characters that cannot be seen. Its box shows a space beside letters."""
-    token = token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
-    return token if token.strip() else token.replace(" ", "␣") or "∅"
-
-
-def label_of(number: float, upper_bounds: dict[str, float]) -> str:
-    """Return the first label whose bound lies above the number."""
-    return next(label for label, bound in upper_bounds.items() if number < bound)
-
-
 def coloured_text(reading: Reading, position: int) -> list[tuple[str, str]]:
     """Return tokens and labels: the probability that the model gave the token, or that it was given or is chosen."""
     probabilities = reading.trace.log_probability[0].exp().tolist()
@@ -323,17 +294,6 @@ def coloured_text(reading: Reading, position: int) -> list[tuple[str, str]]:
     # The sign of a line break does not break the line.
     shown = [visible(token) + "\n" * token.count("\n") for token in reading.tokens]
     return list(zip(shown, labels, strict=True))
-
-
-def boxed(token: str) -> str:
-    """Return a token as HTML, in a box that shows its spaces."""
-    return f"<u>{html.escape(visible(token))}</u>"
-
-
-def pair_name(reading: Reading, place: int) -> str:
-    """Return, as HTML, the pair that a token completed: its place, what came before, the tokens of key and value."""
-    before = html.escape("".join(visible(token) for token in reading.tokens[max(0, place - 3) : place - 1]))
-    return f"{place}: <s>{before}</s>{boxed(reading.tokens[place - 1])} → {boxed(reading.tokens[place])}"
 
 
 def slot_name(reading: Reading, layer: int, head: int, slot: int) -> str:
@@ -347,7 +307,7 @@ def names_of_recalled(reading: Reading, unit: Unit) -> list[str]:
     names = []
     for place, weight in unit.recalled:
         contextual = unit.kind == "contextual"
-        name = pair_name(reading, place) if contextual else slot_name(reading, unit.layer, unit.head, place)
+        name = pair_name(reading.tokens, place) if contextual else slot_name(reading, unit.layer, unit.head, place)
         names.append(f'<span class="pair"><b>{weight:.0%}</b> {name}</span>')
     return names
 
@@ -382,18 +342,6 @@ def parts_of_logit(reading: Reading, position: int) -> dict[str, float]:
     }
     biases = trace.biases[0, place].item()
     return parts if biases == 0 else parts | {"biases": biases}
-
-
-def bar(name: str, value: float, longest: float) -> str:
-    """Return one bar as HTML, to the right if it speaks for the token, to the left if against it."""
-    # In percent of the track, which has one half for each side.
-    width = 50 * abs(value) / max(longest, 1e-9)
-    left, side = (50, "for") if value >= 0 else (50 - width, "against")
-    return (
-        f'<div class="part"><span class="name">{name}</span><span class="track">'
-        f'<span class="{side}" style="left:{left:.1f}%;width:{width:.1f}%"></span></span>'
-        f'<span class="value">{value:+.2f}</span></div>'
-    )
 
 
 def explanation(reading: Reading, position: int) -> str:
@@ -446,30 +394,16 @@ def show_token(reading: Reading, position: int) -> tuple[Any, ...]:
     return *views, *show_unit(reading, position, first.layer, first.kind, first.head)
 
 
-def check_kept(reading: Reading | None) -> Reading:
-    """Return a visitor's reading; an error if it was dropped."""
-    if reading is None:
-        raise gr.Error(f"This text was forgotten after {KEPT_SECONDS // 60} minutes: continue it again.")
-    return reading
-
-
-def place_among(place: Any, size: int) -> int:
-    """Return a place as a whole number below `size`; an error for values that no page sends."""
-    if not str(place).isdecimal() or int(place) >= size:
-        raise gr.Error("There is nothing at this place: choose a token or a memory of the page.")
-    return int(place)
-
-
 def choose_token(reading: Reading | None, event: gr.SelectData) -> tuple[Any, ...]:
     """Return the position of the token that a visitor chose, and the values of its views."""
-    reading = check_kept(reading)
+    reading = check_kept(reading, *DROPPED)
     position = place_among(event.index, len(reading.tokens))
     return position, *show_token(reading, position)
 
 
 def choose_unit(reading: Reading | None, position: int, event: gr.SelectData) -> tuple[Any, ...]:
     """Return the values of the views of the memory that a visitor chose in the table."""
-    reading = check_kept(reading)
+    reading = check_kept(reading, *DROPPED)
     # The content of the row, and not its number: visitors may sort the table.
     _, layer, kind, head, *_ = event.row_value
     num_layers, _, num_heads, *_ = reading.trace.weights.shape
@@ -480,9 +414,12 @@ def choose_unit(reading: Reading | None, position: int, event: gr.SelectData) ->
 
 HEADING = """
 <h1>The memory of a Memory Mosaic</h1>
-<p>A language model without attention and feed-forward layers: it has only memories. <b>Contextual</b> memories store
-what came after what in the text, <b>persistent</b> ones what was learnt in training. Each recalls what used to follow
-when things looked like now, and adds its word to the sum that predicts the next token.</p>
+<p>A language model without attention and feed-forward layers: it has only memories.</p>
+"""
+TEXT_HEADING = """
+<p><b>Contextual</b> memories store what came after what in the text, <b>persistent</b> ones what was learnt in
+training. Each recalls what used to follow when things looked like now, and adds its word to the sum that predicts the
+next token.</p>
 """
 
 # Black letters on pale colours cannot be read on a dark page.
@@ -519,7 +456,7 @@ def make_settings() -> Settings:
         temperature=gr.Slider(0, HIGHEST_TEMPERATURE, 0.7, step=0.1, label="Temperature"),
         seed=gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         button=gr.Button("Continue the text", variant="primary", elem_id="continue"),
-        notice=gr.HTML(elem_id="note"),
+        notice=gr.HTML(elem_id="note", elem_classes="note"),
     )
     gr.Examples(EXAMPLES, settings.beginning, label="Beginnings to try")
     return settings
@@ -529,7 +466,7 @@ def make_views() -> Views:
     return Views(
         text=gr.HighlightedText(
             label="1. Choose a token. The bluer it is, the likelier the model held it.",
-            color_map={GIVEN: "#dcdce0", **BLUES, CHOSEN: "#ff5fa2"},
+            color_map={GIVEN: MARKS[GIVEN], **BLUES, CHOSEN: MARKS[CHOSEN]},
             show_legend=True,
             elem_id="text",
         ),
@@ -546,40 +483,52 @@ def make_views() -> Views:
         ),
         recalled=gr.HTML(elem_id="recalled"),
         pairs=gr.HighlightedText(
-            label="3. What it recalled of the text so far", color_map=OCHRES, show_legend=True, elem_id="pairs"
+            label="3. What it recalled of the text so far",
+            color_map=dict(zip(WEIGHTS, OCHRES, strict=True)),
+            show_legend=True,
+            elem_id="pairs",
         ),
     )
 
 
+def make_text_tab(page: gr.Blocks, model: MemoryMosaicForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fill the tab. A visitor's text is held only in the state of that visitor."""
+    reading, position = gr.State(time_to_live=KEPT_SECONDS), gr.State(0)
+    gr.HTML(TEXT_HEADING, elem_id="text-heading")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=280):
+            settings = make_settings()
+        with gr.Column(scale=3, min_width=600):
+            views = make_views()
+
+    def continue_text(beginning: str, num_tokens: float, temperature: float, seed: float) -> tuple[Any, ...]:
+        try:
+            written, notice = write(model, tokenizer, beginning, num_tokens, temperature, seed)
+        except ValueError as error:
+            return gr.skip(), gr.skip(), paragraph(str(error)), *[gr.skip()] * len(views)
+        last = len(written.tokens) - 1
+        return written, last, paragraph(notice), *show_token(written, last)
+
+    # The first visit shows an example at once.
+    gr.on(
+        [page.load, settings.button.click, settings.beginning.submit],
+        continue_text,
+        [settings.beginning, settings.num_tokens, settings.temperature, settings.seed],
+        [reading, position, settings.notice, *views],
+        **ONE_AT_A_TIME,
+    )
+    views.text.select(choose_token, reading, [position, *views])
+    views.table.select(choose_unit, [reading, position], [views.recalled, views.pairs])
+
+
 def make_page(model: MemoryMosaicForCausalLM, tokenizer: PreTrainedTokenizerBase) -> gr.Blocks:
-    """Return the page. A visitor's text is held only in the state of that visitor."""
+    """Return the page with its two tabs."""
     with gr.Blocks(title="The memory of a Memory Mosaic") as page:
-        reading, position = gr.State(time_to_live=KEPT_SECONDS), gr.State(0)
         gr.HTML(HEADING, elem_id="heading")
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=1, min_width=280):
-                settings = make_settings()
-            with gr.Column(scale=3, min_width=600):
-                views = make_views()
-
-        def continue_text(beginning: str, num_tokens: float, temperature: float, seed: float) -> tuple[Any, ...]:
-            try:
-                written, notice = write(model, tokenizer, beginning, num_tokens, temperature, seed)
-            except ValueError as error:
-                return gr.skip(), gr.skip(), f"<p>{html.escape(str(error))}</p>", *[gr.skip()] * len(views)
-            last = len(written.tokens) - 1
-            return written, last, notice and f"<p>{html.escape(notice)}</p>", *show_token(written, last)
-
-        # The first visit shows an example at once. One text at a time: the model and its random numbers are shared.
-        gr.on(
-            [page.load, settings.button.click, settings.beginning.submit],
-            continue_text,
-            [settings.beginning, settings.num_tokens, settings.temperature, settings.seed],
-            [reading, position, settings.notice, *views],
-            concurrency_limit=1,
-        )
-        views.text.select(choose_token, reading, [position, *views])
-        views.table.select(choose_unit, [reading, position], [views.recalled, views.pairs])
+        with gr.Tab("A text"):
+            make_text_tab(page, model, tokenizer)
+        with gr.Tab("Memories") as tab:
+            memories.make_tab(tab, model, tokenizer)
     return page
 
 

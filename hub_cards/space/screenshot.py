@@ -2,6 +2,7 @@
 """The page in a browser, for a picture and for tests.
 
     python hub_cards/space/screenshot.py runs/stories_tiny/mosaic-tiny-seed0/model screenshot.png --token 26
+    python hub_cards/space/screenshot.py runs/demo/mosaic-demo-seed0/model memories.png --tab memories --token 6
 
 It needs Chromium and its driver. It works without a network: the browser reaches no machine but this one.
 """
@@ -30,6 +31,11 @@ APP = Path(__file__).with_name("app.py")
 WINDOW = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 SECONDS_TO_START = 60
+# Of each tab, its name on the page, the tokens to choose from, and what is there when all is.
+TABS = {
+    "text": ("A text", "#text .token", "#pairs .token"),
+    "memories": ("Memories", "#answers .token", "#documents .token"),
+}
 
 
 @contextlib.contextmanager
@@ -116,6 +122,14 @@ def find(driver: webdriver.Chrome, selector: str) -> list[Any]:
     return driver.find_elements(By.CSS_SELECTOR, selector)
 
 
+def open_tab(driver: webdriver.Chrome, name: str) -> None:
+    """Show a tab of `TABS`, and wait until its first example is there."""
+    label, _, shown = TABS[name]
+    wait_for(driver, lambda: find(driver, "#pairs .token"))
+    next(button for button in find(driver, "button[role=tab]") if button.text == label).click()
+    wait_for(driver, lambda: find(driver, shown))
+
+
 def requested(driver: webdriver.Chrome) -> set[str]:
     """Return the addresses that the page has requested since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
@@ -127,13 +141,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Take a picture of the page with the example of the first visit.")
     parser.add_argument("folder", help="of a model")
     parser.add_argument("output", help="the PNG")
+    parser.add_argument("--tab", choices=TABS, default="text", help="by default the first")
     parser.add_argument("--token", type=int, default=-1, help="number of the token to choose; by default the last")
     arguments = parser.parse_args()
     if BROWSER is None or DRIVER is None:
         raise SystemExit("Chromium and its driver are needed: install `chromium` and `chromium-driver`.")
     with serve(arguments.folder) as address, browse(address) as driver:
-        wait_for(driver, lambda: find(driver, "#pairs .token"))
-        find(driver, "#text .token")[arguments.token].click()
+        open_tab(driver, arguments.tab)
+        find(driver, TABS[arguments.tab][1])[arguments.token].click()
         time.sleep(2)  # until nothing moves
         driver.save_screenshot(arguments.output)
 

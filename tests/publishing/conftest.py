@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished runs, and a folder staged from one of them. A test that changes one takes a copy."""
+"""Finished runs, a folder staged from one of them, and a Space that runs. A test that changes one takes a copy."""
 
 import shutil
 
 import pytest
 import yaml
 from helpers.publications import ABOUT_SMOKE, lora, memorize, smoke, stage, stage_memory
+from helpers.space import make_parts, write_space
 
+from hub_cards.space.screenshot import BROWSER, DRIVER, serve
 from training.tasks import fine_tuning, language_modeling
 
 
@@ -53,3 +55,24 @@ def staged_memory(memory, tmp_path_factory):
 @pytest.fixture
 def copy(staged, tmp_path):
     return shutil.copytree(staged, tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def parts():
+    """A small model and its tokenizer, for the page."""
+    return make_parts()
+
+
+@pytest.fixture(scope="session")
+def served(parts, tmp_path_factory):
+    """The address of the page."""
+    with serve(app=write_space(parts, tmp_path_factory.mktemp("space"))) as address:
+        yield address
+
+
+@pytest.fixture
+def address(served):
+    """The address, if a browser can open it."""
+    if BROWSER is None or DRIVER is None:
+        pytest.skip("chromium and chromedriver are not installed")
+    return served

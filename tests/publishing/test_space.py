@@ -4,7 +4,6 @@
 import contextlib
 import html
 import re
-import shutil
 
 import gradio
 import gradio_client
@@ -14,48 +13,23 @@ import pytest
 import torch
 import yaml
 from helpers.models import make_model
-from selenium.webdriver.common.keys import Keys
+from helpers.space import Visitor, make_parts
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import shared
 from hub_cards.space import app
-from hub_cards.space.screenshot import APP, BROWSER, DRIVER, browse, find, requested, serve, wait_for
+from hub_cards.space.screenshot import APP, browse, requested, serve
 from modeling_memory_mosaic import MemoryMosaicForSequenceClassification, trace_tokens
-from training.text.tokenizer import train_tokenizer
 
 
 CLONE = APP.parents[2]
-STORIES = ["Once upon a time there was a cat. One day, the cat saw a <b>ball</b> & a dog.\nThe end."] * 3
 NAN = float("nan")
 BEGINNING = "Once upon a time there was a cat. One day"
-
-
-def make_parts():
-    """Return a model and a tokenizer that knows no character of more than one byte."""
-    tokenizer = train_tokenizer(STORIES, vocab_size=300)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return make_model(vocab_size=len(tokenizer), num_persistent_slots=7, **ids), tokenizer
-
-
-@pytest.fixture(scope="module")
-def parts():
-    return make_parts()
 
 
 @pytest.fixture(scope="module")
 def reading(parts):
     return app.write(*parts, BEGINNING, 12, 1.0, 0)[0]
-
-
-@pytest.fixture(scope="module")
-def folder(parts, tmp_path_factory):
-    """The folder of a Space as it is uploaded: the package and the model beside the app."""
-    folder = tmp_path_factory.mktemp("space")
-    for name in ("app.py", "page.css"):
-        shutil.copy(APP.with_name(name), folder)
-    shutil.copytree(CLONE / "modeling_memory_mosaic", folder / "modeling_memory_mosaic")
-    for part in parts:
-        part.save_pretrained(folder / "model")
-    return folder
 
 
 def test_a_text_begins_with_what_was_given(parts, reading):
@@ -133,8 +107,8 @@ def test_only_the_end_of_a_long_beginning_is_read_with_a_notice(parts):
     text = "a cat. " * 200
     num_tokens = len(tokenizer(text).input_ids)
     reading, notice = app.write(model, tokenizer, text, 2, 0, 0)
-    assert reading.num_given == app.MOST_GIVEN_TOKENS and "".join(reading.tokens[:128]) in text
-    assert notice == f"The beginning has {num_tokens} tokens; the model read the last {app.MOST_GIVEN_TOKENS} of them."
+    assert reading.num_given == shared.MOST_GIVEN_TOKENS and "".join(reading.tokens[:128]) in text
+    assert notice == f"The beginning has {num_tokens} tokens; the model read the last 128 of them."
     assert app.write(model, tokenizer, BEGINNING, 2, 0, 0)[1] == ""
 
 
@@ -326,21 +300,6 @@ def test_the_space_asks_for_the_versions_of_the_project():
     assert f"dependencies = [{''.join(f'{chr(10)}    {chr(34)}{line}{chr(34)},' for line in asked)}\n]" in project
 
 
-@pytest.fixture(scope="module")
-def served(folder):
-    """The address of the page."""
-    with serve(app=folder / "app.py") as address:
-        yield address
-
-
-@pytest.fixture
-def address(served):
-    """The address, if a browser can open it."""
-    if BROWSER is None or DRIVER is None:
-        pytest.skip("chromium and chromedriver are not installed")
-    return served
-
-
 def test_a_program_gets_the_messages_that_a_visitor_gets(served):
     """Text boxes and sliders have bounds in a browser only."""
     client = gradio_client.Client(served, verbose=False, analytics_enabled=False)
@@ -367,39 +326,6 @@ def test_requests_and_uploads_are_bounded(served):
         answer = httpx.post(f"{served}gradio_api/upload", files={"files": ("a.txt", content)})
         assert answer.status_code == 413, answer.text
     assert httpx.get(served).status_code == 200
-
-
-class Visitor:
-    """The actions of a visitor in a browser, and what the page then shows."""
-
-    def __init__(self, browser):
-        self.browser = browser
-
-    def texts(self, selector):
-        return [element.text for element in find(self.browser, selector)]
-
-    def wait_for(self, condition):
-        return wait_for(self.browser, condition)
-
-    def click(self, selector, number=0):
-        self.wait_for(lambda: find(self.browser, selector))[number].click()
-
-    def continue_text(self, beginning):
-        (box,) = find(self.browser, "#beginning textarea")
-        box.send_keys(Keys.CONTROL, "a", Keys.NULL, Keys.DELETE, beginning)
-        self.click("#continue")
-
-    def tokens(self):
-        return self.texts("#text .token")
-
-    def colours(self):
-        """Return the colours of the text that a memory read, once they have stopped changing."""
-        seen = [None]
-        self.wait_for(lambda: seen.append(self.colours_now()) or seen[-1] and seen[-1] == seen[-2])
-        return seen[-1]
-
-    def colours_now(self):
-        return [token.value_of_css_property("background-color") for token in find(self.browser, "#pairs .token")]
 
 
 @pytest.fixture

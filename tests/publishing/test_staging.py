@@ -80,7 +80,7 @@ def test_a_space_runs_by_what_lies_in_it(run, about):
     folder = stage(run, "someone/space", "space", about, f"someone/smoke@{COMMIT}", lines=lines)
     assert "runs as a Space" in "\n".join(lines)
     names = published_files(folder)
-    assert {"app.py", "page.css", "requirements.txt", "LICENSE", "README.md", "model/config.json"} <= set(names)
+    assert {*checks.SPACE_CODE, "LICENSE", "README.md", "model/config.json"} <= set(names)
     assert not [name for name in names if "pycache" in name]
     package = {path.name for path in checks.PACKAGE.glob("*.py")}
     assert {name.split("/")[1] for name in names if name.startswith(checks.PACKAGE.name)} == package

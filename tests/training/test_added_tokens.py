@@ -240,7 +240,7 @@ WALKED = {
     *("training/text/generator.py", "training/text/story_selection.py", "training/experiments/position_loss.py"),
     *("training/memories.py", "training/text/question_rows.py"),
     *("training/experiments/samples.py", "training/experiments/cloze.py", "training/experiments/continuations.py"),
-    "hub_cards/space/app.py",
+    "hub_cards/space/shared.py",
     "modeling_memory_mosaic/inspection_memory_mosaic.py",
 }
 
