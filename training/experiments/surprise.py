@@ -2,10 +2,10 @@
 """Surprise: whether the error of a unit about what comes next finds where a text breaks.
 
 Stories are joined without any mark between them, and single words in them are replaced by others of the same stories.
-Two things are to be found: the first tokens of a story, and the first token of a replaced word. Each token has a
-score: the model's loss of it, the error of a single unit (the one that finds most on validation texts), or the mean
-error of all units. The measure is the area under the ROC curve: the chance that a token which is to be found has a
-higher score than one which is not.
+Two things are to be found: the first token of a story, and that of a replaced word. Each token has a score: the
+model's loss of it, the error of a single unit (the one that finds most on validation texts), or the mean error of all
+units. The measure is the area under the ROC curve: the chance that a token which is to be found has a higher score
+than one which is not.
 """
 
 import random
@@ -32,8 +32,6 @@ __all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
 BORDERS, ODD_WORDS = "story borders", "odd words"
 LOSS, UNIT, MEAN = "loss", "error of the best unit", "mean error of all units"
-# Tokens that a border is looked for at: the first word of a story may be as likely within one.
-BORDER_LENGTH = 3
 
 
 class Recipe(ComparisonRecipe):
@@ -111,8 +109,7 @@ def marked_text(
                 word = rng.choice([other for other in pool if other != word])
             text = word if not ids else f" {word}"
             tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            # The story's own first tokens: each is a border until there are enough.
-            is_border += [i > 0 and j < BORDER_LENGTH and not (j == 0 and t > 0) for t in range(len(tokens))]
+            is_border += [i > 0 and j == t == 0 for t in range(len(tokens))]
             is_odd += [(i, j) in odd and t == 0 for t in range(len(tokens))]
             ids += tokens
     return MarkedText(torch.tensor(ids), np.array(is_border), np.array(is_odd))

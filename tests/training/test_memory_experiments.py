@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experiments on memories run from trainings to pictures, and their effects are those of what they measured."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers.models import make_ids, make_model
+from helpers.runs import short_recipe
+
+from modeling_memory_mosaic import MosaicMemory
+from training.experiments import bound, join, reading, searching, surprise
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe, task_module
+from training.synthetic.readings import Reading
+from training.synthetic.recall import score_rows
+from training.tasks import language_modeling, symbols
+from training.text.question_rows import IGNORED
+
+
+RECIPES = CONFIGURATION / "recipe"
+TEXT = [
+    "base=smoke",
+    "workers=1",
+    "common.tokens=2_048",
+    "common.data.train.num_stories=40",
+    "common.data.validation.num_stories=12",
+    "common.training.disable_tqdm=true",
+    "common.generation.prompts=[]",
+]
+MOSAIC = {"Memory Mosaic": {"model": "mosaic-smoke"}}
+ROPE = {"model": "rope-tiny", "model_args": {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2}}
+ROPE["model_args"] |= {"num_attention_heads": 2, "intermediate_size": 32}
+LONGER = ["data.context_length=128", "model_args.max_position_embeddings=128"]
+STORIES = {"source": "embedded", "split": "validation", "num_stories": 60}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder whose `runs/` the tests of this file share."""
+    return tmp_path_factory.mktemp("memories")
+
+
+@pytest.fixture
+def small(workplace, monkeypatch):
+    """Returns a function that reads a shipped experiment on stories, with models of the smoke size."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
+
+    def read(name, runs, seeds=(0,), **settings):
+        values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+        values |= {"runs": runs, "claims": [], "seeds": list(seeds)} | settings
+        path = workplace / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        return load_recipe(path, TEXT)
+
+    return read
+
+
+def run(recipe):
+    result = task_module(recipe.task).run(recipe)
+    assert result["effects"].keys() == set(recipe.effect_names)
+    assert (recipe.folder / f"{recipe.name}.png").stat().st_size > 10_000
+    assert all(
+        "finished" in line for line in task_module(recipe.task).plan(recipe).values() if "parameters" in str(line)
+    )
+    return result
+
+
+def test_losses_of_bounded_memories_are_compared_with_all_pairs_and_with_windows(small):
+    texts = {"stories": STORIES | {"windows": "stream", "num_windows": 3}}
+    sizes = {"context_length": 96, "measured_from": 48, "budgets": [8, 32], "policies": ["fifo", "usage"]}
+    recipe = small("bound", MOSAIC | {"RoPE": ROPE}, texts=texts, **sizes)
+    result = run(recipe)
+    losses = {
+        (one["label"], one["way"], one["budget"]): one["loss"] for one in result["measured"]["losses"]["stories"]
+    }
+    assert len(losses) == 2 * (1 + 2 * 2)
+    for one in recipe.contrasts:
+        effect = result["effects"][f"stories: {one.name}"]
+        assert effect["value"] == pytest.approx(losses[one.one] - losses[one.other], abs=1e-6)
+    model, tokenizer = recipe.trainings[0].load()
+    documents = bound.load_stories(**STORIES)
+    ids, _ = bound.cut_windows(documents, tokenizer, 96, "stream", 3)
+    expected = bound.text_losses(model, ids, "usage", 8)[:, 47:].mean()
+    assert losses["Memory Mosaic", "usage", 8] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_losses_behind_what_was_read_are_those_of_its_memory(small):
+    settings = {"tokens": 2_048, "data": {"context_length": 64}, "generation": {"prompts": []}}
+    settings["data"] |= {split: STORIES for split in ("train", "validation")}
+    settings["training"] = {"per_device_train_batch_size": 4, "eval_steps": 100, "save_steps": 100}
+    runs = MOSAIC | {"sharper": {"model": "mosaic-smoke", "evaluation": {"bandwidth_exponent": 0.25}}}
+    recipe = small(
+        "reading",
+        runs,
+        read=STORIES,
+        asked=STORIES | {"split": "validation", "windows": "stream", "num_windows": 4},
+        context_length=64,
+        num_tokens=[128, 256],
+        consolidated=[32],
+        lora_settings=settings,
+    )
+    result = run(recipe)
+    entries = {(one["label"], one["way"]): one for one in result["measured"]["losses"]}
+    assert entries.keys() == {
+        *((label, way) for label in runs for way in (reading.NOTHING, *recipe.ways)),
+        ("Memory Mosaic", reading.LORA),
+    }
+    assert entries["Memory Mosaic", reading.LORA]["trained"] > 0
+    for name, (one, other) in recipe.contrasts.items():
+        difference = entries[one]["losses"][0] - entries[other]["losses"][0]
+        assert result["effects"][name]["value"] == pytest.approx(difference, abs=1e-6)
+    most = entries["Memory Mosaic", "256 tokens in parts read alone, merged into 32"]
+    assert most["pairs"] <= 32 and 0 < most["bound"] <= 2
+    model, tokenizer = recipe.trainings[0].load()
+    windows, _ = reading.cut_windows(reading.load_stories(**STORIES), tokenizer, 64, "stream", 4)
+    read = reading._tokens(reading.load_stories(**STORIES), tokenizer, 128)
+    parts = [model.memorize(part[None], source=str(number)) for number, part in enumerate(read.view(2, 64))]
+    expected = reading.window_losses(model, windows, MosaicMemory.union(parts), 3).mean()
+    assert entries["Memory Mosaic", "128 tokens in parts read alone"]["losses"][0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_every_read_out_is_within_its_bound_in_mosaics_and_transformers(small):
+    sizes = {"num_tokens": 512, "part_length": 64, "num_queries": 4, "tolerances": [0.01, 0.5]}
+    recipe = small("searching", MOSAIC | {"RoPE": ROPE}, read=STORIES, asked=STORIES, **sizes)
+    for one in run(recipe)["measured"]["settings"]:
+        for seed in one["seeds"]:
+            assert seed[searching.MARGIN] > -1e-5 and seed["largest bound"] <= one["tolerance"]
+            assert 0 <= seed["share of pairs read"] <= 1 and len(seed["heads"]) == 2 * 2
+
+
+def test_queries_of_a_mosaic_are_those_that_its_answers_come_from():
+    model = make_model(dtype=torch.float64)
+    parts, question = make_ids(3, 9), make_ids(1, 5, seed=3)
+    asked = searching.mosaic_queries(model, parts, question)
+    assert asked.keys() == {(layer, head) for layer in range(2) for head in range(3)}
+    for one in asked.values():
+        assert one.queries.shape == (5, 8) and len(one.keys) == len(one.values) == len(one.bias) == 27
+        assert (one.bias == -torch.inf).sum() == 3
+    # In the first layer nothing depends on the memory.
+    keys = model.memorize(question).keys[0][0]
+    for head in range(3):
+        torch.testing.assert_close(asked[0, head].queries[:-1], keys[head, 1:].float(), rtol=0, atol=1e-5)
+    assert model.base_model.search is None
+
+
+def test_surprise_finds_what_was_planted(small):
+    source = {"source": "embedded", "num_stories": 40}
+    recipe = small(
+        "surprise", MOSAIC | {"RoPE": ROPE}, validation=source, test=source | {"split": "validation"}, num_texts=3
+    )
+    result = run(recipe)
+    for one in result["measured"]["models"]["Memory Mosaic"]:
+        assert 0 <= one["story borders"]["error of the best unit"] <= 1
+    assert list(result["measured"]["models"]["RoPE"][0]["odd words"]) == ["loss"]
+
+
+def test_a_text_is_marked_where_stories_begin_and_words_are_odd(small):
+    recipe = short_recipe("unused")
+    tokenizer = language_modeling._make_tokenizer(recipe)
+    stories = [text.replace("\n", " ") for text in surprise.load_stories(**STORIES)["text"][:3]]
+    plain = surprise.marked_text(stories, 1, tokenizer, random.Random(0))
+    marked = surprise.marked_text(stories, 5, tokenizer, random.Random(0))
+    assert marked.is_odd.sum() == 5 and plain.is_odd.sum() == 1
+    text = tokenizer.decode(marked.ids)
+    assert len(text.split(" ")) == sum(len(story.split(" ")) for story in stories)
+    first = [tokenizer(f" {story.split(' ')[0]}")["input_ids"][0] for story in stories[1:]]
+    assert marked.ids[marked.is_border].tolist() == first
+    assert surprise.area(np.array([1.0, 2, 3, 4]), np.array([False, False, True, True])) == 1
+    assert surprise.area(np.array([1.0, 1, 1, 1]), np.array([False, True, True, False])) == 0.5
+
+
+# Recall
+
+
+def small_join(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = yaml.safe_load((RECIPES / "join_pairs.yaml").read_text(encoding="utf-8"))
+    training = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "per_device_train_batch_size": 4}
+    values["common"] = {
+        "data": {"kind": "pairs", "num_rows": 16, "num_test": 4, "max_documents": 3},
+        "training": training | {"disable_tqdm": True},
+    }
+    sizes = {"hidden_size": 16, "num_attention_heads": 2}
+    values["runs"] = {label: {"model_args": sizes, **one} for label, one in values["runs"].items()}
+    values |= {"seeds": [0], "workers": 1, "num_documents": [2, 4], "num_rows": 4, "claims": []}
+    path = tmp_path / "join_pairs.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return load_recipe(path)
+
+
+def test_models_answer_behind_joined_documents_in_every_reading(tmp_path, monkeypatch):
+    recipe = small_join(tmp_path, monkeypatch)
+    result = run(recipe)
+    for label, (one,) in result["measured"]["models"].items():
+        assert list(one["readings"]) == recipe.readings(label)
+        for name, measured in one["readings"].items():
+            assert measured["accuracy"].keys() == {"2", "4"} and len(measured["accuracy by order"]) == 4
+            if name in (join.JOINED, join.STORED, join.ENCODED):
+                assert measured["largest difference of orders"] < 1e-5, (label, name)
+    first = recipe.trainings[0]
+    model = join.load_causal_lm(first.recipe.folder / "best")
+    dataset = join.RecallDataset(first.recipe.data, 4, "test", 4)
+    expected = score_rows(model, [dataset.row(index) for index in range(4)], 8, Reading())["accuracy"]
+    assert result["measured"]["models"]["Memory Mosaic"][0]["readings"]["joined"]["accuracy"]["4"] == expected
+
+
+def test_an_interrupted_training_on_facts_ends_as_one_that_was_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "data": {"kind": "facts", "num_rows": 24, "num_test": 4, "max_documents": 2},
+        "training": {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "per_device_train_batch_size": 4},
+        "model_args": {"hidden_size": 16, "num_attention_heads": 2},
+    }
+
+    def recipe(folder):
+        return load_recipe(RECIPES / "recall_training.yaml", settings=[settings, {"output_dir": folder}])
+
+    whole = symbols.run(recipe("whole"))
+    stop = RuntimeError("stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(symbols.LANGUAGES["recall"], "report", lambda *args: (_ for _ in ()).throw(stop))
+        with pytest.raises(RuntimeError, match="stopped"):
+            symbols.run(recipe("parted"))
+    again = symbols.run(recipe("parted"))
+    assert again["metrics"] == whole["metrics"] and again["learning_curve"] == whole["learning_curve"]
+    # The model is a folder with its tokenizer, of which memories can be asked.
+    assert (tmp_path / "whole/best/tokenizer.json").is_file()
+
+
+# The demo
+
+
+def test_a_language_model_learns_facts_among_stories(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_modeling, "verify_export", lambda folder, prompts, **options: prompts)
+    facts = ["data.facts.num_rows=40", "data.facts.num_test=6", "data.facts.max_documents=2"]
+    recipe = short_recipe(tmp_path / "facts", *facts, *LONGER, "tokenizer.vocab_size=500")
+    result = language_modeling.run(recipe)
+    assert 0 <= result["metrics"]["answer_accuracy"] <= 1 and result["metrics"]["num_answers"] > 6
+    plain = short_recipe(tmp_path / "plain")
+    assert "facts" not in plain.model_dump()["data"] and "facts" in recipe.model_dump()["data"]
+    with pytest.raises(ValueError, match="set `streaming` to false"):
+        short_recipe(tmp_path / "streamed", *facts, *LONGER, "data.streaming=true")
+
+
+def test_answers_count_as_much_as_stories(tmp_path):
+    recipe = short_recipe(tmp_path / "facts", "data.facts.num_rows=4", *LONGER)
+    tokenizer = language_modeling._make_tokenizer(recipe)
+    model = language_modeling.build_model(recipe, tokenizer).eval()
+    rows = [language_modeling.fact_rows(recipe, tokenizer, "train")[index] for index in range(2)]
+    rows.append({"input_ids": list(range(20, 60))})
+    batch = language_modeling.facts_collator(model.config)(rows)
+    assert (batch["labels"][:2] == IGNORED).all() and (batch["answer_labels"][2] == IGNORED).all()
+    assert batch["labels"][2, :40].tolist() == rows[2]["input_ids"]
+    arguments = language_modeling.training_arguments(recipe)
+    trainer = language_modeling.LanguageModelTrainer(model=model, args=arguments, eval_dataset=rows)
+    loss = trainer.compute_loss(model, dict(batch))
+    inputs = {name: part for name, part in batch.items() if not name.endswith("labels")}
+    logits = model(**inputs).logits[:, :-1]
+    parts = [
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[name][:, 1:].flatten(), ignore_index=IGNORED)
+        for name in ("labels", "answer_labels")
+    ]
+    torch.testing.assert_close(loss, sum(parts))
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch), num_items_in_batch=7), sum(parts))
