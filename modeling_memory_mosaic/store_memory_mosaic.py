@@ -501,7 +501,7 @@ class MemorizingMixin:
         position_ids: torch.Tensor | None = None,
         tokenizer: Any = None,
     ) -> MosaicMemory | list[MosaicMemory]:
-        """Read texts, each alone, and return what was read.
+        """Read texts, each alone, and return what was read. Within [`bounded`], that is what each head has kept.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`).
@@ -537,18 +537,27 @@ class MemorizingMixin:
         cache = DynamicCache(config=self.config)
         for chunk in ids.split(CHUNK_LENGTH):
             self.base_model(chunk[None], use_cache=True, **memory_kwargs(cache))
-        layers = [memory_layer(cache, index) for index in range(len(cache.layers))]
+        layers: list[Any] = [memory_layer(cache, index) for index in range(len(cache.layers))]
+        keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
+        places = torch.arange(len(ids), device=ids.device)
         bias = torch.zeros(1, 1, len(ids), device=ids.device)
-        bias[:, :, 0] = -torch.inf
+        if self.base_model.bound is None:
+            bias[:, :, 0] = -torch.inf
+        else:  # slots have no empty one in front, and if some were forgotten, pairs of other tokens in each head
+            held = int(layers[0].held)
+            keys, values = ([part[:, :, :held] for part in parts] for parts in (keys, values))
+            is_whole = held == len(ids) - 1
+            ids, places = (part[1:] if is_whole else part.new_full((held,), MERGED) for part in (ids, places))
+            bias = bias[:, :, :held]
         return MosaicMemory(
             config=self.config,
             writer=layers[0].writer,
-            keys=[layer.keys for layer in layers],
-            values=[layer.values for layer in layers],
+            keys=keys,
+            values=values,
             slot_bias=[bias] * len(layers),
             input_ids=ids,
             source_ids=torch.zeros_like(ids),
-            places=torch.arange(len(ids), device=ids.device),
+            places=places,
             sources=[source],
         )
 

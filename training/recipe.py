@@ -69,6 +69,7 @@ TASKS = {
     "regbench": "training.experiments.regbench",
     "reading": "training.experiments.reading",
     "bound": "training.experiments.bound",
+    "bound_recall": "training.experiments.bound_recall",
     "induction": "training.experiments.induction",
     "join": "training.experiments.join",
     "search": "training.tasks.search",

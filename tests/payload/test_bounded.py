@@ -204,3 +204,27 @@ def test_a_cache_of_joined_texts_is_saved_as_a_memory(model):
     model(**arguments)
     with pytest.raises(ValueError, match="save the `MosaicMemory`"):
         memory_state_dict(arguments[MEMORY_NAME])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["fifo", "usage"])
+@pytest.mark.parametrize("max_pairs", [4, 30])
+def test_texts_are_memorized_within_a_bound(max_pairs, policy, tmp_path):
+    model = make_model(dtype=torch.float64)
+    texts, question = [make_ids(1, n, seed=n) for n in (14, 20)], make_ids(1, 5, seed=3)
+    with bounded(model, max_pairs, policy):
+        memory = MosaicMemory.union([model.memorize(ids, source=str(n)) for n, ids in enumerate(texts)])
+        caches = [model(ids, use_cache=True).past_key_values for ids in texts]
+    assert len(memory) <= 2 * max_pairs and memory.sources == ["0", "1"]
+    logits = model(**memory.prompt(question)).logits
+    for index, keys in enumerate(memory.keys):
+        parts = [cache.layers[index].keys[:, :, : int(cache.layers[index].held)] for cache in caches]
+        assert torch.equal(keys, torch.cat(parts, dim=2))
+    memory.save_pretrained(tmp_path)
+    assert torch.equal(model(**MosaicMemory.from_pretrained(tmp_path, model).prompt(question)).logits, logits)
+    if max_pairs == 30:
+        whole = MosaicMemory.union([model.memorize(ids, source=str(n)) for n, ids in enumerate(texts)])
+        torch.testing.assert_close(logits, model(**whole.prompt(question)).logits, rtol=0, atol=1e-10)
+        assert memory.places.tolist() == [*range(1, 14), *range(1, 20)]
+    else:
+        assert (memory.places == -1).all() and memory.verify(model) == {}

@@ -11,7 +11,7 @@ from helpers.models import make_ids, make_model
 from helpers.runs import short_recipe
 
 from modeling_memory_mosaic import MosaicMemory
-from training.experiments import bound, join, reading, searching, surprise
+from training.experiments import bound, bound_recall, join, reading, searching, surprise
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe, task_module
 from training.synthetic.readings import Reading
@@ -176,18 +176,20 @@ def test_a_text_is_marked_where_stories_begin_and_words_are_odd(small):
 # Recall
 
 
-def small_join(tmp_path, monkeypatch):
+def small_join(tmp_path, monkeypatch, name="join_pairs", kind="pairs"):
     monkeypatch.chdir(tmp_path)
-    values = yaml.safe_load((RECIPES / "join_pairs.yaml").read_text(encoding="utf-8"))
+    values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     training = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "per_device_train_batch_size": 4}
     values["common"] = {
-        "data": {"kind": "pairs", "num_rows": 16, "num_test": 4, "max_documents": 3},
+        "data": {"kind": kind, "num_rows": 16, "num_test": 4, "max_documents": 3},
         "training": training | {"disable_tqdm": True},
     }
     sizes = {"hidden_size": 16, "num_attention_heads": 2}
     values["runs"] = {label: {"model_args": sizes, **one} for label, one in values["runs"].items()}
-    values |= {"seeds": [0], "workers": 1, "num_documents": [2, 4], "num_rows": 4, "claims": []}
-    path = tmp_path / "join_pairs.yaml"
+    values |= {"seeds": [0], "workers": 1, "num_rows": 4, "claims": []}
+    sizes = {"num_documents": [2, 4]} if name == "join_pairs" else {"budgets": [2, 6], "policies": ["fifo", "usage"]}
+    path = tmp_path / f"{name}.yaml"
+    values |= sizes
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return load_recipe(path)
 
@@ -206,6 +208,24 @@ def test_models_answer_behind_joined_documents_in_every_reading(tmp_path, monkey
     dataset = join.RecallDataset(first.recipe.data, 4, "test", 4)
     expected = score_rows(model, [dataset.row(index) for index in range(4)], 8, Reading())["accuracy"]
     assert result["measured"]["models"]["Memory Mosaic"][0]["readings"]["joined"]["accuracy"]["4"] == expected
+
+
+def test_documents_leave_few_pairs(tmp_path, monkeypatch):
+    recipe = small_join(tmp_path, monkeypatch, "bound_recall", kind="facts")
+    result = run(recipe)
+    assert len(result["measured"]["settings"]) == len(recipe.settings) == 2 * (1 + 2 * 2)
+    row = bound_recall.RecallDataset(recipe.trainings[0].recipe.data, 1, "test", 3).row(0)
+    readers = (bound_recall.mosaic_logits, bound_recall.transformer_logits)
+    for training, logits_of in zip(recipe.trainings, readers, strict=True):
+        model, (way, *_) = join.load_causal_lm(training.recipe.folder / "best"), recipe.ways(training.label)
+        whole = logits_of(model, row, bound_recall.ALL, 0)
+        assert whole.shape == (len(row.question), 1024)
+        torch.testing.assert_close(logits_of(model, row, way, 100), whole, rtol=0, atol=1e-5)
+        assert (logits_of(model, row, way, 2) - whole).abs().max() > 1e-6
+    right = torch.nn.functional.one_hot(torch.tensor([*row.question[1:], 0]), 1024)
+    assert bound_recall._num_right(right, row) == (len(row.asked), len(row.asked))
+    right[row.answers.index(0) - 1] = torch.nn.functional.one_hot(torch.tensor(0), 1024) * 2
+    assert bound_recall._num_right(right, row) == (len(row.asked) - 1, len(row.asked))
 
 
 def test_an_interrupted_training_on_facts_ends_as_one_that_was_not(tmp_path, monkeypatch):
