@@ -53,20 +53,20 @@ STRONGEST_PLACES = 5
 # Documents and questions by the name of the example. A model of `make demo` is trained on such ones.
 EXAMPLES = {
     "Anna, Tom and Lucy": (
-        "Anna has the blue book at the farm.",
-        "The black kite at the beach belongs to Tom.",
-        "Lucy has the green apple in the field.",
+        "Anna has the blue book at the farm. The blue book belongs to Anna.",
+        "The black kite belongs to Tom. Tom has the black kite at the beach.",
+        "Lucy has the green apple in the field. The green apple belongs to Lucy.",
         "Who has the blue book?\nWhere is the black kite?\nWho has the green apple?",
     ),
     "Max, Lucy and Mia": (
-        "Max has the black cake in the field.",
-        "The blue ball at the lake belongs to Lucy.",
-        "The red doll at the farm belongs to Mia.",
+        "Max has the black cake in the field. The black cake belongs to Max.",
+        "The blue ball belongs to Lucy. Lucy has the blue ball at the lake.",
+        "Mia has the red doll at the farm. The red doll belongs to Mia.",
         "What does Max have?\nWho has the blue ball?\nWhere is the red doll?",
     ),
     "Tom and Sam": (
-        "Tom has the black drum in the garden.",
-        "The red cup at the beach belongs to Sam.",
+        "Tom has the black drum in the garden. The black drum belongs to Tom.",
+        "The red cup belongs to Sam. Sam has the red cup at the beach.",
         "",
         "What colour is the drum that Tom has?\nWho has the red cup?\nWhere is the red cup?",
     ),

@@ -5,6 +5,7 @@ Every place that calls a tokenizer is walked with the export of a run whose toke
 """
 
 import functools
+import random
 import re
 
 import pytest
@@ -29,7 +30,7 @@ from hub_cards.space import app
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
 from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
 from training.evaluate import load_model, tokens_and_bytes
-from training.experiments import cloze, continuations, position_loss, samples
+from training.experiments import cloze, continuations, position_loss, samples, surprise
 from training.export import export_model
 from training.generate import generate_texts
 from training.memories import ask, load_memory, memorize_files
@@ -149,6 +150,7 @@ def test_measured_texts_are_read_as_they_stand(run):
     assert FactRows(tokenizer, 2000, 1, "train", 2, 1)._encode(TEXT) == PLAIN
     documents = FactRows(tokenizer, 2000, 1, "train", 2, 1).row(0).documents
     assert all(VOCABULARY["</s>"] not in ids for ids in documents)
+    assert surprise.marked_text([TEXT], 0, tokenizer, random.Random(0)).ids.tolist() == PLAIN
 
 
 def test_memorized_files_and_questions_are_read_as_they_stand(run, read, tmp_path):
@@ -238,7 +240,7 @@ def test_a_tokenizer_that_adds_nothing_is_left_as_it_is(tmp_path, caplog):
 WALKED = {
     *("training/text/windows.py", "training/evaluate.py", "training/text/tokenizer.py"),
     *("training/text/generator.py", "training/text/story_selection.py", "training/experiments/position_loss.py"),
-    *("training/memories.py", "training/text/question_rows.py"),
+    *("training/memories.py", "training/text/question_rows.py", "training/experiments/surprise.py"),
     *("training/experiments/samples.py", "training/experiments/cloze.py", "training/experiments/continuations.py"),
     "hub_cards/space/shared.py",
     "modeling_memory_mosaic/inspection_memory_mosaic.py",

@@ -67,7 +67,7 @@ def test_trainings_of_a_comparison_differ_only_in_the_compared_settings(path):
     for training in recipe.trainings:
         assert training.recipe.build_config().num_hidden_layers == training.depth
         assert training.recipe.seed == training.seed
-        varied = {"num_automata"}  # RegBench compares it
+        varied = {"num_automata", "joined", "positions"}  # RegBench and `join` compare them
         data = [one.recipe.data.model_dump(exclude=varied) for one in (training, recipe.trainings[0])]
         assert data[0] == data[1]
         assert training.recipe.training.max_steps == recipe.trainings[0].recipe.training.max_steps

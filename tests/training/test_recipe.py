@@ -85,12 +85,17 @@ def test_models_of_regbench_at_the_papers_size_have_equal_parameters_besides_pos
     assert models == {name: pytest.approx(models["mosaic-regbench-paper"], rel=0.01) for name in models}
 
 
-def test_one_block_models_of_the_induction_task_have_equal_parameters():
-    mosaic, *others = (num_parameters(path) for path in sorted((CONFIGURATION / "model").glob("*-induction.json")))
+@pytest.mark.parametrize("task", ["induction", "recall"])
+def test_models_of_a_task_have_equal_parameters(task):
+    mosaic, *others = (num_parameters(path) for path in sorted((CONFIGURATION / "model").glob(f"*-{task}.json")))
     assert len(others) >= 2 and others == [pytest.approx(mosaic, rel=0.02)] * len(others)
 
 
-TWINS = [path for path in MODELS if "mosaic-" in path.stem and not {"regbench", "induction"} & {*path.stem.split("-")}]
+TWINS = [
+    path
+    for path in MODELS
+    if "mosaic-" in path.stem and not {"regbench", "induction", "recall"} & {*path.stem.split("-")}
+]
 
 
 @pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)
