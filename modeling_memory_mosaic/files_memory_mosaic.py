@@ -134,7 +134,8 @@ def read_pairs(file: Any, name: str, shape: tuple[int, ...], precision: str, dty
         check_codes(name, stored, scale, precision)
         stored = dequantize_vectors(stored, scale, dtype)
     pairs = stored.to(dtype)
-    if not pairs.isfinite().all():
+    # Both are NaN if one number is.
+    if pairs.numel() and not torch.stack(pairs.aminmax()).isfinite().all():
         raise ValueError(
             f"{name} holds numbers that are not finite in {dtype}: the file is damaged. Read the text again."
         )

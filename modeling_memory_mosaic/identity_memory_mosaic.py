@@ -16,6 +16,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import weakref
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from .adapters_memory_mosaic import COMPILED_PREFIX, adapter_parts
 
 
+# By module, the fingerprint and the state of the weights that it is of.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, bytes]] = weakref.WeakKeyDictionary()
+# Numbers of each weight that are looked at before a fingerprint is taken for known.
+NUM_SAMPLED = 64
 # Fields of a configuration, or their ends, that change nothing of what weights compute without dropout.
 _NOT_COMPUTED = (
     *(
@@ -152,7 +157,8 @@ def weights_fingerprint(module: nn.Module, config: PreTrainedConfig | None = Non
     """Return the sha256 of all weights of a module as it computes now, and of the settings that they are used with.
 
     Adapters count if they act at this moment, so that a model with all adapters disabled has the fingerprint of its
-    base. Quantized, sharded (`DTensor`) and offloaded weights are read where they are, at every call.
+    base. Quantized, sharded (`DTensor`) and offloaded weights are read where they are, at every call; others only if
+    they were written since the last call, see [`counted_state`].
 
     Args:
         config (`PreTrainedConfig`, *optional*): the settings; the module's own when absent.
@@ -166,6 +172,9 @@ def weights_fingerprint(module: nn.Module, config: PreTrainedConfig | None = Non
     if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in module.parameters()):
         raise ValueError("DeepSpeed ZeRO-3 keeps the weights in parts: load the model on one process for this.")
     used: Any = config or module.config
+    state = (settings(used), adapters_at_work(module), counted_state(module))
+    if state[-1] is not None and module in _KNOWN and _KNOWN[module][0] == state:
+        return _KNOWN[module][1]
     digest = hashlib.sha256(repr((settings(used), adapters_at_work(module))).encode())
     # Sorted: wrappers change the order of names, but not what is computed.
     for name, full_name, value in sorted(acting_weights(module), key=lambda item: item[0]):
@@ -173,7 +182,33 @@ def weights_fingerprint(module: nn.Module, config: PreTrainedConfig | None = Non
         for part, tensor in plain_tensors(name, value):
             digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
+    _KNOWN[module] = (state, digest.digest())
+    return _KNOWN[module][1]
+
+
+def counted_state(module: nn.Module) -> tuple | None:
+    """Return what changes when a weight is written; `None` if weights come and go, or have no counters.
+
+    Writing past torch's counters (`parameter.data`) is seen by where the numbers lie, and by a sample of them.
+    """
+    if is_scattered(module):
+        return None
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(
+        hasattr(tensor, "__tensor_flatten__") or tensor.is_quantized or tensor.is_inference() for tensor in tensors
+    ):
+        return None
+    counters = [(id(tensor), tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in tensors]
+    flat = [tensor.detach().reshape(-1) for tensor in tensors if tensor.numel()]
+    samples = [part[:: max(1, len(part) // NUM_SAMPLED)].double().cpu() for part in flat]
+    return (*counters, hashlib.sha256(torch.cat(samples).numpy().tobytes()).digest() if samples else b"")
+
+
+def is_scattered(module: nn.Module) -> bool:
+    """Return whether weights come and go with each forward, as sharded and offloaded ones do."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    is_moved = any(tensor.is_meta or hasattr(tensor, "full_tensor") for tensor in tensors)
+    return is_moved or hasattr(module, "unshard") or any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def weights_state(module: nn.Module) -> tuple:
@@ -182,10 +217,9 @@ def weights_state(module: nn.Module) -> tuple:
     Writing past torch's counters (`parameter.data`) does not change it. Weights that come and go with each forward, as
     sharded and offloaded ones do, have no counters that last: for them only adapters are compared.
     """
-    tensors = [*module.parameters(), *module.buffers()]
-    is_moved = any(tensor.is_meta or hasattr(tensor, "full_tensor") for tensor in tensors)
-    if is_moved or hasattr(module, "unshard") or any(hasattr(part, "_hf_hook") for part in module.modules()):
+    if is_scattered(module):
         return tuple(adapters_at_work(module))
+    tensors = [*module.parameters(), *module.buffers()]
     # A tensor counts the writes to it; one made in inference mode has no counter.
     versions = [(id(tensor), tensor.dtype, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
     return (*versions, *adapters_at_work(module))

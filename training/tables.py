@@ -35,6 +35,7 @@ BENCHMARKS = {
     "speed": ("speed", "table"),
     "speed_summary": ("speed", "summary"),
     "memory_speed": ("memory_models", "table"),
+    "stored_memories": ("stored_memories", "table"),
 }
 
 

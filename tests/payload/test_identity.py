@@ -20,6 +20,7 @@ from modeling_memory_mosaic import (
     ContinuousMemoryMosaicModel,
     MemoryMosaicConfig,
     MemoryMosaicForCausalLM,
+    identity_memory_mosaic,
     memory_from_state_dict,
     memory_state_dict,
     weights_fingerprint,
@@ -245,3 +246,24 @@ def test_a_fingerprint_of_sharded_weights_is_that_of_the_whole(model):
         assert weights_fingerprint(model.model) == fingerprint
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_fingerprint_is_computed_again_only_if_weights_were_written(monkeypatch):
+    model = make_model().base_model
+    expected, computed = weights_fingerprint(model), []
+    plain = identity_memory_mosaic.acting_weights
+    monkeypatch.setattr(identity_memory_mosaic, "acting_weights", lambda m: computed.append(m) or plain(m))
+    assert weights_fingerprint(model) == expected and not computed
+    first = model.layers[0].contextual_memory.k_proj.weight
+    with torch.no_grad():
+        first[0, 0] += 1e-6
+    changed = weights_fingerprint(model)
+    assert changed != expected and len(computed) == 1
+    # Past the counters: other numbers elsewhere, and in place.
+    for write in (lambda: setattr(first, "data", first.data + 1), lambda: first.data.add_(1)):
+        write()
+        assert weights_fingerprint(model) != changed
+        changed = weights_fingerprint(model)
+    model.config.layer_norm_eps *= 2
+    assert weights_fingerprint(model) != changed
+    assert weights_fingerprint(make_model().base_model) == expected
