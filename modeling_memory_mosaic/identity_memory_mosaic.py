@@ -172,17 +172,17 @@ def weights_fingerprint(module: nn.Module, config: PreTrainedConfig | None = Non
     if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in module.parameters()):
         raise ValueError("DeepSpeed ZeRO-3 keeps the weights in parts: load the model on one process for this.")
     used: Any = config or module.config
-    state = (settings(used), adapters_at_work(module), counted_state(module))
-    if state[-1] is not None and module in _KNOWN and _KNOWN[module][0] == state:
+    use, written = (settings(used), adapters_at_work(module)), counted_state(module)
+    if written is not None and module in _KNOWN and _KNOWN[module][0] == (use, written):
         return _KNOWN[module][1]
-    digest = hashlib.sha256(repr((settings(used), adapters_at_work(module))).encode())
+    digest = hashlib.sha256(repr(use).encode())
     # Sorted: wrappers change the order of names, but not what is computed.
     for name, full_name, value in sorted(acting_weights(module), key=lambda item: item[0]):
         value = offloaded_value(module, full_name) if is_meta(value) else value
         for part, tensor in plain_tensors(name, value):
             digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    _KNOWN[module] = (state, digest.digest())
+    _KNOWN[module] = ((use, written), digest.digest())
     return _KNOWN[module][1]
 
 

@@ -169,7 +169,10 @@ class MosaicMemory(MemoryFilesMixin):
             is_source = self.source_ids == self.sources.index(source)
             length = int(self.places[is_source].max()) + 1
             if length == MERGED + 1:
-                raise ValueError(f"The pairs of {source!r} were merged by `consolidate`: forget the whole text.")
+                raise ValueError(
+                    f"The pairs of {source!r} were merged by `consolidate`, or kept within a bound: forget the whole "
+                    "text."
+                )
             of_tokens = torch.arange(length, device=self.device)[tokens] + 1
             is_forgotten = is_source & torch.isin(self.places, of_tokens)
             if not is_forgotten.any():
@@ -207,7 +210,9 @@ class MosaicMemory(MemoryFilesMixin):
         parts = [self.select([name]) for name in self.sources]
         budgets = _shares([int((part.slot_bias[0] > -torch.inf).sum(-1).max()) for part in parts], max_pairs)
         largest = self.num_pairs() + self.config.max_position_embeddings
-        growth = growth_of_kernels(self.config, torch.tensor([largest]), self.keys[0], bandwidth, bandwidth_start)
+        growth = growth_of_kernels(
+            self.config, torch.tensor([largest]), self.keys[0], *self._bandwidth(bandwidth, bandwidth_start)
+        )
         drifts = torch.zeros(len(self.keys), self.keys[0].shape[1], dtype=torch.float64)
         for part, budget in zip(parts, budgets, strict=True):
             drifts = torch.maximum(drifts, part._merge(budget))
@@ -308,10 +313,14 @@ class MosaicMemory(MemoryFilesMixin):
             layer.num_joined, layer.index = len(self.input_ids), self.indexes.setdefault(index, {})
         first = memory_layer(cache)
         first.writer = self.writer
-        if bandwidth is not None and bandwidth_start is None and not self.config.bandwidth_exponent:
-            bandwidth_start = self.config.max_position_embeddings
-        first.bandwidth = (bandwidth, bandwidth_start)
+        first.bandwidth = self._bandwidth(bandwidth, bandwidth_start)
         return cache
+
+    def _bandwidth(self, exponent: float | None, start: int | None) -> tuple[float | None, int | None]:
+        """Return exponent and start of the growth of kernels as a cache has them, see [`MosaicMemory.to_cache`]."""
+        if exponent is not None and start is None and not self.config.bandwidth_exponent:
+            start = self.config.max_position_embeddings
+        return exponent, start
 
     def prompt(self, question: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Return the keyword arguments by which `generate` and `forward` read a question behind the memory.

@@ -43,7 +43,6 @@ class Recipe(ComparisonRecipe):
     num_texts: PositiveInt
     stories_per_text: PositiveInt = 4
     odd_words: PositiveInt = 4
-    batch_size: PositiveInt = 4
 
     @property
     def scores(self) -> dict[str, list[str]]:

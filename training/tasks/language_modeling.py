@@ -245,9 +245,7 @@ def fact_rows(recipe: ReadsText, tokenizer: PreTrainedTokenizerFast, split: str)
     return FactRows(tokenizer, recipe.data.context_length, size, split, *sizes)
 
 
-def whole_steps(
-    windows: Dataset | IterableDataset, arguments: TrainingArguments, state: PartialState
-) -> Dataset | IterableDataset:
+def whole_steps(windows: Any, arguments: TrainingArguments, state: PartialState) -> Any:
     """Leave out the last windows that do not fill an optimizer step; `ValueError` if there are too few for one.
 
     A last step of fewer windows would see fewer tokens than the budget counts. A stream stays as it is.
@@ -263,7 +261,7 @@ def whole_steps(
         )
     left_out = len(windows) - whole
     state.print(f"{whole:,} training windows make {whole // per_step:,} steps an epoch; {left_out} are left out")
-    return windows.select(range(whole))
+    return windows.select(range(whole)) if isinstance(windows, Dataset) else Subset(windows, range(whole))
 
 
 def build_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -286,10 +284,8 @@ def training_rows(
     state: PartialState,
 ) -> Any:
     """Return what a training reads: windows, and rows of facts if the recipe has some, in whole steps."""
-    if recipe.data.facts is None:
-        return whole_steps(windows, arguments, state)
-    rows: ConcatDataset = ConcatDataset([windows, fact_rows(recipe, tokenizer, "train")])
-    return Subset(rows, range(len(rows) - len(rows) % windows_per_step(arguments)))
+    facts = [] if recipe.data.facts is None else [fact_rows(recipe, tokenizer, "train")]
+    return whole_steps(ConcatDataset([windows, *facts]) if facts else windows, arguments, state)
 
 
 def facts_collator(config: PreTrainedConfig) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
