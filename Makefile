@@ -16,7 +16,7 @@ CORE := $(addprefix tests/payload/test_,modeling.py continuous.py packing.py cac
 RESULTS ?= three_moons induction induction_search regbench_search regbench_search_baselines regbench_search_start regbench regbench_automata \
 	regbench_long regbench_search_recurrent regbench_recurrent stories_tuning stories_tuning_one_block stories_initialisation \
 	training_curves out_of_distribution beyond_training_length bandwidth parts parts_induction \
-	recall_search recall_search_start join_pairs join_facts join_stories bound bound_recall reading searching surprise \
+	recall_search recall_search_start join_pairs join_facts join_stories bound bound_recall streaming reading searching surprise \
 	attention_maps cloze repetition stories_tiny_tuning stories_tiny_comparison memory_fidelity \
 	memory_capacity memory_capacity_tokens memory_objectives memory_remedies memory_positions \
 	babistories_micro

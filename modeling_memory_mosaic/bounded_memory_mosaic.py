@@ -177,14 +177,15 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
         places = num_seen[rows, columns] - 1
         self.keys[rows, :, places] = keys[rows, :, columns]
         self.values[rows, :, places] = values[rows, :, columns]
-        self.held = num_seen[:, -1]
+        self.held = num_seen[:, -1].clone()
         num_slots = int(self.held.max())
         is_seen = torch.arange(num_slots, device=queries.device) < num_seen[..., None]  # (B, T, P)
         retrieved, weights = self.smooth(queries, is_seen)
         previous = torch.cat([self.states["last_retrieval"], retrieved[:, :, :-1]], dim=2)
         if not is_token.all():
             previous = forward_fill(previous, F.pad(is_token[:, :-1], (1, 0), value=True), None)
-        self.states["last_retrieval"] = forward_fill(retrieved, is_token, self.states["last_retrieval"])[:, :, -1:]
+        last = forward_fill(retrieved, is_token, self.states["last_retrieval"])[:, :, -1:]
+        self.states["last_retrieval"] = last.clone()  # a view would keep the vectors of all tokens
         errors = at_least_float32(previous - values).square().sum(-1) / at_least_float32(values).square().sum(-1)
         for name, new in (
             ("born", numbers.expand(errors.shape)),

@@ -170,7 +170,8 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
     def set_state(self, name: str, trajectory: torch.Tensor) -> None:
         """Continue a state by `trajectory` `(B, H, T, D)`; only its last vector stays unless the past is recorded."""
         if not self.record_past:
-            trajectory = trajectory if trajectory.shape[2] == 1 else trajectory[:, :, -1:].contiguous()
+            # Cloned: a view would keep the vectors of all tokens.
+            trajectory = trajectory if trajectory.shape[2] == 1 else trajectory[:, :, -1:].clone()
         elif name in self.states:
             trajectory = torch.cat([self.states[name], trajectory], dim=2)
         self.states[name] = trajectory

@@ -70,6 +70,7 @@ TASKS = {
     "reading": "training.experiments.reading",
     "bound": "training.experiments.bound",
     "bound_recall": "training.experiments.bound_recall",
+    "streaming": "training.experiments.streaming",
     "induction": "training.experiments.induction",
     "join": "training.experiments.join",
     "search": "training.tasks.search",

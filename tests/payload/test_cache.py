@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any way of reading a text into a memory, through any batch operation, gives the logits of one pass over it."""
 
+import contextlib
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,7 @@ from modeling_memory_mosaic import (
     MemoryMosaicConfig,
     MemoryMosaicForCausalLM,
     MemoryMosaicForSequenceClassification,
+    bounded,
     memory_from_state_dict,
     memory_state_dict,
 )
@@ -193,6 +195,20 @@ def test_states_hold_one_vector_each_and_sums_are_float32():
             assert state.untyped_storage().nbytes() == state.nbytes, "the whole trajectory is kept alive"
         assert layer.keys.shape == (2, 3, 9, 8)
         assert not layer.keys[:, :, 0].any() and not layer.values[:, :, 0].any()
+
+
+@pytest.mark.parametrize("policy", [None, "lru"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_states_keep_no_storage_of_other_tokens(model, batch_size, policy):
+    with contextlib.nullcontext() if policy is None else bounded(model, max_pairs=8, policy=policy):
+        _, cache = read(model, make_ids(batch_size, 40))
+    for layer in cache.layers:
+        # Storage of keys and values grows ahead of what it holds.
+        kept = {name: value for name, value in vars(layer).items() if name not in ("keys", "values")}
+        kept |= layer.states | kept.get("counters", {})
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor):
+                assert value.untyped_storage().nbytes() == value.nbytes, name
 
 
 @by_bandwidth

@@ -6,10 +6,12 @@ import torch
 from helpers.models import make_ids, make_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, set_seed
 
+from modeling_memory_mosaic import bounded
 from training.baselines.shifted_rope import ShiftedGPTNeoXConfig, ShiftedGPTNeoXForCausalLM
 from training.baselines.windowed import NAME, windowed_arguments
-from training.experiments import bound
+from training.experiments import bound, streaming
 from training.experiments.bound import ALL, SINKS, WINDOW, text_losses
+from training.experiments.streaming import memory_bytes, mosaic_stream, window_stream
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe
 
@@ -86,3 +88,45 @@ def test_losses_of_a_transformer_are_of_its_window():
 def test_a_budget_that_no_text_reaches_is_refused():
     with pytest.raises(ValueError, match="`measured_from` 1024 must be at least the largest of `budgets`"):
         load_recipe(CONFIGURATION / "recipe" / "bound.yaml", ["budgets=[64, 256, 2048]"])
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 64])
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("kind", ["rope", "shift"])
+def test_a_window_over_a_stream_is_that_over_the_whole_text(kind, sinks, length, monkeypatch):
+    model, ids = transformer(kind), make_ids(1, 53)
+    monkeypatch.setattr(streaming, "CHUNK_LENGTH", length)
+    logits = logits_of(model, ids, 7, sinks)[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    model.set_attn_implementation(NAME)
+    losses = torch.cat([part for part, _ in window_stream(model, ids[0], 7, sinks)])
+    assert losses[0].isnan()
+    torch.testing.assert_close(losses[1:], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [1, 5, 64])
+@pytest.mark.parametrize("policy", ["fifo", "lru"])
+def test_a_stream_behind_a_bounded_memory_does_not_depend_on_where_it_is_cut(policy, length, monkeypatch):
+    model, ids = make_model(dtype=torch.float64), make_ids(1, 53)
+    expected = text_losses(model, ids, policy, 8)[0]
+    monkeypatch.setattr(streaming, "CHUNK_LENGTH", length)
+    with bounded(model, max_pairs=8, policy=policy):
+        parts = list(mosaic_stream(model, ids[0]))
+    losses = torch.cat([part for part, _ in parts])
+    assert losses[0].isnan()
+    torch.testing.assert_close(losses[1:], expected, rtol=0, atol=1e-5)
+    assert len({size for _, size in parts}) == 1
+
+
+@torch.no_grad()
+def test_bytes_of_a_memory_are_those_of_its_tensors():
+    model, ids = make_model(), make_ids(1, 40)
+    short, long = (model(ids[:, :length], use_cache=True).past_key_values for length in (20, 40))
+    width = model.config.hidden_size * model.config.num_hidden_layers * 4
+    assert memory_bytes(long) - memory_bytes(short) >= 2 * 20 * width
+    with bounded(model, max_pairs=8):
+        before = memory_bytes(model(ids, use_cache=True).past_key_values)
+        cache = None
+        for part in ids.split(3, dim=1):
+            cache = model(part, past_key_values=cache, use_cache=True).past_key_values
+    assert memory_bytes(cache) == before >= 2 * 8 * width

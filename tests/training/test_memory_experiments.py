@@ -11,7 +11,7 @@ from helpers.models import make_ids, make_model
 from helpers.runs import short_recipe
 
 from modeling_memory_mosaic import MosaicMemory
-from training.experiments import bound, bound_recall, join, reading, searching, surprise
+from training.experiments import bound, bound_recall, join, reading, searching, streaming, surprise
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe, task_module
 from training.synthetic.readings import Reading
@@ -86,6 +86,36 @@ def test_losses_of_bounded_memories_are_compared_with_all_pairs_and_with_windows
     ids, _ = bound.cut_windows(documents, tokenizer, 96, "stream", 3)
     expected = bound.text_losses(model, ids, "usage", 8)[:, 47:].mean()
     assert losses["Memory Mosaic", "usage", 8] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_stream_is_measured_in_stretches_beside_pieces(small):
+    sizes = {"num_tokens": 1_280, "stretch": 64, "budget": 16, "policies": ["lru"]}
+    recipe = small("streaming", MOSAIC | {"RoPE": ROPE}, text=STORIES | {"num_stories": 40}, **sizes)
+    result = run(recipe)
+    streams = {(one["label"], one["way"]): one for one in result["measured"]["streams"]}
+    assert streams.keys() == {*recipe.settings, *((label, streaming.PIECES) for label in recipe.runs)}
+    model, tokenizer = recipe.trainings[0].load()
+    ids = streaming._stream_ids(recipe)
+    assert len(ids) == 1_280
+    expected = bound.text_losses(model, ids[None], "lru", 16)[0]
+    losses = streams["Memory Mosaic", "lru"]["losses"][0]
+    assert losses[0] == pytest.approx(float(expected[:63].mean()), abs=1e-5)
+    assert losses[1:] == pytest.approx(expected[63:].view(-1, 64).mean(1).tolist(), abs=1e-5)
+    pieces = streams["Memory Mosaic", streaming.PIECES]["losses"][0]
+    logits = model(ids.view(-1, 64)[:1]).logits[0, :-1].detach()
+    assert pieces[0] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, ids[1:64])), abs=1e-5)
+    gain = result["effects"]["loss, Memory Mosaic, lru - pieces read from nothing"]["value"]
+    assert gain == pytest.approx(float(np.mean(losses) - np.mean(pieces)), abs=1e-6)
+    assert result["effects"]["growth of the memory after the first tenth, Memory Mosaic, lru"]["value"] == 0
+
+
+def test_a_stream_that_is_too_short_or_cut_askew_is_refused(small):
+    sizes = {"stretch": 64, "budget": 16, "policies": ["lru"]}
+    with pytest.raises(ValueError, match="must be whole tenths of `stretch` 64"):
+        small("streaming", MOSAIC, num_tokens=1_000, text=STORIES, **sizes)
+    recipe = small("streaming", MOSAIC, num_tokens=640_000, text=STORIES, **sizes)
+    with pytest.raises(ValueError, match="fewer than `num_tokens` 640000: read more stories, or lower it"):
+        task_module(recipe.task).run(recipe, restart=True)
 
 
 def test_losses_behind_what_was_read_are_those_of_its_memory(small):
