@@ -119,7 +119,7 @@ def test_several_trainings_have_an_interval_over_seeds_and_automata():
 def test_differences_are_paired_by_seed_and_automaton():
     recipe = RECIPES["regbench"]
     measured = made_up_regbench(recipe, [], 0.0, SMALL)
-    noise = np.random.default_rng(0).normal(size=(5, 6))
+    noise = np.random.default_rng(0).normal(size=(len(recipe.seeds), 6))
     for row in measured["series"]:
         for run, values in zip(row["seeds"], noise, strict=True):
             run["test_sequences"]["accuracy"] = (values + (row["label"] == "Memory Mosaic") * 0.25).tolist()
