@@ -41,8 +41,10 @@ from .ops_memory_mosaic import at_least_float32, k_means
 FEWEST_PAIRS = 2048
 # Questions of more tokens are read with all pairs too.
 LONGEST_QUESTION = 32
-# Pairs that an index is asked for at first; twice as many each time that they are not enough.
+# Pairs that an index is asked for at first; four times as many each time that they are not enough.
 FEWEST_FOUND = 16
+# Where more than one in so many pairs had to be read one by one, all are: that is faster, and has no error.
+ONE_IN = 4
 
 
 class Index(Protocol):
@@ -189,18 +191,25 @@ class Clusters:
         while True:
             result = self._read_behind(query, others, tolerance, found)
             # Where an index does not help any more, clusters are read as a whole.
-            if self.index is None or num_found >= len(self.keys) or not len(result.extra):
-                return result
-            before, num_found = len(found), min(len(self.keys), max(FEWEST_FOUND, 2 * num_found))
+            is_enough = result is not None and not len(result.extra)
+            if is_enough or self.index is None or num_found * ONE_IN >= len(self.keys):
+                return result or self._read_all(query)
+            before, num_found = len(found), min(len(self.keys), max(FEWEST_FOUND, 4 * num_found))
             found = torch.as_tensor(self.index.search(query[None], num_found), device=query.device)[0].long()
             found = found[(found >= 0) & (found < len(self.keys))].unique()
             if len(found) <= before:
-                return result
+                return result or self._read_all(query)
+
+    def _read_all(self, query: torch.Tensor) -> "ClusterRead":
+        places, none = torch.arange(len(self.keys), device=query.device), self.keys.new_zeros(0)
+        wholes, means = places[:0], self.means[:0]
+        scores = self.keys @ query + self.bias
+        return ClusterRead(places, scores, self.values, places, wholes, none, means, 0.0, 0.0)
 
     def _read_behind(
         self, query: torch.Tensor, others: torch.Tensor, tolerance: float, found: torch.Tensor
-    ) -> "ClusterRead":
-        """Do as `read`, with pairs that an index has found."""
+    ) -> "ClusterRead | None":
+        """Do as `read`, with pairs that an index has found; `None` where too many had to be read one by one."""
         log_counts, means = self.rest_without(found)
         scores = self.centres @ query + log_counts
         exact = self.keys[found] @ query + self.bias[found]
@@ -213,9 +222,11 @@ class Clusters:
         rest = error[order].flip(0).cumsum(0).flip(0)
         known = (others - top).exp().sum() + (exact - top).exp().sum()
         num_read = int((2 * rest > tolerance * (least.sum() + known)).sum())
-        is_found = torch.zeros(len(self.keys), dtype=torch.bool, device=query.device)
+        sizes, is_found = self.begins.diff(), torch.zeros(len(self.keys), dtype=torch.bool, device=query.device)
         is_found[found] = True
         while True:
+            if int(sizes[order[:num_read]].sum()) * ONE_IN > len(self.keys):
+                return None
             extra = self.pairs_of(order[:num_read])
             extra = extra[~is_found[extra]]
             more = self.keys[extra] @ query + self.bias[extra]
@@ -229,9 +240,11 @@ class Clusters:
                 break
             num_read = min(len(order), 2 * num_read + 1)
         is_left = is_left[log_counts[is_left] > -torch.inf]
+        places = torch.cat([found, extra])
         return ClusterRead(
-            torch.cat([found, extra]),
+            places,
             torch.cat([exact, more]),
+            self.values[places],
             extra,
             is_left,
             scores[is_left],
@@ -243,7 +256,7 @@ class Clusters:
 
 @dataclasses.dataclass
 class ClusterRead:
-    """What was read for one query: places and scores of pairs, and clusters of which the rest was read as a whole.
+    """What was read for one query: places, scores and values of pairs, and clusters whose rest was read as a whole.
 
     `extra` are those of the places that no index had found; `means` are the values of wholes. `bound` is the sum by
     which weights may be off, `mass` the largest share of weight that wholes may have.
@@ -251,6 +264,7 @@ class ClusterRead:
 
     places: torch.Tensor
     scores: torch.Tensor
+    values: torch.Tensor
     extra: torch.Tensor
     wholes: torch.Tensor
     whole_scores: torch.Tensor
@@ -337,7 +351,7 @@ class Search:
                 one = at_least_float32(query[row, head, token])
                 found = clusters.read(one, others, self.tolerance)
                 weights = torch.cat([found.scores, found.whole_scores, others]).softmax(0)
-                values = [clusters.values[found.places], found.means, own_values[:num_seen]]
+                values = [found.values, found.means, own_values[:num_seen]]
                 retrieved[row, head, token] = (weights @ torch.cat(values)).to(retrieved.dtype)
                 share = len(found.places) / max(1, len(clusters.keys))
                 self.report.note(layer_idx, head, share, found.mass, found.bound * float(length))

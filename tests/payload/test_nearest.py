@@ -19,10 +19,11 @@ from modeling_memory_mosaic.retrieval_memory_mosaic import Clusters, ExactIndex,
     tolerance=st.sampled_from([1e-6, 1e-3, 0.1, 1.0]),
     num_others=st.integers(0, 5),
     with_counts=st.booleans(),
+    one_in=st.sampled_from([1, 4]),
     seed=st.integers(0, 1000),
 )
 def test_the_error_is_within_its_certificate(
-    num_pairs, num_clusters, length, tolerance, num_others, with_counts, seed
+    num_pairs, num_clusters, length, tolerance, num_others, with_counts, one_in, seed
 ):
     generator = torch.Generator().manual_seed(seed)
 
@@ -35,10 +36,13 @@ def test_the_error_is_within_its_certificate(
     if with_counts:
         bias = torch.randint(1, 5, (num_pairs,), generator=generator).double().log()
     query, other_keys, other_values = length * vectors(1)[0], length * vectors(num_others), vectors(num_others)
-    found = Clusters.of(keys, values, bias, num_clusters).read(query, other_keys @ query, tolerance)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval_memory_mosaic, "ONE_IN", one_in)
+        found = Clusters.of(keys, values, bias, num_clusters).read(query, other_keys @ query, tolerance)
+    assert len(found.places) * one_in <= num_pairs or len(found.places) == num_pairs
     clusters = Clusters.of(keys, values, bias, num_clusters)
     weights = torch.cat([found.scores, found.whole_scores, other_keys @ query]).softmax(0)
-    retrieved = weights @ torch.cat([clusters.values[found.places], found.means, other_values])
+    retrieved = weights @ torch.cat([found.values, found.means, other_values])
     scores = torch.cat([keys @ query + bias, other_keys @ query])
     expected = scores.softmax(0) @ torch.cat([values, other_values])
     assert (retrieved - expected).norm() <= found.bound + 1e-12
@@ -55,6 +59,8 @@ def test_the_error_is_within_its_certificate(
 @pytest.fixture
 def model(monkeypatch):
     monkeypatch.setattr(retrieval_memory_mosaic, "FEWEST_PAIRS", 10)
+    # Never all pairs at once, so that each tolerance reads others.
+    monkeypatch.setattr(retrieval_memory_mosaic, "ONE_IN", 1)
     return make_model(dtype=torch.float64)
 
 
@@ -143,10 +149,11 @@ def test_any_index_keeps_the_tolerance(index, model):
     tolerance=st.sampled_from([1e-6, 1e-3, 0.1]),
     make=st.sampled_from([ExactIndex, LshIndex, UsearchIndex]),
     with_counts=st.booleans(),
+    one_in=st.sampled_from([1, 4]),
     seed=st.integers(0, 1000),
 )
 def test_pairs_that_an_index_finds_are_counted_once(
-    num_pairs, num_clusters, length, tolerance, make, with_counts, seed
+    num_pairs, num_clusters, length, tolerance, make, with_counts, one_in, seed
 ):
     generator = torch.Generator().manual_seed(seed)
 
@@ -160,10 +167,12 @@ def test_pairs_that_an_index_finds_are_counted_once(
         bias = torch.randint(1, 5, (num_pairs,), generator=generator).double().log()
     clusters = Clusters.of(keys, values, bias, num_clusters)
     clusters.index = make(clusters.keys)
-    found = clusters.read(query, query[:0], tolerance)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval_memory_mosaic, "ONE_IN", one_in)
+        found = clusters.read(query, query[:0], tolerance)
     assert len(found.places.unique()) == len(found.places)
     weights = torch.cat([found.scores, found.whole_scores]).softmax(0)
-    retrieved = weights @ torch.cat([clusters.values[found.places], found.means])
+    retrieved = weights @ torch.cat([found.values, found.means])
     expected = (keys @ query + bias).softmax(0) @ values
     assert (retrieved - expected).norm() <= found.bound + 1e-11
     assert found.bound <= tolerance

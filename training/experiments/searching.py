@@ -172,7 +172,7 @@ def searched(one: Queries, clusters: Clusters, tolerance: float) -> Iterator[dic
     for query in one.queries:
         found = clusters.read(query, query[:0], tolerance)
         weights = torch.cat([found.scores, found.whole_scores]).softmax(0)
-        retrieved = weights @ torch.cat([clusters.values[found.places], found.means])
+        retrieved = weights @ torch.cat([found.values, found.means])
         exact = (one.keys @ query + one.bias).softmax(0) @ one.values
         error = float((retrieved - exact).norm()) / one.length
         yield {
