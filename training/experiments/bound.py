@@ -23,7 +23,7 @@ from training.claims import Effect, Effects, crossed_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
 from training.experiments.position_loss import TextSection, cut_windows
-from training.figures import new_figure, save_figure
+from training.figures import legend_below, new_figure, save_figure
 from training.recipe import SourceSection
 from training.tables import markdown_table
 from training.text.sources import load_stories, source_provenance
@@ -186,23 +186,25 @@ def _table(recipe: Recipe, means: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _draw(recipe: Recipe, means: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw the loss against the budget: one panel for each text, one line for each way."""
-    figure, (axes,) = new_figure(1, len(means), width=5.2 * len(means), height=4.2)
-    for axis, (text, entries) in zip(axes, means.items(), strict=True):
-        ways = [(label, way) for label in recipe.runs for way in recipe.ways(label)]
-        for number, (label, way) in enumerate(ways):
-            own = {one["budget"]: one["loss"] for one in entries if (one["label"], one["way"]) == (label, way)}
-            style = "-" if way in recipe.policies else "--"
-            losses = [own[budget] for budget in recipe.budgets]
-            axis.plot(recipe.budgets, losses, style, color=f"C{number}", label=f"{label}, {way}", lw=1.3)
-        for number, label in enumerate(recipe.runs):
-            all_pairs = next(one["loss"] for one in entries if one["label"] == label and one["way"] == ALL)
-            if hasattr(recipe.run_recipes[label].build_config(), "num_persistent_slots"):
-                axis.axhline(all_pairs, color=f"C{number}", lw=0.8, ls=":", label=f"{label}, {ALL}")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(recipe.budgets, list(map(str, recipe.budgets)))
-        axis.set(title=text, xlabel="pairs that a head may hold", ylabel="loss (nats a token)")
-    axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    """Draw the loss against the budget: a row for each text, a column for each mosaic, transformers in all of them."""
+    mosaics = [label for label in recipe.runs if recipe.ways(label) == recipe.policies]
+    others = [label for label in recipe.runs if label not in mosaics]
+    figure, axes = new_figure(len(means), len(mosaics), width=5, height=3.8, sharey="row")
+    for row, (text, entries) in zip(axes, means.items(), strict=True):
+        losses = {(one["label"], one["way"], one["budget"]): one["loss"] for one in entries}
+        for axis, mosaic in zip(row, mosaics, strict=True):
+            for number, way in enumerate(recipe.policies):
+                own = [losses[mosaic, way, budget] for budget in recipe.budgets]
+                axis.plot(recipe.budgets, own, color=f"C{number}", marker=".", label=way)
+            for label, (way, style) in itertools.product(others, ((WINDOW, "--"), (SINKS, "-."))):
+                own = [losses[label, way, budget] for budget in recipe.budgets]
+                axis.plot(recipe.budgets, own, style, color="0.4", label=f"{label}, {way}")
+            axis.axhline(losses[mosaic, ALL, 0], color="black", lw=0.8, ls=":", label=ALL)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(recipe.budgets, list(map(str, recipe.budgets)))
+            axis.set(title=f"{mosaic}: {text}", xlabel="pairs that a head may hold")
+        row[0].set_ylabel("loss (nats a token)")
+    legend_below(figure, axes)
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 

@@ -17,7 +17,7 @@ from training.claims import Effects, mean_effect
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, summary
-from training.figures import new_figure, save_figure
+from training.figures import legend_below, new_figure, save_figure
 from training.synthetic.readings import Reading, model_inputs
 from training.synthetic.recall import RecallDataset
 from training.tables import markdown_table, mean_and_deviation
@@ -148,7 +148,8 @@ def _table(recipe: Recipe, accuracy: dict[tuple[str, str, int], list[float]]) ->
 
 def _draw(recipe: Recipe, accuracy: dict[tuple[str, str, int], list[float]]) -> None:
     """Draw accuracy against the pairs that a document leaves."""
-    figure, ((axis,),) = new_figure(1, 1, width=7.0, height=4.0)
+    figure, axes = new_figure(1, 1, width=7, height=3.6)
+    axis = axes[0, 0]
     ways = [(label, way) for label in recipe.runs for way in recipe.ways(label)]
     for number, (label, way) in enumerate(ways):
         means = [sum(accuracy[label, way, budget]) / len(recipe.seeds) for budget in recipe.budgets]
@@ -157,7 +158,7 @@ def _draw(recipe: Recipe, accuracy: dict[tuple[str, str, int], list[float]]) -> 
     axis.set_xscale("log", base=2)
     axis.set_xticks(recipe.budgets, list(map(str, recipe.budgets)))
     axis.set(xlabel="pairs that a document leaves in each head", ylabel="accuracy of answers", ylim=(-0.02, 1.02))
-    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_below(figure, axes)
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 

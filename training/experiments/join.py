@@ -10,6 +10,7 @@ import functools
 import random
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from training.claims import Effects, mean_effect
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, summary
-from training.figures import new_figure, save_figure
+from training.figures import legend_below, new_figure, save_figure
 from training.synthetic.readings import Reading, model_inputs
 from training.synthetic.recall import RecallDataset, score_rows
 from training.tables import markdown_table, mean_and_deviation
@@ -247,21 +248,32 @@ def _table(recipe: Recipe, models: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _draw(recipe: Recipe, models: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw accuracy against the number of documents: a colour for each model, a line style for each reading."""
-    figure, ((axis,),) = new_figure(1, 1, width=7.5, height=4.4)
-    styles = {JOINED: "-", ROTATED: "-", STORED: ":", ENCODED: "-.", SEQUENCE: "--"}
+    """Draw accuracy against the number of documents: joined ones left, in sequence right.
+
+    A colour stands for a model, a line style for a way to join. Lines are means over seeds, bands their range.
+    """
+    figure, axes = new_figure(1, 2, width=5, height=4, sharey=True)
+    joined, in_sequence = axes[0]
+    styles = {JOINED: "-", ROTATED: "--", STORED: ":", ENCODED: "-."}
     for number, (label, of_seeds) in enumerate(models.items()):
+        joined.plot([], [], color=f"C{number}", label=label)
         for reading in recipe.readings(label):
-            for index, one in enumerate(of_seeds):
-                accuracy = [one["readings"][reading]["accuracy"][str(n)] for n in recipe.num_documents]
-                name = None if index else f"{label}; {reading}"
-                axis.plot(recipe.num_documents, accuracy, styles[reading], color=f"C{number}", lw=1.3, label=name)
+            axis, style = (in_sequence, "-") if reading == SEQUENCE else (joined, styles[reading])
+            accuracy = np.array(
+                [[one["readings"][reading]["accuracy"][str(n)] for n in recipe.num_documents] for one in of_seeds]
+            )
+            axis.plot(recipe.num_documents, accuracy.mean(0), style, color=f"C{number}", lw=1.5)
+            axis.fill_between(recipe.num_documents, accuracy.min(0), accuracy.max(0), color=f"C{number}", alpha=0.12)
+    for reading, style in styles.items():
+        joined.plot([], [], style, color="0.3", label=reading)
     most = recipe.trainings[0].recipe.data.max_documents
-    axis.axvline(most, color="0.7", lw=0.8, label=f"trained with 1 to {most}")
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="documents", ylabel="accuracy of answers (test)", ylim=(-0.02, 1.02))
-    axis.set_xticks(recipe.num_documents, list(map(str, recipe.num_documents)))
-    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis, title in ((joined, "documents joined"), (in_sequence, "documents read in sequence")):
+        axis.axvline(most, color="0.6", lw=0.8, label=f"trained with 1 to {most}")
+        axis.set_xscale("log", base=2)
+        axis.set(title=title, xlabel="documents", ylim=(-0.02, 1.02))
+        axis.set_xticks(recipe.num_documents, list(map(str, recipe.num_documents)))
+    joined.set_ylabel("accuracy of answers (test)")
+    legend_below(figure, axes)
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 

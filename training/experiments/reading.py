@@ -21,7 +21,7 @@ from training.claims import Effect, Effects, crossed_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
 from training.experiments.position_loss import TextSection, cut_windows
-from training.figures import new_figure, save_figure
+from training.figures import legend_below, new_figure, save_figure
 from training.paths import CONFIGURATION
 from training.recipe import SourceSection, load_recipe
 from training.tables import markdown_table, mean_and_deviation
@@ -181,7 +181,8 @@ def _table(recipe: Recipe, entries: list[dict[str, Any]]) -> str:
 
 def _draw(recipe: Recipe, entries: list[dict[str, Any]]) -> None:
     """Draw the loss against the tokens that were read: a colour for each model, a line style for how it read."""
-    figure, ((axis,),) = new_figure(1, 1, width=7.0, height=4.4)
+    figure, axes = new_figure(1, 1, width=7.5, height=4.2)
+    axis = axes[0, 0]
     means = {(one["label"], one["way"]): float(np.mean(one["losses"])) for one in entries}
     for index, label in enumerate(recipe.runs):
         for how, style in ((IN_SEQUENCE, "--"), (ALONE, "-")):
@@ -193,7 +194,7 @@ def _draw(recipe: Recipe, entries: list[dict[str, Any]]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(recipe.num_tokens, [f"{number:,}" for number in recipe.num_tokens])
     axis.set(xlabel="tokens read (dotted: none)", ylabel="loss on the other text (nats a token)")
-    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_below(figure, axes)
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 

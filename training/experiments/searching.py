@@ -23,7 +23,7 @@ from modeling_memory_mosaic.retrieval_memory_mosaic import INDEXES, Clusters, Se
 from training.claims import Effects, mean_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
-from training.figures import new_figure, save_figure
+from training.figures import legend_below, new_figure, save_figure
 from training.recipe import SourceSection
 from training.tables import markdown_table
 from training.text.sources import load_stories, source_provenance
@@ -235,17 +235,16 @@ def _table(recipe: Recipe, settings: list[dict[str, Any]]) -> str:
 
 def _draw(recipe: Recipe, settings: list[dict[str, Any]]) -> None:
     """Draw the share of pairs that each index reads against the tolerance, one panel for each model."""
-    figure, (axes,) = new_figure(1, len(recipe.runs), width=4.6 * len(recipe.runs), height=3.8)
-    for axis, label in zip(axes, recipe.runs, strict=True):
+    figure, axes = new_figure(1, len(recipe.runs), width=4, height=3.4, sharey=True)
+    for axis, label in zip(axes[0], recipe.runs, strict=True):
         for number, index in enumerate(recipe.indexes):
             own = [one for one in settings if (one["label"], one["index"]) == (label, index)]
             shares = [sum(seed[MEASURES[0]] for seed in one["seeds"]) / len(one["seeds"]) for one in own]
             axis.plot([one["tolerance"] for one in own], shares, color=f"C{number}", marker=".", label=index)
-        axis.set(
-            title=label, xlabel="tolerance (lengths of a value)", ylabel="share of pairs read", ylim=(-0.02, 1.02)
-        )
+        axis.set(title=label, xlabel="tolerance (lengths of a value)", ylim=(-0.02, 1.02))
         axis.set_xscale("log")
-    axes[-1].legend()
+    axes[0, 0].set_ylabel("share of pairs read")
+    legend_below(figure, axes)
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 

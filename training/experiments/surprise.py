@@ -180,7 +180,7 @@ def _rows(recipe: Recipe, models: dict[str, list[dict[str, Any]]]) -> list[tuple
 
 def _draw(recipe: Recipe, models: dict[str, list[dict[str, Any]]]) -> None:
     """Draw the area of each score, a panel for each thing to be found."""
-    figure, (axes,) = new_figure(1, 2, width=10.0, height=3.6)
+    figure, (axes,) = new_figure(1, 2, width=6, height=3.6)
     for axis, what in zip(axes, (BORDERS, ODD_WORDS), strict=True):
         rows = [row for row in _rows(recipe, models) if row[0] == what][::-1]
         for place, (_, _, _, values) in enumerate(rows):
