@@ -43,7 +43,7 @@ FEWEST_PAIRS = 2048
 LONGEST_QUESTION = 32
 # Pairs that an index is asked for at first; four times as many each time that they are not enough.
 FEWEST_FOUND = 16
-# Where more than one in so many pairs had to be read one by one, all are: that is faster, and has no error.
+# Where more than one in so many pairs had to be read one by one, all are: that is faster, and without an error.
 ONE_IN = 4
 
 
@@ -181,24 +181,31 @@ class Clusters:
         left = torch.where(num_left > 0, left, 0.0)
         return left.log(), sums / torch.where(num_left > 0, left, 1.0)[:, None]
 
-    def read(self, query: torch.Tensor, others: torch.Tensor, tolerance: float) -> "ClusterRead":
+    def read(
+        self, query: torch.Tensor, others: torch.Tensor, tolerance: float, max_share: float | None = None
+    ) -> "ClusterRead":
         """Read the pairs for a query `(D,)`, so that the weights are off by at most `tolerance` in sum.
 
         Args:
             others (`torch.Tensor` of shape `(N,)`): scores of pairs that are read besides, all of them right.
+            max_share: of the pairs that are read one by one; where the tolerance asks for more, `bound` exceeds it.
         """
+        limit = int(len(self.keys) * (1 / ONE_IN if max_share is None else max_share))
         num_found, found = 0, torch.zeros(0, dtype=torch.long, device=query.device)
         while True:
-            result = self._read_behind(query, others, tolerance, found)
+            result = self._read_behind(query, others, tolerance, found, limit)
             # Where an index does not help any more, clusters are read as a whole.
             is_enough = result is not None and not len(result.extra)
-            if is_enough or self.index is None or num_found * ONE_IN >= len(self.keys):
-                return result or self._read_all(query)
+            if is_enough or self.index is None or num_found >= limit:
+                break
             before, num_found = len(found), min(len(self.keys), max(FEWEST_FOUND, 4 * num_found))
             found = torch.as_tensor(self.index.search(query[None], num_found), device=query.device)[0].long()
             found = found[(found >= 0) & (found < len(self.keys))].unique()
             if len(found) <= before:
-                return result or self._read_all(query)
+                break
+        if result is not None:
+            return result
+        return self._read_all(query) if max_share is None else self._read_nearest(query, others, limit)
 
     def _read_all(self, query: torch.Tensor) -> "ClusterRead":
         places, none = torch.arange(len(self.keys), device=query.device), self.keys.new_zeros(0)
@@ -206,41 +213,48 @@ class Clusters:
         scores = self.keys @ query + self.bias
         return ClusterRead(places, scores, self.values, places, wholes, none, means, 0.0, 0.0)
 
+    def _read_nearest(self, query: torch.Tensor, others: torch.Tensor, num_pairs: int) -> "ClusterRead":
+        """Read the clusters with the highest scores pair by pair, `num_pairs` pairs at most."""
+        scores, drift = self.centres @ query + self.log_counts, query.norm() * self.radii
+        order = scores.argsort(descending=True)
+        num_read = int((self.begins.diff()[order].cumsum(0) <= num_pairs).sum())
+        places, is_left = self.pairs_of(order[:num_read]), order[num_read:]
+        near = self.keys[places] @ query + self.bias[places]
+        top = torch.cat([scores, others, near]).max()
+        known = (others - top).exp().sum() + (near - top).exp().sum()
+        bound, mass = _bound(scores[is_left] - top, drift[is_left], known)
+        values, wholes = self.values[places], scores[is_left]
+        return ClusterRead(places, near, values, places, is_left, wholes, self.means[is_left], bound, mass)
+
     def _read_behind(
-        self, query: torch.Tensor, others: torch.Tensor, tolerance: float, found: torch.Tensor
+        self, query: torch.Tensor, others: torch.Tensor, tolerance: float, found: torch.Tensor, limit: int
     ) -> "ClusterRead | None":
-        """Do as `read`, with pairs that an index has found; `None` where too many had to be read one by one."""
+        """Do as `read`, with pairs that an index has found; `None` where more than `limit` had to be read besides."""
         log_counts, means = self.rest_without(found)
         scores = self.centres @ query + log_counts
         exact = self.keys[found] @ query + self.bias[found]
         drift = query.norm() * self.radii  # by how much a score may differ from its centre's
         # What a cluster adds to the error at most, relative to the sum of all, for the two bounds.
         top = torch.cat([scores, others, exact]).max()
-        least, most = (scores - top).exp(), (scores + drift - top).exp()
-        error = most * drift.expm1().clamp(max=1.0)
+        error = (scores + drift - top).exp() * drift.expm1().clamp(max=1.0)
         order = error.argsort(descending=True)
         rest = error[order].flip(0).cumsum(0).flip(0)
         known = (others - top).exp().sum() + (exact - top).exp().sum()
-        num_read = int((2 * rest > tolerance * (least.sum() + known)).sum())
+        num_read = int((2 * rest > tolerance * ((scores - top).exp().sum() + known)).sum())
         sizes, is_found = self.begins.diff(), torch.zeros(len(self.keys), dtype=torch.bool, device=query.device)
         is_found[found] = True
         while True:
-            if int(sizes[order[:num_read]].sum()) * ONE_IN > len(self.keys):
+            if int(sizes[order[:num_read]].sum()) > limit:
                 return None
             extra = self.pairs_of(order[:num_read])
             extra = extra[~is_found[extra]]
             more = self.keys[extra] @ query + self.bias[extra]
             is_left = order[num_read:]
-            sums = (more - top).exp().sum() + known
-            lower, upper = sums + least[is_left].sum(), sums + most[is_left].sum()
-            by_mass = most[is_left].sum() / upper
-            by_drift = (most[is_left] * drift[is_left].expm1()).sum() * upper / lower**2
-            bound = 2 * float(torch.minimum(by_mass, by_drift).nan_to_num(nan=torch.inf, posinf=2.0))
+            bound, mass = _bound(scores[is_left] - top, drift[is_left], (more - top).exp().sum() + known)
             if bound <= tolerance or num_read == len(order):
                 break
             num_read = min(len(order), 2 * num_read + 1)
-        is_left = is_left[log_counts[is_left] > -torch.inf]
-        places = torch.cat([found, extra])
+        is_left, places = is_left[log_counts[is_left] > -torch.inf], torch.cat([found, extra])
         return ClusterRead(
             places,
             torch.cat([exact, more]),
@@ -250,8 +264,23 @@ class Clusters:
             scores[is_left],
             means[is_left],
             bound if len(is_left) else 0.0,
-            float(by_mass),
+            mass,
         )
+
+
+def _bound(scores: torch.Tensor, drift: torch.Tensor, known: torch.Tensor) -> tuple[float, float]:
+    """Return how far weights may be off in sum, and the largest share that clusters may have of the weights.
+
+    Args:
+        scores, drift (`torch.Tensor` of shape `(C,)`): of the clusters that are read as a whole.
+        known: the sum of the exponentials of all other scores.
+    """
+    least, most = scores.exp(), (scores + drift).exp()
+    lower, upper = known + least.sum(), known + most.sum()
+    by_mass = most.sum() / upper
+    by_drift = (most * drift.expm1()).sum() * upper / lower**2
+    bound = 2 * float(torch.minimum(by_mass, by_drift).nan_to_num(nan=torch.inf, posinf=2.0))
+    return min(bound, 2.0), float(by_mass)
 
 
 @dataclasses.dataclass
@@ -309,6 +338,7 @@ class Search:
     num_clusters: int | None
     report: SearchReport
     index: str | Callable[[torch.Tensor], Index] = "clusters"
+    max_share: float | None = None
 
     def reads(self, layer: Any, num_queries: int) -> bool:
         """Return whether a layer of a memory is read so by so many queries: one of many joined pairs."""
@@ -349,7 +379,7 @@ class Search:
                 num_seen = len(own_keys) - num_queries + token + 1
                 others = own_scores[token, :num_seen]
                 one = at_least_float32(query[row, head, token])
-                found = clusters.read(one, others, self.tolerance)
+                found = clusters.read(one, others, self.tolerance, self.max_share)
                 weights = torch.cat([found.scores, found.whole_scores, others]).softmax(0)
                 values = [found.values, found.means, own_values[:num_seen]]
                 retrieved[row, head, token] = (weights @ torch.cat(values)).to(retrieved.dtype)
@@ -364,6 +394,7 @@ def nearest(
     tolerance: float = 1e-3,
     index: str | Callable[[torch.Tensor], Index] = "clusters",
     num_clusters: int | None = None,
+    max_share: float | None = None,
 ) -> Iterator[SearchReport]:
     """Let a model read joined memories of many pairs by reading few of them one by one.
 
@@ -375,24 +406,30 @@ def nearest(
             `exact`, all keys; `lsh`, hashing; `usearch`, the library; or a function that returns an [`Index`] of keys
             `(S, D)`. It is made once for each head of a memory. Whatever it misses is read by clusters.
         num_clusters (`int`, *optional*): of each head; about twice the root of the number of pairs when absent.
+        max_share (`float`, *optional*): of the pairs of a head that are read one by one at most. Where the tolerance
+            asks for more, it is not met, and the report's `bound` says so: for wide kernels, whose certificate is
+            loose and whose errors are small. By default all pairs are read there.
 
     Yields:
         [`SearchReport`]: grows with each query.
 
     Raises:
-        ValueError: if the tolerance is not above 0 and at most 2, which is no bound at all; if the index is unknown.
+        ValueError: if the tolerance is not above 0 and at most 2, which is no bound at all; if the index is unknown;
+            if the share is not above 0 and at most 1.
     """
     if not 0 < tolerance <= 2:
         raise ValueError(f"tolerance={tolerance} must be above 0, which only reading all pairs meets, and at most 2.")
     if not callable(index) and index not in INDEXES:
         raise ValueError(f"index={index!r} is not one of {', '.join(INDEXES)}, and no function of keys.")
+    if max_share is not None and not 0 < max_share <= 1:
+        raise ValueError(f"max_share={max_share} must be above 0 and at most 1: a share of the pairs of a head.")
     models: Any = [module for module in model.modules() if hasattr(module, "search")]
     if not models:
         raise ValueError(f"{type(model).__name__} has no memories that could be searched: pass a Memory Mosaic.")
     report = SearchReport()
     before = [module.search for module in models]
     for module in models:
-        module.search = Search(tolerance, num_clusters, report, index)
+        module.search = Search(tolerance, num_clusters, report, index, max_share)
     try:
         yield report
     finally:

@@ -56,6 +56,33 @@ def test_the_error_is_within_its_certificate(
     assert scores.softmax(0)[:num_pairs][is_left].sum() <= found.mass + 1e-12
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    num_pairs=st.integers(1, 300),
+    length=st.sampled_from([0.1, 1.0, 3.0, 10.0]),
+    max_share=st.sampled_from([0.01, 0.1, 0.5, 1.0]),
+    num_others=st.integers(0, 5),
+    seed=st.integers(0, 1000),
+)
+def test_a_share_of_pairs_has_a_certificate_too(num_pairs, length, max_share, num_others, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def vectors(number):
+        drawn = torch.randn(number, 6, generator=generator, dtype=torch.float64)
+        return drawn / drawn.norm(dim=-1, keepdim=True)
+
+    keys, values, bias = length * vectors(num_pairs), vectors(num_pairs), torch.zeros(num_pairs, dtype=torch.float64)
+    query, other_keys, other_values = length * vectors(1)[0], length * vectors(num_others), vectors(num_others)
+    clusters = Clusters.of(keys, values, bias, 20)
+    found = clusters.read(query, other_keys @ query, 1e-6, max_share)
+    assert len(found.places) <= max_share * num_pairs
+    weights = torch.cat([found.scores, found.whole_scores, other_keys @ query]).softmax(0)
+    retrieved = weights @ torch.cat([found.values, found.means, other_values])
+    expected = torch.cat([keys, other_keys]) @ query
+    expected = expected.softmax(0) @ torch.cat([values, other_values])
+    assert (retrieved - expected).norm() <= found.bound + 1e-12 and found.bound <= 2
+
+
 @pytest.fixture
 def model(monkeypatch):
     monkeypatch.setattr(retrieval_memory_mosaic, "FEWEST_PAIRS", 10)
@@ -187,6 +214,21 @@ def test_an_exact_index_finds_the_nearest_and_hashing_most_of_them():
         found = index(keys).search(queries, 10)
         shares = [len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), nearest_ones.tolist(), strict=True)]
         assert sum(shares) / len(shares) >= least, index
+
+
+@torch.no_grad()
+def test_a_larger_share_comes_nearer(model):
+    memory, question = many(model), make_ids(2, 3, seed=5)
+    expected, errors = answer(model, memory, question), []
+    for share in (0.05, 0.3, 1.0):
+        with nearest(model, 1e-9, max_share=share) as report:
+            errors.append(float((answer(model, memory, question) - expected).abs().max()))
+        assert all(one <= share for shares in report.visited.values() for one in shares)
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-8
+    assert report.summary()["largest_bound"] < 1e-8
+    for share in (0, 1.5, -1.0):
+        with pytest.raises(ValueError, match="max_share="), nearest(model, max_share=share):
+            pass
 
 
 def test_an_unknown_index_is_refused(model):

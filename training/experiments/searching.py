@@ -25,7 +25,7 @@ from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
 from training.figures import legend_below, new_figure, save_figure
 from training.recipe import SourceSection
-from training.tables import markdown_table
+from training.tables import markdown_table, mean_and_deviation
 from training.text.sources import load_stories, source_provenance
 from training.text.windows import pack_windows
 
@@ -34,6 +34,9 @@ __all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
 MEASURES = ("share of pairs read", "mass of the others at most", "largest error", "largest bound")
 MARGIN = "smallest bound less error"
+# Measures of a share of the pairs, and what stands for an index there.
+SHARE = "share"
+ERRORS = ("mean error", "largest error", MARGIN)
 
 
 class Recipe(ComparisonRecipe):
@@ -47,6 +50,8 @@ class Recipe(ComparisonRecipe):
     num_queries: PositiveInt
     tolerances: list[PositiveFloat] = Field(min_length=1)
     indexes: list[Literal["clusters", "exact", "lsh", "usearch"]] = Field(min_length=1)
+    # Of the pairs, read one by one by clusters whatever the error is.
+    shares: list[PositiveFloat] = []
 
     @property
     def settings(self) -> list[tuple[str, str, float]]:
@@ -59,6 +64,10 @@ class Recipe(ComparisonRecipe):
             f"{measure} ({label}; {index}; tolerance {tolerance:g})"
             for label, index, tolerance in self.settings
             for measure in (*MEASURES, MARGIN)
+        ] + [
+            f"{measure} ({label}; {share:.0%} of the pairs)"
+            for label, share in itertools.product(self.runs, self.shares)
+            for measure in ERRORS
         ]
 
 
@@ -74,6 +83,10 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
         place = f"{one['label']}; {one['index']}; tolerance {one['tolerance']:g}"
         for measure in (*MEASURES, MARGIN):
             found[f"{measure} ({place})"] = mean_effect([seed[measure] for seed in one["seeds"]], "")
+    for one in measured["shares"]:
+        for measure in ERRORS:
+            name = f"{measure} ({one['label']}; {one['share']:.0%} of the pairs)"
+            found[name] = mean_effect([seed[measure] for seed in one["seeds"]], "")
     return found
 
 
@@ -167,10 +180,12 @@ def transformer_queries(model: Any, parts: torch.Tensor, question: torch.Tensor)
     return found
 
 
-def searched(one: Queries, clusters: Clusters, tolerance: float) -> Iterator[dict[str, float]]:
+def searched(
+    one: Queries, clusters: Clusters, tolerance: float, max_share: float | None = None
+) -> Iterator[dict[str, float]]:
     """Yield for each query what reading few pairs visits, and how far it is from reading all."""
     for query in one.queries:
-        found = clusters.read(query, query[:0], tolerance)
+        found = clusters.read(query, query[:0], tolerance, max_share)
         weights = torch.cat([found.scores, found.whole_scores]).softmax(0)
         retrieved = weights @ torch.cat([found.values, found.means])
         exact = (one.keys @ query + one.bias).softmax(0) @ one.values
@@ -184,6 +199,7 @@ def searched(one: Queries, clusters: Clusters, tolerance: float) -> Iterator[dic
 
 
 def _measure_training(recipe: Recipe, training: Trained) -> dict[tuple[str, float], dict[str, Any]]:
+    """Return measures by index and tolerance, and by `SHARE` and share."""
     model: Any
     model, tokenizer = training.load()
     read = pack_windows(load_stories(**recipe.read.model_dump()), tokenizer, recipe.part_length)
@@ -196,6 +212,7 @@ def _measure_training(recipe: Recipe, training: Trained) -> dict[tuple[str, floa
     queries = queries_of(model, parts, question)
     found: dict[tuple[str, float], dict[str, Any]] = {}
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    errors: dict[float, list[dict[str, float]]] = {}
     for (layer, head), one in tqdm(queries.items(), desc=training.name, unit="head"):
         clusters = Clusters.of(one.keys, one.values, one.bias, int(2 * len(one.keys) ** 0.5))
         for index in recipe.indexes:
@@ -207,6 +224,15 @@ def _measure_training(recipe: Recipe, training: Trained) -> dict[tuple[str, floa
                 means |= {name: max(q[name] for q in of_queries) for name in ("error", "bound")}
                 means["margin"] = min(q["bound"] - q["error"] for q in of_queries)
                 rows.setdefault((index, tolerance), []).append({"layer": layer, "head": head, **means})
+        clusters.index = None
+        for share in recipe.shares:
+            of_queries = list(searched(one, clusters, min(recipe.tolerances), share))
+            errors.setdefault(share, []).extend(of_queries)
+    for share, of_all in errors.items():
+        mean_error = sum(q["error"] for q in of_all) / len(of_all)
+        margin = min(q["bound"] - q["error"] for q in of_all)
+        numbers = (mean_error, max(q["error"] for q in of_all), margin)
+        found[SHARE, share] = {"seed": training.seed, **dict(zip(ERRORS, numbers, strict=True))}
     for place, heads in rows.items():
         found[place] = {
             "seed": training.seed,
@@ -220,7 +246,7 @@ def _measure_training(recipe: Recipe, training: Trained) -> dict[tuple[str, floa
     return found
 
 
-def _table(recipe: Recipe, settings: list[dict[str, Any]]) -> str:
+def _table(recipe: Recipe, settings: list[dict[str, Any]], shares: list[dict[str, Any]]) -> str:
     rows = []
     for one in settings:
         means = [sum(seed[name] for seed in one["seeds"]) / len(one["seeds"]) for name in MEASURES[:2]]
@@ -230,7 +256,20 @@ def _table(recipe: Recipe, settings: list[dict[str, Any]]) -> str:
         numbers = [f"{means[0]:.2%}", span, f"{means[1]:.1e}", *(f"{value:.1e}" for value in largest)]
         rows.append([one["label"], one["index"], f"{one['tolerance']:g}", *numbers])
     columns = ["model", "index", "tolerance", "pairs read", "of each head", "mass of the others, at most"]
-    return markdown_table([*columns, "largest error", "largest bound"], "llrrrrrr", rows)
+    table = markdown_table([*columns, "largest error", "largest bound"], "llrrrrrr", rows)
+    if not shares:
+        return table
+    rows = [
+        [
+            one["label"],
+            f"{one['share']:.0%}",
+            mean_and_deviation([seed[ERRORS[0]] for seed in one["seeds"]], 3),
+            f"{max(seed[ERRORS[1]] for seed in one['seeds']):.2f}",
+        ]
+        for one in shares
+    ]
+    by_share = markdown_table(["model", "pairs read one by one", "mean error", "largest error"], "lrrr", rows)
+    return f"{table}\n\nBy clusters, and with a share of the pairs in place of a tolerance:\n\n{by_share}"
 
 
 def _draw(recipe: Recipe, settings: list[dict[str, Any]]) -> None:
@@ -257,8 +296,12 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         {"label": label, "index": index, "tolerance": tolerance, "seeds": seeds[label, index, tolerance]}
         for label, index, tolerance in recipe.settings
     ]
+    shares = [
+        {"label": label, "share": share, "seeds": seeds[label, SHARE, share]}
+        for label, share in itertools.product(recipe.runs, recipe.shares)
+    ]
     _draw(recipe, settings)
-    return {"measured": {"settings": settings}, "table": _table(recipe, settings)}
+    return {"measured": {"settings": settings, "shares": shares}, "table": _table(recipe, settings, shares)}
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
