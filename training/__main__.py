@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from training.paths import model_folder, recipe_file
+
 
 if TYPE_CHECKING:
     from training.recipe import BaseRecipe
@@ -26,11 +28,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipePath = Annotated[Path, typer.Argument(help="For instance configuration/recipe/demo.yaml.", metavar="RECIPE")]
+RecipePath = Annotated[
+    str, typer.Argument(help="A file, or the name of one in configuration/recipe, such as demo.", metavar="RECIPE")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings that win over the file's: seed=1 training.learning_rate=1e-3")
 ]
-Folder = Annotated[Path, typer.Argument(help="An exported folder or a checkpoint.")]
+Folder = Annotated[Path, typer.Argument(help="An exported folder, a checkpoint, or the folder of a finished run.")]
+Temperature = Annotated[float, typer.Option(help="Of the sampling; 0 takes the likeliest token.", min=0.0)]
 
 
 @app.callback()
@@ -66,11 +71,12 @@ def run(
 ) -> None:
     """Run a recipe; the same command again resumes, or shows the finished result."""
     with _plain_errors(context):
+        file = recipe_file(recipe)  # before the imports below, which take seconds
         from accelerate import PartialState
 
         from training.recipe import load_recipe, task_module
 
-        parsed = load_recipe(recipe, overrides)
+        parsed = load_recipe(file, overrides)
         task = task_module(parsed.task)
         result = task.run(parsed, restart=restart)
         # Under `accelerate launch` all processes come here.
@@ -105,9 +111,10 @@ def dry_run(
 ) -> None:
     """Show the resolved recipe and what it amounts to: tokens, steps, operations, memory. Reads no data."""
     with _plain_errors(context):
+        file = recipe_file(recipe)
         from training.recipe import load_recipe, task_module
 
-        parsed = load_recipe(recipe, overrides)
+        parsed = load_recipe(file, overrides)
         typer.echo(parsed.to_yaml())
         machine = {"teraflops": teraflops, "utilisation": utilisation, "devices": devices}
         for name, value in _plan(task_module(parsed.task), parsed, machine).items():
@@ -128,6 +135,7 @@ def evaluate(
 ) -> None:
     """Print loss (nats per token), perplexity and bits per byte on any stories, as JSON."""
     with _plain_errors(context):
+        folder = model_folder(folder)
         import json
 
         from training.evaluate import evaluate_folder
@@ -143,22 +151,48 @@ def evaluate(
 def generate(
     context: typer.Context,
     folder: Folder,
-    prompt: Annotated[list[str], typer.Option(help="A beginning to continue; may be given several times.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Length of a continuation, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Of the sampling; 0 takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Beginnings to continue.", metavar="PROMPT", show_default=False)
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="One more of them.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of a continuation, in tokens.", min=1)] = 128,
+    temperature: Temperature = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens that hold this probability.", min=0.0, max=1.0)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
 ) -> None:
     """Continue prompts."""
     with _plain_errors(context):
+        beginnings = [*(prompts or []), *(prompt or [])]
+        if not beginnings:
+            raise ValueError('give a beginning to continue: generate FOLDER "Once upon a time"')
+        if top_p == 0:
+            raise ValueError("--top-p 0 leaves no token to choose: give a number above 0, or --temperature 0")
+        folder = model_folder(folder)
         from training.generate import generate_texts
 
         # transformers refuses a temperature of 0 and has another name for it.
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        for text in generate_texts(folder, prompt, seed=seed, max_new_tokens=max_new_tokens, **sampling):
-            typer.echo(text + "\n")
+        generate_texts(folder, beginnings, seed=seed, stream=True, max_new_tokens=max_new_tokens, **sampling)
+
+
+@app.command()
+def chat(
+    context: typer.Context,
+    folder: Folder,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of a continuation, in tokens.", min=1)] = 64,
+    temperature: Temperature = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
+) -> None:
+    """Continue what you type, line after line, with all of it in memory; /help lists what else you can type."""
+    with _plain_errors(context):
+        folder = model_folder(folder)
+        from training.chat import Chat, talk
+
+        talk(Chat(folder, max_new_tokens, temperature, seed))
 
 
 @app.command()
@@ -176,6 +210,7 @@ def memorize(
 ) -> None:
     """Let a model read files, and write what it has read as a memory."""
     with _plain_errors(context):
+        folder = model_folder(folder)
         from training.memories import memorize_files
 
         typer.echo(memorize_files(folder, files, output, dtype))
@@ -190,7 +225,7 @@ def ask(
         list[str], typer.Option(help="A folder of `memorize`, or USER/NAME; may be given several times.")
     ],
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer, in tokens.")] = 32,
-    temperature: Annotated[float, typer.Option(help="Of the sampling; 0 takes the likeliest token.")] = 0.0,
+    temperature: Temperature = 0.0,
     bandwidth: Annotated[
         float | None, typer.Option(help="Exponent by which kernels narrow with the number of pairs.")
     ] = None,
@@ -198,6 +233,7 @@ def ask(
 ) -> None:
     """Answer behind the joined memories, and show what each of their texts added to the answer, in nats."""
     with _plain_errors(context):
+        folder = model_folder(folder)
         from training.memories import ask as answer
 
         sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}

@@ -18,7 +18,8 @@ from scipy.stats import binomtest, t
 from typing_extensions import Self
 
 from training.files import json_text
-from training.recipe import BaseRecipe, Section, nearest, task_module
+from training.paths import nearest
+from training.recipe import BaseRecipe, Section, task_module
 
 
 Verdict = Literal["supported", "contradicted", "undecided"]

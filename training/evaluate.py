@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoModelForCausalLM)
 from training.files import refuse_damage
 from training.metrics.mean_loss import bits_per_byte_of_loss, perplexity
+from training.paths import model_folder
 from training.recipe import SourceSection
 from training.text.sources import load_stories, source_provenance
 from training.text.tokenizer import load_tokenizer
@@ -28,16 +29,14 @@ def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
     """Load the model of a folder in evaluation mode, on the accelerator, if there is one.
 
     Args:
-        folder: an exported folder or a checkpoint.
+        folder: an exported folder, a checkpoint, or the folder of a finished run.
         options: further arguments of `from_pretrained`, such as `attn_implementation`.
 
     Raises:
         ValueError: the folder holds no model, or one with code of its own; a file of it has changed since a run has
             written it; its weights are cut off or a pickle of more than tensors, or they do not fill the model.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{str(folder)!r} has no config.json: name an exported folder or a checkpoint")
+    folder = model_folder(folder)
     refuse_damage(folder)
     try:
         # False, not None, which would ask the user: code in the folder must not run.
@@ -66,7 +65,7 @@ def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
 
 def load_model(folder: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load model and tokenizer of a folder; arguments and errors as for `load_causal_lm`."""
-    return load_causal_lm(folder, **options), load_tokenizer(str(folder))
+    return load_causal_lm(folder, **options), load_tokenizer(str(model_folder(folder)))
 
 
 @torch.no_grad()
@@ -107,8 +106,8 @@ def evaluate_folder(
         batch_size: windows per forward pass; changes speed, not results.
 
     Returns:
-        `loss` (nats per token), `perplexity`, `bits_per_byte`, `num_tokens` in the windows, and the source's
-        provenance under `data`.
+        `loss` (nats per token), `perplexity`, `bits_per_byte`, `num_stories` that were read, `num_tokens` in the
+        windows, and the source's provenance under `data`.
     """
     model, tokenizer = load_model(folder)
     context_length = context_length or model.config.max_position_embeddings
@@ -120,6 +119,7 @@ def evaluate_folder(
         "loss": loss,
         "perplexity": perplexity(loss),
         "bits_per_byte": bits_per_byte_of_loss(loss, *tokens_and_bytes(stories, tokenizer)),
+        "num_stories": len(stories),
         "num_tokens": num_tokens,
         "context_length": context_length,
         "data": source_provenance(**source.model_dump()),

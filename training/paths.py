@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths: where the parts of this clone lie, and where a run may write.
+"""Paths: where the parts of this clone lie, what a name on the command line means, and where a run may write.
 
 A run may write nowhere that belongs to the system, to the user's settings or to the source code.
 """
 
+import difflib
 import functools
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -72,3 +74,57 @@ def refuse_system_folder(path: str) -> None:
         raise ValueError(f"{path!r} is in {system[0]}, which belongs to the system: name another folder")
     if folder.is_relative_to(home) and folder.relative_to(home).parts[0].startswith("."):
         raise ValueError(f"{path!r} is in a hidden folder of the home folder: name another folder")
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """Return what an error adds to an unknown name: the most similar valid one, in parentheses, if there are any."""
+    # Cutoff 0: the nearest name is worth showing even when it is far; sorted so that ties do not depend on hashing.
+    closest = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.0)
+    return f" (nearest valid name: {closest[0]!r})" if closest else ""
+
+
+def configuration_file(kind: str, name: str, suffix: str) -> Path | None:
+    """Return the file of a name in a folder of `configuration`, such as `recipe`; `None` if it has none."""
+    folder = CONFIGURATION / kind
+    path = folder / f"{name}{suffix}"
+    # A name is no path, and a link could lead anywhere.
+    is_name = re.fullmatch(r"\w[\w.-]*", name)
+    return path if is_name and path.is_file() and path.resolve().parent == folder.resolve() else None
+
+
+def nearest_file(kind: str, name: str, suffix: str) -> str:
+    """Return what an error adds to the name of a file in a folder of `configuration` that there is not."""
+    return nearest(name, [file.stem for file in (CONFIGURATION / kind).glob(f"*{suffix}")])
+
+
+def recipe_file(name: str | Path) -> Path:
+    """Return the file of a recipe.
+
+    Args:
+        name: its path, or the name of one in `configuration/recipe`, such as `demo`.
+
+    Raises:
+        ValueError: there is no such file. The nearest name is named.
+    """
+    path = Path(name)
+    found = path if path.is_file() else configuration_file("recipe", str(path), ".yaml")
+    if found is None:
+        raise ValueError(
+            f"there is no recipe {str(path)!r}{nearest_file('recipe', path.stem, '.yaml')}; the ready ones are in "
+            "configuration/recipe"
+        )
+    return found
+
+
+def model_folder(name: str | Path) -> Path:
+    """Return the folder of a model: the folder itself, an exported one or a checkpoint, or `model` in that of a run.
+
+    Raises:
+        ValueError: neither has a `config.json`.
+    """
+    folder = Path(name)
+    for place in (folder, folder / "model"):
+        if (place / "config.json").is_file():
+            return place
+    state = "has no config.json" if folder.is_dir() else "is no folder"
+    raise ValueError(f"{str(folder)!r} {state}: name an exported folder, a checkpoint, or that of a finished run")

@@ -10,7 +10,6 @@ Two things are registered here: tasks, in `TASKS`, and the models that transform
 """
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib
@@ -46,7 +45,7 @@ from typing_extensions import Self
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
 import training.baselines  # noqa: F401  (registers the baselines that transformers lacks, likewise)
 from training.files import read_json
-from training.paths import CONFIGURATION, refuse_system_folder
+from training.paths import configuration_file, nearest, nearest_file, recipe_file, refuse_system_folder
 from training.secrecy import masked, names_secret, refuse_secrets
 from training.untrusted import check_yaml, walk, yaml_fault
 
@@ -268,21 +267,11 @@ class BaseRecipe(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def nearest(name: str, candidates: list[str]) -> str:
-    """Return what an error adds to an unknown name: the most similar valid one, in parentheses, if there are any."""
-    # Cutoff 0: the nearest name is worth showing even when it is far; sorted so that ties do not depend on hashing.
-    closest = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.0)
-    return f" (nearest valid name: {closest[0]!r})" if closest else ""
-
-
 def _model_file(name: str) -> Path:
     """Return the path `configuration/model/NAME.json`; `ValueError` if there is no such file."""
-    folder = CONFIGURATION / "model"
-    path = folder / f"{name}.json"
-    # A name is no path, and a link could lead anywhere.
-    if not re.fullmatch(r"\w[\w.-]*", name) or not path.is_file() or path.resolve().parent != folder.resolve():
-        known = sorted(file.stem for file in folder.glob("*.json"))
-        raise ValueError(f"unknown model {name!r}{nearest(name, known)}")
+    path = configuration_file("model", name, ".json")
+    if path is None:
+        raise ValueError(f"unknown model {name!r}{nearest_file('model', name, '.json')}")
     return path
 
 
@@ -504,7 +493,7 @@ def load_recipe(
     """Read a recipe of any task.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of one in `configuration/recipe`.
         overrides: settings in dotted form, such as `training.learning_rate=1e-3`; they win over the file.
         settings: settings in nested form, such as `{"training": {"learning_rate": 1e-3}}`, the later ones winning
             over the earlier, over the file, and losing to `overrides`.
@@ -513,9 +502,7 @@ def load_recipe(
         ValueError: no such file, not YAML, an override without `=`, an unknown key (with the nearest valid one), a
             value of the wrong type, or values that contradict each other.
     """
-    path, overrides = Path(path), list(overrides or [])
-    if not path.is_file():
-        raise ValueError(f"there is no recipe {str(path)!r}; the ready ones are in configuration/recipe")
+    path, overrides = recipe_file(path), list(overrides or [])
     _refuse_overrides(overrides)
     values = _merged(path, settings or [], overrides)
     invalid = f"recipe {str(path)!r} is not valid:\n"

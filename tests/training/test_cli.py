@@ -37,7 +37,8 @@ SURFACE = {
         "--context-length",
         "--batch-size",
     },
-    "generate": {"folder", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed"},
+    "generate": {"folder", "prompts", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed"},
+    "chat": {"folder", "--max-new-tokens", "--temperature", "--seed"},
     "memorize": {"folder", "files", "--output", "--dtype"},
     "ask": {
         "folder",
@@ -118,9 +119,35 @@ def test_life_of_a_run_from_the_command_line(tmp_path):
     source = ["--source", "embedded", "--num-stories", "4"]
     evaluation = CliRunner().invoke(app, ["evaluate", str(run / "model"), *source])
     assert json.loads(evaluation.stdout)["loss"] == pytest.approx(result["metrics"]["validation_loss"], rel=1e-5)
-    options = ["--prompt", "Once", "--prompt", "A cat", "--max-new-tokens", "3", "--temperature", "0"]
+    assert json.loads(evaluation.stdout)["num_stories"] == 4
+    options = ["Once", "--prompt", "A cat", "--max-new-tokens", "3", "--temperature", "0"]
     texts = CliRunner().invoke(app, ["generate", str(run / "checkpoint-6"), *options]).stdout
     assert "Once" in texts and "A cat" in texts
+    assert CliRunner().invoke(app, ["generate", str(run), *options]).stdout == texts  # the folder of the run
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["run", "smok"], "there is no recipe 'smok' (nearest valid name: 'smoke')"),
+        (["dry-run", "../demo"], "there is no recipe '../demo' (nearest valid name: 'demo')"),
+        (["generate", "absent", "Once"], "'absent' is no folder"),
+        (["evaluate", "tests", "--source", "embedded"], "'tests' has no config.json"),
+        (["chat", "tests"], "name an exported folder, a checkpoint, or that of a finished run"),
+        (["generate", "tests"], "give a beginning to continue"),
+        (["generate", "tests", "Once", "--top-p", "0"], "--top-p 0 leaves no token to choose"),
+        (["generate", "tests", "Once", "--top-p", "1.5"], "--top-p"),
+        (["generate", "tests", "Once", "--temperature", "-1"], "--temperature"),
+        (["ask", "tests", "Who?", "--memory", "x", "--temperature", "-1"], "--temperature"),
+    ],
+)
+def test_a_mistake_shows_before_anything_heavy_is_imported(command, message):
+    script = f"import sys\nfrom training.__main__ import app\ntry:\n    app({command!r})\nexcept SystemExit as end:\n"
+    script += "    code = end.code\nassert code and 'torch' not in sys.modules"
+    process = call("-c", script)
+    assert process.returncode == 0, process.stderr
+    # Words of a message in a box may be split over lines.
+    assert message in process.stderr
 
 
 def run_on_one_and_on_several(configuration, tmp_path, processes):

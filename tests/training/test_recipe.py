@@ -10,7 +10,6 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from training import recipe
 from training.paths import CONFIGURATION
 from training.recipe import Recipe, load_recipe, task_module
 from training.secrecy import names_secret
@@ -374,10 +373,23 @@ def test_a_model_is_a_file_of_its_folder(tmp_path, monkeypatch, model):
     folder.mkdir()
     (tmp_path / "outside.json").write_text("{}")
     (folder / "linked.json").symlink_to(tmp_path / "outside.json")
-    monkeypatch.setattr(recipe, "CONFIGURATION", tmp_path)
+    monkeypatch.setattr("training.paths.CONFIGURATION", tmp_path)
     for name in (model, str(tmp_path / "outside"), "../outside"):
         with pytest.raises(ValueError, match="unknown model"):
             load_recipe(SMOKE, settings=[{"model": name}])
+
+
+def test_a_recipe_has_a_name_or_a_path(tmp_path, monkeypatch):
+    assert load_recipe("smoke") == load_recipe(SMOKE)
+    with pytest.raises(ValueError, match=r"no recipe 'smoke.yml' \(nearest valid name: 'smoke'\)"):
+        load_recipe("smoke.yml")
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "outside.yaml").write_text("task: symbols")
+    (tmp_path / "recipe" / "linked.yaml").symlink_to(tmp_path / "outside.yaml")
+    monkeypatch.setattr("training.paths.CONFIGURATION", tmp_path)
+    for name in ("../outside", "linked", "", ".", "smoke\n"):
+        with pytest.raises(ValueError, match="there is no recipe"):
+            load_recipe(name)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ from typing_extensions import Self
 from training.figures import new_figure, save_figure
 from training.files import checksum, read_sealed, sealed, set_aside, write_text
 from training.parallel import recipe_job, run_logged, start_workers
-from training.paths import CONFIGURATION
-from training.recipe import BaseRecipe, Section, load_recipe, nearest
+from training.paths import CONFIGURATION, nearest
+from training.recipe import BaseRecipe, Section, load_recipe
 from training.result import header, read_result
 from training.run_folder import TRIAL_LOCK, run_once
 from training.tables import markdown_table
