@@ -3,7 +3,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 base, base_revision = "{{ base.repo_id }}", "{{ base.revision }}"
 repo, revision = "{{ repo_id }}", "{{ revision }}"
-tokenizer = AutoTokenizer.from_pretrained(base, revision=base_revision, trust_remote_code=False)  # it has no code
+tokenizer = AutoTokenizer.from_pretrained(base, revision=base_revision, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(base, revision=base_revision, trust_remote_code=True)
 MosaicMemory = get_class_from_dynamic_module("store_memory_mosaic.MosaicMemory", base, revision=base_revision)
 

@@ -1,7 +1,7 @@
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 repo, revision = "{{ repo_id }}", "{{ revision }}"
-tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=False)  # it has no code
+tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, trust_remote_code=True)
 
 inputs = tokenizer("Once upon a time", return_tensors="pt")

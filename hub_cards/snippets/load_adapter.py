@@ -3,7 +3,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base, base_revision = "{{ base.repo_id }}", "{{ base.revision }}"
 repo, revision = "{{ repo_id }}", "{{ revision }}"
-tokenizer = AutoTokenizer.from_pretrained(base, revision=base_revision, trust_remote_code=False)  # it has no code
+tokenizer = AutoTokenizer.from_pretrained(base, revision=base_revision, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(base, revision=base_revision, trust_remote_code=True)
 model = PeftModel.from_pretrained(model, repo, revision=revision)
 
