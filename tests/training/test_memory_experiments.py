@@ -157,6 +157,10 @@ def test_every_read_out_is_within_its_bound_in_mosaics_and_transformers(small):
     sizes = {"num_tokens": 512, "part_length": 64, "num_queries": 4, "tolerances": [0.01, 0.5], "shares": [0.1]}
     recipe = small("searching", MOSAIC | {"RoPE": ROPE}, read=STORIES, asked=STORIES, **sizes)
     measured = run(recipe)["measured"]
+    assert {label: [len(one) for one in seeds] for label, seeds in measured["concentration"].items()} == {
+        "Memory Mosaic": [4],
+        "RoPE": [4],
+    }
     for one in measured["shares"]:
         for seed in one["seeds"]:
             assert seed[searching.MARGIN] > -1e-5 and 0 < seed["mean error"] <= seed["largest error"] < 2
@@ -164,6 +168,14 @@ def test_every_read_out_is_within_its_bound_in_mosaics_and_transformers(small):
         for seed in one["seeds"]:
             assert seed[searching.MARGIN] > -1e-5 and seed["largest bound"] <= one["tolerance"]
             assert 0 <= seed["share of pairs read"] <= 1 and len(seed["heads"]) == 2 * 2
+
+
+def test_pairs_with_most_of_the_weight_are_counted():
+    keys, bias = torch.zeros(100, 4), torch.zeros(100)
+    one = searching.Queries(torch.ones(2, 4), keys, keys, bias, 1.0)
+    assert searching.share_with_mass(one) == pytest.approx(0.99, abs=0.011)  # all alike
+    bias[7] = 100.0
+    assert searching.share_with_mass(one) == pytest.approx(0.01)
 
 
 def test_queries_of_a_mosaic_are_those_that_its_answers_come_from():

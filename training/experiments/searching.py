@@ -34,6 +34,8 @@ __all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
 MEASURES = ("share of pairs read", "mass of the others at most", "largest error", "largest bound")
 MARGIN = "smallest bound less error"
+# How many pairs matter at all.
+MASS = "share of pairs with 0.99 of the weight"
 # Measures of a share of the pairs, and what stands for an index there.
 SHARE = "share"
 ERRORS = ("mean error", "largest error", MARGIN)
@@ -60,15 +62,19 @@ class Recipe(ComparisonRecipe):
 
     @property
     def effect_names(self) -> list[str]:
-        return [
-            f"{measure} ({label}; {index}; tolerance {tolerance:g})"
-            for label, index, tolerance in self.settings
-            for measure in (*MEASURES, MARGIN)
-        ] + [
-            f"{measure} ({label}; {share:.0%} of the pairs)"
-            for label, share in itertools.product(self.runs, self.shares)
-            for measure in ERRORS
-        ]
+        return (
+            [
+                f"{measure} ({label}; {index}; tolerance {tolerance:g})"
+                for label, index, tolerance in self.settings
+                for measure in (*MEASURES, MARGIN)
+            ]
+            + [
+                f"{measure} ({label}; {share:.0%} of the pairs)"
+                for label, share in itertools.product(self.runs, self.shares)
+                for measure in ERRORS
+            ]
+            + [f"{MASS} ({label})" for label in self.runs]
+        )
 
 
 def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
@@ -87,6 +93,8 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
         for measure in ERRORS:
             name = f"{measure} ({one['label']}; {one['share']:.0%} of the pairs)"
             found[name] = mean_effect([seed[measure] for seed in one["seeds"]], "")
+    for label, seeds in measured["concentration"].items():
+        found[f"{MASS} ({label})"] = mean_effect([sum(heads) / len(heads) for heads in seeds], "")
     return found
 
 
@@ -180,6 +188,12 @@ def transformer_queries(model: Any, parts: torch.Tensor, question: torch.Tensor)
     return found
 
 
+def share_with_mass(one: Queries, mass: float = 0.99) -> float:
+    """Return the share of the pairs that hold so much of a query's weight at least, as a mean over queries."""
+    weights = (one.queries @ one.keys.T + one.bias).softmax(-1).sort(dim=-1, descending=True).values
+    return float(((weights.cumsum(-1) < mass).sum(-1) + 1).float().mean()) / weights.shape[-1]
+
+
 def searched(
     one: Queries, clusters: Clusters, tolerance: float, max_share: float | None = None
 ) -> Iterator[dict[str, float]]:
@@ -198,8 +212,8 @@ def searched(
         }
 
 
-def _measure_training(recipe: Recipe, training: Trained) -> dict[tuple[str, float], dict[str, Any]]:
-    """Return measures by index and tolerance, and by `SHARE` and share."""
+def _measure_training(recipe: Recipe, training: Trained) -> dict[tuple[str, float], Any]:
+    """Return measures by index and tolerance, by `SHARE` and share, and under `MASS` the list of `share_with_mass`."""
     model: Any
     model, tokenizer = training.load()
     read = pack_windows(load_stories(**recipe.read.model_dump()), tokenizer, recipe.part_length)
@@ -210,7 +224,7 @@ def _measure_training(recipe: Recipe, training: Trained) -> dict[tuple[str, floa
     question = torch.tensor(asked[0]["input_ids"])[None].long()
     queries_of = mosaic_queries if hasattr(model.config, "num_persistent_slots") else transformer_queries
     queries = queries_of(model, parts, question)
-    found: dict[tuple[str, float], dict[str, Any]] = {}
+    found: dict[tuple[str, float], Any] = {(MASS, 0.99): [share_with_mass(one) for one in queries.values()]}
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
     errors: dict[float, list[dict[str, float]]] = {}
     for (layer, head), one in tqdm(queries.items(), desc=training.name, unit="head"):
@@ -272,6 +286,15 @@ def _table(recipe: Recipe, settings: list[dict[str, Any]], shares: list[dict[str
     return f"{table}\n\nBy clusters, and with a share of the pairs in place of a tolerance:\n\n{by_share}"
 
 
+def _concentration_table(concentration: dict[str, list[list[float]]]) -> str:
+    rows = []
+    for label, seeds in concentration.items():
+        heads = [share for one in seeds for share in one]
+        rows.append([label, f"{sum(heads) / len(heads):.0%}", f"{min(heads):.1%} to {max(heads):.0%}"])
+    table = markdown_table(["model", "pairs with 0.99 of the weight", "of each head"], "lrr", rows)
+    return f"\n\nHow many pairs matter:\n\n{table}"
+
+
 def _draw(recipe: Recipe, settings: list[dict[str, Any]]) -> None:
     """Draw the share of pairs that each index reads against the tolerance, one panel for each model."""
     figure, axes = new_figure(1, len(recipe.runs), width=4, height=3.4, sharey=True)
@@ -288,7 +311,7 @@ def _draw(recipe: Recipe, settings: list[dict[str, Any]]) -> None:
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
-    seeds: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    seeds: dict[tuple[str, str, float], list[Any]] = {}
     for training in recipe.trainings:
         for (index, tolerance), one in _measure_training(recipe, training).items():
             seeds.setdefault((training.label, index, tolerance), []).append(one)
@@ -300,8 +323,10 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         {"label": label, "share": share, "seeds": seeds[label, SHARE, share]}
         for label, share in itertools.product(recipe.runs, recipe.shares)
     ]
+    concentration = {label: seeds[label, MASS, 0.99] for label in recipe.runs}
     _draw(recipe, settings)
-    return {"measured": {"settings": settings, "shares": shares}, "table": _table(recipe, settings, shares)}
+    measured = {"settings": settings, "shares": shares, "concentration": concentration}
+    return {"measured": measured, "table": _table(recipe, settings, shares) + _concentration_table(concentration)}
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
