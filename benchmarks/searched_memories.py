@@ -107,7 +107,9 @@ def measure(
     parts = [model.memorize(part[None], source=str(number)) for number, part in enumerate(ids.split(PART_LENGTH))]
     memory, rows = MosaicMemory.union(parts), []
     exact = decoding(model, memory, question)
-    searches = [{"index": name, "tolerance": tolerance} for name in indexes for tolerance in TOLERANCES]
+    searches: list[dict[str, Any]] = [
+        {"index": name, "tolerance": tolerance} for name in indexes for tolerance in TOLERANCES
+    ]
     searches += [{"index": "clusters", "tolerance": TOLERANCES[0], "max_share": share} for share in SHARES]
     for search in searches:
         options = search | {"index": CHOICES[search["index"]]}
