@@ -29,6 +29,7 @@ PART_LENGTH = 256
 NUM_DECODED = 8
 TOLERANCES = (0.01, 0.5)
 SHARES = (0.01, 0.03, 0.1)
+MEASURED = ["clusters", "exact", "lsh", "faiss"]
 COLUMNS = [
     "index",
     "tolerance",
@@ -144,12 +145,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="A trained mosaic: `runs/.../model`.")],
     source: Annotated[str, typer.Option(help="Stories to read.")] = "roneneldan/TinyStories",
     num_tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 65_536,
-    indexes: Annotated[list[str], typer.Option(help="usearch takes a minute a head to make.")] = [
-        "clusters",
-        "exact",
-        "lsh",
-        "faiss",
-    ],  # noqa: B006
+    indexes: Annotated[list[str], typer.Option(help="usearch takes a minute a head to make.")] = MEASURED,
     rounds: Annotated[int, typer.Option(help="Interleaved pairs per measurement.")] = 7,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = torch.get_num_threads(),
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
