@@ -41,7 +41,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -50,14 +49,21 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_fake_tensor
 
 from .adapters_memory_mosaic import AdaptableModel
+from .backbones_memory_model import (
+    Backbone,
+    adopt,
+    build_backbone,
+    build_decoder,
+    embedding_std,
+    name_of_table,
+    settings_of_backbones,
+    take_backbones,
+)
 from .cache_memory_model import MemoryModelCache
 from .cache_memory_mosaic import MEMORY_NAME, one_memory
 from .configuration_memory_model import MemoryModelConfig
-from .configuration_memory_mosaic import MemoryMosaicConfig
 from .generation_memory_model import MemoryModelGenerationMixin
 from .layout_memory_model import (
-    BEGIN,
-    MemoryModelReader,
     PackedText,
     TextMemories,
     check_packing,
@@ -69,8 +75,8 @@ from .layout_memory_model import (
     split_into_chunks,
     take,
     visible_memories,
+    without_leading_padding,
 )
-from .modeling_memory_mosaic import MemoryMosaicForCausalLM, MemoryMosaicModel
 from .objectives_memory_model import MemoryModelObjectives
 from .outputs_memory_model import (
     MemoryModelEncoderOutput,
@@ -80,6 +86,7 @@ from .outputs_memory_model import (
     requested_states,
     states_at,
 )
+from .reads_memory_model import BEGIN, MemoryModelCrossRead, MemoryModelReader
 from .store_memory_model import (
     check_memories,
     encoder_fingerprint,
@@ -91,31 +98,7 @@ from .store_memory_model import (
 
 # The recipes `memory_positions` and `memory_capacity` compare what these choose:
 # trf-ignore: TRF041 memory_pooling, encoder_chunk_positions, decoder_chunk_positions, memory_size, memory_read
-# trf-ignore: TRF041 freeze_encoder, max_memories, memory_quantization, chunk_length, causal_weight, model_type
-
-
-def build_backbone(config: Any) -> PreTrainedModel:
-    """Return a new base model of a configuration."""
-    # Not by Auto class, which does not know the mosaic in a process that loads this code from a folder; and not by
-    # the configuration's class, of which each folder loads a copy.
-    if config.model_type == MemoryMosaicConfig.model_type:
-        return MemoryMosaicModel(config)
-    return AutoModel.from_config(config)
-
-
-def build_decoder(config: Any) -> PreTrainedModel:
-    """Return a new causal language model of a configuration."""
-    if config.model_type == MemoryMosaicConfig.model_type:
-        return MemoryMosaicForCausalLM(config)
-    return AutoModelForCausalLM.from_config(config)
-
-
-def embedding_std(backbone: PreTrainedModel) -> float:
-    """Return the standard deviation of the token embeddings, by which slots and positions begin at the same scale."""
-    table: Any = backbone.get_input_embeddings().weight
-    if table.is_meta or is_fake_tensor(table):
-        return 1.0  # a model without values, where any scale serves
-    return table.std().item()
+# trf-ignore: TRF041 freeze_encoder, freeze_decoder, tie_encoder_embeddings, encoder_layer, max_memories, memory_quantization, chunk_length, causal_weight, model_type
 
 
 # trf-ignore: TRF057
@@ -155,7 +138,17 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
                 if parameter is not None:
                     init.normal_(parameter, std=self.config.initializer_range)
             for linear in (module.prefix_proj, *module.unroll_projs):
-                init.normal_(linear.weight, std=self.config.initializer_range * linear.in_features**-0.5)
+                if linear is not None:
+                    init.normal_(linear.weight, std=self.config.initializer_range * linear.in_features**-0.5)
+            if module.gate_proj is not None:
+                init.zeros_(module.gate_proj.weight)
+                init.zeros_(module.gate_proj.bias)
+        elif isinstance(module, MemoryModelCrossRead):
+            for parameter in (module.place_embeddings, module.window_embeddings):
+                init.normal_(parameter)
+            for linear in (module.q_proj, module.k_proj, module.v_proj, module.distance_proj):
+                init.normal_(linear.weight, std=linear.in_features**-0.5)
+            init.zeros_(module.o_proj.weight)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as the library does, and name all classes of this file in `config.json` for the Auto classes."""
@@ -220,8 +213,14 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
             embeds = embeds + self.chunk_positions
         if self.summary_embeddings is not None:
             embeds = torch.cat([embeds, self.summary_embeddings.expand(embeds.shape[0], -1, -1)], dim=1)
-        outputs = self.backbone(inputs_embeds=embeds, use_cache=False, return_dict=True, **requested)
-        memories = outputs.last_hidden_state[:, -self.config.num_memory_embeddings :]
+        is_last = self.config.encoder_layer == -1
+        asked = requested if is_last else requested | {"output_hidden_states": True}
+        outputs = self.backbone(inputs_embeds=embeds, use_cache=False, return_dict=True, **asked)
+        states = outputs.last_hidden_state if is_last else outputs.hidden_states[self.config.encoder_layer]
+        if self.config.memory_pooling == "mean":
+            memories = states.mean(dim=1, keepdim=True)
+        else:
+            memories = states[:, -self.config.num_memory_embeddings :]
         if self.memory_proj is not None:
             memories = self.memory_proj(memories)
         return fake_quantize(memories, self.config.memory_quantization), outputs
@@ -267,7 +266,9 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         if requested:
             memories, outputs = self.run_backbone(chunks, **requested)
             for name in ("hidden_states", "attentions"):
-                states[name] = map_layers(getattr(outputs, name, None), lambda state: state.unflatten(0, mask.shape))
+                if f"output_{name}" in requested:
+                    given = getattr(outputs, name, None)
+                    states[name] = map_layers(given, lambda state: state.unflatten(0, mask.shape))
         else:
             memories = self.encode_chunks(chunks)
         return MemoryModelEncoderOutput(memories=memories.unflatten(0, mask.shape), memory_mask=mask, **states)
@@ -309,10 +310,59 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         self.encoder = MemoryModelEncoder(config)
         self.reader = MemoryModelReader(config)
         self.decoder = build_decoder(config.decoder)
-        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
-        self.num_positions = count_positions(self.decoder)
+        self.note_decoder()
         self.post_init()
         self.freeze_encoder(config.freeze_encoder)
+        self.freeze_decoder(config.freeze_decoder)
+
+    @classmethod
+    def from_backbones(
+        cls, encoder: Backbone = None, decoder: Backbone = None, *, chunk_length: int, **settings: Any
+    ) -> "MemoryModelForCausalLM":
+        r"""
+        Make a memory model of causal language models that exist: both keep their weights, and the reader is new.
+
+        Args:
+            encoder (`PreTrainedModel`, `str` or `PreTrainedConfig`): any causal language model of transformers, or a
+                folder or a name on the Hub to load one from, or a configuration for a new one. The decoder's when
+                absent, as a copy. A model that is given becomes a part of the new one.
+            decoder (`PreTrainedModel`, `str` or `PreTrainedConfig`): likewise. The encoder's when absent.
+            chunk_length (`int`): tokens of a chunk, L.
+            settings: other fields of [`MemoryModelConfig`]. `memory_pooling` is `"last"` and `encoder_chunk_positions`
+                `False` by default, as the encoder knows neither slots nor vectors of its own positions.
+
+        Raises:
+            ValueError: if a model cannot be a part: it is no causal language model, quantized, adapted by PEFT, of
+                another vocabulary or precision than the other, or reads embeddings, padding or pieces of a text
+                otherwise than the text itself. The message names the remedy.
+
+        ```python
+        >>> model = MemoryModelForCausalLM.from_backbones(decoder="openai-community/gpt2", chunk_length=64)
+        ```"""
+        encoder_model, decoder_model = take_backbones(encoder, decoder)
+        config = MemoryModelConfig(
+            encoder=encoder_model.config,
+            decoder=decoder_model.config,
+            chunk_length=chunk_length,
+            **settings_of_backbones(encoder_model, decoder_model, settings),
+        )
+        return adopt(cls, config, encoder_model, decoder_model)
+
+    def note_decoder(self) -> None:
+        """Note what the decoder can take."""
+        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.num_positions = count_positions(self.decoder)
+        # A running state ages at padding that stands between two tokens, as where rows of a batch go on at their own
+        # pace, so that such a decoder reads the unfinished chunk again with each token.
+        self.keeps_row = not getattr(self.decoder, "_is_stateful", False)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Return what is tied to what; a table that the encoder shares is stored as the encoder's."""
+        tied = super().get_expanded_tied_weights_keys(all_submodels)
+        if not (all_submodels and self.config.tie_encoder_embeddings):
+            return tied
+        ours, shared = f"decoder.{name_of_table(self.decoder)}", f"encoder.{name_of_table(self.encoder)}"
+        return {name: shared if source == ours else source for name, source in tied.items()} | {ours: shared}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
@@ -330,7 +380,11 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         """Resize the token tables of encoder and decoder as the library does; return the decoder's."""
         embeddings = self.decoder.resize_token_embeddings(*args, **kwargs)
         self.config.decoder = self.decoder.config
-        self.encoder.resize_token_embeddings(*args, **kwargs)
+        if self.config.tie_encoder_embeddings:
+            self.encoder.set_input_embeddings(embeddings)
+            self.encoder.config.vocab_size = embeddings.num_embeddings
+        else:
+            self.encoder.resize_token_embeddings(*args, **kwargs)
         return embeddings
 
     @property
@@ -342,6 +396,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         super().train(mode)
         if self.config.freeze_encoder:
             self.encoder.eval().requires_grad_(False)  # again, as loading replaces parameters
+        if self.config.freeze_decoder:
+            self.decoder.eval().requires_grad_(False)
         return self
 
     def freeze_encoder(self, is_frozen: bool = True) -> None:
@@ -350,8 +406,23 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         self.encoder.requires_grad_(not is_frozen)
         self.train(self.training)
 
+    def freeze_decoder(self, is_frozen: bool = True) -> None:
+        """Stop or resume training of the decoder, its table and head included; the reader goes on learning."""
+        self.config.freeze_decoder = is_frozen
+        self.decoder.requires_grad_(not is_frozen)
+        self.train(self.training)
+
     def reset_decoder(self) -> None:
-        """Initialise decoder and reader as in a new model, from the current random seed."""
+        """Initialise decoder and reader as in a new model, from the current random seed.
+
+        Raises:
+            ValueError: if the encoder has the decoder's token table, which would change with it.
+        """
+        if self.config.tie_encoder_embeddings:
+            raise ValueError(
+                "The encoder has the decoder's token table (tie_encoder_embeddings=True), so that a new decoder would "
+                "change the encoder: make the model with tables of their own."
+            )
         fresh = type(self)(self.config)
         for part in ("reader", "decoder"):
             getattr(self, part).load_state_dict(getattr(fresh, part).state_dict())
@@ -492,6 +563,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         shape, width = is_token.shape[:2], 1 + tokens.shape[2]
         visible = visible_memories(memories, memory_mask, ends.expand(shape), max_end, self.config)
         inputs, mask = self.reader(tokens, is_token, *visible, task=task, is_blank=is_blank)
+        if not self.keeps_row:
+            inputs, mask = without_leading_padding(inputs, mask)
         options = self.decoder_masks(mask.flatten(0, 1), inputs.shape[2]) | requested
         options |= {"inputs_embeds": inputs.flatten(0, 1), "use_cache": False, "return_dict": True}
         if has_head:
