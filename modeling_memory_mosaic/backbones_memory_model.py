@@ -12,10 +12,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Backbones of a memory model: new ones of a configuration, or causal language models that exist.
+"""Backbones of a memory model: new ones of a configuration, or causal language models that exist; what is trained.
 
-A model that exists becomes a part only if it does what a part has to do. A few tokens are read in several ways, and the
-answers compared: a difference would make a memory model wrong without a sign of it.
+A model that exists becomes a part only if it does what a part has to do. A few tokens are read in several ways, and
+the answers compared: a difference would make a memory model wrong without a sign of it.
 
 Shapes are those of `modeling_memory_model.py`.
 """
@@ -37,7 +37,7 @@ from .adapters_memory_mosaic import adapter_parts
 from .cache_memory_mosaic import memory_kwargs
 from .configuration_memory_model import MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
-from .layout_memory_model import embed_tokens
+from .layout_memory_model import count_positions, embed_tokens
 from .modeling_memory_mosaic import MemoryMosaicForCausalLM, MemoryMosaicModel
 from .reads_memory_model import BEGIN, COPY
 
@@ -108,7 +108,8 @@ def check_part(model: PreTrainedModel, part: str) -> None:
         raise ValueError(
             f"The {part} has adapters of PEFT: merge them first (`merge_and_unload()`), or adapt the memory model."
         )
-    if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
+    weights = {type(tensor).__module__.partition(".")[0] for one in model.parameters() for tensor in (one, one.data)}
+    if getattr(model, "hf_quantizer", None) is not None or weights & {"torchao", "bitsandbytes"}:
         raise ValueError(
             f"The {part} is quantized: make the memory model of the model in full precision, save it, and load it "
             "with `from_pretrained(folder, quantization_config=...)`."
@@ -173,11 +174,11 @@ def take_backbones(encoder: Backbone, decoder: Backbone) -> Parts:
     names = (one, other)
     if all(isinstance(name, (str, os.PathLike)) for name in names) and str(one) != str(other):
         check_tokenizers(*names)
-    first = load_part(one)  # type: ignore[arg-type]
+    first = load_part(one)
     check_part(first, "encoder")
     if other is one:
         return Parts(copy.deepcopy(first), first)
-    second = load_part(other)  # type: ignore[arg-type]
+    second = load_part(other)
     check_part(second, "decoder")
     check_pair(first, second)
     return Parts(first, second)
@@ -265,9 +266,9 @@ def settings_of_backbones(
     }
     if chosen.get("freeze_encoder") and any(new.values()):
         raise ValueError(
-            f"freeze_encoder=True, but {' and '.join(name for name, is_new in new.items() if is_new)} adds new weights "
-            "to the encoder, which would stay random: freeze it after it has learnt them (`freeze_encoder()`), or "
-            "leave that out."
+            f"freeze_encoder=True, but {' and '.join(name for name, is_new in new.items() if is_new)} adds new "
+            "weights to the encoder, which would stay random: freeze it after it has learnt them "
+            "(`freeze_encoder()`), or leave that out."
         )
     return chosen
 
@@ -316,4 +317,119 @@ def adopt(cls: Any, config: MemoryModelConfig, encoder: PreTrainedModel, decoder
     return model.eval()
 
 
-__all__ = ["adopt", "build_backbone", "build_decoder", "take_backbones"]
+class MemoryModelBackbones(nn.Module):
+    """The encoder and the decoder of a memory model: where they come from, what they share, and what is trained."""
+
+    # Parts of the model that this class is mixed into.
+    config: Any
+    encoder: PreTrainedModel
+    decoder: PreTrainedModel
+
+    @classmethod
+    def from_backbones(
+        cls, encoder: Backbone = None, decoder: Backbone = None, *, chunk_length: int, **settings: Any
+    ) -> Any:
+        r"""
+        Make a memory model of causal language models that exist: both keep their weights, and the reader is new.
+
+        Args:
+            encoder (`PreTrainedModel`, `str` or `PreTrainedConfig`): any causal language model of transformers, or a
+                folder or a name on the Hub to load one from, or a configuration for a new one. The decoder's when
+                absent, as a copy. A model that is given becomes a part of the new one.
+            decoder (`PreTrainedModel`, `str` or `PreTrainedConfig`): likewise. The encoder's when absent.
+            chunk_length (`int`): tokens of a chunk, L.
+            settings: other fields of [`MemoryModelConfig`]. `memory_pooling` is `"last"` and `encoder_chunk_positions`
+                `False` by default, as the encoder knows neither slots nor vectors of its own positions.
+
+        Raises:
+            ValueError: if a model cannot be a part: it is no causal language model, quantized, adapted by PEFT, of
+                another vocabulary or precision than the other, or reads embeddings, padding or pieces of a text
+                otherwise than the text itself. The message names the remedy.
+
+        ```python
+        >>> model = MemoryModelForCausalLM.from_backbones(decoder="openai-community/gpt2", chunk_length=64)
+        ```"""
+        parts = take_backbones(encoder, decoder)
+        fields = settings_of_backbones(*parts, settings) | {"chunk_length": chunk_length}
+        config = MemoryModelConfig(encoder=parts.encoder.config, decoder=parts.decoder.config, **fields)
+        return adopt(cls, config, *parts)
+
+    def note_decoder(self) -> None:
+        """Note what the decoder can take."""
+        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.num_positions = count_positions(self.decoder)
+        # A running state ages at padding that stands between two tokens, as where rows of a batch go on at their own
+        # pace, so that such a decoder reads the unfinished chunk again with each token.
+        self.keeps_row = not getattr(self.decoder, "_is_stateful", False)
+
+    def shared_table(self) -> dict[str, str]:
+        """Return the name of the decoder's token table, and that of the encoder's, under which both are stored."""
+        # So that a folder of the whole model has the encoder that `AutoModel` loads from it.
+        return {f"decoder.{name_of_table(self.decoder)}": f"encoder.{name_of_table(self.encoder)}"}
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Return what is tied to what."""
+        tied = super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc]  # of `PreTrainedModel`
+        # The library ties in this order: the decoder's table first, and its head to that.
+        return self.shared_table() | tied if self.config.tie_encoder_embeddings else tied
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.decoder.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the token tables of encoder and decoder as the library does; return the decoder's."""
+        embeddings = self.decoder.resize_token_embeddings(*args, **kwargs)
+        self.config.decoder = self.decoder.config
+        if self.config.tie_encoder_embeddings:
+            self.encoder.set_input_embeddings(embeddings)
+            self.encoder.config.vocab_size = embeddings.num_embeddings
+        else:
+            self.encoder.resize_token_embeddings(*args, **kwargs)
+        return embeddings
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if self.config.freeze_encoder:
+            self.encoder.eval().requires_grad_(False)  # again, as loading replaces parameters
+        if self.config.freeze_decoder:
+            self.decoder.eval().requires_grad_(False)
+        return self
+
+    def freeze_encoder(self, is_frozen: bool = True) -> None:
+        """Stop or resume training of the whole encoder, its token table included. A frozen one has no dropout."""
+        self.config.freeze_encoder = is_frozen
+        self.encoder.requires_grad_(not is_frozen)
+        self.train(self.training)
+
+    def freeze_decoder(self, is_frozen: bool = True) -> None:
+        """Stop or resume training of the decoder, its table and head included; the reader goes on learning."""
+        self.config.freeze_decoder = is_frozen
+        self.decoder.requires_grad_(not is_frozen)
+        self.train(self.training)
+
+    def reset_decoder(self) -> None:
+        """Initialise decoder and reader as in a new model, from the current random seed.
+
+        Raises:
+            ValueError: if the encoder has the decoder's token table, which would change with it.
+        """
+        if self.config.tie_encoder_embeddings:
+            raise ValueError(
+                "The encoder has the decoder's token table (tie_encoder_embeddings=True), so that a new decoder would "
+                "change the encoder: make the model with tables of their own."
+            )
+        fresh = type(self)(self.config)
+        for part in ("reader", "decoder"):
+            getattr(self, part).load_state_dict(getattr(fresh, part).state_dict())
+
+
+__all__ = ["MemoryModelBackbones", "build_backbone", "build_decoder", "embedding_std"]

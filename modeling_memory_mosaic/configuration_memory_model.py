@@ -277,8 +277,8 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
         if self.memory_pooling != "summary" and self.num_memory_embeddings > 1:
             state = "the state at the last token" if self.memory_pooling == "last" else "the mean of all states"
             raise ValueError(
-                f"num_memory_embeddings={self.num_memory_embeddings}, but memory_pooling={self.memory_pooling!r} gives "
-                f"one vector, {state}: use memory_pooling='summary'."
+                f"num_memory_embeddings={self.num_memory_embeddings}, but memory_pooling={self.memory_pooling!r} "
+                f"gives one vector, {state}: use memory_pooling='summary'."
             )
         num_read = self.slots_per_memory * self.unroll_width
         if self.memory_read == "cross_attention" and num_read < self.memory_numbers:

@@ -24,9 +24,9 @@ Notable features:
 - memories of one byte a number, with the rounding in training too
 - padding anywhere; a text that is read in parts has the logits of one pass
 
-Other files, each named `..._memory_model.py`: `layout_` makes chunks and rows of texts, `objectives_` has the losses,
-`generation_` reads a text in parts, `cache_` keeps what was read, `store_` keeps memories on disk, `outputs_` has the
-outputs, `configuration_` the settings.
+Other files, each named `..._memory_model.py`: `backbones_` has encoder and decoder, `layout_` makes chunks and rows of
+texts, `reads_` brings memories into rows, `objectives_` has the losses, `generation_` reads a text in parts, `cache_`
+keeps what was read, `store_` keeps memories on disk, `outputs_` has the outputs, `configuration_` the settings.
 
 Shapes use B batch, T tokens, L tokens of a chunk, M or N memories, K vectors of a memory, D their width, R rows of the
 decoder (one for each chunk), C = hidden size of the decoder, V = vocabulary.
@@ -34,7 +34,6 @@ decoder (one for each chunk), C = hidden size of the decoder, V = vocabulary.
 Docstrings are written by hand (TRF057), as the library generates them only for its own models.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,14 +49,10 @@ from transformers.utils.import_utils import is_fake_tensor
 
 from .adapters_memory_mosaic import AdaptableModel
 from .backbones_memory_model import (
-    Backbone,
-    adopt,
+    MemoryModelBackbones,
     build_backbone,
     build_decoder,
     embedding_std,
-    name_of_table,
-    settings_of_backbones,
-    take_backbones,
 )
 from .cache_memory_model import MemoryModelCache
 from .cache_memory_mosaic import MEMORY_NAME, one_memory
@@ -98,7 +93,8 @@ from .store_memory_model import (
 
 # The recipes `memory_positions` and `memory_capacity` compare what these choose:
 # trf-ignore: TRF041 memory_pooling, encoder_chunk_positions, decoder_chunk_positions, memory_size, memory_read
-# trf-ignore: TRF041 freeze_encoder, freeze_decoder, tie_encoder_embeddings, encoder_layer, max_memories, memory_quantization, chunk_length, causal_weight, model_type
+# trf-ignore: TRF041 freeze_encoder, freeze_decoder, tie_encoder_embeddings, encoder_layer, max_memories
+# trf-ignore: TRF041 memory_quantization, chunk_length, causal_weight, model_type
 
 
 # trf-ignore: TRF057
@@ -298,7 +294,9 @@ class MemoryModelWithoutHead:
 
 
 # trf-ignore: TRF057
-class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, MemoryModelGenerationMixin):
+class MemoryModelForCausalLM(
+    MemoryModelBackbones, MemoryModelPreTrainedModel, MemoryModelObjectives, MemoryModelGenerationMixin
+):
     """A memory model that predicts the next token, and reconstructs chunks from their memories."""
 
     _is_stateful = True
@@ -311,121 +309,17 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         self.reader = MemoryModelReader(config)
         self.decoder = build_decoder(config.decoder)
         self.note_decoder()
+        if config.tie_encoder_embeddings:
+            self._tied_weights_keys = self.shared_table()
         self.post_init()
         self.freeze_encoder(config.freeze_encoder)
-        self.freeze_decoder(config.freeze_decoder)
-
-    @classmethod
-    def from_backbones(
-        cls, encoder: Backbone = None, decoder: Backbone = None, *, chunk_length: int, **settings: Any
-    ) -> "MemoryModelForCausalLM":
-        r"""
-        Make a memory model of causal language models that exist: both keep their weights, and the reader is new.
-
-        Args:
-            encoder (`PreTrainedModel`, `str` or `PreTrainedConfig`): any causal language model of transformers, or a
-                folder or a name on the Hub to load one from, or a configuration for a new one. The decoder's when
-                absent, as a copy. A model that is given becomes a part of the new one.
-            decoder (`PreTrainedModel`, `str` or `PreTrainedConfig`): likewise. The encoder's when absent.
-            chunk_length (`int`): tokens of a chunk, L.
-            settings: other fields of [`MemoryModelConfig`]. `memory_pooling` is `"last"` and `encoder_chunk_positions`
-                `False` by default, as the encoder knows neither slots nor vectors of its own positions.
-
-        Raises:
-            ValueError: if a model cannot be a part: it is no causal language model, quantized, adapted by PEFT, of
-                another vocabulary or precision than the other, or reads embeddings, padding or pieces of a text
-                otherwise than the text itself. The message names the remedy.
-
-        ```python
-        >>> model = MemoryModelForCausalLM.from_backbones(decoder="openai-community/gpt2", chunk_length=64)
-        ```"""
-        encoder_model, decoder_model = take_backbones(encoder, decoder)
-        config = MemoryModelConfig(
-            encoder=encoder_model.config,
-            decoder=decoder_model.config,
-            chunk_length=chunk_length,
-            **settings_of_backbones(encoder_model, decoder_model, settings),
-        )
-        return adopt(cls, config, encoder_model, decoder_model)
-
-    def note_decoder(self) -> None:
-        """Note what the decoder can take."""
-        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
-        self.num_positions = count_positions(self.decoder)
-        # A running state ages at padding that stands between two tokens, as where rows of a batch go on at their own
-        # pace, so that such a decoder reads the unfinished chunk again with each token.
-        self.keeps_row = not getattr(self.decoder, "_is_stateful", False)
-
-    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Return what is tied to what; a table that the encoder shares is stored as the encoder's."""
-        tied = super().get_expanded_tied_weights_keys(all_submodels)
-        if not (all_submodels and self.config.tie_encoder_embeddings):
-            return tied
-        ours, shared = f"decoder.{name_of_table(self.decoder)}", f"encoder.{name_of_table(self.encoder)}"
-        return {name: shared if source == ours else source for name, source in tied.items()} | {ours: shared}
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.decoder.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.decoder.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.decoder.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.decoder.set_output_embeddings(value)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the token tables of encoder and decoder as the library does; return the decoder's."""
-        embeddings = self.decoder.resize_token_embeddings(*args, **kwargs)
-        self.config.decoder = self.decoder.config
-        if self.config.tie_encoder_embeddings:
-            self.encoder.set_input_embeddings(embeddings)
-            self.encoder.config.vocab_size = embeddings.num_embeddings
-        else:
-            self.encoder.resize_token_embeddings(*args, **kwargs)
-        return embeddings
+        if config.freeze_decoder:
+            self.freeze_decoder()
 
     @property
     def base_model(self) -> Any:
         """The encoder, so that folders of an encoder alone can be loaded; a call runs the model without its head."""
         return MemoryModelWithoutHead(self)
-
-    def train(self, mode: bool = True) -> "MemoryModelForCausalLM":
-        super().train(mode)
-        if self.config.freeze_encoder:
-            self.encoder.eval().requires_grad_(False)  # again, as loading replaces parameters
-        if self.config.freeze_decoder:
-            self.decoder.eval().requires_grad_(False)
-        return self
-
-    def freeze_encoder(self, is_frozen: bool = True) -> None:
-        """Stop or resume training of the whole encoder, its token table included. A frozen one has no dropout."""
-        self.config.freeze_encoder = is_frozen
-        self.encoder.requires_grad_(not is_frozen)
-        self.train(self.training)
-
-    def freeze_decoder(self, is_frozen: bool = True) -> None:
-        """Stop or resume training of the decoder, its table and head included; the reader goes on learning."""
-        self.config.freeze_decoder = is_frozen
-        self.decoder.requires_grad_(not is_frozen)
-        self.train(self.training)
-
-    def reset_decoder(self) -> None:
-        """Initialise decoder and reader as in a new model, from the current random seed.
-
-        Raises:
-            ValueError: if the encoder has the decoder's token table, which would change with it.
-        """
-        if self.config.tie_encoder_embeddings:
-            raise ValueError(
-                "The encoder has the decoder's token table (tie_encoder_embeddings=True), so that a new decoder would "
-                "change the encoder: make the model with tables of their own."
-            )
-        fresh = type(self)(self.config)
-        for part in ("reader", "decoder"):
-            getattr(self, part).load_state_dict(getattr(fresh, part).state_dict())
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor on the model's device. Offloaded weights have no device, and the tensor stays on its own."""

@@ -101,8 +101,8 @@ class MemoryModelCrossRead(nn.Module):
         values = F.pad(self.v_proj(windows).flatten(2, 3), (0, 0, 1, 0))
         is_window = memory_mask[..., None].expand(*memory_mask.shape, windows.shape[3]).flatten(2)
         mask = F.pad(is_window, (1, 0), value=True).flatten(0, 1)[:, None, None]
-        heads = [self.split_heads(states) for states in (queries, keys, values)]
-        read = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+        queries, keys, values = (self.split_heads(states) for states in (queries, keys, values))
+        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return self.o_proj(read.transpose(1, 2).flatten(2).unflatten(0, tokens.shape[:2]))
 
 
