@@ -322,7 +322,7 @@ class MemoryModelBackbones(nn.Module):
 
     # Parts of the model that this class is mixed into.
     config: Any
-    encoder: PreTrainedModel
+    encoder: Any
     decoder: PreTrainedModel
 
     @classmethod

@@ -59,17 +59,13 @@ class Recipe(ComparisonRecipe):
         path = CONFIGURATION / "recipe" / f"{self.base}.yaml"
         settings = [self.common, self.runs[label], {"seed": seed, "output_dir": folder}]
         recipe: Any = load_recipe(path, settings=settings)
-        return Trained(label, recipe.build_config().num_hidden_layers, seed, recipe)
+        # Not by `build_config`, which may ask the Hub: depth is of the decoder that the model's file describes.
+        return Trained(label, recipe.own_config().num_hidden_layers, seed, recipe)
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Return the trainings of the experiment and whether each is finished. Reads no data."""
     return comparison.plan(recipe)
-
-
-def _takes_trained_encoder(training: Trained) -> bool:
-    """Return whether another recipe trains the encoder first."""
-    return training.recipe.encoder is not None and not training.recipe.encoder.untrained
 
 
 def _summarize(series: Series) -> dict[str, Any]:
@@ -151,7 +147,7 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     """Train all models and compare them; returns the content of `result.json`."""
-    encoders = [training.recipe.encoder_source() for training in recipe.trainings if _takes_trained_encoder(training)]
+    sources = [source for training in recipe.trainings for source in training.recipe.trained_sources()]
     # Before the trainings, because several may want the same one at once.
-    run_all([recipe_job(source) for source in {source.folder: source for source in encoders}.values()], recipe.workers)
+    run_all([recipe_job(source) for source in {source.folder: source for source in sources}.values()], recipe.workers)
     return comparison.run_comparison(recipe, restart, {}, _measure)

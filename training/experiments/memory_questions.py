@@ -27,7 +27,7 @@ from training.experiments.comparison import Trained
 from training.metrics.mean_loss import bits_per_byte_of_loss
 from training.tables import mean_and_deviation
 from training.tasks import language_modeling
-from training.tasks.memory_model import measure
+from training.tasks.memory_model import measure, prepare_tokenizer
 
 
 PROBE = "probe"
@@ -91,7 +91,7 @@ class Series(NamedTuple):
 def prepare_windows(training: Trained) -> dict[str, Dataset]:
     """Return the windows, by split, that a training reads."""
     state = PartialState()
-    tokenizer = language_modeling.prepare_tokenizer(training.recipe, state)
+    tokenizer = prepare_tokenizer(training.recipe, state)
     return language_modeling.prepare_windows(training.recipe, tokenizer, state)
 
 
