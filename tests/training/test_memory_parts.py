@@ -5,16 +5,12 @@ import json
 
 import pytest
 import torch
-import yaml
 from helpers.kinds import FAMILIES
 from helpers.memory_recipes import SIZES, read_memory_recipe
 from helpers.models import make_ids, randomize_parameters
 
 from modeling_memory_mosaic.backbones_memory_model import build_decoder
 from training.evaluate import load_causal_lm
-from training.experiments import memory_models
-from training.paths import CONFIGURATION
-from training.recipe import load_recipe
 from training.tasks import memory_model
 from training.tasks.memory_model import build_model
 from training.text.tokenizer import load_tokenizer, train_tokenizer
@@ -33,7 +29,8 @@ def folders(tmp_path_factory):
         tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         size = {"vocab_size": 300, "pad_token_id": tokenizer.pad_token_id}
         made[family] = tmp_path_factory.mktemp(family)
-        randomize_parameters(build_decoder(type(config)(**config.to_dict() | tokens | size))).save_pretrained(made[family])
+        model = randomize_parameters(build_decoder(type(config)(**config.to_dict() | tokens | size)))
+        model.save_pretrained(made[family])
         tokenizer.save_pretrained(made[family])
     return made
 
@@ -95,7 +92,8 @@ def test_each_part_has_its_learning_rate_and_a_frozen_one_stays(folders, tmp_pat
     for name, old in source.state_dict().items():
         assert torch.equal(first.decoder.state_dict()[name], old), name
         torch.testing.assert_close(last.decoder.state_dict()[name], old, rtol=0, atol=1e-8)
-    weights = [model.encoder.get_input_embeddings().weight for model in (build_model(recipe, last.config), first, last)]
+    models = (build_model(recipe, last.config), first, last)
+    weights = [model.encoder.get_input_embeddings().weight for model in models]
     assert (weights[0] - weights[1]).abs().max() > 1e-4 and (weights[1] - weights[2]).abs().max() > 1e-4
     assert first.encoder.config.vocab_size == 300
 
@@ -169,7 +167,10 @@ def test_a_decoder_of_another_recipe_is_trained_first(source, tmp_path, monkeypa
         ),
         ({"encoder": {"pretrained": "LLAMA", "layer": 7}}, "encoder_layer=7, but the encoder has 2 blocks"),
         ({"stages": [PROBE | {"lora": {"part": "encoder"}}]}, "freeze the other part, and that one not"),
-        ({"stages": [PROBE | {"learning_rates": {"encoder": 0.1}}]}, "the encoder is frozen, and has no learning rate"),
+        (
+            {"stages": [PROBE | {"learning_rates": {"encoder": 0.1}}]},
+            "the encoder is frozen, and has no learning rate",
+        ),
     ],
 )
 def test_mistakes_in_parts_are_named(settings, message, folders, tmp_path):

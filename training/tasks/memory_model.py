@@ -5,13 +5,14 @@ Each stage has objectives with their weights, and may freeze the encoder or star
 the model of the stage before, in a folder of its own, so a run resumes within the stage where it was interrupted.
 """
 
-from collections import Counter, defaultdict
+import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import nn
 from transformers import (
@@ -28,14 +29,12 @@ from typing_extensions import Self
 from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM
 from modeling_memory_mosaic.backbones_memory_model import build_decoder
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
-from modeling_memory_mosaic.layout_memory_model import pack_text
-from training.cost import count_flops
+from training.cost import DEFAULT_UTILISATION, check_devices, count_flops, hours
 from training.evaluate import load_causal_lm, tokens_and_bytes
 from training.export import export_model
 from training.figures import draw_stages
-from training.files import CHECKSUMS
+from training.files import CHECKSUMS, checksum_of_text
 from training.loop import LanguageModelTrainer, build_training_arguments, set_aside_broken_checkpoints
-from training.metrics.entropy_ratio.entropy_ratio import entropy_ratio
 from training.parallel import report_progress
 from training.paths import CONFIGURATION
 from training.recipe import (
@@ -50,6 +49,7 @@ from training.recipe import (
 from training.result import header, read_result, write_result
 from training.run_folder import run_once
 from training.tasks import language_modeling
+from training.tasks.memory_measures import measure, unigram
 from training.tasks.memory_parts import (
     PARTS,
     DecoderSection,
@@ -70,6 +70,8 @@ from training.text.windows import collate_windows
 STAGE = "stage.json"  # marks a stage as done
 # Added to the seed of a new decoder, so that it does not repeat the one that the encoder was trained with.
 NEW_DECODER = 10_000
+# Of a folder's name, in characters: longer settings are named by their checksum.
+LONGEST_LABEL = 150
 
 
 class Recipe(TrainingRecipe):
@@ -88,6 +90,19 @@ class Recipe(TrainingRecipe):
         """Recipes without a later field keep the text and the hash of before."""
         values: dict[str, Any] = serialize(self)
         return {name: value for name, value in values.items() if name != "decoder" or value is not None}
+
+    @model_validator(mode="after")
+    def _check_tokenizer(self) -> Self:
+        pretrained = self.pretrained_parts
+        if (self.tokenizer is None) == (not pretrained):
+            raise ValueError(
+                f"a pretrained {next(iter(pretrained))} comes with its own tokenizer: set `tokenizer` to null"
+                if pretrained
+                else "missing key 'tokenizer': only a pretrained part comes with one"
+            )
+        if pretrained and any(section.recipe for section in self.parts.values()):
+            raise ValueError("a part of another recipe reads by that recipe's tokenizer: take both parts pretrained")
+        return self
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
@@ -112,19 +127,6 @@ class Recipe(TrainingRecipe):
                 f"`data.context_length` is {self.data.context_length}: it has to be two chunks or more, of "
                 f"chunk_length={config.chunk_length}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_tokenizer(self) -> Self:
-        pretrained = self.pretrained_parts
-        if (self.tokenizer is None) == (not pretrained):
-            raise ValueError(
-                f"a pretrained {next(iter(pretrained))} comes with its own tokenizer: set `tokenizer` to null"
-                if pretrained
-                else "missing key 'tokenizer': only a pretrained part comes with one"
-            )
-        if pretrained and any(section.recipe for section in self.parts.values()):
-            raise ValueError("a part of another recipe reads by that recipe's tokenizer: take both parts pretrained")
         return self
 
     @property
@@ -170,7 +172,10 @@ class Recipe(TrainingRecipe):
         vocab_size = next(iter(given.values()))["vocab_size"]
         new = {part: getattr(config, part).to_dict() | {"vocab_size": vocab_size} for part in PARTS}
         whole: dict[str, Any] = new | given | self.fields
-        return type(config)(**whole)
+        try:
+            return type(config)(**whole)
+        except StrictDataclassError as error:
+            raise ValueError(f"model {self.model!r} of the parts that are given: {error}") from error
 
     def part_source(self, part: Part) -> TrainingRecipe:
         """Return the recipe that trains the model of a part; only if that names one."""
@@ -178,7 +183,10 @@ class Recipe(TrainingRecipe):
         assert section.recipe is not None
         name, settings = section.recipe, section.settings
         # As comparisons name it: a training that one of them has finished is found and not repeated.
-        folder = f"runs/{name}/{'-'.join([*leaves(settings), f'seed{self.seed}'])}"
+        label = "-".join(leaves(settings))
+        if len(label) > LONGEST_LABEL:  # no file system takes a name of lists of stages
+            label = checksum_of_text(json.dumps(settings, sort_keys=True))[:12]
+        folder = f"runs/{name}/{'-'.join([*([label] if label else []), f'seed{self.seed}'])}"
         # It learns from the same stories, unless its settings name others.
         data = {split: getattr(self.data, split).model_dump() for split in ("train", "validation")}
         layers = [{"data": data}, settings, {"seed": self.seed, "output_dir": folder}]
@@ -202,51 +210,6 @@ class Recipe(TrainingRecipe):
             elif section is not None and (made_of := section.made_of()):
                 content[f"{part}_made_of"] = made_of
         return content
-
-
-def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    # `cross_entropy` takes the vocabulary as the second dimension: (B, V, ...).
-    return torch.nn.functional.cross_entropy(logits.movedim(-1, 1).float(), targets, reduction="none").double()
-
-
-@torch.no_grad()
-def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) -> dict[str, Any]:
-    """Measure a memory model on windows by all objectives, whatever it was trained for; it is left as it was.
-
-    Returns:
-        `causal_loss`, and for each way to reconstruct (see `MemoryModelForCausalLM.reconstruct`) `NAME_loss`, both in
-        nats a token, `NAME_accuracy`, the share of tokens that are right, `NAME_exact`, the share of chunks that are
-        right throughout, and `NAME_by_place`, the accuracy at each place of a chunk.
-    """
-    was_training = model.training
-    device: Any = model.device  # a checker takes attributes of modules for tensors
-    model.eval()
-    causal: list[torch.Tensor] = []
-    reconstructed: dict[str, list[torch.Tensor]] = defaultdict(list)
-    for start in range(0, len(windows), batch_size):
-        rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
-        ids = collate_windows(rows)["input_ids"].to(device)
-        text = pack_text(ids)
-        context = model.gather_memories(text)
-        logits, _ = model.decode_text(text, context)  # (B, T, V)
-        causal.append(_token_losses(logits[:, :-1], ids[:, 1:]).flatten())
-        # A model that reads no memories has nothing to reconstruct from.
-        for objective in OBJECTIVES[1:] if model.config.max_memories != 0 else ():
-            # (B, R, L, V) and (B, R, L) for R chunks.
-            logits, targets, _ = model.reconstruct(objective, text, context)
-            is_right = logits.argmax(-1) == targets
-            reconstructed[objective].append(torch.stack([_token_losses(logits, targets), is_right]).flatten(1, 2))
-    model.train(was_training)
-    measures: dict[str, Any] = {"causal_loss": torch.cat(causal).mean().item()}
-    for objective, parts in reconstructed.items():
-        losses, is_right = torch.cat(parts, dim=1)  # each (chunks, L)
-        measures |= {
-            f"{objective}_loss": losses.mean().item(),
-            f"{objective}_accuracy": is_right.mean().item(),
-            f"{objective}_exact": is_right.all(-1).double().mean().item(),
-            f"{objective}_by_place": is_right.mean(0).tolist(),
-        }
-    return measures
 
 
 class MemoryModelTrainer(LanguageModelTrainer):
@@ -295,23 +258,6 @@ class MemoryModelTrainer(LanguageModelTrainer):
         measures = measure(model, self.eval_dataset, self.args.eval_batch_size)
         # A log takes numbers only, and `NAME_by_place` are lists.
         return {name: value for name, value in measures.items() if isinstance(value, float)}
-
-
-def unigram(windows: dict[str, Dataset], vocab_size: int) -> dict[str, float]:
-    """Measure a guess by the frequencies of the training tokens alone on the validation tokens."""
-    ids = {split: windows[split].with_format("numpy")["input_ids"][:] for split in ("train", "validation")}
-    counts, tokens = Counter(ids["train"].ravel().tolist()), ids["validation"].ravel().tolist()
-    guess = entropy_ratio(
-        predictions=[0.0],  # of a model; only the guess beside it is asked for
-        references=[tokens],
-        vocab_size=vocab_size,
-        frequencies=[counts[token] for token in range(vocab_size)],
-    )
-    return {
-        "loss": guess["unigram_cross_entropy"],
-        "accuracy": tokens.count(counts.most_common(1)[0][0]) / len(tokens),
-        "entropy_ratio": guess["unigram_entropy_ratio"],
-    }
 
 
 def _stage_folder(recipe: Recipe, stage: StageSection) -> Path:
@@ -412,14 +358,33 @@ def training_flops(recipe: Recipe) -> list[int]:
     return flops
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Return the size and the cost of a training, known without reading data."""
-    per_step = language_modeling.tokens_per_step(recipe, training_arguments(recipe))
-    stages = {
+def plan(
+    recipe: Recipe,
+    teraflops: float | None = None,
+    utilisation: float | None = None,
+    devices: int | None = None,
+) -> dict[str, Any]:
+    """Return the size and the cost of a training, known without reading data.
+
+    Arguments and errors are those of `training.tasks.language_modeling.plan`. The number of steps is that of the
+    recipe, so that more devices see more tokens.
+    """
+    if utilisation is not None and teraflops is None:
+        raise ValueError(f"utilisation is {utilisation}, but a share of what? Give teraflops, the peak of one device")
+    arguments = training_arguments(recipe)
+    available = language_modeling.num_devices(arguments)
+    devices = available if devices is None else devices
+    check_devices(devices)
+    per_step = language_modeling.tokens_per_step(recipe, arguments) // available * devices
+    operations = [flops // available * devices for flops in training_flops(recipe)]
+    stages: dict[str, Any] = {
         f"stage {stage.name}": f"{stage.steps:,} steps, {stage.steps * per_step:,} tokens, {flops:.3e} operations, "
         + ", ".join(f"{weight:g} x {name}" for name, weight in stage.objectives.items())
-        for stage, flops in zip(recipe.stages, training_flops(recipe), strict=True)
+        for stage, flops in zip(recipe.stages, operations, strict=True)
     }
+    if teraflops is not None:
+        share = DEFAULT_UTILISATION if utilisation is None else utilisation
+        stages["hours"] = round(hours(sum(operations), teraflops, share, devices), 3)
     source = {
         part: str(section.pretrained if section.recipe is None else recipe.part_source(cast(Part, part)).folder)
         for part, section in recipe.parts.items()
