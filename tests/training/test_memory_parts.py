@@ -5,12 +5,16 @@ import json
 
 import pytest
 import torch
+import yaml
 from helpers.kinds import FAMILIES
-from helpers.memory_recipes import SIZES, read_memory_recipe
+from helpers.memory_recipes import SIZES, SMALL, read_memory_recipe
 from helpers.models import make_ids, randomize_parameters
 
 from modeling_memory_mosaic.backbones_memory_model import build_decoder
 from training.evaluate import load_causal_lm
+from training.experiments import memory_models
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe
 from training.tasks import memory_model
 from training.tasks.memory_model import build_model
 from training.text.tokenizer import load_tokenizer, train_tokenizer
@@ -199,3 +203,76 @@ def test_other_weights_under_the_same_folder_make_another_run(folders, tmp_path)
     assert recipe.hash != other.hash and "encoder_made_of" in recipe.content()
     hub = pretrained_recipe(tmp_path, encoder={"pretrained": "someone/else", "revision": "main"})
     assert "encoder_made_of" not in hub.content()  # the name and the revision stand in the recipe
+
+
+# Comparisons
+
+
+LM = {"tokens": 256, "model_args": {"hidden_size": 16, "num_persistent_slots": 8}, "data": {"context_length": 16}}
+LM["training"] = {"per_device_train_batch_size": 4, "disable_tqdm": True}
+
+
+def small_comparison(name, tmp_path, runs, settings):
+    """A shipped comparison of some of its runs, of the sizes of `SMALL`, a step each stage, without its claims."""
+    values = yaml.safe_load((CONFIGURATION / "recipe" / f"{name}.yaml").read_text(encoding="utf-8"))
+    values |= {"runs": {label: values["runs"][label] | more for label, more in runs.items()}, "claims": []}
+    for stage in [stage for run in [values["common"], *values["runs"].values()] for stage in run.get("stages", [])]:
+        stage["steps"] = 1
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return load_recipe(path, settings=[{"common": SMALL, "seeds": [0], "workers": 1}, {"common": settings}])
+
+
+def test_a_comparison_of_pretrained_decoders_runs_as_it_is_shipped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.tasks.language_modeling.verify_export", lambda folder, prompts, **options: prompts)
+    runs = {"Random memories": {}, "Encoder first, then LoRA": {}, "From scratch": {}}
+    settings = {"decoder": {"recipe": "characters_lm", "settings": LM}}
+    recipe = small_comparison("memory_pretrained", tmp_path, runs, settings)
+    result = memory_models.run(recipe)
+    assert list(result["effects"]) == recipe.effect_names
+    folders = [training.recipe.folder / "model" for training in recipe.trainings]
+    models = dict(zip(runs, map(load_causal_lm, folders), strict=True))
+    source = recipe.trainings[0].recipe.part_source("decoder").folder / "model"
+    table = load_causal_lm(source).get_input_embeddings().weight
+    assert torch.equal(models["Encoder first, then LoRA"].get_input_embeddings().weight, table)
+    assert not torch.equal(models["From scratch"].get_input_embeddings().weight, table)
+
+
+def test_a_comparison_of_public_encoders_has_a_guess_for_each_tokenizer(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_tokenizer(["Lily had a dog. The dog ran to the park."] * 9, 280)
+    part = {"revision": None, "pretrained": str(folders["gpt2"])}
+    other = tmp_path / "mamba"
+    config = type(FAMILIES["mamba"])(**FAMILIES["mamba"].to_dict() | {"vocab_size": 280})
+    build_decoder(config).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    runs = {
+        "Autoencoder": {"encoder": part | {"untrained": True}},
+        "GPT-2": {"encoder": part},
+        "Mamba 130M": {"encoder": {"revision": None, "pretrained": str(other)}},
+    }
+    settings = {"model_args": {"encoder": {"hidden_size": 16}, "memory_read": "unroll_add"}}
+    recipe = small_comparison("memory_fidelity_hub", tmp_path, runs, settings)
+    result = memory_models.run(recipe)
+    assert list(result["effects"]) == recipe.effect_names
+    guesses = [series["seeds"][0]["unigram"] for series in result["measured"]["series"]]
+    assert guesses[0] == guesses[1] != guesses[2]
+    assert "| entropy ratio of frequencies |" in result["table"] and "A guess by" not in result["table"]
+    assert (recipe.folder / "memory_fidelity_hub.png").stat().st_size > 10_000
+    read = result["measured"]["series"][2]["seeds"][0]
+    places = read["stages"][-1]["metrics"]["autoencoding_by_place"]
+    above = sum((place - guesses[2]["accuracy"]) / (1 - guesses[2]["accuracy"]) for place in places)
+    assert result["effects"]["tokens above chance: Mamba 130M"]["value"] == pytest.approx(above)
+
+
+def test_the_hours_of_a_memory_model_are_those_of_its_operations(folders, tmp_path):
+    recipe = pretrained_recipe(tmp_path, encoder={"pretrained": str(folders["gpt2"])})
+    operations = sum(memory_model.training_flops(recipe))
+    priced = memory_model.plan(recipe, teraflops=1e-9, utilisation=0.5)
+    assert priced["hours"] == pytest.approx(operations / (1e3 * 0.5) / 3600, abs=1e-3)
+    assert memory_model.plan(recipe, teraflops=1e-9, utilisation=0.5, devices=2)["hours"] == pytest.approx(
+        priced["hours"], abs=1e-3
+    )  # twice the windows on twice the devices
+    with pytest.raises(ValueError, match="Give teraflops"):
+        memory_model.plan(recipe, utilisation=0.5)
