@@ -56,8 +56,8 @@ def one_seed(values: dict[str, float]) -> dict[str, Any]:
         values["blank copy"] = raw(values["blank copy above chance"])
     metrics = {"causal_loss": values["causal loss"], "blank_copy_accuracy": values["blank copy"]}
     metrics["autoencoding_accuracy"] = values["tokens recovered"]
-    told = values.get("tokens above chance", values["characters above chance"])
-    places = [raw(told / PLACES)] * PLACES
+    recovered = values.get("tokens above chance", values["characters above chance"])
+    places = [raw(recovered / PLACES)] * PLACES
     if "first half above chance" in values:
         places[: PLACES // 2] = [raw(values["first half above chance"])] * (PLACES // 2)
     # A step takes 10^10 operations.
