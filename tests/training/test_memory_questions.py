@@ -172,3 +172,15 @@ def test_a_misspelt_effect_is_refused():
     claim = {"claim": "it holds", "paper": "not asked", "effects": [RECOVERED.of("8 characters")], "above": 0.5}
     with pytest.raises(ValueError, match="measures no effect 'tokens recovered: 8 characters'"):
         load_recipe(CONFIGURATION / "recipe" / "memory_capacity.yaml", settings=[{"claims": [claim]}])
+
+
+def test_comparisons_that_share_a_folder_share_the_training():
+    """Folders are named by labels: one label must not stand for two trainings."""
+    hashes: dict[Any, tuple[str, str]] = {}
+    for path in sorted((CONFIGURATION / "recipe").glob("memory_*.yaml")):
+        recipe = load_recipe(path)
+        if not isinstance(recipe, memory_models.MemoryModelComparison):
+            continue
+        for training in recipe.trainings[: len(recipe.runs)]:  # of the first seed
+            known = hashes.setdefault(training.recipe.folder, (recipe.name, training.recipe.hash))
+            assert known[1] == training.recipe.hash, f"{training.recipe.folder}: {known[0]} and {recipe.name}"

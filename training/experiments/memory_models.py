@@ -33,8 +33,21 @@ from training.tasks.memory_model import training_flops, unigram
 __all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
 
-class Recipe(ComparisonRecipe):
-    """Memory models side by side."""
+class MemoryModelComparison(ComparisonRecipe):
+    """Memory models side by side, each in a folder that is named by its label."""
+
+    def _training(self, label: str, variant: dict[str, Any], seed: int) -> Trained:
+        # Stages are too long for the name of a folder: the label is one.
+        folder = f"runs/{self.base}/{''.join(c if c.isalnum() else '-' for c in label.lower())}-seed{seed}"
+        path = CONFIGURATION / "recipe" / f"{self.base}.yaml"
+        settings = [self.common, self.runs[label], {"seed": seed, "output_dir": folder}]
+        recipe: Any = load_recipe(path, settings=settings)
+        # Not by `build_config`, which may ask the Hub: depth is of the decoder that the model's file describes.
+        return Trained(label, recipe.own_config().num_hidden_layers, seed, recipe)
+
+
+class Recipe(MemoryModelComparison):
+    """Memory models side by side, and the question that is asked of them."""
 
     task: Literal["memory_models"]
     question: Literal[
@@ -56,15 +69,6 @@ class Recipe(ComparisonRecipe):
             label for label, settings in self.runs.items() if settings.get("model_args", {}).get("max_memories") == 0
         ]
         return effect_names(QUESTIONS[self.question].measures, list(self.runs), without_memory)
-
-    def _training(self, label: str, variant: dict[str, Any], seed: int) -> Trained:
-        # Stages are too long for the name of a folder: the label is one.
-        folder = f"runs/{self.base}/{''.join(c if c.isalnum() else '-' for c in label.lower())}-seed{seed}"
-        path = CONFIGURATION / "recipe" / f"{self.base}.yaml"
-        settings = [self.common, self.runs[label], {"seed": seed, "output_dir": folder}]
-        recipe: Any = load_recipe(path, settings=settings)
-        # Not by `build_config`, which may ask the Hub: depth is of the decoder that the model's file describes.
-        return Trained(label, recipe.own_config().num_hidden_layers, seed, recipe)
 
 
 def plan(
@@ -171,9 +175,14 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
     return effects_of(QUESTIONS[recipe.question].measures, models, measured["unigram"])
 
 
-def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
-    """Train all models and compare them; returns the content of `result.json`."""
+def train_sources(recipe: MemoryModelComparison) -> None:
+    """Train the models whose encoders or decoders the trainings begin with."""
     sources = [source for training in recipe.trainings for source in training.recipe.trained_sources()]
     # Before the trainings, because several may want the same one at once.
     run_all([recipe_job(source) for source in {source.folder: source for source in sources}.values()], recipe.workers)
+
+
+def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Train all models and compare them; returns the content of `result.json`."""
+    train_sources(recipe)
     return comparison.run_comparison(recipe, restart, {}, _measure)
