@@ -197,12 +197,15 @@ def test_layers_that_lora_cannot_adapt_are_named(family, lora, message, folders,
         memory_model.run(pretrained_recipe(tmp_path, encoder=part, decoder=part, stages=[stage]))
 
 
-def test_other_weights_under_the_same_folder_make_another_run(folders, tmp_path):
+def test_other_weights_under_the_same_folder_make_another_run(folders, tmp_path, monkeypatch):
     recipe = pretrained_recipe(tmp_path, encoder={"pretrained": str(folders["gpt2"])})
     other = pretrained_recipe(tmp_path, encoder={"pretrained": str(folders["llama"])})
     assert recipe.hash != other.hash and "encoder_made_of" in recipe.content()
     hub = pretrained_recipe(tmp_path, encoder={"pretrained": "someone/else", "revision": "main"})
     assert "encoder_made_of" not in hub.content()  # the name and the revision stand in the recipe
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OSError, match="cannot read the configuration of someone/else at main"):
+        hub.build_config()
 
 
 # Comparisons

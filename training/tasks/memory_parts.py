@@ -78,9 +78,20 @@ class PartSection(Section):
         return Path(self.pretrained) if self.is_folder else hub.download(self.pretrained, self.revision)
 
     def pretrained_config(self) -> PreTrainedConfig:
-        """Return the configuration of the pretrained model; from the Hub without its weights."""
+        """Return the configuration of the pretrained model; from the Hub without its weights.
+
+        Raises:
+            OSError: if the Hub cannot be reached, or does not give it.
+        """
         revision = {} if self.is_folder else {"revision": self.revision}
-        return AutoConfig.from_pretrained(str(self.pretrained), trust_remote_code=False, **revision)
+        try:
+            return AutoConfig.from_pretrained(str(self.pretrained), trust_remote_code=False, **revision)
+        except OSError as error:
+            where = self.pretrained if self.is_folder else f"{self.pretrained} at {self.revision}"
+            raise OSError(
+                f"cannot read the configuration of {where}: name a folder, or a model on the Hub that this machine "
+                "can reach and may read"
+            ) from error
 
     def made_of(self) -> dict[str, Any]:
         """Return what a folder on this machine holds, as its name does not say it."""
