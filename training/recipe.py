@@ -79,6 +79,7 @@ TASKS = {
     "memory_model": "training.tasks.memory_model",
     "memory_models": "training.experiments.memory_models",
     "needles": "training.experiments.needles",
+    "memory_bank": "training.experiments.memory_bank",
 }
 
 # Fields of TrainingArguments that a recipe cannot set, because the run decides them, and what to use instead.
