@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bank of memories: questions come from their texts, a head learns to find them, and what is told is the stored text."""
+"""A bank of memories: questions are parts of texts, a head learns to find these, the decoder tells what is stored."""
 
 import random
 
@@ -11,7 +11,7 @@ from helpers.memory_recipes import SMALL
 from helpers.models import make_ids
 
 from training.experiments import memory_bank
-from training.experiments.memory_bank import COUNTS, FOUND, PAIRS, TOLD, draw_questions, fill_bank, found_by_counts
+from training.experiments.memory_bank import COUNTS, FOUND, PAIRS, WRITTEN, draw_questions, fill_bank, found_by_counts
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe
 
@@ -59,7 +59,7 @@ def test_a_head_learns_to_find_texts_by_a_part_of_them(tmp_path):
     assert shares[0] > 0.6 > 0.3 > shares[1]
 
 
-def test_what_is_told_is_what_the_memories_of_the_found_text_hold(monkeypatch):
+def test_the_decoder_tells_what_the_memories_of_the_found_text_hold(monkeypatch):
     model = make_memory_model(dtype=torch.float32)
     bank = fill_bank(model, make_ids(6, 2 * LENGTH, vocab_size=VOCAB_SIZE))
 
@@ -70,9 +70,9 @@ def test_what_is_told_is_what_the_memories_of_the_found_text_hold(monkeypatch):
 
     monkeypatch.setattr(model, "reconstruct", reconstruct)
     found = torch.arange(6)
-    assert memory_bank.told_of(model, bank, found) == 1
+    assert memory_bank.written_of(model, bank, found) == 1
     found = torch.tensor([1, 0, 2, 3, 4, 5])
-    assert 4 / 6 <= memory_bank.told_of(model, bank, found) < 0.8
+    assert 4 / 6 <= memory_bank.written_of(model, bank, found) < 0.8
 
 
 def test_an_experiment_finds_and_tells_with_every_model(tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_an_experiment_finds_and_tells_with_every_model(tmp_path, monkeypatch):
     result = memory_bank.run(recipe)
     assert list(result["effects"]) == recipe.effect_names
     for series in result["measured"]["series"]:
-        assert all(0 <= series["seeds"][0][name] <= 1 for name in (FOUND, TOLD, COUNTS, PAIRS))
+        assert all(0 <= series["seeds"][0][name] <= 1 for name in (FOUND, WRITTEN, COUNTS, PAIRS))
     assert (recipe.folder / "memory_bank.png").stat().st_size > 10_000
     assert memory_bank.run(recipe) == result
     with pytest.raises(ValueError, match="raise common.data.validation.num_stories, or lower it"):

@@ -33,7 +33,7 @@ __all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
 # Ways to find a text without a model.
 COUNTS, PAIRS = "counts of tokens", "counts of pairs of tokens"
-FOUND, TOLD = "found first", "tokens of the text that is found"
+FOUND, WRITTEN = "found first", "tokens of the text that is found"
 
 
 class HeadSection(Section):
@@ -47,7 +47,7 @@ class HeadSection(Section):
 
 
 class Recipe(MemoryModelComparison):
-    """Memory models, whose encoders store `num_texts` texts of `num_tokens` tokens and are asked by a chunk of each."""
+    """Memory models whose encoders store `num_texts` texts of `num_tokens` tokens, asked for by a chunk of each."""
 
     task: Literal["memory_bank"]
     num_tokens: PositiveInt
@@ -58,7 +58,7 @@ class Recipe(MemoryModelComparison):
     def effect_names(self) -> list[str]:
         """Names of the effects: texts that are found and tokens of them, for each model and every two; controls."""
         names = [f"{FOUND}: {control}" for control in (COUNTS, PAIRS)]
-        for measure in (FOUND, TOLD):
+        for measure in (FOUND, WRITTEN):
             names += [f"{measure}: {label}" for label in self.runs]
             names += [f"{measure}: {one} less {other}" for one, other in itertools.combinations(self.runs, 2)]
         return names
@@ -144,7 +144,7 @@ def train_head(recipe: Recipe, model: MemoryModelForCausalLM, bank: Bank, seed: 
 
 
 @torch.no_grad()
-def told_of(model: MemoryModelForCausalLM, bank: Bank, found: torch.Tensor, batch_size: int = 64) -> float:
+def written_of(model: MemoryModelForCausalLM, bank: Bank, found: torch.Tensor, batch_size: int = 64) -> float:
     """Return the share of the tokens of each text that the decoder tells from the memories of `found` `(N,)` texts."""
     right: list[torch.Tensor] = []
     for start in range(0, len(found), batch_size):
@@ -159,13 +159,13 @@ def told_of(model: MemoryModelForCausalLM, bank: Bank, found: torch.Tensor, batc
 
 @torch.no_grad()
 def ask(recipe: Recipe, model: MemoryModelForCausalLM, head: Head, bank: Bank, seed: int) -> dict[str, float]:
-    """Return how many texts of a bank are found, by the head and by counts, and how much of those found is told."""
+    """Return how many texts of a bank are found, by the head and by counts, and how much of them is written."""
     questions = draw_questions(bank.ids, model.config.chunk_length, random.Random(seed))
     found = head(bank.memories, model.encoder(questions).memories[:, 0]).argmax(-1)
     vocab_size = model.config.vocab_size
     return {
         FOUND: (found == torch.arange(len(found))).double().mean().item(),
-        TOLD: told_of(model, bank, found),
+        WRITTEN: written_of(model, bank, found),
         COUNTS: found_by_counts(bank.ids, questions, vocab_size, in_pairs=False),
         PAIRS: found_by_counts(bank.ids, questions, vocab_size, in_pairs=True),
     }
@@ -194,7 +194,7 @@ def _measure_training(recipe: Recipe, training: Trained) -> dict[str, Any]:
 
 
 def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
-    """Return shares of texts that are found and of tokens that are told, with intervals over seeds.
+    """Return shares of texts that are found and of tokens that are written, with intervals over seeds.
 
     Args:
         recipe: of the experiment.
@@ -204,7 +204,7 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
     # All models of a seed are asked the same, so that the controls are those of any.
     first = next(iter(seeds.values()))
     found = {f"{FOUND}: {name}": mean_effect([seed[name] for seed in first], "") for name in (COUNTS, PAIRS)}
-    for measure in (FOUND, TOLD):
+    for measure in (FOUND, WRITTEN):
         values = {label: [seed[measure] for seed in seeds[label]] for label in recipe.runs}
         found |= {f"{measure}: {label}": mean_effect(values[label], "") for label in recipe.runs}
         for one, other in itertools.combinations(recipe.runs, 2):
@@ -219,7 +219,7 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         trainings = [training for training in recipe.trainings if training.label == label]
         series.append({"label": label, "seeds": [_measure_training(recipe, training) for training in trainings]})
     figure, (panels,) = new_figure(1, 2, width=5.5, sharey=True)
-    for axes, measure in zip(panels, (FOUND, TOLD), strict=True):
+    for axes, measure in zip(panels, (FOUND, WRITTEN), strict=True):
         for place, one in enumerate(series):
             axes.plot([seed[measure] for seed in one["seeds"]], [place] * len(one["seeds"]), "o", color=f"C{place}")
         axes.set_xlabel(measure)
@@ -228,13 +228,16 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     panels[0].invert_yaxis()
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
     rows = [
-        [one["label"], *(mean_and_deviation([seed[measure] for seed in one["seeds"]], 3) for measure in (FOUND, TOLD))]
+        [
+            one["label"],
+            *(mean_and_deviation([seed[measure] for seed in one["seeds"]], 3) for measure in (FOUND, WRITTEN)),
+        ]
         for one in series
     ]
     rows += [
         [name, mean_and_deviation([seed[name] for seed in series[0]["seeds"]], 3), ""] for name in (COUNTS, PAIRS)
     ]
-    return {"measured": {"series": series}, "table": markdown_table(["model", FOUND, TOLD], "lrr", rows)}
+    return {"measured": {"series": series}, "table": markdown_table(["model", FOUND, WRITTEN], "lrr", rows)}
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
