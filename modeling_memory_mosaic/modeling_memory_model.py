@@ -217,6 +217,8 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
             memories = states.mean(dim=1, keepdim=True)
         else:
             memories = states[:, -self.config.num_memory_embeddings :]
+        if memories.dtype != embeds.dtype and not torch.is_autocast_enabled(memories.device.type):
+            memories = memories.to(embeds.dtype)  # Mamba sums up in float32, whatever its weights
         if self.memory_proj is not None:
             memories = self.memory_proj(memories)
         return fake_quantize(memories, self.config.memory_quantization), outputs

@@ -83,7 +83,7 @@ MAMBA = MambaConfig(
 FAMILIES = {"mosaic": MOSAIC, "llama": LLAMA, "gpt2": GPT2, "qwen": QWEN, "mamba": MAMBA}
 BACKBONES = {"mosaic": (MOSAIC, MOSAIC), "llama": (LLAMA, LLAMA), "gpt2": (GPT2, GPT2), "mixed": (MOSAIC, LLAMA)}
 # Tests of what the number of pairs changes read by these too.
-ALL_BACKBONES = BACKBONES | {"narrowing": (NARROWING_MOSAIC, NARROWING_MOSAIC)}
+ALL_BACKBONES = BACKBONES | {"narrowing": (NARROWING_MOSAIC, NARROWING_MOSAIC), "mamba": (MAMBA, MAMBA)}
 
 
 def make_classifier(

@@ -243,6 +243,19 @@ def test_lora_on_the_decoder_with_a_whole_reader_trains_saves_loads_and_merges(f
     assert text.shape == (2, 3 * LENGTH + 4)
 
 
+@by_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_trains_and_generates(family, dtype):
+    model = made_of(family, family, "gated", dtype).train()
+    ids = make_ids(2, 3 * LENGTH + 1, vocab_size=VOCAB_SIZE)
+    outputs = model(ids, labels=ids)
+    outputs.loss.backward()
+    assert outputs.loss.isfinite() and outputs.memories.dtype == dtype
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    text = model.eval().generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert text.shape == (2, 3 * LENGTH + 4)
+
+
 # Tools
 
 
