@@ -23,6 +23,7 @@ Shapes are those of `modeling_memory_model.py`.
 import copy
 import inspect
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -114,6 +115,11 @@ def check_part(model: PreTrainedModel, part: str) -> None:
             f"The {part} is quantized: make the memory model of the model in full precision, save it, and load it "
             "with `from_pretrained(folder, quantization_config=...)`."
         )
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise ValueError(
+            f"The {part} is spread over devices: load it on one, the CPU if need be, make and save the memory model, "
+            "and load that with `device_map`."
+        )
     if model.get_output_embeddings() is None or model.base_model is model or config.is_encoder_decoder:
         raise ValueError(f"The {part}, a {kind}, is no causal language model: load it by AutoModelForCausalLM.")
     if getattr(config, "vocab_size", None) is None or getattr(config, "hidden_size", None) is None:
@@ -175,7 +181,7 @@ def take_backbones(encoder: Backbone, decoder: Backbone) -> Parts:
     if all(isinstance(name, (str, os.PathLike)) for name in names) and str(one) != str(other):
         check_tokenizers(*names)
     first = load_part(one)
-    check_part(first, "encoder")
+    check_part(first, "decoder" if encoder is None else "encoder")
     if other is one:
         return Parts(copy.deepcopy(first), first)
     second = load_part(other)
@@ -226,15 +232,23 @@ def ways_of_reading(model: PreTrainedModel) -> dict[str, tuple[torch.Tensor, tor
     return pairs
 
 
+def ways_of_encoding(model: PreTrainedModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return, by what it shows, the pair of states that an encoder's backbone has to give alike."""
+    ids = torch.arange(8, device=model.device)[None] * 7919 % model.config.vocab_size
+    by_ids = model(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+    by_embeds = model(inputs_embeds=embed_tokens(model, ids), use_cache=False, return_dict=True).last_hidden_state
+    return {"embeddings of tokens as it reads their ids": (by_embeds, by_ids)}
+
+
 @torch.no_grad()
-def check_reading(model: PreTrainedModel) -> None:
-    """Raise if a model does not read as a decoder of a memory model has to."""
+def check_reading(model: PreTrainedModel, ways: Callable[[PreTrainedModel], dict[str, Any]]) -> None:
+    """Raise if a model does not read as a part of a memory model has to, in one of several `ways`."""
     if model.device.type == "meta":
         return
     was_training = model.training
     model.eval()
     try:
-        differing = [way for way, pair in ways_of_reading(model).items() if not answers_agree(*pair)]
+        differing = [way for way, pair in ways(model).items() if not answers_agree(*pair)]
     finally:
         model.train(was_training)
     if differing:
@@ -290,10 +304,12 @@ def adopt(cls: Any, config: MemoryModelConfig, encoder: PreTrainedModel, decoder
         cls: [`MemoryModelForCausalLM`], which this file cannot import.
         encoder, decoder: causal language models; the encoder's head is left out.
     """
-    check_reading(decoder)
+    check_reading(decoder, ways_of_reading)
+    backbone: Any = encoder.base_model
+    check_reading(backbone, ways_of_encoding)
     with torch.device("meta"):
         model = cls(config)
-    model.encoder.backbone, model.decoder = encoder.base_model, decoder
+    model.encoder.backbone, model.decoder = backbone, decoder
     table: Any = decoder.get_input_embeddings()
     like = next(iter(decoder.parameters()))
     if config.tie_encoder_embeddings:

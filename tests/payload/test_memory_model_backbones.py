@@ -291,6 +291,12 @@ def adapted_model():
     return get_peft_model(pretrained("llama"), LoraConfig(target_modules=["q_proj"])).base_model.model
 
 
+def spread_model():
+    model = pretrained("llama")
+    model.hf_device_map = {"model": "cpu", "lm_head": "disk"}
+    return model
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -303,6 +309,7 @@ def adapted_model():
             lambda: {"encoder": pretrained("llama", torch.float32), "decoder": pretrained("gpt2")},
             "The encoder's dtype is torch.float32 and the decoder's torch.float64: load both with one",
         ),
+        (lambda: {"decoder": spread_model()}, "The decoder is spread over devices: load it on one"),
         (
             lambda: {"decoder": pretrained("gpt2"), "freeze_encoder": True, "memory_pooling": "summary"},
             "freeze_encoder=True, but memory_pooling='summary' adds new weights",

@@ -14,6 +14,7 @@ from modeling_memory_mosaic.backbones_memory_model import build_decoder
 from training.evaluate import load_causal_lm
 from training.experiments import memory_models
 from training.paths import CONFIGURATION
+from training.publishing import publish
 from training.recipe import load_recipe
 from training.tasks import memory_model
 from training.tasks.memory_model import build_model
@@ -57,6 +58,8 @@ def test_a_fresh_decoder_probes_the_states_of_a_pretrained_model(family, folders
     ids = make_ids(3, 4, vocab_size=300)
     expected = source.base_model(ids, output_hidden_states=True).hidden_states[-2].mean(1)
     torch.testing.assert_close(model.encoder(ids).memories[:, 0, 0], expected)
+    with pytest.raises(ValueError, match="whose licence and name a card of a memory model does not give yet"):
+        publish.prepare(recipe.folder, "someone/memory")
     untrained = pretrained_recipe(tmp_path, encoder=encoder | {"untrained": True})
     table = build_model(untrained, model.config).encoder.get_input_embeddings().weight
     assert table.shape == source.get_input_embeddings().weight.shape
@@ -226,6 +229,7 @@ def small_comparison(name, tmp_path, runs, settings):
     return load_recipe(path, settings=[{"common": SMALL, "seeds": [0], "workers": 1}, {"common": settings}])
 
 
+@pytest.mark.slow
 def test_a_comparison_of_pretrained_decoders_runs_as_it_is_shipped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.tasks.language_modeling.verify_export", lambda folder, prompts, **options: prompts)
