@@ -35,8 +35,10 @@ else:
 
 # Each objective has a weight, `NAME_weight`, and a part of the loss, `NAME_loss`.
 OBJECTIVES = ("causal", "autoencoding", "copy", "blank_copy")
-MEMORY_READS = ("prefix", "unrolled_prefix", "unroll_add")
-MEMORY_POOLINGS = ("last", "summary")
+MEMORY_READS = ("prefix", "unrolled_prefix", "unroll_add", "gated_add", "cross_attention")
+# Reads that add windows of the latest memories to tokens.
+ADDITIVE_READS = ("unroll_add", "gated_add")
+MEMORY_POOLINGS = ("last", "mean", "summary")
 MEMORY_QUANTIZATIONS = (None, "int8", "fp8")
 
 
@@ -62,8 +64,11 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
         memory_size (`int`, *optional*):
             Width of a memory's vectors, D. The encoder's `hidden_size` when absent; less makes a bottleneck.
         memory_pooling (`str`, defaults to `"summary"`):
-            Which of the encoder's states make a memory: `"summary"`, those at K learnt slots behind the chunk, or
-            `"last"`, the one at the chunk's last token, as in the paper.
+            Which of the encoder's states make a memory: `"summary"`, those at K learnt slots behind the chunk;
+            `"last"`, the one at the chunk's last token, as in the paper; or `"mean"`, the mean over its tokens.
+        encoder_layer (`int`, defaults to -1):
+            From which of the encoder's `hidden_states` they are taken: -1 is the last one, behind the final norm. In
+            most models 0 is the token embeddings.
         memory_quantization (`str`, *optional*):
             `"int8"` or `"fp8"` (e4m3): memories are rounded to one byte a number, with one scale for each vector.
             Training rounds too, and passes gradients on as if it did not. Not rounded when absent.
@@ -71,13 +76,16 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
             How the decoder sees a memory. `"prefix"`: each vector is one slot in front of the chunk.
             `"unrolled_prefix"`: `slots_per_memory` slots, each a window of the memory's numbers. `"unroll_add"`: as
             `"prefix"`, and each token of the chunk gets a window of each of the `unroll_window` latest memories added.
+            `"gated_add"`: the same, with a gate for each window that depends on the token, learnt from 0 on.
+            `"cross_attention"`: no slots; each token attends to `slots_per_memory` windows of every memory, and what
+            it reads is added, learnt from 0 on.
         slots_per_memory (`int`, defaults to 1):
-            For `"unrolled_prefix"`: slots of one memory.
+            For `"unrolled_prefix"` and `"cross_attention"`: slots of one memory.
         unroll_window (`int`, defaults to 2):
-            For `"unroll_add"`: how many of the latest memories are added.
+            For `"unroll_add"` and `"gated_add"`: how many of the latest memories are added.
         unroll_width (`int`, *optional*):
-            Numbers in a window. Half of the memory's `K * D` numbers when absent. A window that reaches the last
-            number goes on at the first.
+            Numbers in a window. Half of the memory's `K * D` numbers when absent; with `"cross_attention"` as many as
+            its windows need to hold them all. A window that reaches the last number goes on at the first.
         encoder_chunk_positions (`bool`, defaults to `True`):
             Whether the encoder adds a learnt vector for each position in a chunk. A Memory Mosaic has no positions.
         decoder_chunk_positions (`bool`, defaults to `False`):
@@ -86,6 +94,10 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
             How many of the latest memories the decoder sees. All when absent; 0 makes a model without memory.
         freeze_encoder (`bool`, defaults to `False`):
             Whether training leaves the whole encoder as it is: token table, backbone, positions and summary slots.
+        freeze_decoder (`bool`, defaults to `False`):
+            Whether training leaves the decoder as it is: its backbone, token table and head, but not the reader.
+        tie_encoder_embeddings (`bool`, defaults to `False`):
+            Whether encoder and decoder have one token table. Both have the same `hidden_size` then.
         causal_weight (`float`, defaults to 1.0):
             Weight of the next-token loss. Each of the four losses is a mean over its targets.
         autoencoding_weight (`float`, defaults to 0.0):
@@ -128,6 +140,7 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
     num_memory_embeddings: int = 1
     memory_size: DerivedInt = None
     memory_pooling: str = "summary"
+    encoder_layer: int = -1
     memory_quantization: str | None = None
     memory_read: str = "unroll_add"
     slots_per_memory: int = 1
@@ -137,6 +150,8 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
     decoder_chunk_positions: bool = False
     max_memories: int | None = None
     freeze_encoder: bool = False
+    freeze_decoder: bool = False
+    tie_encoder_embeddings: bool = False
     causal_weight: float | int = 1.0
     autoencoding_weight: float | int = 0.0
     copy_weight: float | int = 0.0
@@ -156,6 +171,8 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
     def derived_value(self, name: str) -> int | float:
         """Return the default of `memory_size`, `unroll_width` or `initializer_range`."""
         if name == "unroll_width":
+            if self.memory_read == "cross_attention":
+                return -(-self.memory_numbers // self.slots_per_memory)
             return max(1, self.memory_numbers // 2)
         return self.encoder.hidden_size if name == "memory_size" else self.decoder.hidden_size**-0.5
 
@@ -184,6 +201,8 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
     @property
     def prefix_slots(self) -> int:
         """Slots of one memory in front of a chunk."""
+        if self.memory_read == "cross_attention":
+            return 0
         return self.slots_per_memory if self.memory_read == "unrolled_prefix" else self.num_memory_embeddings
 
     @property
@@ -230,6 +249,7 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
         self.check_vocabularies()
         self.check_sizes()
         self.check_choices()
+        self.check_encoder()
         self.check_weights()
 
     def check_sizes(self) -> None:
@@ -254,10 +274,31 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(repr, known))}.")
-        if self.memory_pooling == "last" and self.num_memory_embeddings > 1:
+        if self.memory_pooling != "summary" and self.num_memory_embeddings > 1:
+            state = "the state at the last token" if self.memory_pooling == "last" else "the mean of all states"
             raise ValueError(
-                f"num_memory_embeddings={self.num_memory_embeddings}, but memory_pooling='last' gives one vector, the "
-                "state at the last token: use memory_pooling='summary'."
+                f"num_memory_embeddings={self.num_memory_embeddings}, but memory_pooling={self.memory_pooling!r} "
+                f"gives one vector, {state}: use memory_pooling='summary'."
+            )
+        num_read = self.slots_per_memory * self.unroll_width
+        if self.memory_read == "cross_attention" and num_read < self.memory_numbers:
+            raise ValueError(
+                f"slots_per_memory={self.slots_per_memory} windows of unroll_width={self.unroll_width} leave out "
+                f"some of the {self.memory_numbers} numbers of a memory: raise either, or leave out unroll_width."
+            )
+
+    def check_encoder(self) -> None:
+        """Raise if the encoder has no such layer, or cannot have the decoder's token table."""
+        depth = getattr(self.encoder, "num_hidden_layers", None)
+        if depth is not None and not -depth - 1 <= self.encoder_layer <= depth:
+            raise ValueError(
+                f"encoder_layer={self.encoder_layer}, but the encoder has {depth} blocks: give a number from "
+                f"{-depth - 1} to {depth}."
+            )
+        if self.tie_encoder_embeddings and self.encoder.hidden_size != self.decoder.hidden_size:
+            raise ValueError(
+                f"tie_encoder_embeddings=True, but the encoder's hidden_size is {self.encoder.hidden_size} and the "
+                f"decoder's {self.decoder.hidden_size}: one table has one width. Set it to False."
             )
 
     def check_weights(self) -> None:

@@ -37,8 +37,6 @@ from .configuration_memory_model import MemoryModelConfig
 from .generation_memory_mosaic import continue_from, generation_settings, repeated_rows
 from .identity_memory_mosaic import note_writer
 from .layout_memory_model import (
-    BEGIN,
-    MemoryModelReader,
     PackedText,
     TextMemories,
     embed_tokens,
@@ -50,6 +48,7 @@ from .layout_memory_model import (
     visible_memories,
 )
 from .outputs_memory_model import decoder_states, states_at
+from .reads_memory_model import BEGIN, MemoryModelReader
 
 
 class MemoryModelGenerationMixin(GenerationMixin, nn.Module):
@@ -63,6 +62,7 @@ class MemoryModelGenerationMixin(GenerationMixin, nn.Module):
     encode_full_chunks: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     decode_text: Callable[..., tuple[torch.Tensor, dict[str, Any]]]
     decoder_masks: Callable[[torch.Tensor, int], dict[str, torch.Tensor]]
+    keeps_row: bool
     is_sharded: Callable[[], bool]
     to_device: Callable[[torch.Tensor], torch.Tensor]
 
@@ -161,8 +161,8 @@ class MemoryModelGenerationMixin(GenerationMixin, nn.Module):
         context = self.gather_memories(text, cache.memories, cache.memory_mask)
         cache.keep(text, context, self.config.chunk_length)
         # Sharded processes must call the decoder equally often. There no row is opened, and the unfinished chunk is
-        # read again with each token.
-        logits = None if self.is_sharded() else self.open_row(cache)
+        # read again with each token; so it is where the decoder's state cannot go on, see `note_decoder`.
+        logits = self.open_row(cache) if self.keeps_row and not self.is_sharded() else None
         if logits is not None and keep_last and not requested:
             return logits, {}
         logits, states = self.decode_text(text, context, **requested)

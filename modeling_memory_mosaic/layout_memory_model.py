@@ -28,14 +28,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_torchdynamo_compiling
+from transformers.utils.import_utils import is_fake_tensor
 
 from .configuration_memory_model import MemoryModelConfig
 from .masking_memory_mosaic import DOCUMENT_MARKS, raise_where
 from .ops_memory_mosaic import embed_ids
-
-
-# Rows of `slot_embeddings`: two tasks, and what stands in place of hidden tokens.
-BEGIN, COPY, BLANK = range(3)
 
 
 class PackedText(NamedTuple):
@@ -215,112 +212,12 @@ def visible_memories(
     return take(memories, within), take(memory_mask, within) & (index == within)
 
 
-def zero_from(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a scalar that is exactly 0, whatever the tensor holds, and gives the tensor a gradient of zeros."""
-    return tensor[:0].sum()
+def without_leading_padding(inputs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows `(B, R, slots, C)` and their mask without the first slots that are empty in all of them.
 
-
-class MemoryModelReader(nn.Module):
-    """Builds the decoder's rows: slots of memories, the task slot, and the tokens."""
-
-    def __init__(self, config: MemoryModelConfig):
-        super().__init__()
-        self.config = config
-        width, window = config.decoder.hidden_size, config.unroll_width
-        self.slot_embeddings = nn.Parameter(torch.empty(3, width))  # BEGIN, COPY, BLANK
-        self.chunk_positions: nn.Parameter | None = None
-        if config.decoder_chunk_positions:
-            self.chunk_positions = nn.Parameter(torch.empty(config.chunk_length, width))
-        is_unrolled = config.memory_read == "unrolled_prefix"
-        self.prefix_proj = nn.Linear(window if is_unrolled else config.memory_size, width, bias=False)
-        num_added = config.unroll_window if config.memory_read == "unroll_add" else 0
-        self.unroll_projs = nn.ModuleList(nn.Linear(window, width, bias=False) for _ in range(num_added))
-
-    def windows(self, memories: torch.Tensor, positions: torch.Tensor, num_positions: int) -> torch.Tensor:
-        """Return `(..., W, unroll_width)`: the window of memories `(..., K, D)` for each of `positions` `(..., W)`.
-
-        A window is `unroll_width` successive numbers of the memory's `K * D`, and goes on at the first number behind
-        the last. The windows of `num_positions` positions begin at equal distances.
-        """
-        numbers = memories.flatten(-2)
-        size = numbers.shape[-1]
-        starts = positions * size // num_positions
-        index = (starts[..., None] + torch.arange(self.config.unroll_width, device=positions.device)) % size
-        if index.ndim == 2:  # the same positions in all rows
-            return numbers[..., index]
-        return numbers.gather(-1, index.flatten(-2)).unflatten(-1, index.shape[-2:])
-
-    def embed_prefix(self, memories: torch.Tensor) -> torch.Tensor:
-        """Return the slots `(..., slots, C)` that stand for memories `(..., K, D)` in front of a chunk."""
-        if self.config.memory_read != "unrolled_prefix":
-            return self.prefix_proj(memories)
-        slots = torch.arange(self.config.slots_per_memory, device=memories.device)
-        return self.prefix_proj(self.windows(memories, slots, self.config.slots_per_memory))
-
-    def add_chunk_features(
-        self, inputs: torch.Tensor, memories: torch.Tensor, memory_mask: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """Add to inputs `(B, R, W, C)` what depends on their position: learnt vectors, and the latest memories.
-
-        Args:
-            memories (`torch.Tensor` of shape `(B, R, S, K, D)`): the latest one last.
-            memory_mask (`torch.Tensor` of shape `(B, R, S)`): False where there is no memory.
-            positions (`torch.LongTensor` of shape `(W,)` or `(B, R, W)`): within the row; 0 is the task slot.
-        """
-        if self.chunk_positions is not None:
-            inputs = inputs + self.chunk_positions[positions]
-        num_visible = memories.shape[2]
-        unused: list[Any] = [self.prefix_proj] if num_visible == 0 else []
-        for back, proj in enumerate(self.unroll_projs, start=1):
-            if back > num_visible:
-                unused.append(proj)
-                continue
-            windows = self.windows(memories[:, :, -back], positions, self.config.chunk_length)
-            inputs = inputs + proj(windows) * memory_mask[:, :, -back, None, None]
-        for proj in unused if torch.is_grad_enabled() else []:
-            # Data parallelism waits for a gradient of every weight in every batch, so unused weights are applied to
-            # zeros.
-            inputs = inputs + proj(memories.new_zeros(1, proj.in_features) + zero_from(memories))
-        return inputs
-
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        is_token: torch.Tensor,
-        memories: torch.Tensor,
-        memory_mask: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        task: int | None = None,
-        is_blank: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the decoder's inputs and their mask. The slots of absent memories are exactly 0.
-
-        This is the only use of the reader's parameters, so hooks that fetch offloaded weights run in time.
-
-        Args:
-            tokens (`torch.Tensor` of shape `(B, R, W, C)`): embeddings of the chunk's tokens.
-            is_token (`torch.Tensor` of shape `(B, R, W)`): False at padding, which stands behind the tokens.
-            memories (`torch.Tensor` of shape `(B, R, S, K, D)`): the latest one last.
-            memory_mask (`torch.Tensor` of shape `(B, R, S)`): False where there is no memory.
-            positions (`torch.LongTensor` of shape `(B, R, W)`, *optional*): of tokens that continue an open row.
-            task (`int`, *optional*): [`BEGIN`] or [`COPY`] for a new row; absent for an open one.
-            is_blank (`bool`): whether the tokens are hidden.
-
-        Returns:
-            inputs `(B, R, slots + 1 + W, C)` and mask `(B, R, slots + 1 + W)` of new rows; `(B, R, W, C)` and
-            `(B, R, W)` of an open row, which holds its memories and its task slot already.
-        """
-        if is_blank:
-            blank_inputs = self.slot_embeddings[BLANK].expand_as(tokens)
-            tokens = blank_inputs + zero_from(tokens)
-        if task is not None:
-            task_inputs = self.slot_embeddings[task].expand(*tokens.shape[:-2], 1, -1)
-            tokens, is_token = torch.cat([task_inputs, tokens], dim=-2), F.pad(is_token, (1, 0), value=True)
-            positions = torch.arange(tokens.shape[2], device=tokens.device)
-        assert positions is not None
-        inputs = self.add_chunk_features(tokens, memories, memory_mask, positions)
-        if task is None or memories.shape[2] == 0:
-            return inputs, is_token
-        slots = self.embed_prefix(memories) * memory_mask[..., None, None]
-        slot_mask = memory_mask[..., None].expand(slots.shape[:-1]).flatten(2)
-        return torch.cat([slots.flatten(2, 3), inputs], dim=2), torch.cat([slot_mask, is_token], dim=2)
+    Some releases of transformers let the state of a recurrent model run over the padding of a single row.
+    """
+    if is_torchdynamo_compiling() or is_fake_tensor(mask):
+        return inputs, mask
+    first = int(mask.flatten(0, 1).any(0).long().argmax())
+    return inputs[:, :, first:], mask[:, :, first:]

@@ -24,9 +24,9 @@ Notable features:
 - memories of one byte a number, with the rounding in training too
 - padding anywhere; a text that is read in parts has the logits of one pass
 
-Other files, each named `..._memory_model.py`: `layout_` makes chunks and rows of texts, `objectives_` has the losses,
-`generation_` reads a text in parts, `cache_` keeps what was read, `store_` keeps memories on disk, `outputs_` has the
-outputs, `configuration_` the settings.
+Other files, each named `..._memory_model.py`: `backbones_` has encoder and decoder, `layout_` makes chunks and rows of
+texts, `reads_` brings memories into rows, `objectives_` has the losses, `generation_` reads a text in parts, `cache_`
+keeps what was read, `store_` keeps memories on disk, `outputs_` has the outputs, `configuration_` the settings.
 
 Shapes use B batch, T tokens, L tokens of a chunk, M or N memories, K vectors of a memory, D their width, R rows of the
 decoder (one for each chunk), C = hidden size of the decoder, V = vocabulary.
@@ -34,14 +34,12 @@ decoder (one for each chunk), C = hidden size of the decoder, V = vocabulary.
 Docstrings are written by hand (TRF057), as the library generates them only for its own models.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -50,14 +48,17 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_fake_tensor
 
 from .adapters_memory_mosaic import AdaptableModel
+from .backbones_memory_model import (
+    MemoryModelBackbones,
+    build_backbone,
+    build_decoder,
+    embedding_std,
+)
 from .cache_memory_model import MemoryModelCache
 from .cache_memory_mosaic import MEMORY_NAME, one_memory
 from .configuration_memory_model import MemoryModelConfig
-from .configuration_memory_mosaic import MemoryMosaicConfig
 from .generation_memory_model import MemoryModelGenerationMixin
 from .layout_memory_model import (
-    BEGIN,
-    MemoryModelReader,
     PackedText,
     TextMemories,
     check_packing,
@@ -69,8 +70,8 @@ from .layout_memory_model import (
     split_into_chunks,
     take,
     visible_memories,
+    without_leading_padding,
 )
-from .modeling_memory_mosaic import MemoryMosaicForCausalLM, MemoryMosaicModel
 from .objectives_memory_model import MemoryModelObjectives
 from .outputs_memory_model import (
     MemoryModelEncoderOutput,
@@ -80,6 +81,7 @@ from .outputs_memory_model import (
     requested_states,
     states_at,
 )
+from .reads_memory_model import BEGIN, MemoryModelCrossRead, MemoryModelReader
 from .store_memory_model import (
     check_memories,
     encoder_fingerprint,
@@ -91,31 +93,8 @@ from .store_memory_model import (
 
 # The recipes `memory_positions` and `memory_capacity` compare what these choose:
 # trf-ignore: TRF041 memory_pooling, encoder_chunk_positions, decoder_chunk_positions, memory_size, memory_read
-# trf-ignore: TRF041 freeze_encoder, max_memories, memory_quantization, chunk_length, causal_weight, model_type
-
-
-def build_backbone(config: Any) -> PreTrainedModel:
-    """Return a new base model of a configuration."""
-    # Not by Auto class, which does not know the mosaic in a process that loads this code from a folder; and not by
-    # the configuration's class, of which each folder loads a copy.
-    if config.model_type == MemoryMosaicConfig.model_type:
-        return MemoryMosaicModel(config)
-    return AutoModel.from_config(config)
-
-
-def build_decoder(config: Any) -> PreTrainedModel:
-    """Return a new causal language model of a configuration."""
-    if config.model_type == MemoryMosaicConfig.model_type:
-        return MemoryMosaicForCausalLM(config)
-    return AutoModelForCausalLM.from_config(config)
-
-
-def embedding_std(backbone: PreTrainedModel) -> float:
-    """Return the standard deviation of the token embeddings, by which slots and positions begin at the same scale."""
-    table: Any = backbone.get_input_embeddings().weight
-    if table.is_meta or is_fake_tensor(table):
-        return 1.0  # a model without values, where any scale serves
-    return table.std().item()
+# trf-ignore: TRF041 freeze_encoder, freeze_decoder, tie_encoder_embeddings, encoder_layer, max_memories
+# trf-ignore: TRF041 memory_quantization, chunk_length, causal_weight, model_type
 
 
 # trf-ignore: TRF057
@@ -155,7 +134,17 @@ class MemoryModelPreTrainedModel(AdaptableModel, PreTrainedModel):
                 if parameter is not None:
                     init.normal_(parameter, std=self.config.initializer_range)
             for linear in (module.prefix_proj, *module.unroll_projs):
-                init.normal_(linear.weight, std=self.config.initializer_range * linear.in_features**-0.5)
+                if linear is not None:
+                    init.normal_(linear.weight, std=self.config.initializer_range * linear.in_features**-0.5)
+            if module.gate_proj is not None:
+                init.zeros_(module.gate_proj.weight)
+                init.zeros_(module.gate_proj.bias)
+        elif isinstance(module, MemoryModelCrossRead):
+            for parameter in (module.place_embeddings, module.window_embeddings):
+                init.normal_(parameter)
+            for linear in (module.q_proj, module.k_proj, module.v_proj, module.distance_proj):
+                init.normal_(linear.weight, std=linear.in_features**-0.5)
+            init.zeros_(module.o_proj.weight)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as the library does, and name all classes of this file in `config.json` for the Auto classes."""
@@ -220,8 +209,16 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
             embeds = embeds + self.chunk_positions
         if self.summary_embeddings is not None:
             embeds = torch.cat([embeds, self.summary_embeddings.expand(embeds.shape[0], -1, -1)], dim=1)
-        outputs = self.backbone(inputs_embeds=embeds, use_cache=False, return_dict=True, **requested)
-        memories = outputs.last_hidden_state[:, -self.config.num_memory_embeddings :]
+        is_last = self.config.encoder_layer == -1
+        asked = requested if is_last else requested | {"output_hidden_states": True}
+        outputs = self.backbone(inputs_embeds=embeds, use_cache=False, return_dict=True, **asked)
+        states = outputs.last_hidden_state if is_last else outputs.hidden_states[self.config.encoder_layer]
+        if self.config.memory_pooling == "mean":
+            memories = states.mean(dim=1, keepdim=True)
+        else:
+            memories = states[:, -self.config.num_memory_embeddings :]
+        if memories.dtype != embeds.dtype and not torch.is_autocast_enabled(memories.device.type):
+            memories = memories.to(embeds.dtype)  # Mamba sums up in float32, whatever its weights
         if self.memory_proj is not None:
             memories = self.memory_proj(memories)
         return fake_quantize(memories, self.config.memory_quantization), outputs
@@ -267,7 +264,9 @@ class MemoryModelEncoder(MemoryModelPreTrainedModel):
         if requested:
             memories, outputs = self.run_backbone(chunks, **requested)
             for name in ("hidden_states", "attentions"):
-                states[name] = map_layers(getattr(outputs, name, None), lambda state: state.unflatten(0, mask.shape))
+                if f"output_{name}" in requested:
+                    given = getattr(outputs, name, None)
+                    states[name] = map_layers(given, lambda state: state.unflatten(0, mask.shape))
         else:
             memories = self.encode_chunks(chunks)
         return MemoryModelEncoderOutput(memories=memories.unflatten(0, mask.shape), memory_mask=mask, **states)
@@ -297,7 +296,9 @@ class MemoryModelWithoutHead:
 
 
 # trf-ignore: TRF057
-class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, MemoryModelGenerationMixin):
+class MemoryModelForCausalLM(
+    MemoryModelBackbones, MemoryModelPreTrainedModel, MemoryModelObjectives, MemoryModelGenerationMixin
+):
     """A memory model that predicts the next token, and reconstructs chunks from their memories."""
 
     _is_stateful = True
@@ -309,52 +310,18 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         self.encoder = MemoryModelEncoder(config)
         self.reader = MemoryModelReader(config)
         self.decoder = build_decoder(config.decoder)
-        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
-        self.num_positions = count_positions(self.decoder)
+        self.note_decoder()
+        if config.tie_encoder_embeddings:
+            self._tied_weights_keys = self.shared_table()
         self.post_init()
         self.freeze_encoder(config.freeze_encoder)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.decoder.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.decoder.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.decoder.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.decoder.set_output_embeddings(value)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the token tables of encoder and decoder as the library does; return the decoder's."""
-        embeddings = self.decoder.resize_token_embeddings(*args, **kwargs)
-        self.config.decoder = self.decoder.config
-        self.encoder.resize_token_embeddings(*args, **kwargs)
-        return embeddings
+        if config.freeze_decoder:
+            self.freeze_decoder()
 
     @property
     def base_model(self) -> Any:
         """The encoder, so that folders of an encoder alone can be loaded; a call runs the model without its head."""
         return MemoryModelWithoutHead(self)
-
-    def train(self, mode: bool = True) -> "MemoryModelForCausalLM":
-        super().train(mode)
-        if self.config.freeze_encoder:
-            self.encoder.eval().requires_grad_(False)  # again, as loading replaces parameters
-        return self
-
-    def freeze_encoder(self, is_frozen: bool = True) -> None:
-        """Stop or resume training of the whole encoder, its token table included. A frozen one has no dropout."""
-        self.config.freeze_encoder = is_frozen
-        self.encoder.requires_grad_(not is_frozen)
-        self.train(self.training)
-
-    def reset_decoder(self) -> None:
-        """Initialise decoder and reader as in a new model, from the current random seed."""
-        fresh = type(self)(self.config)
-        for part in ("reader", "decoder"):
-            getattr(self, part).load_state_dict(getattr(fresh, part).state_dict())
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor on the model's device. Offloaded weights have no device, and the tensor stays on its own."""
@@ -492,6 +459,8 @@ class MemoryModelForCausalLM(MemoryModelPreTrainedModel, MemoryModelObjectives, 
         shape, width = is_token.shape[:2], 1 + tokens.shape[2]
         visible = visible_memories(memories, memory_mask, ends.expand(shape), max_end, self.config)
         inputs, mask = self.reader(tokens, is_token, *visible, task=task, is_blank=is_blank)
+        if not self.keeps_row:
+            inputs, mask = without_leading_padding(inputs, mask)
         options = self.decoder_masks(mask.flatten(0, 1), inputs.shape[2]) | requested
         options |= {"inputs_embeds": inputs.flatten(0, 1), "use_cache": False, "return_dict": True}
         if has_head:

@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_memory_model import OBJECTIVES, MemoryModelConfig
-from .layout_memory_model import COPY, PackedText, TextMemories, embed_tokens, take
+from .layout_memory_model import PackedText, TextMemories, embed_tokens, take
 from .ops_memory_mosaic import at_least_float32
+from .reads_memory_model import COPY
 
 
 class ReconstructionRows(NamedTuple):

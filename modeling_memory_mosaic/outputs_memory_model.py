@@ -112,7 +112,9 @@ def decoder_states(
     if "output_hidden_states" in requested:
         states["hidden_states"] = map_layers(outputs.hidden_states, change)
     if "output_attentions" in requested:
-        states["attentions"] = map_layers(outputs.attentions, lambda state: state.unflatten(0, shape))
+        states["attentions"] = map_layers(
+            getattr(outputs, "attentions", None), lambda state: state.unflatten(0, shape)
+        )
     return states
 
 

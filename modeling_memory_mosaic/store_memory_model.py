@@ -50,7 +50,10 @@ def encoder_fingerprint(encoder: PreTrainedModel) -> bytes:
         ValueError: if the weights have no values here, see [`weights_fingerprint`].
     """
     config: Any = encoder.config
-    digest = hashlib.sha256(repr([(name, getattr(config, name)) for name in MEMORY_FIELDS]).encode())
+    fields = [(name, getattr(config, name)) for name in MEMORY_FIELDS]
+    if config.encoder_layer != -1:  # memories of the last layer keep the fingerprint that they had before
+        fields.append(("encoder_layer", config.encoder_layer))
+    digest = hashlib.sha256(repr(fields).encode())
     digest.update(weights_fingerprint(encoder, config.encoder))
     return digest.digest()
 

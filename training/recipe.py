@@ -78,6 +78,8 @@ TASKS = {
     "three_moons": "training.experiments.three_moons",
     "memory_model": "training.tasks.memory_model",
     "memory_models": "training.experiments.memory_models",
+    "needles": "training.experiments.needles",
+    "memory_bank": "training.experiments.memory_bank",
 }
 
 # Fields of TrainingArguments that a recipe cannot set, because the run decides them, and what to use instead.

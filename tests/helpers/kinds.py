@@ -16,8 +16,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3Config,
 )
 
 from helpers.models import NARROWING, SIZES, make_ids, make_model, randomize_parameters
@@ -56,9 +58,32 @@ GPT2 = GPT2Config(
     bos_token_id=None,
     eos_token_id=None,
 )
+QWEN = Qwen3Config(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    tie_word_embeddings=True,
+    pad_token_id=0,
+)
+MAMBA = MambaConfig(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=16,
+    num_hidden_layers=2,
+    state_size=4,
+    time_step_rank=2,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+# One of each family that `from_backbones` is tested with.
+FAMILIES = {"mosaic": MOSAIC, "llama": LLAMA, "gpt2": GPT2, "qwen": QWEN, "mamba": MAMBA}
 BACKBONES = {"mosaic": (MOSAIC, MOSAIC), "llama": (LLAMA, LLAMA), "gpt2": (GPT2, GPT2), "mixed": (MOSAIC, LLAMA)}
 # Tests of what the number of pairs changes read by these too.
-ALL_BACKBONES = BACKBONES | {"narrowing": (NARROWING_MOSAIC, NARROWING_MOSAIC)}
+ALL_BACKBONES = BACKBONES | {"narrowing": (NARROWING_MOSAIC, NARROWING_MOSAIC), "mamba": (MAMBA, MAMBA)}
 
 
 def make_classifier(

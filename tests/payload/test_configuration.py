@@ -68,7 +68,9 @@ FILLED = {
         "encoder_chunk_positions": False,
         "decoder_chunk_positions": True,
         "max_memories": 9,
+        "encoder_layer": 1,
         "freeze_encoder": True,
+        "freeze_decoder": True,
         "causal_weight": 0.5,
         "autoencoding_weight": 0.25,
         "copy_weight": 2.0,
@@ -101,16 +103,17 @@ def test_round_trip_of_every_field(tmp_path, config_class):
     default = config_class().to_dict()
     fields = {name for name in config_class.__annotations__ if name in default}
     if config_class is MemoryModelConfig:  # with three vectors, a memory is pooled by summaries
-        fields.remove("memory_pooling")
+        fields -= {"memory_pooling", "tie_encoder_embeddings"}  # and its backbones have two widths
     assert all(config.to_dict()[name] != default[name] for name in fields), "the test must set every field"
     config.save_pretrained(tmp_path)
     for loader in (config_class, AutoConfig):
         loaded = loader.from_pretrained(tmp_path)
         assert type(loaded) is config_class
         assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
-    pooled_otherwise = MemoryModelConfig(memory_pooling="last")
-    pooled_otherwise.save_pretrained(tmp_path)
-    assert MemoryModelConfig.from_pretrained(tmp_path).memory_pooling == "last"
+    otherwise = MemoryModelConfig(memory_pooling="mean", tie_encoder_embeddings=True)
+    otherwise.save_pretrained(tmp_path)
+    loaded = MemoryModelConfig.from_pretrained(tmp_path)
+    assert loaded.memory_pooling == "mean" and loaded.tie_encoder_embeddings
 
 
 @pytest.mark.parametrize(

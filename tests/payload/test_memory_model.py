@@ -3,6 +3,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -25,6 +26,28 @@ def model(request):
     return make_memory_model(encoder=encoder, decoder=decoder, **READS.get(request.param, {}))
 
 
+def read_by_attention(reader, memories, token, place):
+    """What a token `(C,)` at a place of its row reads of memories `(M, K, D)`, head by head and window by window."""
+    config, read = reader.config, reader.cross_read
+    query = read.q_proj(F.rms_norm(token, token.shape) + read.place_embeddings[place])
+    keys, values = [torch.zeros_like(query)], [torch.zeros_like(query)]
+    for ago, memory in enumerate(reversed(list(memories)), start=1):
+        angles = [ago / 10_000 ** (wave / 16) for wave in range(16)]
+        waves = torch.tensor([math.sin(x) for x in angles] + [math.cos(x) for x in angles], dtype=token.dtype)
+        for window in range(config.slots_per_memory):
+            start = window * memory.numel() // config.slots_per_memory
+            numbers = memory.flatten().roll(-start)[: config.unroll_width]
+            numbers = F.rms_norm(numbers, numbers.shape)
+            keys.append(read.k_proj(numbers) + read.distance_proj(waves) + read.window_embeddings[window])
+            values.append(read.v_proj(numbers))
+    heads = []
+    for part in range(read.num_heads):
+        within = slice(part * len(query) // read.num_heads, (part + 1) * len(query) // read.num_heads)
+        scores = torch.stack([key[within] @ query[within] for key in keys]) / len(query[within]) ** 0.5
+        heads.append(scores.softmax(0) @ torch.stack([value[within] for value in values]))
+    return read.o_proj(torch.cat(heads))
+
+
 def row_alone(model, memories, slot, tokens):
     """Logits of one row, made slot by slot from memories `(M, K, D)` and embeddings of tokens `(T, C)`."""
     config, reader = model.config, model.reader
@@ -37,15 +60,21 @@ def row_alone(model, memories, slot, tokens):
             for place in range(config.slots_per_memory):
                 start = place * len(numbers) // config.slots_per_memory
                 columns.append(reader.prefix_proj(numbers.roll(-start)[: config.unroll_width]))
-        else:
+        elif config.memory_read != "cross_attention":
             columns.extend(reader.prefix_proj(vector) for vector in memory)
-    for place, column in enumerate([reader.slot_embeddings[slot], *tokens]):
+    for place, token in enumerate([reader.slot_embeddings[slot], *tokens]):
+        column = token
         if config.decoder_chunk_positions:
             column = column + reader.chunk_positions[place]
-        if config.memory_read == "unroll_add":
-            for memory, proj in zip(reversed(list(memories)), reader.unroll_projs, strict=False):
+        if config.memory_read in ("unroll_add", "gated_add"):
+            for back, (memory, proj) in enumerate(zip(reversed(list(memories)), reader.unroll_projs, strict=False)):
                 start = place * memory.numel() // config.chunk_length
-                column = column + proj(memory.flatten().roll(-start)[: config.unroll_width])
+                added = proj(memory.flatten().roll(-start)[: config.unroll_width])
+                if config.memory_read == "gated_add":
+                    added = reader.gate_proj(F.rms_norm(token, token.shape)).tanh()[back] * added
+                column = column + added
+        if config.memory_read == "cross_attention":
+            column = column + read_by_attention(reader, memories, token, place)
         columns.append(column)
     return model.decoder(inputs_embeds=torch.stack(columns)[None], use_cache=False).logits[0, -len(tokens) - 1 :]
 
@@ -419,9 +448,16 @@ def test_a_cache_is_not_read_on_by_other_rows_or_with_other_memories():
     [
         ({"chunk_length": 0}, "chunk_length=0 must be positive"),
         ({"memory_read": "repeat"}, "memory_read='repeat' is none of 'prefix'"),
-        ({"memory_pooling": "mean"}, "memory_pooling='mean'"),
+        ({"memory_pooling": "max"}, "memory_pooling='max'"),
         ({"memory_quantization": "int4"}, "memory_quantization='int4'"),
         ({"memory_pooling": "last", "num_memory_embeddings": 2}, "gives one vector"),
+        ({"memory_pooling": "mean", "num_memory_embeddings": 2}, "gives one vector, the mean"),
+        ({"encoder_layer": 3}, "encoder_layer=3, but the encoder has 2 blocks: give a number from -3 to 2"),
+        ({"encoder": LLAMA, "tie_encoder_embeddings": True}, "is 32 and the decoder's 24: one table has one width"),
+        (
+            {"memory_read": "cross_attention", "slots_per_memory": 2, "unroll_width": 11},
+            "slots_per_memory=2 windows of unroll_width=11 leave out some of the 24 numbers",
+        ),
         ({"unroll_width": 25}, "unroll_width=25 is more than the 24 numbers"),
         ({"max_memories": -1}, "max_memories=-1"),
         ({"causal_weight": 0.0}, "one positive"),

@@ -126,7 +126,9 @@ def test_outputs_as_a_tuple_are_those_of_the_dictionary():
 
 SHALLOW = MemoryMosaicConfig(**MOSAIC.to_dict() | {"num_hidden_layers": 1})
 
-SLOW = [(kind, True) for kind in ("unrolled", "two vectors", "latest two", "none", "llama")] + [("additive", False)]
+SLOW = [(kind, True) for kind in ("unrolled", "gated", "cross", "two vectors", "latest two", "none", "llama")] + [
+    ("additive", False)
+]
 
 
 @pytest.mark.parametrize(

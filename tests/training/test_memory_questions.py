@@ -37,7 +37,12 @@ GUESS = {"accuracy": 0.2, "loss": 3.0, "entropy_ratio": 0.4}
 SEEDS, PLACES = 3, 16
 # What a model has unless a case sets it otherwise.
 USUAL = {"causal loss": 1.5, "tokens recovered": 0.7, "blank copy": 0.6, "blank copy above chance": 0.4}
-USUAL |= {"characters above chance": 4.0, "first half above chance": 0.3, OPERATIONS.name: 6.0}
+USUAL |= {
+    "characters above chance": 4.0,
+    "tokens above chance": 4.0,
+    "first half above chance": 0.3,
+    OPERATIONS.name: 6.0,
+}
 
 
 def raw(share: float) -> float:
@@ -51,7 +56,8 @@ def one_seed(values: dict[str, float]) -> dict[str, Any]:
         values["blank copy"] = raw(values["blank copy above chance"])
     metrics = {"causal_loss": values["causal loss"], "blank_copy_accuracy": values["blank copy"]}
     metrics["autoencoding_accuracy"] = values["tokens recovered"]
-    places = [raw(values["characters above chance"] / PLACES)] * PLACES
+    recovered = values.get("tokens above chance", values["characters above chance"])
+    places = [raw(recovered / PLACES)] * PLACES
     if "first half above chance" in values:
         places[: PLACES // 2] = [raw(values["first half above chance"])] * (PLACES // 2)
     # A step takes 10^10 operations.
@@ -67,7 +73,8 @@ def measured(labels: list[str], values: dict[str, dict[str, list[float]]]) -> di
     series = []
     for label in labels:
         own = values.get(label, {})
-        usual = {k: v for k, v in USUAL.items() if k not in ("blank copy above chance", "first half above chance")}
+        derived = ("blank copy above chance", "first half above chance", "tokens above chance")
+        usual = {k: v for k, v in USUAL.items() if k not in derived}
         seeds = [one_seed(usual | {k: v[seed] for k, v in own.items()}) for seed in range(SEEDS)]
         series.append({"label": label, "training_flops": [10**15, 10**11], "seeds": seeds})
     return json.loads(json.dumps({"unigram": GUESS, "series": series}))
@@ -115,7 +122,7 @@ def test_each_claim_can_get_each_verdict(recipe, claim, verdict):
     assert claim.judge(found) == verdict
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() & RESULTS.keys()))
 def test_effects_of_committed_results_are_those_that_a_recipe_can_name(name):
     result = RESULTS[name]
     recipe = memory_models.Recipe.model_validate(result["recipe"])
@@ -165,3 +172,15 @@ def test_a_misspelt_effect_is_refused():
     claim = {"claim": "it holds", "paper": "not asked", "effects": [RECOVERED.of("8 characters")], "above": 0.5}
     with pytest.raises(ValueError, match="measures no effect 'tokens recovered: 8 characters'"):
         load_recipe(CONFIGURATION / "recipe" / "memory_capacity.yaml", settings=[{"claims": [claim]}])
+
+
+def test_comparisons_that_share_a_folder_share_the_training():
+    """Folders are named by labels: one label must not stand for two trainings."""
+    hashes: dict[Any, tuple[str, str]] = {}
+    for path in sorted((CONFIGURATION / "recipe").glob("memory_*.yaml")):
+        recipe = load_recipe(path)
+        if not isinstance(recipe, memory_models.MemoryModelComparison):
+            continue
+        for training in recipe.trainings[: len(recipe.runs)]:  # of the first seed
+            known = hashes.setdefault(training.recipe.folder, (recipe.name, training.recipe.hash))
+            assert known[1] == training.recipe.hash, f"{training.recipe.folder}: {known[0]} and {recipe.name}"

@@ -243,7 +243,8 @@ def plan(
             "finished" if finished else "to be trained",
         ]
         if teraflops is not None:
-            hours = language_modeling.plan(training.recipe, teraflops, utilisation, devices)["hours"]
+            priced = task_module(training.recipe.task).plan(training.recipe, teraflops, utilisation, devices)
+            hours = priced["hours"]
             facts.append(f"{hours} hours")
             remaining_hours += 0 if finished else hours
         lines[str(training.recipe.folder)] = ", ".join([f"{training.name}, seed {training.seed}", *facts])

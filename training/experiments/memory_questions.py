@@ -5,7 +5,10 @@
 - `capacity`: how long a chunk an embedding of a given width can hold;
 - `objectives`: causal, combined, in stages or not, at equal compute;
 - `remedies`: what makes the stages' causal loss as low as that of training from scratch;
-- `positions`: how a position-free mosaic tells the order of a chunk's tokens.
+- `positions`: how a position-free mosaic tells the order of a chunk's tokens;
+- `fidelity_hub`: as `fidelity`, of pretrained models, each with its own tokens;
+- `reads`: how a decoder reads memories that hold their text, and predicts the next token as well as without them;
+- `pretrained`: what a decoder that is trained already learns of memories, and at which price.
 
 A stage called `probe` measures the model of the stage before it. The model is judged by that earlier stage; the
 accuracy of the probe is a separate measure, `recovered`. Each measure is an effect of every model, and of every two
@@ -27,7 +30,7 @@ from training.experiments.comparison import Trained
 from training.metrics.mean_loss import bits_per_byte_of_loss
 from training.tables import mean_and_deviation
 from training.tasks import language_modeling
-from training.tasks.memory_model import measure
+from training.tasks.memory_model import measure, prepare_tokenizer
 
 
 PROBE = "probe"
@@ -91,7 +94,7 @@ class Series(NamedTuple):
 def prepare_windows(training: Trained) -> dict[str, Dataset]:
     """Return the windows, by split, that a training reads."""
     state = PartialState()
-    tokenizer = language_modeling.prepare_tokenizer(training.recipe, state)
+    tokenizer = prepare_tokenizer(training.recipe, state)
     return language_modeling.prepare_windows(training.recipe, tokenizer, state)
 
 
@@ -146,19 +149,24 @@ def _above_chance(accuracy: float, guess: Guess) -> float:
     return (accuracy - guess["accuracy"]) / (1 - guess["accuracy"])
 
 
-def _probed_places(result: dict[str, Any]) -> list[float] | None:
+def probed_places(result: dict[str, Any]) -> list[float] | None:
     """Return the accuracy of the probe at each place of a chunk."""
     stage = result["stages"][-1]
     return stage["metrics"].get("autoencoding_by_place") if stage["name"] == PROBE else None
 
 
+def own_guess(result: dict[str, Any], guess: Guess) -> Guess:
+    """Return the guess for one result: its own where the tokens are those of its pretrained part."""
+    return result["unigram"] if "pretrained" in result else guess
+
+
 def _characters(series: Series, result: dict[str, Any], guess: Guess) -> Reading | None:
-    places = _probed_places(result)
+    places = probed_places(result)
     return None if places is None else Reading(sum(_above_chance(place, guess) for place in places))
 
 
 def _first_half(series: Series, result: dict[str, Any], guess: Guess) -> Reading | None:
-    places = _probed_places(result)
+    places = probed_places(result)
     return None if places is None else Reading(_above_chance(statistics.mean(places[: len(places) // 2]), guess))
 
 
@@ -181,6 +189,7 @@ CAUSAL_LOSS = _direct("causal loss", "nats", "causal_loss", of_memory=False)
 BLANK_COPY = _direct("blank copy", "", "blank_copy_accuracy")
 COPY_ABOVE_CHANCE = Measure("blank copy above chance", "", _copy_above_chance)
 CHARACTERS = Measure("characters above chance", "characters", _characters)
+TOKENS = Measure("tokens above chance", "tokens", _characters)
 FIRST_HALF = Measure("first half above chance", "", _first_half)
 OPERATIONS = Measure(f"operations to {TELLS} blank copy", "10^12", _operations, as_ratio=True)
 
@@ -223,7 +232,7 @@ def effects_of(measures: Sequence[Measure], models: Sequence[Series], guess: Gue
     for each in measures:
         readings: dict[str, list[Reading]] = {}
         for series in models:
-            of_seeds = [each.read(series, result, guess) for result in series.results]
+            of_seeds = [each.read(series, result, own_guess(result, guess)) for result in series.results]
             if None not in of_seeds:
                 readings[series.label] = cast(list[Reading], of_seeds)
         for label, ours in readings.items():
@@ -244,10 +253,22 @@ def _entropy_and_characters(series: Series, guess: Guess) -> dict[str, list[floa
     # The last stage of each model is its probe.
     losses = [result["stages"][-1]["metrics"]["autoencoding_loss"] for result in series.results]
     vocab_size = series.trainings[0].recipe.build_config().vocab_size
-    readings = [_characters(series, result, guess) for result in series.results]
+    readings = [_characters(series, result, own_guess(result, guess)) for result in series.results]
     return {
         "entropy ratio": [1 - loss / math.log(vocab_size) for loss in losses],
         CHARACTERS.name: [reading.value for reading in readings if reading is not None],
+    }
+
+
+def _entropy_and_tokens(series: Series, guess: Guess) -> dict[str, list[float]]:
+    """Return the same in tokens, with the entropy ratio and the accuracy of a guess beside: tokenizers differ."""
+    columns = _entropy_and_characters(series, guess)
+    guesses = [own_guess(result, guess) for result in series.results]
+    return {
+        "entropy ratio": columns["entropy ratio"],
+        "entropy ratio of frequencies": [one["entropy_ratio"] for one in guesses],
+        "accuracy of frequencies": [one["accuracy"] for one in guesses],
+        TOKENS.name: columns[CHARACTERS.name],
     }
 
 
@@ -308,6 +329,7 @@ class Question(NamedTuple):
         points: drawn for each model and seed.
         curve: drawn over training.
         measures: of which there are effects.
+        by_place: whether the accuracy of the probe is drawn at each place of a chunk.
     """
 
     columns: tuple[Column, ...]
@@ -315,6 +337,7 @@ class Question(NamedTuple):
     points: Plot
     curve: Plot
     measures: tuple[Measure, ...]
+    by_place: bool = False
 
 
 _RECOVERED_NAME = "share of tokens recovered from the embedding"
@@ -352,6 +375,15 @@ QUESTIONS = {
         points=_RECOVERED,
         curve=_AUTOENCODING,
         measures=(CHARACTERS, FIRST_HALF),
+        by_place=True,
+    ),
+    "fidelity_hub": Question(
+        columns=(Column("recovered", "tokens recovered", 3),),
+        more_columns=_entropy_and_tokens,
+        points=_RECOVERED,
+        curve=_AUTOENCODING,
+        measures=(TOKENS, FIRST_HALF),
+        by_place=True,
     ),
     "capacity": Question(
         columns=_EMBEDDINGS_ALONE,
@@ -368,6 +400,20 @@ QUESTIONS = {
         measures=(CAUSAL_LOSS, BLANK_COPY, CHARACTERS, OPERATIONS),
     ),
     "remedies": Question(
+        columns=_WHOLE_MODEL,
+        more_columns=_no_columns,
+        points=_BLANK_COPY,
+        curve=Plot("causal_loss", "causal loss (nats)"),
+        measures=(CAUSAL_LOSS, BLANK_COPY),
+    ),
+    "reads": Question(
+        columns=_WHOLE_MODEL,
+        more_columns=_no_columns,
+        points=_BLANK_COPY,
+        curve=Plot("causal_loss", "causal loss (nats)"),
+        measures=(CAUSAL_LOSS, BLANK_COPY, COPY_ABOVE_CHANCE, OPERATIONS),
+    ),
+    "pretrained": Question(
         columns=_WHOLE_MODEL,
         more_columns=_no_columns,
         points=_BLANK_COPY,

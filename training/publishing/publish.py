@@ -93,6 +93,12 @@ def prepare(
             f"{run} holds a {result['architecture']['model_type']}: "
             "only Memory Mosaics and memory models are published"
         )
+    if "pretrained" in result:
+        names = " and ".join(sorted({part["name"] for part in result["pretrained"].values()}))
+        raise ValueError(
+            f"{run} has parts of {names}, whose licence and name a card of a memory model does not give yet: push the "
+            "folder of the model with a card of your own"
+        )
     if base is not None and what in ("model", "dataset"):
         raise ValueError(f"--base is {base!r}, but a {what} builds on nothing: leave it out")
     if about is not None and what == "dataset":

@@ -5,14 +5,15 @@ Each stage has objectives with their weights, and may freeze the encoder or star
 the model of the stage before, in a folder of its own, so a run resumes within the stage where it was interrupted.
 """
 
-from collections import Counter, defaultdict
+import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
-from pydantic import Field, PositiveInt, model_validator
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,20 +27,18 @@ from transformers.trainer_utils import get_last_checkpoint
 from typing_extensions import Self
 
 from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM
+from modeling_memory_mosaic.backbones_memory_model import build_decoder
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
-from modeling_memory_mosaic.layout_memory_model import pack_text
-from training.cost import count_flops
+from training.cost import DEFAULT_UTILISATION, check_devices, count_flops, hours
 from training.evaluate import load_causal_lm, tokens_and_bytes
 from training.export import export_model
 from training.figures import draw_stages
-from training.files import CHECKSUMS
+from training.files import CHECKSUMS, checksum_of_text
 from training.loop import LanguageModelTrainer, build_training_arguments, set_aside_broken_checkpoints
-from training.metrics.entropy_ratio.entropy_ratio import entropy_ratio
 from training.parallel import report_progress
 from training.paths import CONFIGURATION
 from training.recipe import (
     DataSection,
-    Section,
     TokenizerSection,
     TrainingRecipe,
     TrainingSection,
@@ -50,58 +49,68 @@ from training.recipe import (
 from training.result import header, read_result, write_result
 from training.run_folder import run_once
 from training.tasks import language_modeling
+from training.tasks.memory_measures import measure, unigram
+from training.tasks.memory_parts import (
+    PARTS,
+    DecoderSection,
+    EncoderSection,
+    Part,
+    PartSection,
+    StageSection,
+    Trained,
+    set_rates,
+    with_adapters,
+    without_adapters,
+)
 from training.text.sources import load_stories, source_provenance
+from training.text.tokenizer import load_tokenizer
 from training.text.windows import collate_windows
 
 
 STAGE = "stage.json"  # marks a stage as done
 # Added to the seed of a new decoder, so that it does not repeat the one that the encoder was trained with.
 NEW_DECODER = 10_000
-
-
-class StageSection(Section):
-    """A number of training steps with weighted objectives; an objective that is not named has no weight."""
-
-    name: str = Field(pattern=r"^\w[\w.-]*$")
-    objectives: dict[Literal["causal", "autoencoding", "copy", "blank_copy"], float] = Field(min_length=1)
-    steps: PositiveInt
-    freeze_encoder: bool = False
-    new_decoder: bool = False
-    learning_rate: float | None = Field(default=None, gt=0)
-
-    @model_validator(mode="after")
-    def _check_weights(self) -> Self:
-        if min(self.objectives.values()) <= 0:
-            raise ValueError(f"stage {self.name!r}: weights are {self.objectives}, but have to be positive")
-        return self
-
-
-class EncoderSection(Section):
-    """The origin of the encoder: the model that another recipe trains, with the same seed and the same stories.
-
-    With `untrained` it has the architecture of that model, but not its weights.
-    """
-
-    recipe: str
-    settings: dict[str, Any] = {}
-    untrained: bool = False
+# Of a folder's name, in characters: longer settings are named by their checksum.
+LONGEST_LABEL = 150
 
 
 class Recipe(TrainingRecipe):
     """A memory model to train; see `configuration/README.md` for each field."""
 
     task: Literal["memory_model"]
-    tokenizer: TokenizerSection
+    tokenizer: TokenizerSection | None = None
     data: DataSection
     encoder: EncoderSection | None = None
+    decoder: DecoderSection | None = None
     stages: list[StageSection] = Field(min_length=1)
     training: TrainingSection
 
+    @model_serializer(mode="wrap")
+    def _leave_out_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without a later field keep the text and the hash of before."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "decoder" or value is not None}
+
+    @model_validator(mode="after")
+    def _check_tokenizer(self) -> Self:
+        pretrained = self.pretrained_parts
+        if (self.tokenizer is None) == (not pretrained):
+            raise ValueError(
+                f"a pretrained {next(iter(pretrained))} comes with its own tokenizer: set `tokenizer` to null"
+                if pretrained
+                else "missing key 'tokenizer': only a pretrained part comes with one"
+            )
+        if pretrained and any(section.recipe for section in self.parts.values()):
+            raise ValueError("a part of another recipe reads by that recipe's tokenizer: take both parts pretrained")
+        return self
+
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
-        config = self.build_config()
+        config = self.own_config()
         if not isinstance(config, MemoryModelConfig):
             raise ValueError(f"the model {self.model!r} is a {config.model_type}: name a memory_model")
+        if all(section.pretrained is None or section.is_folder for section in self.parts.values()):
+            self.build_config()
         if self.training.max_steps is not None or self.training.num_train_epochs is not None:
             raise ValueError(
                 "each stage has its `steps`: leave out `training.max_steps` and `training.num_train_epochs`"
@@ -120,83 +129,107 @@ class Recipe(TrainingRecipe):
             )
         return self
 
-    def build_config(self) -> PreTrainedConfig:
-        """Return the model's configuration; a backbone from another recipe has the configuration of that."""
-        config = super().build_config()
-        if self.encoder is None or not isinstance(config, MemoryModelConfig):
-            return config
-        source = self.encoder_source().build_config()
-        backbone: Any = source.encoder if isinstance(source, MemoryModelConfig) else source
-        settings: dict[str, Any] = config.to_dict() | {"encoder": backbone.to_dict()}
-        return type(config)(**settings)
+    @property
+    def parts(self) -> dict[str, PartSection]:
+        """The parts that come from elsewhere, by name."""
+        given = {"encoder": self.encoder, "decoder": self.decoder}
+        return {name: section for name, section in given.items() if section is not None}
 
-    def encoder_source(self) -> TrainingRecipe:
-        """Return the recipe that trains the encoder's model; only if `encoder` names one."""
-        assert self.encoder is not None
-        name, settings = self.encoder.recipe, self.encoder.settings
+    @property
+    def pretrained_parts(self) -> dict[str, PartSection]:
+        """The parts that are pretrained models, by name."""
+        return {name: section for name, section in self.parts.items() if section.pretrained is not None}
+
+    def own_config(self) -> PreTrainedConfig:
+        """Return the configuration that `model` and `model_args` describe, whatever the parts come from."""
+        return super().build_config()
+
+    def part_config(self, part: Part) -> PreTrainedConfig:
+        """Return the configuration of a part that comes from elsewhere; of the encoder's backbone, or the decoder."""
+        section = self.parts[part]
+        if section.pretrained is not None:
+            return section.pretrained_config()
+        source = self.part_source(part).build_config()
+        return source.encoder if part == "encoder" and isinstance(source, MemoryModelConfig) else source
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields of the configuration but for encoder and decoder."""
+        fields = {k: v for k, v in self.architecture.items() if k not in (*PARTS, "model_type", "architectures")}
+        is_pretrained = self.encoder is not None and self.encoder.pretrained is not None
+        return fields | (self.encoder.fields if is_pretrained and self.encoder is not None else {})
+
+    def build_config(self) -> PreTrainedConfig:
+        """Return the model's configuration; a part from elsewhere has the configuration of that."""
+        config = self.own_config()
+        if not self.parts or not isinstance(config, MemoryModelConfig):
+            return config
+        if self.decoder is None and not self.pretrained_parts:
+            settings: dict[str, Any] = config.to_dict() | {"encoder": self.part_config("encoder").to_dict()}
+            return type(config)(**settings)
+        given = {part: self.part_config(part).to_dict() for part in PARTS if part in self.parts}
+        # What is new reads the ids of what is given.
+        vocab_size = next(iter(given.values()))["vocab_size"]
+        new = {part: getattr(config, part).to_dict() | {"vocab_size": vocab_size} for part in PARTS}
+        whole: dict[str, Any] = new | given | self.fields
+        try:
+            return type(config)(**whole)
+        except StrictDataclassError as error:
+            raise ValueError(f"model {self.model!r} of the parts that are given: {error}") from error
+
+    def part_source(self, part: Part) -> TrainingRecipe:
+        """Return the recipe that trains the model of a part; only if that names one."""
+        section = self.parts[part]
+        assert section.recipe is not None
+        name, settings = section.recipe, section.settings
         # As comparisons name it: a training that one of them has finished is found and not repeated.
-        folder = f"runs/{name}/{'-'.join([*leaves(settings), f'seed{self.seed}'])}"
+        label = "-".join(leaves(settings))
+        if len(label) > LONGEST_LABEL:  # no file system takes a name of lists of stages
+            label = checksum_of_text(json.dumps(settings, sort_keys=True))[:12]
+        folder = f"runs/{name}/{'-'.join([*([label] if label else []), f'seed{self.seed}'])}"
         # It learns from the same stories, unless its settings name others.
         data = {split: getattr(self.data, split).model_dump() for split in ("train", "validation")}
         layers = [{"data": data}, settings, {"seed": self.seed, "output_dir": folder}]
         return cast(TrainingRecipe, load_recipe(CONFIGURATION / "recipe" / f"{name}.yaml", settings=layers))
 
+    def encoder_source(self) -> TrainingRecipe:
+        """Return the recipe that trains the encoder's model; only if `encoder` names one."""
+        return self.part_source("encoder")
+
+    def trained_sources(self) -> list[TrainingRecipe]:
+        """Return the recipes whose trained models this one begins with."""
+        named = [part for part in PARTS if part in self.parts and self.parts[part].recipe is not None]
+        return [self.part_source(part) for part in named if not self.parts[part].untrained]
+
     def content(self) -> dict[str, Any]:
-        source = {} if self.encoder is None else {"encoder_hash": self.encoder_source().hash}
-        return super().content() | source
-
-
-def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    # `cross_entropy` takes the vocabulary as the second dimension: (B, V, ...).
-    return torch.nn.functional.cross_entropy(logits.movedim(-1, 1).float(), targets, reduction="none").double()
-
-
-@torch.no_grad()
-def measure(model: MemoryModelForCausalLM, windows: Dataset, batch_size: int) -> dict[str, Any]:
-    """Measure a memory model on windows by all objectives, whatever it was trained for; it is left as it was.
-
-    Returns:
-        `causal_loss`, and for each way to reconstruct (see `MemoryModelForCausalLM.reconstruct`) `NAME_loss`, both in
-        nats a token, `NAME_accuracy`, the share of tokens that are right, `NAME_exact`, the share of chunks that are
-        right throughout, and `NAME_by_place`, the accuracy at each place of a chunk.
-    """
-    was_training = model.training
-    device: Any = model.device  # a checker takes attributes of modules for tensors
-    model.eval()
-    causal: list[torch.Tensor] = []
-    reconstructed: dict[str, list[torch.Tensor]] = defaultdict(list)
-    for start in range(0, len(windows), batch_size):
-        rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
-        ids = collate_windows(rows)["input_ids"].to(device)
-        text = pack_text(ids)
-        context = model.gather_memories(text)
-        logits, _ = model.decode_text(text, context)  # (B, T, V)
-        causal.append(_token_losses(logits[:, :-1], ids[:, 1:]).flatten())
-        # A model that reads no memories has nothing to reconstruct from.
-        for objective in OBJECTIVES[1:] if model.config.max_memories != 0 else ():
-            # (B, R, L, V) and (B, R, L) for R chunks.
-            logits, targets, _ = model.reconstruct(objective, text, context)
-            is_right = logits.argmax(-1) == targets
-            reconstructed[objective].append(torch.stack([_token_losses(logits, targets), is_right]).flatten(1, 2))
-    model.train(was_training)
-    measures: dict[str, Any] = {"causal_loss": torch.cat(causal).mean().item()}
-    for objective, parts in reconstructed.items():
-        losses, is_right = torch.cat(parts, dim=1)  # each (chunks, L)
-        measures |= {
-            f"{objective}_loss": losses.mean().item(),
-            f"{objective}_accuracy": is_right.mean().item(),
-            f"{objective}_exact": is_right.all(-1).double().mean().item(),
-            f"{objective}_by_place": is_right.mean(0).tolist(),
-        }
-    return measures
+        content = super().content()
+        for part in PARTS:
+            section = self.parts.get(part)
+            if section is not None and section.recipe is not None:
+                content[f"{part}_hash"] = self.part_source(part).hash
+            elif section is not None and (made_of := section.made_of()):
+                content[f"{part}_made_of"] = made_of
+        return content
 
 
 class MemoryModelTrainer(LanguageModelTrainer):
-    """Logs each part of the loss by its name, and measures what the memories hold."""
+    """Logs each part of the loss by its name, and measures what the memories hold.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        rates (`dict`, *optional*): learning rates of `encoder`, `reader` and `decoder`; by default that of `args`.
+    """
+
+    def __init__(self, *args: Any, rates: dict[Trained, float] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._rates = rates or {}
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self._rates:
+            whole: Any = self.model if model is None else model
+            set_rates(optimizer, whole, self._rates)
+        return optimizer
 
     def compute_loss(
         self,
@@ -227,23 +260,6 @@ class MemoryModelTrainer(LanguageModelTrainer):
         return {name: value for name, value in measures.items() if isinstance(value, float)}
 
 
-def unigram(windows: dict[str, Dataset], vocab_size: int) -> dict[str, float]:
-    """Measure a guess by the frequencies of the training tokens alone on the validation tokens."""
-    ids = {split: windows[split].with_format("numpy")["input_ids"][:] for split in ("train", "validation")}
-    counts, tokens = Counter(ids["train"].ravel().tolist()), ids["validation"].ravel().tolist()
-    guess = entropy_ratio(
-        predictions=[0.0],  # of a model; only the guess beside it is asked for
-        references=[tokens],
-        vocab_size=vocab_size,
-        frequencies=[counts[token] for token in range(vocab_size)],
-    )
-    return {
-        "loss": guess["unigram_cross_entropy"],
-        "accuracy": tokens.count(counts.most_common(1)[0][0]) / len(tokens),
-        "entropy_ratio": guess["unigram_entropy_ratio"],
-    }
-
-
 def _stage_folder(recipe: Recipe, stage: StageSection) -> Path:
     return recipe.folder / f"{recipe.stages.index(stage) + 1}-{stage.name}"
 
@@ -258,8 +274,51 @@ def training_arguments(recipe: Recipe, stage: StageSection | None = None) -> Tra
     return build_training_arguments(settings, _stage_folder(recipe, stage), recipe.seed, max_steps=stage.steps)
 
 
+def prepare_tokenizer(recipe: Recipe, state: PartialState) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a run, that of its pretrained part if it has one; see `language_modeling`."""
+    parts = recipe.pretrained_parts
+    if not parts:
+        return language_modeling.prepare_tokenizer(recipe, state)
+
+    def make(recipe: Recipe) -> PreTrainedTokenizerFast:
+        tokenizer = load_tokenizer(str(next(iter(parts.values())).pretrained_folder))
+        # In training a story follows the end token of the one before; a begin token of its own occurs in no window.
+        tokenizer.bos_token = tokenizer.eos_token
+        return tokenizer
+
+    return language_modeling.prepare_tokenizer(recipe, state, make)
+
+
+def _load_part(recipe: Recipe, part: Part) -> Any:
+    """Return the trained model that a part comes from, or a new model of the part's configuration."""
+    section = recipe.parts.get(part)
+    if section is None or section.untrained:
+        return build_decoder(getattr(recipe.build_config(), part))
+    folder = section.pretrained_folder if section.recipe is None else recipe.part_source(part).folder / "model"
+    return load_causal_lm(folder, dtype=torch.float32).cpu()
+
+
+def _build_from_parts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MemoryModelForCausalLM:
+    """Return a memory model whose decoder is a trained model, or whose encoder is a pretrained one."""
+    set_seed(recipe.seed)
+    encoder, decoder = _load_part(recipe, "encoder"), _load_part(recipe, "decoder")
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    fields = recipe.fields | tokens
+    chunk_length = fields.pop("chunk_length")
+    # A memory model gives its whole encoder; its backbone alone is none that `from_backbones` could check.
+    has_encoder = isinstance(encoder, MemoryModelForCausalLM)
+    base = build_decoder(encoder.config.encoder) if has_encoder else encoder
+    model: Any = MemoryModelForCausalLM.from_backbones(base, decoder, chunk_length=chunk_length, **fields)
+    if has_encoder:
+        model.encoder.load_state_dict(encoder.encoder.state_dict())
+    model.loss_type = "ForCausalLM"
+    return model
+
+
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MemoryModelForCausalLM:
-    """Build a new model from the recipe's seed; if another recipe trains its encoder, with those weights."""
+    """Build a model from the recipe's seed; parts that come from elsewhere have the weights that they have there."""
+    if recipe.decoder is not None or recipe.pretrained_parts:
+        return _build_from_parts(recipe, tokenizer)
     model = cast(MemoryModelForCausalLM, language_modeling.build_model(recipe, tokenizer))
     if recipe.encoder is not None and not recipe.encoder.untrained:
         source: Any = load_causal_lm(recipe.encoder_source().folder / "model")
@@ -279,6 +338,7 @@ def begin_stage(model: MemoryModelForCausalLM, stage: StageSection, seed: int) -
     for objective in OBJECTIVES:
         setattr(model.config, f"{objective}_weight", weights.get(objective, 0.0))
     model.freeze_encoder(stage.freeze_encoder)
+    model.freeze_decoder(stage.freeze_decoder)
     if stage.new_decoder:
         set_seed(seed + NEW_DECODER)
         model.reset_decoder()
@@ -298,15 +358,37 @@ def training_flops(recipe: Recipe) -> list[int]:
     return flops
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Return the size and the cost of a training, known without reading data."""
-    per_step = language_modeling.tokens_per_step(recipe, training_arguments(recipe))
-    stages = {
+def plan(
+    recipe: Recipe,
+    teraflops: float | None = None,
+    utilisation: float | None = None,
+    devices: int | None = None,
+) -> dict[str, Any]:
+    """Return the size and the cost of a training, known without reading data.
+
+    Arguments and errors are those of `training.tasks.language_modeling.plan`. The number of steps is that of the
+    recipe, so that more devices see more tokens.
+    """
+    if utilisation is not None and teraflops is None:
+        raise ValueError(f"utilisation is {utilisation}, but a share of what? Give teraflops, the peak of one device")
+    arguments = training_arguments(recipe)
+    available = language_modeling.num_devices(arguments)
+    devices = available if devices is None else devices
+    check_devices(devices)
+    per_step = language_modeling.tokens_per_step(recipe, arguments) // available * devices
+    operations = [flops // available * devices for flops in training_flops(recipe)]
+    stages: dict[str, Any] = {
         f"stage {stage.name}": f"{stage.steps:,} steps, {stage.steps * per_step:,} tokens, {flops:.3e} operations, "
         + ", ".join(f"{weight:g} x {name}" for name, weight in stage.objectives.items())
-        for stage, flops in zip(recipe.stages, training_flops(recipe), strict=True)
+        for stage, flops in zip(recipe.stages, operations, strict=True)
     }
-    source = {} if recipe.encoder is None else {"encoder": str(recipe.encoder_source().folder)}
+    if teraflops is not None:
+        share = DEFAULT_UTILISATION if utilisation is None else utilisation
+        stages["hours"] = round(hours(sum(operations), teraflops, share, devices), 3)
+    source = {
+        part: str(section.pretrained if section.recipe is None else recipe.part_source(cast(Part, part)).folder)
+        for part, section in recipe.parts.items()
+    }
     sizes = {"parameters": language_modeling.num_parameters(recipe), "tokens_per_step": per_step}
     return sizes | source | stages | {"folder": str(recipe.folder), "hash": recipe.hash}
 
@@ -338,7 +420,8 @@ def _train_stage(
     model: Any = build_model(recipe, tokenizer) if before is None else load_causal_lm(before)
     begin_stage(model, stage, recipe.seed)
     trainer = MemoryModelTrainer(
-        model=model,
+        model=with_adapters(model, stage.lora),
+        rates=stage.learning_rates,
         args=arguments,
         data_collator=collate_windows,
         train_dataset=language_modeling.whole_steps(windows["train"], arguments, state),
@@ -346,7 +429,7 @@ def _train_stage(
         report=lambda share: report_progress(recipe.folder, _share_done(recipe, stage, share)),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model = without_adapters(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
     if state.is_main_process:
         export_model(model, tokenizer, folder / "model")
     history = trainer.state.log_history
@@ -362,7 +445,7 @@ def _train_stage(
 
 
 def _train(recipe: Recipe, state: PartialState, data: dict[str, Any]) -> dict[str, Any]:
-    tokenizer = language_modeling.prepare_tokenizer(recipe, state)
+    tokenizer = prepare_tokenizer(recipe, state)
     windows = language_modeling.prepare_windows(recipe, tokenizer, state)
     stages: list[Any] = []
     before: Path | None = None
@@ -395,10 +478,16 @@ def _train(recipe: Recipe, state: PartialState, data: dict[str, Any]) -> dict[st
         "metrics": stages[-1]["metrics"],
         "stages": stages,
         "data": data,
-    }
+    } | pretrained_provenance(recipe)
     if state.is_main_process:
         draw_stages(result, recipe.folder / "stages.png")
     return result
+
+
+def pretrained_provenance(recipe: Recipe) -> dict[str, Any]:
+    """Return under `pretrained` what identifies the pretrained parts; nothing if there are none."""
+    parts = {part: section.provenance() for part, section in recipe.pretrained_parts.items()}
+    return {"pretrained": parts} if parts else {}
 
 
 def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
@@ -409,16 +498,15 @@ def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
         "data": {
             name: source_provenance(**getattr(recipe.data, name).model_dump()) for name in ("train", "validation")
         },
-    }
+    } | pretrained_provenance(recipe)
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     """Train all stages, or go on where an earlier start stopped; returns the content of `result.json`.
 
-    The model that the encoder comes from is trained first, if it is not trained yet.
+    The models that parts come from are trained first, if they are not trained yet.
     """
-    if recipe.encoder is not None and not recipe.encoder.untrained:
-        source = recipe.encoder_source()
+    for source in recipe.trained_sources():
         task_module(source.task).run(source)
     training_arguments(recipe)  # settles devices and processes
     state = PartialState()
