@@ -28,6 +28,8 @@ from modeling_memory_mosaic import (
     MemoryModelForCausalLM,
     MemoryMosaicConfig,
     MemoryMosaicForSequenceClassification,
+    MemoryMosaicV2Config,
+    MemoryMosaicV2ForCausalLM,
 )
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 
@@ -67,6 +69,22 @@ def make_classifier(
     torch.manual_seed(seed)
     config = MemoryMosaicConfig(**SIZES | {"num_labels": 3} | config)
     return randomize_parameters(MemoryMosaicForSequenceClassification(config)).to(dtype)
+
+
+# Shorter than most texts of tests, so that these cross the window and the delay.
+SHORT_LEVELS: dict[str, Any] = {
+    "short_term_window": 6,
+    "long_term_delay": 4,
+    "long_term_delay_range": None,
+    "intermediate_size": 40,
+}
+
+
+def make_v2(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> MemoryMosaicV2ForCausalLM:
+    """Return a small model in eval mode, whose delay is not drawn in training unless asked for."""
+    torch.manual_seed(seed)
+    config = MemoryMosaicV2Config(**SIZES | SHORT_LEVELS | config)
+    return randomize_parameters(MemoryMosaicV2ForCausalLM(config)).to(dtype)
 
 
 def make_memory_model(
@@ -186,6 +204,20 @@ def memory_model_kind(name: str, backbones: str) -> Kind:
 
 
 STILL = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+# The other readings of the paper, with unequal numbers of heads.
+V2_OTHERWISE = {
+    "persistent_memory_type": "slots",
+    "num_persistent_slots": 11,
+    "norm_type": "layer_norm",
+    "use_bias": True,
+    "gate_bias": True,
+    "bandwidth_sharing": "memory",
+    "bandwidth_count": "total",
+    "num_short_term_heads": 2,
+    "short_term_window": 9,
+    "long_term_delay": 2,
+    "tie_word_embeddings": True,
+}
 UNTIED = STILL | {"tie_word_embeddings": False, "use_bias": True}
 SLOTS = "num_persistent_slots"
 KINDS = {
@@ -194,6 +226,8 @@ KINDS = {
         Kind("mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=STILL),
         Kind("narrowing mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=STILL | NARROWING),
         Kind("untied mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=UNTIED),
+        Kind("mosaic v2", "mosaic v2", make_v2, AutoModelForCausalLM, "intermediate_size"),
+        Kind("mosaic v2 otherwise", "mosaic v2", make_v2, AutoModelForCausalLM, SLOTS, options=V2_OTHERWISE),
         memory_model_kind("memory model", "mosaic"),
         memory_model_kind("memory model of llama", "llama"),
         memory_model_kind("memory model of gpt2", "gpt2"),
@@ -222,7 +256,7 @@ KINDS = {
         Kind("classifier", "classifier", make_classifier, AutoModelForSequenceClassification, SLOTS, options=STILL),
     )
 }
-MODELS = ("mosaic", "memory model", "continuous", "classifier")
+MODELS = ("mosaic", "mosaic v2", "memory model", "continuous", "classifier")
 BACKBONE_KINDS = ("memory model", "memory model of llama", "memory model of gpt2", "memory model of both")
 
 

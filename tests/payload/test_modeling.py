@@ -264,7 +264,7 @@ def padded(rows, width, pattern):
     return KINDS["mosaic"].batch(rows, places, width)
 
 
-@for_kinds("mosaic", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "mosaic v2", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("pattern", ["left", "right", "both", "within"])
 def test_padding_changes_nothing(kind, implementation, pattern):
@@ -294,7 +294,7 @@ def num_labels(labels):
     return (labels[:, 1:] if labels.ndim == 2 else labels).ne(-100).sum()
 
 
-@for_kinds("mosaic", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "mosaic v2", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
 def test_the_gradient_of_a_padded_batch_is_that_of_its_rows(kind):
     """Rows of unequal length count by their labels."""
     model = kind.make(dtype=torch.float64)  # in float32 the order of the sums alone moves a gradient by 1e-6
@@ -466,7 +466,7 @@ def test_dropout_acts_in_training_only(kind):
             assert torch.equal(*answers) != is_random, dropout.keys()
 
 
-@for_kinds("mosaic", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "mosaic v2", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(kind, use_reentrant):
     model = kind.make(**kind.objectives).train()
@@ -536,7 +536,7 @@ def test_inputs_and_labels_are_not_touched(kind):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-@for_kinds("mosaic", "continuous", "classifier")
+@for_kinds("mosaic", "mosaic v2", "continuous", "classifier")
 def test_hidden_states_are_given_where_asked_for(kind):
     """The caller or the configuration asks for them: what enters the first layer, and what leaves each."""
     model = kind.make()
@@ -588,7 +588,7 @@ def test_requests_that_would_be_misread_are_refused(model):
         model(ids[:1], past_key_values=cache)
 
 
-@for_kinds("mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "mosaic v2", *BACKBONE_KINDS, "classifier")
 @pytest.mark.parametrize("bad_id", [-1, 61])
 @pytest.mark.parametrize("place", [1, 7])
 def test_ids_out_of_range_are_named(kind, bad_id, place):
@@ -651,7 +651,7 @@ def test_initial_values_are_the_authors():
     assert untied.lm_head.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
 
 
-@for_kinds("mosaic", "memory model", "continuous", "classifier")
+@for_kinds("mosaic", "mosaic v2", "memory model", "continuous", "classifier")
 def test_there_are_no_buffers(kind):
     assert dict(kind.make().named_buffers()) == {}
 

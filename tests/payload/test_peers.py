@@ -188,7 +188,7 @@ def log_likelihood(model, tokenizer, context, text):
     return log_probs.gather(-1, ids[:, begin:, None]).sum().item()
 
 
-@for_kinds("mosaic", "memory model")
+@for_kinds("mosaic", "mosaic v2", "memory model")
 def test_harness_scores_are_the_models_whatever_the_batch_size(kind, folder, tasks, tokenizer):
     one, eight = (harness(folder, tasks, batch_size) for batch_size in (1, 8))
     for task in ("mosaic_endings", "mosaic_stories"):
@@ -341,7 +341,7 @@ def is_quantized(tensor):
     return type(tensor.data) is not torch.Tensor
 
 
-@for_kinds("mosaic", "memory model")
+@for_kinds("mosaic", "mosaic v2", "memory model")
 @pytest.mark.parametrize("way", ["from_pretrained", "quantize_"])
 @pytest.mark.parametrize(("name", "bound"), [("int8", 0.01), ("int8 dynamic", 0.01), ("int4", 0.05)])
 def test_quantized_model_loses_little(kind, folder, tokenizer, tmp_path, name, bound, way):
@@ -396,7 +396,7 @@ def plain(parameter):
     return (parameter.dequantize() if is_quantized(parameter) else parameter).clone()
 
 
-@for_kinds("mosaic", "memory model")
+@for_kinds("mosaic", "mosaic v2", "memory model")
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_lora_on_a_quantized_base(kind, folder, tokenizer, name):
     model = get_peft_model(load_quantized(folder, name), LoraConfig(target_modules="all-linear"))
@@ -496,7 +496,7 @@ class Server:
 
 
 @pytest.mark.slow
-@for_kinds("mosaic", "memory model")
+@for_kinds("mosaic", "mosaic v2", "memory model")
 def test_serve_and_chat(kind, folder, tokenizer, tmp_path):
     prompt = "Once upon a time there was a"
     inputs = tokenizer(prompt, return_tensors="pt")

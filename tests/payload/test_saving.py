@@ -63,7 +63,7 @@ def test_the_page_of_the_package_lists_the_files_that_travel():
     assert listed == {model: set(payload) for model, payload in payloads.items()}
 
 
-@for_kinds("mosaic", "untied mosaic", *BACKBONE_KINDS)
+@for_kinds("mosaic", "mosaic v2", "untied mosaic", *BACKBONE_KINDS)
 def test_a_tied_matrix_is_stored_once(tmp_path, kind):
     model = kind.make()
     model.save_pretrained(tmp_path)
@@ -97,7 +97,7 @@ def test_missing_parameters_are_initialised_and_the_rest_left_alone(tmp_path, ki
         assert not torch.equal(parameter, model.get_parameter(name)) and parameter.abs().max() < 10, name
 
 
-@for_kinds("mosaic", "untied mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "mosaic v2", "untied mosaic", *BACKBONE_KINDS, "classifier")
 def test_the_body_alone_is_what_automodel_loads(tmp_path, kind):
     model = kind.make()
     model.save_pretrained(tmp_path)
@@ -315,7 +315,7 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path, kind):
         kind.auto.from_pretrained(tmp_path, config=config)
 
 
-@for_kinds("mosaic", "untied mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "mosaic v2", "untied mosaic", *BACKBONE_KINDS, "classifier")
 def test_embeddings_can_be_resized(tmp_path, kind):
     """Resizing reaches all token tables of a model."""
     model = kind.make()

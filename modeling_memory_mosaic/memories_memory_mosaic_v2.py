@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The Memory Mosaic authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Memories of Memory Mosaics v2: short-term and long-term heads with gated keys, and a dense persistent memory.
+
+Short-term heads read the last pairs of a text, long-term heads those that are older than a delay. Both extract keys by
+gated sums, and their kernels narrow with the number of pairs.
+
+Shapes use B batch, T tokens, H heads of a memory, D head width, C = hidden size, W pairs of the short-term window, P
+slots of that before the new tokens, S slots of the long-term memory (one per token).
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .blocks_memory_mosaic import NumberRule, SlotRule, block_read, can_read_in_blocks, has_plain_sdpa
+from .cache_memory_mosaic_v2 import WindowStates, level_states
+from .configuration_memory_mosaic_v2 import MemoryMosaicV2Config
+from .masking_memory_mosaic_v2 import Reading
+from .memories_memory_mosaic import MemoryMosaicPairStore
+from .ops_memory_mosaic import (
+    as_dtype,
+    at_least_float32,
+    biased_read,
+    eager_attention_forward,
+    forward_fill,
+    lowest_bias,
+    scale_to_length,
+    smoothing_weights,
+    weighted_values,
+)
+from .ops_memory_mosaic_v2 import (
+    LOWEST_LOG,
+    MAX_LOG_VALUE_LENGTH,
+    alignment,
+    gated_sum,
+    inverse_temperature,
+    rearranged,
+    window_read,
+)
+
+
+class MemoryMosaicV2Heads(MemoryMosaicPairStore):
+    """Heads of one contextual memory, without a combining layer: gated keys, values, and the retrieval by them."""
+
+    level: str
+    config: MemoryMosaicV2Config
+
+    def __init__(self, config: MemoryMosaicV2Config, layer_idx: int, num_heads: int):
+        super().__init__(config, layer_idx)
+        inner_size = num_heads * self.head_dim
+        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
+        self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
+        if config.gated_keys:
+            self.gate_proj = nn.Linear(config.hidden_size, num_heads, bias=config.gate_bias)
+            self.leak_proj = nn.Linear(config.hidden_size, num_heads, bias=config.gate_bias)
+        else:
+            self.key_leak = nn.Parameter(torch.empty(num_heads))
+        num_shared = num_heads if config.bandwidth_sharing == "head" else 1
+        self.bandwidth_scale = nn.Parameter(torch.empty(num_shared))
+        self.bandwidth_offset = nn.Parameter(torch.empty(num_shared))
+        exponent = nn.Parameter(torch.empty(num_shared)) if config.adaptive_bandwidth else None
+        self.register_parameter("bandwidth_exponent", exponent)
+        self.value_scale = nn.Parameter(torch.empty(num_heads))
+        self.value_mix = nn.Parameter(torch.empty(num_heads))
+        self.state_names = level_states(self.level)
+
+    def log_gates_and_decays(
+        self, hidden_states: torch.Tensor, is_token: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log g and log lambda of each head and token, `(B, H, T)`, in float32 at least (eq. 8)."""
+        if self.config.gated_keys:
+            gates = at_least_float32(self.gate_proj(hidden_states)).transpose(1, 2)
+            decays = -at_least_float32(self.leak_proj(hidden_states)).abs().transpose(1, 2)
+        else:
+            decays = -self.leak()[None, :, None].expand(hidden_states.shape[0], -1, hidden_states.shape[1])
+            gates = torch.zeros_like(decays)
+        if is_token is not None:
+            is_padding = ~is_token[:, None]
+            gates, decays = gates.masked_fill(is_padding, LOWEST_LOG), decays.masked_fill(is_padding, 0.0)
+        return gates, decays
+
+    def gated_sums(
+        self, hidden_states: torch.Tensor, reading: Reading, states: WindowStates | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the gated sums of projected keys `(B, H, T, D)`, and the sum before them `(B, H, 1, D)` or `None`."""
+        projected = self.split_heads(self.k_proj(hidden_states))
+        if reading.is_token is not None:
+            projected = projected * reading.is_token[:, None, :, None]
+        sum_name, scale_name, _ = self.state_names
+        previous = None if states is None else states.get_state(sum_name)
+        before = None if previous is None or states is None else (previous, states.get_state(scale_name))
+        gates, decays = self.log_gates_and_decays(hidden_states, reading.is_token)
+        sums, log_scales = gated_sum(projected, gates, decays, before, reading.document_ids)
+        if states is not None:
+            states.set_state(sum_name, sums)
+            states.set_state(scale_name, log_scales)
+        return sums, previous
+
+    def beta(self, num_pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the inverse temperature by the number of pairs `(B or 1, T)`, `(B or 1, H or 1, T, 1)` (eq. 6)."""
+        # Keys have unit length, so that a query is as long as beta and has to stay within its precision.
+        largest = torch.finfo(dtype).max / 2
+        return inverse_temperature(
+            num_pairs, self.bandwidth_scale, self.bandwidth_offset, self.bandwidth_exponent, largest
+        )
+
+    def keys_and_queries(
+        self,
+        hidden_states: torch.Tensor,
+        num_pairs: torch.Tensor,
+        reading: Reading,
+        states: WindowStates | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Return keys `(B, H, S, D)` and queries `(B, H, T, D)`, and whether no token came before.
+
+        Keys are those of the new tokens and, if there is one, of the token before them, whose pair completes now.
+        """
+        sums, previous = self.gated_sums(hidden_states, reading, states)
+        if previous is not None:
+            sums = torch.cat([previous, sums], dim=2)
+        units = scale_to_length(sums, sums.new_ones(()))
+        keys = as_dtype(units, hidden_states.dtype)
+        queries = units[:, :, -hidden_states.shape[1] :] * self.beta(num_pairs, keys.dtype)
+        return keys, as_dtype(queries, keys.dtype), previous is None
+
+    def pair_values(self, hidden_states: torch.Tensor, reading: Reading, states: WindowStates | None) -> torch.Tensor:
+        """Return values of the pairs that the new tokens complete, `(B, H, T, D)`; T - 1 if no token came before."""
+        projected = self.split_heads(self.v_proj(hidden_states))
+        name = self.state_names[-1]
+        pending = None if states is None else states.get_state(name)
+        if reading.is_token is not None:
+            projected = forward_fill(projected, reading.is_token, pending)
+        if states is not None:
+            states.set_state(name, projected)
+        if pending is not None:
+            projected = torch.cat([pending, projected], dim=2)
+        # float32 before the blend: in half precision it would round twice.
+        projected = at_least_float32(projected)
+        mix = at_least_float32(self.value_mix).view(-1, 1, 1)
+        length = at_least_float32(self.value_scale).abs().clamp(max=MAX_LOG_VALUE_LENGTH).exp()
+        length = length.clamp(max=torch.finfo(hidden_states.dtype).max).view(-1, 1, 1)
+        blend = torch.lerp(projected[:, :, 1:], projected[:, :, :-1], mix)
+        return as_dtype(scale_to_length(blend, length), hidden_states.dtype)
+
+    def read_first(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, delay: int, **kwargs: Any
+    ) -> torch.Tensor:
+        """Read the pairs up to `delay` tokens before each, nothing before the first token and nothing padded.
+
+        By the shift identity: tokens `delay`.. over the pairs of tokens 0.. is plain causal attention.
+        """
+        queries, num_pairs = queries[:, :, delay:], queries.shape[2] - delay
+        keys, values = keys[:, :, :num_pairs], values[:, :, :num_pairs]
+        if self.prefers_blocks(queries):
+            retrieved = block_read(queries, keys, values, SlotRule(1), self.weight_dropout())
+        else:
+            retrieved = self.retrieve(queries, keys, values, None, **kwargs)[0]
+        return F.pad(retrieved, (0, 0, 0, 0, delay, 0))
+
+    def read_by_rule(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rule: NumberRule,
+        slot_bias: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read the pairs of slots that a rule allows: values `(B, T, H, D)`, and weights `(B, H, T, N)` of eager."""
+        if has_plain_sdpa(self.config) and can_read_in_blocks(queries):
+            return block_read(queries, keys, values, rule, self.weight_dropout(), slot_bias), None
+        is_allowed = rule.allowed(slice(0, queries.shape[2]), slice(0, keys.shape[2]))[:, None].to(queries.device)
+        return self.read_masked(queries, keys, values, is_allowed, slot_bias, **kwargs)
+
+    def read_masked(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        is_allowed: torch.Tensor,
+        slot_bias: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read the pairs that a mask `(B or 1, 1, T, N)` allows, by the configured attention function."""
+        if slot_bias is None:
+            slot_bias = queries.new_zeros(1, 1, keys.shape[2])
+        implementation = self.config._attn_implementation
+        if implementation == "eager":
+            bias = slot_bias[:, :, None].to(torch.promote_types(queries.dtype, torch.float32))
+            bias = bias.masked_fill(~is_allowed, -torch.inf).clamp(min=lowest_bias(bias.dtype))
+            sees_any = (bias > lowest_bias(bias.dtype)).any(dim=-1, keepdim=True)
+            weights = smoothing_weights(queries, keys, bias, self.weight_dropout()) * sees_any
+            return weighted_values(weights, values).transpose(1, 2), weights
+        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        kwargs |= {"is_causal": False, "dropout": self.weight_dropout(), "scaling": 1.0}
+        return biased_read(attention_function, self, queries, keys, values, is_allowed, slot_bias, **kwargs)
+
+
+class MemoryMosaicV2ShortTermMemory(MemoryMosaicV2Heads):
+    """Heads that read the last W pairs (eq. 10)."""
+
+    level = "short_term"
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        reading: Reading,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what hidden states `(B, T, C)` retrieve, `(B, T, H, D)`, and weights `(B, H, T, S)` of eager."""
+        states = cast(Any, None if past_key_values is None else self.states(past_key_values))
+        size = self.config.num_short_term_pairs
+        keys, queries, is_first = self.keys_and_queries(hidden_states, reading.short_pairs, reading, states)
+        values = self.pair_values(hidden_states, reading, states)
+        pairs = keys[:, :, :-1], values
+        if is_first and (states is not None or reading.short_rule is not None):
+            pairs = F.pad(pairs[0], (0, 0, 1, 0)), F.pad(pairs[1], (0, 0, 1, 0))
+        if states is not None:
+            slots = states.extend_window(*pairs, size, reading.is_token, reading.past_mask)
+            num_columns = reading.num_window + queries.shape[2]
+            pairs = slots[0][:, :, -num_columns:], slots[1][:, :, -num_columns:]
+        rule = reading.short_rule
+        if rule is None and reading.num_window == 0:
+            return self.read_first(queries, keys[:, :, :-1], values, 1, **kwargs), None
+        if rule is None:
+            num_seen = min(size, reading.num_slots - 1)
+            seen = (part.narrow(2, part.shape[2] - num_seen, num_seen) for part in pairs)
+            return self.retrieve(queries, *seen, None, reading.reads_directly, **kwargs)[0], None
+        return self.read(queries, *pairs, rule, reading, **kwargs)
+
+    def read(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rule: NumberRule,
+        reading: Reading,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read the slots `(B, H, P + T, D)` that a rule allows; arguments and results as for `read_by_rule`."""
+        by_blocks = has_plain_sdpa(self.config) and can_read_in_blocks(queries)
+        if by_blocks or torch.compiler.is_exporting() or self.config._attn_implementation == "eager":
+            retrieved, weights = self.read_by_rule(queries, keys, values, rule, **kwargs)
+            return retrieved, None if weights is None else weights_of_tokens(weights, rule, reading)
+        return self.read_windows(queries, keys, values, rule, reading, **kwargs), None
+
+    def read_windows(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rule: NumberRule,
+        reading: Reading,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Do as `read` by an attention function that is called with masks of blocks: see [`window_read`]."""
+        size, is_token = self.config.num_short_term_pairs, reading.is_token
+        missing = size - reading.num_window
+        keys, values = (F.pad(part, (0, 0, missing, 0)) for part in (keys, values))
+        is_full = F.pad(rule.is_full, (missing, 0)).expand(len(queries), -1)
+        documents = None if reading.document_ids is None else F.pad(reading.document_ids, (size, 0))
+        if is_token is not None:
+            # A window is of tokens, so that padding goes to the front of slots and queries.
+            order, of_slots = alignment(is_token), alignment(F.pad(is_token, (size, 0), value=True))
+            queries, keys, values = (
+                rearranged(part, by) for part, by in ((queries, order), (keys, of_slots), (values, of_slots))
+            )
+            is_full = is_full.gather(1, of_slots)
+            documents = None if documents is None else documents.gather(1, of_slots)
+
+        def read(*block: torch.Tensor) -> torch.Tensor:
+            return self.read_masked(*block, **kwargs)[0]
+
+        retrieved = window_read(read, queries, keys, values, is_full, documents)
+        if is_token is not None:
+            retrieved = rearranged(retrieved.transpose(1, 2), order.argsort(-1))
+            retrieved = forward_fill(retrieved, is_token, None).transpose(1, 2)
+        return retrieved
+
+
+def weights_of_tokens(weights: torch.Tensor, rule: NumberRule, reading: Reading) -> torch.Tensor:
+    """Return weights `(B, H, T, P + T)` of slots of a window as those of the pairs of all tokens, `(B, H, T, S)`.
+
+    The slot of a token holds the pair of the token before it.
+    """
+    num_tokens, num_slots = weights.shape[2], reading.num_slots
+    num_past = num_slots - num_tokens
+    slots = torch.arange(num_past, num_slots, device=weights.device).expand(len(rule.numbers), -1)
+    if reading.num_window:
+        numbers = rule.numbers[:, : reading.num_window]
+        places = numbers - 1
+        if reading.past_mask is not None:
+            counted = reading.past_mask.long().cumsum(-1)
+            places = torch.searchsorted(counted, numbers.expand(len(counted), -1).contiguous())
+        places = (places + reading.num_joined).clamp(0, max(0, num_past - 1))
+        num_rows = max(len(places), len(slots))
+        slots = torch.cat([places.expand(num_rows, -1), slots.expand(num_rows, -1)], dim=1)
+    of_slots = weights.new_zeros(*weights.shape[:3], num_slots)
+    index = slots[:, None, None].expand(len(weights), *weights.shape[1:3], -1)
+    return F.pad(of_slots.scatter_add(3, index, weights)[..., 1:], (0, 1))
+
+
+class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
+    """Heads that read all pairs older than a delay."""
+
+    level = "long_term"
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        reading: Reading,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what hidden states `(B, T, C)` retrieve, `(B, T, H, D)`, and weights `(B, H, T, S)` of eager."""
+        states = cast(Any, None if past_key_values is None else self.states(past_key_values))
+        keys, queries, is_first = self.keys_and_queries(hidden_states, reading.long_pairs, reading, states)
+        values = self.pair_values(hidden_states, reading, states)
+        rule, slot_bias = reading.long_rule, None
+        if states is not None and reading.slot_bias is not None:
+            slot_bias = states.add_slot_bias(reading.slot_bias)
+        slots = keys[:, :, :-1], values
+        if past_key_values is not None or rule is not None:
+            slots = self.store(*slots, past_key_values, is_first=is_first)
+        if rule is not None:
+            retrieved, weights = self.read_by_rule(queries, *slots, rule, slot_bias, **kwargs)
+            return retrieved, None if weights is None else F.pad(weights[..., 1:], (0, 1))
+        delay = cast(int, reading.delay)
+        if is_first:
+            return self.read_first(queries, keys[:, :, :-1], values, delay, **kwargs), None
+        num_seen = slots[0].shape[2] - delay
+        seen = (part.narrow(2, 1, num_seen) for part in slots)
+        return self.retrieve(queries, *seen, None, reading.reads_directly, **kwargs)[0], None
+
+
+class MemoryMosaicV2ContextualMemory(nn.Module):
+    """Short-term and long-term heads, and the layer that combines them."""
+
+    def __init__(self, config: MemoryMosaicV2Config, layer_idx: int):
+        super().__init__()
+        num_short, num_long = cast(int, config.num_short_term_heads), cast(int, config.num_long_term_heads)
+        self.layer_idx = layer_idx
+        self.short_term = MemoryMosaicV2ShortTermMemory(config, layer_idx, num_short) if num_short else None
+        self.long_term = MemoryMosaicV2LongTermMemory(config, layer_idx, num_long) if num_long else None
+        self.head_dim = cast(int, config.head_dim)
+        inner_size = (num_short + num_long) * self.head_dim
+        self.o_proj = nn.Linear(inner_size, config.hidden_size, bias=config.use_bias)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        reading: Reading,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, T, C)`).
+            reading ([`Reading`]): padding, documents and what each token sees.
+            past_key_values ([`~transformers.Cache`], *optional*): the memory; grows by T slots.
+
+        Returns:
+            output `(B, T, C)`, and under eager attention the weight `(B, heads, T, S)` that each of T tokens gives to
+            the pair of each of S tokens so far: of short-term heads first, then of long-term ones.
+        """
+        memories = [memory for memory in (self.short_term, self.long_term) if memory is not None]
+        read = [memory(hidden_states, reading, past_key_values=past_key_values, **kwargs) for memory in memories]
+        if self.long_term is None and past_key_values is not None:
+            # The length of a memory is that of its long-term slots, also if no head reads them.
+            empty = hidden_states.new_zeros(hidden_states.shape[0], 0, hidden_states.shape[1], self.head_dim)
+            past_key_values.update(empty, empty, self.layer_idx)
+        output = self.o_proj(torch.cat([retrieved for retrieved, _ in read], dim=2).flatten(2))
+        maps = [weights for _, weights in read if weights is not None]
+        return self.dropout(output) if self.training else output, torch.cat(maps, dim=1) if maps else None
+
+
+class MemoryMosaicV2DenseMemory(nn.Module):
+    """What the model knows before it reads: a gated dense layer, W_2 (act(W_1 x) * W_3 x)."""
+
+    def __init__(self, config: MemoryMosaicV2Config):
+        super().__init__()
+        inner_size = cast(int, config.intermediate_size)
+        self.gate_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
+        self.up_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
+        self.down_proj = nn.Linear(inner_size, config.hidden_size, bias=config.use_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Return the output `(B, T, C)` of hidden states `(B, T, C)`."""
+        gated = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.dropout(self.down_proj(gated))
+
+
+__all__ = ["MemoryMosaicV2ContextualMemory", "MemoryMosaicV2DenseMemory"]
