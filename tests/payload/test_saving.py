@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.isolation import run_clean
 from helpers.kinds import BACKBONE_KINDS, KINDS, MODELS, VOCAB_SIZE, for_kinds
-from helpers.payload import CONTINUOUS_PAYLOAD, MEMORY_MODEL_PAYLOAD, PACKAGE, PAYLOAD, WHOLE_PAYLOAD
+from helpers.payload import CONTINUOUS_PAYLOAD, MEMORY_MODEL_PAYLOAD, PACKAGE, PAYLOAD, V2_PAYLOAD, WHOLE_PAYLOAD
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
@@ -69,7 +69,7 @@ def test_a_tied_matrix_is_stored_once(tmp_path, kind):
     model.save_pretrained(tmp_path)
     loaded = kind.auto.from_pretrained(tmp_path)
     stored = {name for path in tmp_path.glob("*.safetensors") for name in safe_open(path, "pt").keys()}
-    tied = {"mosaic": True, "untied mosaic": False, "memory model of llama": False, "memory model of both": False}
+    tied = {"mosaic v2": False, "untied mosaic": False, "memory model of llama": False, "memory model of both": False}
     head = loaded.get_output_embeddings().weight
     assert (head is loaded.get_input_embeddings().weight) == tied.get(kind.name, True)
     assert len({name for name in stored if name.endswith("lm_head.weight")}) == 1 - tied.get(kind.name, True)
@@ -188,7 +188,7 @@ def read_in_a_clean_process(request, tmp_path_factory):
             "answer": kind.answer(model, inputs),
             "text": generate(**inputs, max_new_tokens=7, do_sample=False, pad_token_id=0),
             "body": body(**inputs)[0],
-            "other_heads": ["AutoModelForSequenceClassification"] if name == "mosaic" else [],
+            "other_heads": ["AutoModelForSequenceClassification"] if name in ("mosaic", "mosaic v2") else [],
         }
         torch.save(expected, folder / "expected.pt")
     run_clean(CLEAN_PROCESS, str(request.config.rootpath), *map(str, folders), str(root))
@@ -211,6 +211,10 @@ OF_MOSAIC = {
 }
 AUTO_MAPS = {
     "mosaic": OF_MOSAIC,
+    "mosaic v2": {
+        auto: name.replace("MemoryMosaic", "MemoryMosaicV2").replace("_mosaic.", "_mosaic_v2.")
+        for auto, name in OF_MOSAIC.items()
+    },
     "classifier": OF_MOSAIC,
     "memory model": {
         "AutoConfig": "configuration_memory_model.MemoryModelConfig",
@@ -225,6 +229,7 @@ AUTO_MAPS = {
 }
 CODE = {
     "mosaic": PAYLOAD,
+    "mosaic v2": V2_PAYLOAD,
     "classifier": PAYLOAD,
     "memory model": MEMORY_MODEL_PAYLOAD,
     "continuous": CONTINUOUS_PAYLOAD,
