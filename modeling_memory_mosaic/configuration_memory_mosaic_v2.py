@@ -203,16 +203,16 @@ class MemoryMosaicV2Config(DerivedSizes, PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str]:
         """How processes share a model: each holds some heads of every memory, with all their parameters.
 
-        `o_proj` reads short-term heads, then long-term ones, so that each process holds a part of both halves.
+        `o_proj` reads short-term heads, then long-term ones, so that each process gathers all heads before it. Heads
+        that share a bandwidth cannot be spread: there is no plan.
         """
-        memories = {"short_term": self.num_short_term_heads, "long_term": self.num_long_term_heads}
-        memories = {name: number for name, number in memories.items() if number}
+        if self.bandwidth_sharing == "memory":
+            return {}
         prefix = "layers.*.contextual_memory"
-        plan = {f"{prefix}.o_proj": "packed_rowwise" if len(memories) == 2 else "rowwise"}
-        for memory in memories:
-            names = (*OF_HEADS, *(OF_BANDWIDTH if self.bandwidth_sharing == "head" else ()))
-            plan |= {f"{prefix}.{memory}": "local_params"}
-            plan |= {f"{prefix}.{memory}.{name}": "colwise" for name in names}
+        plan = {f"{prefix}.o_proj": "rowwise_split_input"}
+        for memory in ("short_term", "long_term"):
+            plan[f"{prefix}.{memory}"] = "local_params"
+            plan |= {f"{prefix}.{memory}.{name}": "colwise" for name in (*OF_HEADS, *OF_BANDWIDTH)}
         persistent = OF_PERSISTENT[self.persistent_memory_type].items()
         return plan | {f"layers.*.persistent_memory.{name}".rstrip("."): style for name, style in persistent}
 

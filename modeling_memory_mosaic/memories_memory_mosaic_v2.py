@@ -59,6 +59,22 @@ from .ops_memory_mosaic_v2 import (
 )
 
 
+def gather_heads(retrieved: torch.Tensor, weight: Any, num_heads: int) -> torch.Tensor:
+    """Return what all heads retrieved `(B, T, H, D)`, if processes hold some of them each.
+
+    Args:
+        weight: of a projection of these heads; a `DTensor` if they are spread.
+    """
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None or retrieved.shape[2] == num_heads:
+        return retrieved
+    # Not imported above: torch may be built without it.
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    whole = DTensor.from_local(retrieved, mesh, [Shard(2)], run_check=False).redistribute(placements=[Replicate()])
+    return whole.to_local(grad_placements=[Replicate()])
+
+
 class MemoryMosaicV2Heads(MemoryMosaicPairStore):
     """Heads of one contextual memory, without a combining layer: gated keys, values, and the retrieval by them."""
 
@@ -67,6 +83,7 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
 
     def __init__(self, config: MemoryMosaicV2Config, layer_idx: int, num_heads: int):
         super().__init__(config, layer_idx)
+        self.num_heads = num_heads
         inner_size = num_heads * self.head_dim
         self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
         self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
@@ -391,7 +408,11 @@ class MemoryMosaicV2ContextualMemory(nn.Module):
             # The length of a memory is that of its long-term slots, also if no head reads them.
             empty = hidden_states.new_zeros(hidden_states.shape[0], 0, hidden_states.shape[1], self.head_dim)
             past_key_values.update(empty, empty, self.layer_idx)
-        output = self.o_proj(torch.cat([retrieved for retrieved, _ in read], dim=2).flatten(2))
+        heads = [
+            gather_heads(retrieved, memory.k_proj.weight, memory.num_heads)
+            for memory, (retrieved, _) in zip(memories, read, strict=True)
+        ]
+        output = self.o_proj(torch.cat(heads, dim=2).flatten(2))
         maps = [weights for _, weights in read if weights is not None]
         return self.dropout(output) if self.training else output, torch.cat(maps, dim=1) if maps else None
 

@@ -394,7 +394,7 @@ def test_a_tied_table_trained_beside_adapters_merges_and_loads(kind, trained, tm
     torch.testing.assert_close(answer(again, input_ids=ids), expected, rtol=0, atol=1e-5)
 
 
-@language_models
+@for_kinds("mosaic", "mosaic v2 otherwise", "memory model")
 def test_an_adapter_of_a_tied_table_is_warned_of(kind):
     """PEFT merges it into the head too, which the adapter did not change, and warns if it knows of the tie."""
     with warnings.catch_warnings(record=True) as caught:
