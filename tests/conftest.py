@@ -13,17 +13,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from helpers.kinds import KINDS  # noqa: E402
-from helpers.models import make_model  # noqa: E402
+from helpers.kinds import make_mosaic  # noqa: E402
 
 from modeling_memory_mosaic import MemoryMosaicForCausalLM  # noqa: E402
 
 
 @pytest.fixture
 def model(request: pytest.FixtureRequest) -> MemoryMosaicForCausalLM:
-    param = getattr(request, "param", {})
-    # In float32, rounding alone moves logits of kernels as sharp as those of v2 by 1e-5.
-    return KINDS[param].make(dtype=torch.float64) if isinstance(param, str) else make_model(**param)
+    return make_mosaic(getattr(request, "param", {}))
 
 
 @pytest.fixture(autouse=True)
