@@ -54,7 +54,7 @@ def with_padding_first(windows: dict[str, torch.Tensor], is_token: torch.Tensor)
         is_token (`torch.Tensor` of shape `(B, n)`): of the last n columns; those before are in order already.
     """
     num_columns = next(iter(windows.values())).shape[2]
-    ordered = is_token.new_ones(len(is_token), num_columns - is_token.shape[1])
+    ordered = is_token.new_ones(is_token.shape[0], num_columns - is_token.shape[1])
     order = alignment(torch.cat([ordered, is_token], dim=1))
     return {name: rearranged(tensor, order) for name, tensor in windows.items()}
 
@@ -172,7 +172,8 @@ class WindowStates(MemoryMosaicStates):
             return
         self.num_raw = 0
         extended = extended if is_token is None else with_padding_first(extended, is_token)
-        is_long = extended[WINDOW_NAMES[0]].shape[2] >= 2 * size
+        # Compiled, a window of another length would compile again.
+        is_long = is_torchdynamo_compiling() or extended[WINDOW_NAMES[0]].shape[2] >= 2 * size
         self.windows = {name: tensor[:, :, -size:].clone() if is_long else tensor for name, tensor in extended.items()}
 
 

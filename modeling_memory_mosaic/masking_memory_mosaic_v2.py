@@ -131,11 +131,11 @@ def short_term_rule(
     """
     own = counts.own
     before = counts.num_before - num_window + torch.arange(1, num_window + 1, device=own.device)
-    numbers = torch.cat([before.expand(len(own), -1), own], dim=1)
+    numbers = torch.cat([before.expand(own.shape[0], -1), own], dim=1)
     is_full = counts.in_document > 1
     if is_token is not None:
         is_full = is_full & is_token
-    is_full = torch.cat([(before > 1).expand(len(is_full), -1), is_full], dim=1)
+    is_full = torch.cat([(before > 1).expand(is_full.shape[0], -1), is_full], dim=1)
     first = own - size + 1
     if is_packed:
         first = torch.maximum(first, own - counts.in_document + 1)
@@ -288,7 +288,8 @@ def needs_rules(
     is_static = past_key_values is not None and past_key_values.is_compileable
     if is_static or not isinstance(past_length, int) or not isinstance(delay, int):
         return True, True
-    if config._attn_implementation == "eager":  # its maps are of all slots
+    # Maps of eager attention are of all slots, and an exported program serves texts of any length.
+    if config._attn_implementation == "eager" or torch.compiler.is_exporting():
         return True, True
     if past_length == 0:
         return not 1 < num_tokens <= config.short_term_window, num_tokens <= delay

@@ -59,6 +59,11 @@ from .ops_memory_mosaic_v2 import (
 )
 
 
+def largest_length(dtype: torch.dtype) -> float:
+    """Return the largest length of a query or a value in a precision, which float16 alone comes near to."""
+    return min(torch.finfo(dtype).max / 2, 1e38)
+
+
 def gather_heads(retrieved: torch.Tensor, weight: Any, num_heads: int) -> torch.Tensor:
     """Return what all heads retrieved `(B, T, H, D)`, if processes hold some of them each.
 
@@ -136,10 +141,8 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
     def beta(self, num_pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the inverse temperature by the number of pairs `(B or 1, T)`, `(B or 1, H or 1, T, 1)` (eq. 6)."""
         # Keys have unit length, so that a query is as long as beta and has to stay within its precision.
-        largest = torch.finfo(dtype).max / 2
-        return inverse_temperature(
-            num_pairs, self.bandwidth_scale, self.bandwidth_offset, self.bandwidth_exponent, largest
-        )
+        thetas = (self.bandwidth_scale, self.bandwidth_offset, self.bandwidth_exponent)
+        return inverse_temperature(num_pairs, *thetas, largest_length(dtype))
 
     def keys_and_queries(
         self,
@@ -175,7 +178,7 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
         projected = at_least_float32(projected)
         mix = at_least_float32(self.value_mix).view(-1, 1, 1)
         length = at_least_float32(self.value_scale).abs().clamp(max=MAX_LOG_VALUE_LENGTH).exp()
-        length = length.clamp(max=torch.finfo(hidden_states.dtype).max).view(-1, 1, 1)
+        length = length.clamp(max=largest_length(hidden_states.dtype)).view(-1, 1, 1)
         blend = torch.lerp(projected[:, :, 1:], projected[:, :, :-1], mix)
         return as_dtype(scale_to_length(blend, length), hidden_states.dtype)
 
@@ -295,7 +298,7 @@ class MemoryMosaicV2ShortTermMemory(MemoryMosaicV2Heads):
         size, is_token = self.config.num_short_term_pairs, reading.is_token
         missing = size - reading.num_window
         keys, values = (F.pad(part, (0, 0, missing, 0)) for part in (keys, values))
-        is_full = F.pad(rule.is_full, (missing, 0)).expand(len(queries), -1)
+        is_full = F.pad(rule.is_full, (missing, 0)).expand(queries.shape[0], -1)
         documents = None if reading.document_ids is None else F.pad(reading.document_ids, (size, 0))
         if is_token is not None:
             # A window is of tokens, so that padding goes to the front of slots and queries.
@@ -323,18 +326,18 @@ def weights_of_tokens(weights: torch.Tensor, rule: NumberRule, reading: Reading)
     """
     num_tokens, num_slots = weights.shape[2], reading.num_slots
     num_past = num_slots - num_tokens
-    slots = torch.arange(num_past, num_slots, device=weights.device).expand(len(rule.numbers), -1)
+    slots = torch.arange(num_past, num_slots, device=weights.device).expand(rule.numbers.shape[0], -1)
     if reading.num_window:
         numbers = rule.numbers[:, : reading.num_window]
         places = numbers - 1
         if reading.past_mask is not None:
             counted = reading.past_mask.long().cumsum(-1)
-            places = torch.searchsorted(counted, numbers.expand(len(counted), -1).contiguous())
+            places = torch.searchsorted(counted, numbers.expand(counted.shape[0], -1).contiguous())
         places = (places + reading.num_joined).clamp(0, max(0, num_past - 1))
-        num_rows = max(len(places), len(slots))
+        num_rows = max(places.shape[0], slots.shape[0])
         slots = torch.cat([places.expand(num_rows, -1), slots.expand(num_rows, -1)], dim=1)
     of_slots = weights.new_zeros(*weights.shape[:3], num_slots)
-    index = slots[:, None, None].expand(len(weights), *weights.shape[1:3], -1)
+    index = slots[:, None, None].expand(weights.shape[0], *weights.shape[1:3], -1)
     return F.pad(of_slots.scatter_add(3, index, weights)[..., 1:], (0, 1))
 
 

@@ -216,7 +216,7 @@ class MemoryMosaicV2Model(MemoryMosaicV2PreTrainedModel, MemoryMosaicModel):
         """Return the arguments of all layers that describe padding, documents, the past, windows and delays."""
         delay = None
         if self.training and past_key_values is None:
-            delay = draw_delay(self.config, len(embeds), embeds.device)
+            delay = draw_delay(self.config, embeds.shape[0], embeds.device)
         return create_reading(self.config, embeds, attention_mask, past_key_values, delay=delay, **packing)
 
 
