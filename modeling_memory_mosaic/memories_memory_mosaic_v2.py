@@ -54,6 +54,7 @@ from .ops_memory_mosaic_v2 import (
     alignment,
     gated_sum,
     inverse_temperature,
+    magnitude,
     rearranged,
     window_read,
 )
@@ -112,7 +113,7 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
         """Return log g and log lambda of each head and token, `(B, H, T)`, in float32 at least (eq. 8)."""
         if self.config.gated_keys:
             gates = at_least_float32(self.gate_proj(hidden_states)).transpose(1, 2)
-            decays = -at_least_float32(self.leak_proj(hidden_states)).abs().transpose(1, 2)
+            decays = -magnitude(at_least_float32(self.leak_proj(hidden_states))).transpose(1, 2)
         else:
             decays = -self.leak()[None, :, None].expand(hidden_states.shape[0], -1, hidden_states.shape[1])
             gates = torch.zeros_like(decays)
@@ -177,7 +178,7 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
         # float32 before the blend: in half precision it would round twice.
         projected = at_least_float32(projected)
         mix = at_least_float32(self.value_mix).view(-1, 1, 1)
-        length = at_least_float32(self.value_scale).abs().clamp(max=MAX_LOG_VALUE_LENGTH).exp()
+        length = magnitude(at_least_float32(self.value_scale)).clamp(max=MAX_LOG_VALUE_LENGTH).exp()
         length = length.clamp(max=largest_length(hidden_states.dtype)).view(-1, 1, 1)
         blend = torch.lerp(projected[:, :, 1:], projected[:, :, :-1], mix)
         return as_dtype(scale_to_length(blend, length), hidden_states.dtype)

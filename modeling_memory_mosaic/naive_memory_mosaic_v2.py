@@ -32,6 +32,11 @@ from .naive_memory_mosaic import (
 )
 
 
+def naive_magnitude(theta: torch.Tensor) -> torch.Tensor:
+    """Return |theta|, with the derivative 1 at 0: the paper starts the lengths of values there, to grow."""
+    return torch.where(theta < 0, -theta, theta)
+
+
 def naive_gated_keys(k_states: torch.Tensor, log_gates: torch.Tensor, log_leaks: torch.Tensor) -> torch.Tensor:
     """Return the keys `(T, D)` of one head, for projected inputs `(T, D)` and two numbers for each token `(T,)`.
 
@@ -40,7 +45,7 @@ def naive_gated_keys(k_states: torch.Tensor, log_gates: torch.Tensor, log_leaks:
     sums: list[torch.Tensor] = []
     for t, state in enumerate(k_states):
         gated = torch.exp(log_gates[t]) * state
-        sums.append(gated if t == 0 else gated + torch.exp(-log_leaks[t].abs()) * sums[t - 1])
+        sums.append(gated if t == 0 else gated + torch.exp(-naive_magnitude(log_leaks[t])) * sums[t - 1])
     return torch.stack([naive_norm(s) for s in sums])
 
 
@@ -51,14 +56,14 @@ def naive_bandwidth(
 
     Parametrised as in table 6: beta = exp(min(theta, 10)), alpha = min(|theta|, 1). Without an exponent alpha is 0.
     """
-    growth = 1 if exponent is None else num_pairs ** exponent.abs().clamp(max=1)
+    growth = 1 if exponent is None else num_pairs ** naive_magnitude(exponent).clamp(max=1)
     return torch.exp(scale.clamp(max=10)) * growth + torch.exp(offset.clamp(max=10))
 
 
 def naive_value(v_states: torch.Tensor, t: int, value_scale: torch.Tensor, value_mix: torch.Tensor) -> torch.Tensor:
     """Return the value `(D,)` of the pair of token t, which looks at the next token (eq. 9)."""
     blend = value_mix * v_states[t] + (1 - value_mix) * v_states[t + 1]
-    return torch.exp(value_scale.abs().clamp(max=15)) * naive_norm(blend)
+    return torch.exp(naive_magnitude(value_scale).clamp(max=15)) * naive_norm(blend)
 
 
 def naive_head(

@@ -36,6 +36,11 @@ MAX_LOG_BANDWIDTH, MAX_LOG_VALUE_LENGTH = 10.0, 15.0
 SHORTEST_BLOCK, LONGEST_BLOCK = 16, 128
 
 
+def magnitude(theta: torch.Tensor) -> torch.Tensor:
+    """Return |theta|, with the derivative 1 at 0: by that of `abs` nothing that starts there would learn."""
+    return torch.where(theta < 0, -theta, theta)
+
+
 def gated_step(
     states: torch.Tensor,
     log_gates: torch.Tensor,
@@ -171,7 +176,7 @@ def inverse_temperature(
     scale, offset = (at_least_float32(part).clamp(max=MAX_LOG_BANDWIDTH).view(-1, 1, 1) for part in (scale, offset))
     log_growth = scale
     if exponent is not None:
-        alpha = at_least_float32(exponent).abs().clamp(max=1).view(-1, 1, 1)
+        alpha = magnitude(at_least_float32(exponent)).clamp(max=1).view(-1, 1, 1)
         log_growth = scale + alpha * num_pairs.clamp(min=1).to(scale.dtype).log()[:, None, :, None]
     return (log_growth.exp() + offset.exp()).clamp(max=largest)
 

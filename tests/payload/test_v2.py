@@ -284,6 +284,14 @@ def test_initial_values_are_the_paper_s():
     torch.testing.assert_close(beta, torch.full((1, 4, 1, 1), 32.94), rtol=0, atol=0.01)
 
 
+def test_every_parameter_of_a_new_model_has_a_gradient():
+    """The paper starts lengths of values at theta = 0, where the derivative of |theta| in torch is 0."""
+    torch.manual_seed(0)
+    model = MemoryMosaicV2ForCausalLM(make_v2().config)
+    model(make_ids(2, 30), labels=make_ids(2, 30)).loss.backward()
+    assert not [name for name, parameter in model.named_parameters() if not parameter.grad.any()]
+
+
 def test_names_of_parameters_are_those_that_are_specified():
     names = {name for name, _ in make_v2(num_hidden_layers=1).named_parameters()}
     heads = ("k_proj", "v_proj", "gate_proj", "leak_proj")
