@@ -151,16 +151,17 @@ def long_term_rule(counts: Counts, delay: int | torch.Tensor, is_packed: bool, h
     return NumberRule(counts.of_slots, first.expand_as(last), last, counts.is_full)
 
 
-def draw_delay(config: Any, batch_size: int, device: torch.device) -> int | torch.Tensor:
-    """Draw m of a training step: one number, or one for each row `(B, 1)`."""
-    if config.long_term_delay_range is None:
+def draw_delay(config: Any, embeds: torch.Tensor) -> int | torch.Tensor:
+    """Draw m of a training step on embeddings `(B, T, C)`: one number, or one for each row `(B, 1)`."""
+    # Tensors without numbers, by which costs are counted, draw none.
+    if config.long_term_delay_range is None or hasattr(embeds, "fake_mode"):
         return int(config.long_term_delay)
     low, high = config.long_term_delay_range
     if config.long_term_delay_draw == "sequence":
-        return torch.randint(low, high + 1, (batch_size, 1), device=device)
+        return torch.randint(low, high + 1, (embeds.shape[0], 1), device=embeds.device)
     drawn = torch.randint(low, high + 1, (1, 1), device="cpu")
     # A number would compile a graph of its own for each m.
-    return drawn.to(device) if is_torchdynamo_compiling() else int(drawn)
+    return drawn.to(embeds.device) if is_torchdynamo_compiling() else int(drawn)
 
 
 def count_text(

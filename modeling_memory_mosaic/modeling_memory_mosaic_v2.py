@@ -58,7 +58,7 @@ from .modeling_memory_mosaic import (
 
 # What the thetas of the bandwidth stand at in the beginning (table 6).
 INITIAL_BANDWIDTH, INITIAL_EXPONENT = 1.5, 1 / 3
-# Initial weights are normal, cut at so many standard deviations.
+# Initial weights are normal, and clamped at so many standard deviations.
 INITIAL_CUT = 3.0
 
 
@@ -134,9 +134,9 @@ class MemoryMosaicV2PreTrainedModel(MemoryMosaicPreTrainedModel):
 
         | parameter | start |
         | --- | --- |
-        | linear maps in layer l | normal, std (2 C (l + 1))^-0.5, cut at 3 std |
-        | `down_proj` | normal, std (2 intermediate_size (l + 1))^-0.5, cut at 3 std |
-        | `embed_tokens`, `lm_head`, `score` | normal, std (2 C)^-0.5, cut at 3 std |
+        | linear maps in layer l | normal, std (2 C (l + 1))^-0.5, clamped at 3 std |
+        | `down_proj` | normal, std (2 intermediate_size (l + 1))^-0.5, clamped at 3 std |
+        | `embed_tokens`, `lm_head`, `score` | normal, std (2 C)^-0.5, clamped at 3 std |
         | `bandwidth_scale`, `bandwidth_offset` | 1.5 |
         | `bandwidth_exponent` | 1/3 |
         | `value_scale` | 0 |
@@ -160,7 +160,9 @@ class MemoryMosaicV2PreTrainedModel(MemoryMosaicPreTrainedModel):
 
     def init_matrix(self, module: nn.Linear | nn.Embedding) -> None:
         std = float(getattr(module, "inverse_variance", 2 * self.config.hidden_size)) ** -0.5
-        init.trunc_normal_(module.weight, mean=0.0, std=std, a=-INITIAL_CUT * std, b=INITIAL_CUT * std)
+        init.normal_(module.weight, std=std)
+        if not getattr(module.weight, "_is_hf_initialized", False):  # by a checkpoint
+            module.weight.clamp_(-INITIAL_CUT * std, INITIAL_CUT * std)
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
 
@@ -216,7 +218,7 @@ class MemoryMosaicV2Model(MemoryMosaicV2PreTrainedModel, MemoryMosaicModel):
         """Return the arguments of all layers that describe padding, documents, the past, windows and delays."""
         delay = None
         if self.training and past_key_values is None:
-            delay = draw_delay(self.config, embeds.shape[0], embeds.device)
+            delay = draw_delay(self.config, embeds)
         return create_reading(self.config, embeds, attention_mask, past_key_values, delay=delay, **packing)
 
 
