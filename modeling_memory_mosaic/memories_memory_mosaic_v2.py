@@ -21,7 +21,7 @@ Shapes use B batch, T tokens, H heads of a memory, D head width, C = hidden size
 slots of that before the new tokens, S slots of the long-term memory (one per token).
 """
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -206,10 +206,10 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
         rule: NumberRule,
         slot_bias: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Read the pairs of slots that a rule allows: values `(B, T, H, D)`, and weights `(B, H, T, N)` of eager."""
+    ) -> torch.Tensor:
+        """Return values `(B, T, H, D)` that are read of the slots that a rule allows."""
         if has_plain_sdpa(self.config) and can_read_in_blocks(queries):
-            return block_read(queries, keys, values, rule, self.weight_dropout(), slot_bias), None
+            return block_read(queries, keys, values, rule, self.weight_dropout(), slot_bias)
         is_allowed = rule.allowed(slice(0, queries.shape[2]), slice(0, keys.shape[2]))[:, None].to(queries.device)
         return self.read_masked(queries, keys, values, is_allowed, slot_bias, **kwargs)
 
@@ -221,20 +221,73 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
         is_allowed: torch.Tensor,
         slot_bias: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Read the pairs that a mask `(B or 1, 1, T, N)` allows, by the configured attention function."""
+    ) -> torch.Tensor:
+        """Return values that are read of the pairs that a mask `(B or 1, 1, T, N)` allows, by an attention function."""
         if slot_bias is None:
             slot_bias = queries.new_zeros(1, 1, keys.shape[2])
         implementation = self.config._attn_implementation
-        if implementation == "eager":
-            bias = slot_bias[:, :, None].to(torch.promote_types(queries.dtype, torch.float32))
-            bias = bias.masked_fill(~is_allowed, -torch.inf).clamp(min=lowest_bias(bias.dtype))
-            sees_any = (bias > lowest_bias(bias.dtype)).any(dim=-1, keepdim=True)
-            weights = smoothing_weights(queries, keys, bias, self.weight_dropout()) * sees_any
-            return weighted_values(weights, values).transpose(1, 2), weights
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         kwargs |= {"is_causal": False, "dropout": self.weight_dropout(), "scaling": 1.0}
-        return biased_read(attention_function, self, queries, keys, values, is_allowed, slot_bias, **kwargs)
+        return biased_read(attention_function, self, queries, keys, values, is_allowed, slot_bias, **kwargs)[0]
+
+    def read_with_map(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rule: NumberRule,
+        reading: Reading,
+        slot_bias: torch.Tensor | None = None,
+    ) -> "Mapped":
+        """Read the slots that a rule allows by eager attention, whose map is in the graph of what is retrieved."""
+        is_allowed = rule.allowed(slice(0, queries.shape[2]), slice(0, keys.shape[2]))[:, None].to(queries.device)
+        bias = torch.zeros_like(is_allowed, dtype=torch.promote_types(queries.dtype, torch.float32))
+        bias = bias if slot_bias is None else slot_bias[:, :, None].to(bias)
+        lowest = lowest_bias(bias.dtype)
+        bias = bias.masked_fill(~is_allowed, -torch.inf).clamp(min=lowest)
+        sees_any = (bias > lowest).any(dim=-1, keepdim=True)
+        weights = smoothing_weights(queries, keys, bias, self.weight_dropout()) * sees_any
+        places = places_of_pairs(rule.numbers, reading)[:, None, None].to(weights.device)
+        places = places.expand(weights.shape[0], *weights.shape[1:3], -1)
+        of_tokens = weights.new_zeros(*weights.shape[:3], reading.num_slots).scatter_add(3, places, weights)
+        return Mapped(of_tokens, places, rule.is_full[:, None, None].to(weights.device), values)
+
+
+class Mapped(NamedTuple):
+    """A map of eager attention, and how to read values by it.
+
+    - `weights` `(B, H, T, S)`: that each token gives to the pair of each token so far,
+    - `places` `(B, H, T, N)`: the token of the pair in each slot that was read,
+    - `is_full` `(B or 1, 1, 1, N)`: False at slots without a pair,
+    - `values` `(B, H, N, D)`: of the slots.
+    """
+
+    weights: torch.Tensor
+    places: torch.Tensor
+    is_full: torch.Tensor
+    values: torch.Tensor
+
+    def read(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return what is retrieved `(B, T, H, D)` by the map, which is given once more as a part of a larger one."""
+        return weighted_values(weights.gather(3, self.places) * self.is_full, self.values).transpose(1, 2)
+
+
+def places_of_pairs(numbers: torch.Tensor, reading: Reading) -> torch.Tensor:
+    """Return the place among S slots of the token of each pair, `(B or 1, N)`.
+
+    The slot of a token holds the pair of the token before it.
+
+    Args:
+        numbers (`torch.Tensor` of shape `(B or 1, N)`): of the tokens whose slots they are.
+    """
+    of_slots = cast(NumberRule, reading.long_rule).numbers
+    num_rows = max(of_slots.shape[0], numbers.shape[0])
+    before = (numbers - 1).expand(num_rows, -1).contiguous()
+    places = torch.searchsorted(of_slots.expand(num_rows, -1).contiguous(), before)
+    slots = torch.arange(numbers.shape[1], device=numbers.device)
+    if numbers.shape[1] == reading.num_slots:  # slots of joined texts have no numbers
+        places = torch.where(slots < reading.num_joined, slots - 1, places)
+    return places.clamp(0, reading.num_slots - 1)
 
 
 class MemoryMosaicV2ShortTermMemory(MemoryMosaicV2Heads):
@@ -248,8 +301,8 @@ class MemoryMosaicV2ShortTermMemory(MemoryMosaicV2Heads):
         reading: Reading,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what hidden states `(B, T, C)` retrieve, `(B, T, H, D)`, and weights `(B, H, T, S)` of eager."""
+    ) -> "torch.Tensor | Mapped":
+        """Return what hidden states `(B, T, C)` retrieve, `(B, T, H, D)`, or by eager attention its map."""
         states = cast(Any, None if past_key_values is None else self.states(past_key_values))
         size = self.config.num_short_term_pairs
         keys, queries, is_first = self.keys_and_queries(hidden_states, reading.short_pairs, reading, states)
@@ -263,28 +316,16 @@ class MemoryMosaicV2ShortTermMemory(MemoryMosaicV2Heads):
             pairs = slots[0][:, :, -num_columns:], slots[1][:, :, -num_columns:]
         rule = reading.short_rule
         if rule is None and reading.num_window == 0:
-            return self.read_first(queries, keys[:, :, :-1], values, 1, **kwargs), None
+            return self.read_first(queries, keys[:, :, :-1], values, 1, **kwargs)
         if rule is None:
             num_seen = min(size, reading.num_slots - 1)
             seen = (part.narrow(2, part.shape[2] - num_seen, num_seen) for part in pairs)
-            return self.retrieve(queries, *seen, None, reading.reads_directly, **kwargs)[0], None
-        return self.read(queries, *pairs, rule, reading, **kwargs)
-
-    def read(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        rule: NumberRule,
-        reading: Reading,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Read the slots `(B, H, P + T, D)` that a rule allows; arguments and results as for `read_by_rule`."""
-        by_blocks = has_plain_sdpa(self.config) and can_read_in_blocks(queries)
-        if by_blocks or torch.compiler.is_exporting() or self.config._attn_implementation == "eager":
-            retrieved, weights = self.read_by_rule(queries, keys, values, rule, **kwargs)
-            return retrieved, None if weights is None else weights_of_tokens(weights, rule, reading)
-        return self.read_windows(queries, keys, values, rule, reading, **kwargs), None
+            return self.retrieve(queries, *seen, None, reading.reads_directly, **kwargs)[0]
+        if self.config._attn_implementation == "eager":
+            return self.read_with_map(queries, *pairs, rule, reading)
+        if torch.compiler.is_exporting() or (has_plain_sdpa(self.config) and can_read_in_blocks(queries)):
+            return self.read_by_rule(queries, *pairs, rule, **kwargs)
+        return self.read_windows(queries, *pairs, rule, reading, **kwargs)
 
     def read_windows(
         self,
@@ -295,7 +336,7 @@ class MemoryMosaicV2ShortTermMemory(MemoryMosaicV2Heads):
         reading: Reading,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Do as `read` by an attention function that is called with masks of blocks: see [`window_read`]."""
+        """Do as `read_by_rule`, with masks of blocks alone: see [`window_read`]."""
         size, is_token = self.config.num_short_term_pairs, reading.is_token
         missing = size - reading.num_window
         keys, values = (F.pad(part, (0, 0, missing, 0)) for part in (keys, values))
@@ -311,35 +352,13 @@ class MemoryMosaicV2ShortTermMemory(MemoryMosaicV2Heads):
             documents = None if documents is None else documents.gather(1, of_slots)
 
         def read(*block: torch.Tensor) -> torch.Tensor:
-            return self.read_masked(*block, **kwargs)[0]
+            return self.read_masked(*block, **kwargs)
 
         retrieved = window_read(read, queries, keys, values, is_full, documents)
         if is_token is not None:
             retrieved = rearranged(retrieved.transpose(1, 2), order.argsort(-1))
             retrieved = forward_fill(retrieved, is_token, None).transpose(1, 2)
         return retrieved
-
-
-def weights_of_tokens(weights: torch.Tensor, rule: NumberRule, reading: Reading) -> torch.Tensor:
-    """Return weights `(B, H, T, P + T)` of slots of a window as those of the pairs of all tokens, `(B, H, T, S)`.
-
-    The slot of a token holds the pair of the token before it.
-    """
-    num_tokens, num_slots = weights.shape[2], reading.num_slots
-    num_past = num_slots - num_tokens
-    slots = torch.arange(num_past, num_slots, device=weights.device).expand(rule.numbers.shape[0], -1)
-    if reading.num_window:
-        numbers = rule.numbers[:, : reading.num_window]
-        places = numbers - 1
-        if reading.past_mask is not None:
-            counted = reading.past_mask.long().cumsum(-1)
-            places = torch.searchsorted(counted, numbers.expand(counted.shape[0], -1).contiguous())
-        places = (places + reading.num_joined).clamp(0, max(0, num_past - 1))
-        num_rows = max(places.shape[0], slots.shape[0])
-        slots = torch.cat([places.expand(num_rows, -1), slots.expand(num_rows, -1)], dim=1)
-    of_slots = weights.new_zeros(*weights.shape[:3], num_slots)
-    index = slots[:, None, None].expand(weights.shape[0], *weights.shape[1:3], -1)
-    return F.pad(of_slots.scatter_add(3, index, weights)[..., 1:], (0, 1))
 
 
 class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
@@ -353,8 +372,8 @@ class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
         reading: Reading,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what hidden states `(B, T, C)` retrieve, `(B, T, H, D)`, and weights `(B, H, T, S)` of eager."""
+    ) -> "torch.Tensor | Mapped":
+        """Return what hidden states `(B, T, C)` retrieve, `(B, T, H, D)`, or by eager attention its map."""
         states = cast(Any, None if past_key_values is None else self.states(past_key_values))
         keys, queries, is_first = self.keys_and_queries(hidden_states, reading.long_pairs, reading, states)
         values = self.pair_values(hidden_states, reading, states)
@@ -364,15 +383,16 @@ class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
         slots = keys[:, :, :-1], values
         if past_key_values is not None or rule is not None:
             slots = self.store(*slots, past_key_values, is_first=is_first)
+        if rule is not None and self.config._attn_implementation == "eager":
+            return self.read_with_map(queries, *slots, rule, reading, slot_bias)
         if rule is not None:
-            retrieved, weights = self.read_by_rule(queries, *slots, rule, slot_bias, **kwargs)
-            return retrieved, None if weights is None else F.pad(weights[..., 1:], (0, 1))
+            return self.read_by_rule(queries, *slots, rule, slot_bias, **kwargs)
         delay = cast(int, reading.delay)
         if is_first:
-            return self.read_first(queries, keys[:, :, :-1], values, delay, **kwargs), None
+            return self.read_first(queries, keys[:, :, :-1], values, delay, **kwargs)
         num_seen = slots[0].shape[2] - delay
         seen = (part.narrow(2, 1, num_seen) for part in slots)
-        return self.retrieve(queries, *seen, None, reading.reads_directly, **kwargs)[0], None
+        return self.retrieve(queries, *seen, None, reading.reads_directly, **kwargs)[0]
 
 
 class MemoryMosaicV2ContextualMemory(nn.Module):
@@ -412,13 +432,17 @@ class MemoryMosaicV2ContextualMemory(nn.Module):
             # The length of a memory is that of its long-term slots, also if no head reads them.
             empty = hidden_states.new_zeros(hidden_states.shape[0], 0, hidden_states.shape[1], self.head_dim)
             past_key_values.update(empty, empty, self.layer_idx)
+        maps = [part.weights for part in read if isinstance(part, Mapped)]
+        whole = torch.cat(maps, dim=1) if maps else None
+        if whole is not None:
+            parts = whole.split([weights.shape[1] for weights in maps], dim=1)
+            read = [part.read(weights) for part, weights in zip(cast(Any, read), parts, strict=True)]
         heads = [
             gather_heads(retrieved, memory.k_proj.weight, memory.num_heads)
-            for memory, (retrieved, _) in zip(memories, read, strict=True)
+            for memory, retrieved in zip(memories, cast(Any, read), strict=True)
         ]
         output = self.o_proj(torch.cat(heads, dim=2).flatten(2))
-        maps = [weights for _, weights in read if weights is not None]
-        return self.dropout(output) if self.training else output, torch.cat(maps, dim=1) if maps else None
+        return self.dropout(output) if self.training else output, whole
 
 
 class MemoryMosaicV2DenseMemory(nn.Module):

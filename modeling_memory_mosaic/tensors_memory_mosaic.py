@@ -153,8 +153,13 @@ def check_pairs(shapes: dict[str, tuple[int, int | None, int]], tensors: dict[st
     pairs = {size for name, size in sizes.items() if name in dtypes}
     states = {size for name, size in sizes.items() if name not in dtypes}
     num_rows = next(iter(pairs))[0]
-    is_state = all(sizes[name] == (num_rows, shapes[name][1]) for name in sizes if name not in dtypes)
-    if len(pairs) > 1 or not is_state:
+    wrong = [name for name in sizes if name not in dtypes and sizes[name] != (num_rows, shapes[name][1])]
+    if len(pairs) == 1 and wrong:
+        raise ValueError(
+            f"Not one memory: {wrong[0]} has (rows, columns) {sizes[wrong[0]]}, and must have "
+            f"{(num_rows, shapes[wrong[0]][1])}."
+        )
+    if len(pairs) > 1:
         raise ValueError(f"Not one memory: its layers hold (rows, slots) {sorted(pairs)} and states {sorted(states)}.")
     if 0 in next(iter(pairs)):
         raise ValueError(f"The memory has (rows, slots) {next(iter(pairs))}: there must be at least one of each.")

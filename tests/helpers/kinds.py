@@ -30,6 +30,7 @@ from modeling_memory_mosaic import (
     MemoryMosaicForSequenceClassification,
     MemoryMosaicV2Config,
     MemoryMosaicV2ForCausalLM,
+    MemoryMosaicV2ForSequenceClassification,
 )
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 
@@ -85,6 +86,14 @@ def make_v2(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) ->
     torch.manual_seed(seed)
     config = MemoryMosaicV2Config(**SIZES | SHORT_LEVELS | config)
     return randomize_parameters(MemoryMosaicV2ForCausalLM(config)).to(dtype)
+
+
+def make_classifier_v2(
+    seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+) -> MemoryMosaicV2ForSequenceClassification:
+    torch.manual_seed(seed)
+    config = MemoryMosaicV2Config(**SIZES | SHORT_LEVELS | {"num_labels": 3} | config)
+    return randomize_parameters(MemoryMosaicV2ForSequenceClassification(config)).to(dtype)
 
 
 def make_memory_model(
@@ -254,6 +263,13 @@ KINDS = {
             dropouts=({"attention_dropout": 0.5},),
         ),
         Kind("classifier", "classifier", make_classifier, AutoModelForSequenceClassification, SLOTS, options=STILL),
+        Kind(
+            "classifier v2",
+            "classifier",
+            make_classifier_v2,
+            AutoModelForSequenceClassification,
+            other_size="intermediate_size",
+        ),
     )
 }
 MODELS = ("mosaic", "mosaic v2", "memory model", "continuous", "classifier")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers.kinds import BACKBONE_KINDS, KINDS, LENGTH, for_kinds
-from helpers.models import BANDWIDTHS, checkpoint_activations, make_ids, make_model
+from helpers.models import BANDWIDTHS, by_bandwidth, checkpoint_activations, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -189,6 +189,7 @@ def test_zero_vector_stays_zero_with_a_tame_gradient():
     assert vectors.grad.abs().max() <= 3.0
 
 
+@by_bandwidth
 @pytest.mark.parametrize("num_tokens", [2, 9, CHUNK_LENGTH + 9])
 def test_a_token_changes_nothing_before_itself(model, num_tokens):
     ids = make_ids(1, num_tokens)
@@ -410,6 +411,7 @@ def test_training_in_bfloat16_loses_little(kind):
     """Autocast is Trainer's `bf16=True`."""
     num_steps, rate, options = {
         "mosaic": (200, 3e-3, {"logits_scaling": 1.0}),
+        "mosaic v2": (200, 3e-3, {}),
         "memory model": (60, 1e-2, {}),
         "classifier": (60, 1e-3, {}),
         "continuous": (60, 1e-2, {"loss_clip": None}),

@@ -248,9 +248,11 @@ def uneven_texts():
     return [story[: 20 + 45 * index] for index, story in enumerate(held_out(6))]
 
 
-def test_sft_trains_every_parameter_on_the_models_own_loss(folder, tokenizer, tmp_path):
+@for_kinds("mosaic", "mosaic v2")
+def test_sft_trains_every_parameter_on_the_models_own_loss(kind, folder, tokenizer, tmp_path):
     """TRL computes the loss from hidden states, so it has to read the scale of the logits."""
-    model = load(folder, **NO_DROPOUT)
+    still = NO_DROPOUT if kind.model == "mosaic" else {"long_term_delay_range": None}
+    model = load(folder, **still)
     before = copy.deepcopy(model.state_dict())
     trainer = sft(model, tokenizer, tmp_path / "run", uneven_texts())
     batch = trainer.data_collator(list(trainer.train_dataset))

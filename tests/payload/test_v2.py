@@ -127,6 +127,42 @@ def test_padded_chunks_equal_rows_alone(way, monkeypatch):
                 torch.testing.assert_close(logits[row, mask[row] == 1], alone, rtol=0, atol=1e-10)
 
 
+def test_attention_maps_of_v2_are_of_windows_and_delays():
+    """Short-term heads come first. Read in padded chunks, maps name the same tokens."""
+    model = make_v2(dtype=torch.float64, short_term_window=4, long_term_delay=3)
+    model.set_attn_implementation("eager")
+    ids, text = make_ids(2, 12), torch.arange(12) + 3 * (torch.arange(12) > 4)
+    maps = model(ids, output_attentions=True).attentions
+    lag = torch.arange(12)[:, None] - torch.arange(12)
+    sees = torch.stack([(lag > 0) & (lag < 4), lag >= 3]).repeat_interleave(3, dim=0)
+    assert len(maps) == 2
+    for weights in maps:
+        assert torch.equal(weights > 0, sees.expand(2, -1, -1, -1))
+        torch.testing.assert_close(weights.sum(-1), sees.any(-1).double().expand(2, -1, -1))
+    padded, mask = make_ids(2, 15, seed=4), torch.zeros(2, 15, dtype=torch.long)
+    padded[:, text], mask[:, text] = ids, 1
+    cache = DynamicCache(config=model.config)
+    for start, end in ((0, 9), (9, 10), (10, 15)):
+        inputs = {"attention_mask": mask[:, :end], "cache": cache, "output_attentions": True}
+        parts = model(padded[:, start:end], **inputs).attentions
+        rows = (text >= start) & (text < end)
+        for weights, whole in zip(parts, maps, strict=True):
+            of_tokens = weights[:, :, text[rows] - start][..., text[text < end]]
+            torch.testing.assert_close(of_tokens, whole[:, :, rows][..., text < end])
+            assert not weights[..., mask[0, :end] == 0].any()
+
+
+def test_a_gradient_flows_through_the_maps_of_v2():
+    model = make_v2()
+    model.set_attn_implementation("eager")
+    outputs = model(make_ids(1, 12), output_attentions=True)
+    for weights in outputs.attentions:
+        weights.retain_grad()
+    outputs.logits[0, -1, 3].backward()
+    for weights in outputs.attentions:
+        assert (weights.grad[0, :, -1][weights[0, :, -1] > 0] != 0).all()
+
+
 def test_a_memory_holds_all_long_term_pairs_and_a_window_of_short_term_ones():
     model = make_v2()
     cache = DynamicCache(config=model.config)
