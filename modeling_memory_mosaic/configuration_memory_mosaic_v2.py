@@ -200,7 +200,7 @@ class MemoryMosaicV2Config(DerivedSizes, PreTrainedConfig):
         return self.short_term_window - 1
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
         """How processes share a model: each holds some heads of every memory, with all their parameters.
 
         `o_proj` reads short-term heads, then long-term ones, so that each process gathers all heads before it. Heads

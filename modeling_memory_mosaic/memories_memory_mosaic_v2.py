@@ -142,7 +142,7 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
     def beta(self, num_pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the inverse temperature by the number of pairs `(B or 1, T)`, `(B or 1, H or 1, T, 1)` (eq. 6)."""
         # Keys have unit length, so that a query is as long as beta and has to stay within its precision.
-        thetas = (self.bandwidth_scale, self.bandwidth_offset, self.bandwidth_exponent)
+        thetas = (self.bandwidth_scale, self.bandwidth_offset, cast(Any, self.bandwidth_exponent))
         return inverse_temperature(num_pairs, *thetas, largest_length(dtype))
 
     def keys_and_queries(
@@ -222,7 +222,7 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
         slot_bias: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Return values that are read of the pairs that a mask `(B or 1, 1, T, N)` allows, by an attention function."""
+        """Return what an attention function reads of the pairs that a mask `(B or 1, 1, T, N)` allows."""
         if slot_bias is None:
             slot_bias = queries.new_zeros(1, 1, keys.shape[2])
         implementation = self.config._attn_implementation
@@ -280,7 +280,7 @@ def places_of_pairs(numbers: torch.Tensor, reading: Reading) -> torch.Tensor:
     Args:
         numbers (`torch.Tensor` of shape `(B or 1, N)`): of the tokens whose slots they are.
     """
-    of_slots = cast(NumberRule, reading.long_rule).numbers
+    of_slots = reading.long_rule.numbers
     num_rows = max(of_slots.shape[0], numbers.shape[0])
     before = (numbers - 1).expand(num_rows, -1).contiguous()
     places = torch.searchsorted(of_slots.expand(num_rows, -1).contiguous(), before)
@@ -304,28 +304,27 @@ class MemoryMosaicV2ShortTermMemory(MemoryMosaicV2Heads):
     ) -> "torch.Tensor | Mapped":
         """Return what hidden states `(B, T, C)` retrieve, `(B, T, H, D)`, or by eager attention its map."""
         states = cast(Any, None if past_key_values is None else self.states(past_key_values))
-        size = self.config.num_short_term_pairs
         keys, queries, is_first = self.keys_and_queries(hidden_states, reading.short_pairs, reading, states)
         values = self.pair_values(hidden_states, reading, states)
-        pairs = keys[:, :, :-1], values
-        if is_first and (states is not None or reading.short_rule is not None):
-            pairs = F.pad(pairs[0], (0, 0, 1, 0)), F.pad(pairs[1], (0, 0, 1, 0))
+        rule, slot_keys, slot_values = reading.short_rule, keys[:, :, :-1], values
+        if is_first and (states is not None or rule is not None):  # the first token completes no pair
+            slot_keys, slot_values = F.pad(slot_keys, (0, 0, 1, 0)), F.pad(slot_values, (0, 0, 1, 0))
         if states is not None:
-            slots = states.extend_window(*pairs, size, reading.is_token, reading.past_mask)
-            num_columns = reading.num_window + queries.shape[2]
-            pairs = slots[0][:, :, -num_columns:], slots[1][:, :, -num_columns:]
-        rule = reading.short_rule
+            window = (self.config.num_short_term_pairs, reading.is_token, reading.past_mask)
+            slot_keys, slot_values = states.extend_window(slot_keys, slot_values, *window)
+            first = slot_keys.shape[2] - reading.num_window - queries.shape[2]
+            slot_keys, slot_values = slot_keys[:, :, first:], slot_values[:, :, first:]
         if rule is None and reading.num_window == 0:
             return self.read_first(queries, keys[:, :, :-1], values, 1, **kwargs)
-        if rule is None:
-            num_seen = min(size, reading.num_slots - 1)
-            seen = (part.narrow(2, part.shape[2] - num_seen, num_seen) for part in pairs)
-            return self.retrieve(queries, *seen, None, reading.reads_directly, **kwargs)[0]
+        if rule is None:  # one token, that sees as many of the last slots as have pairs
+            first = slot_keys.shape[2] - min(self.config.num_short_term_pairs, reading.num_slots - 1)
+            slot_keys, slot_values = slot_keys[:, :, first:], slot_values[:, :, first:]
+            return self.retrieve(queries, slot_keys, slot_values, None, reading.reads_directly, **kwargs)[0]
         if self.config._attn_implementation == "eager":
-            return self.read_with_map(queries, *pairs, rule, reading)
+            return self.read_with_map(queries, slot_keys, slot_values, rule, reading)
         if torch.compiler.is_exporting() or (has_plain_sdpa(self.config) and can_read_in_blocks(queries)):
-            return self.read_by_rule(queries, *pairs, rule, **kwargs)
-        return self.read_windows(queries, *pairs, rule, reading, **kwargs)
+            return self.read_by_rule(queries, slot_keys, slot_values, rule, **kwargs)
+        return self.read_windows(queries, slot_keys, slot_values, rule, reading, **kwargs)
 
     def read_windows(
         self,
@@ -380,19 +379,19 @@ class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
         rule, slot_bias = reading.long_rule, None
         if states is not None and reading.slot_bias is not None:
             slot_bias = states.add_slot_bias(reading.slot_bias)
-        slots = keys[:, :, :-1], values
+        slot_keys, slot_values = keys[:, :, :-1], values
         if past_key_values is not None or rule is not None:
-            slots = self.store(*slots, past_key_values, is_first=is_first)
+            slot_keys, slot_values = self.store(slot_keys, slot_values, past_key_values, is_first=is_first)
         if rule is not None and self.config._attn_implementation == "eager":
-            return self.read_with_map(queries, *slots, rule, reading, slot_bias)
+            return self.read_with_map(queries, slot_keys, slot_values, rule, reading, slot_bias)
         if rule is not None:
-            return self.read_by_rule(queries, *slots, rule, slot_bias, **kwargs)
+            return self.read_by_rule(queries, slot_keys, slot_values, rule, slot_bias, **kwargs)
         delay = cast(int, reading.delay)
         if is_first:
             return self.read_first(queries, keys[:, :, :-1], values, delay, **kwargs)
-        num_seen = slots[0].shape[2] - delay
-        seen = (part.narrow(2, 1, num_seen) for part in slots)
-        return self.retrieve(queries, *seen, None, reading.reads_directly, **kwargs)[0]
+        last = slot_keys.shape[2] - delay + 1
+        slot_keys, slot_values = slot_keys[:, :, 1:last], slot_values[:, :, 1:last]
+        return self.retrieve(queries, slot_keys, slot_values, None, reading.reads_directly, **kwargs)[0]
 
 
 class MemoryMosaicV2ContextualMemory(nn.Module):
@@ -400,11 +399,11 @@ class MemoryMosaicV2ContextualMemory(nn.Module):
 
     def __init__(self, config: MemoryMosaicV2Config, layer_idx: int):
         super().__init__()
-        num_short, num_long = cast(int, config.num_short_term_heads), cast(int, config.num_long_term_heads)
+        num_short, num_long = config.num_short_term_heads, config.num_long_term_heads
         self.layer_idx = layer_idx
         self.short_term = MemoryMosaicV2ShortTermMemory(config, layer_idx, num_short) if num_short else None
         self.long_term = MemoryMosaicV2LongTermMemory(config, layer_idx, num_long) if num_long else None
-        self.head_dim = cast(int, config.head_dim)
+        self.head_dim = config.head_dim
         inner_size = (num_short + num_long) * self.head_dim
         self.o_proj = nn.Linear(inner_size, config.hidden_size, bias=config.use_bias)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -450,7 +449,7 @@ class MemoryMosaicV2DenseMemory(nn.Module):
 
     def __init__(self, config: MemoryMosaicV2Config):
         super().__init__()
-        inner_size = cast(int, config.intermediate_size)
+        inner_size = config.intermediate_size
         self.gate_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
         self.up_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
         self.down_proj = nn.Linear(inner_size, config.hidden_size, bias=config.use_bias)

@@ -116,7 +116,7 @@ class MemoryMosaicPreTrainedModel(MemorizingMixin, AdaptableModel, PreTrainedMod
         "attentions": MemoryMosaicContextualMemory,
     }
     # Per-head scalars: decaying them would pull every kernel towards one bandwidth.
-    no_weight_decay_names = ("key_leak", "key_scale", "value_scale", "value_mix")
+    no_weight_decay_names: tuple[str, ...] = ("key_leak", "key_scale", "value_scale", "value_mix")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

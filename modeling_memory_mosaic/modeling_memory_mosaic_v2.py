@@ -56,6 +56,10 @@ from .modeling_memory_mosaic import (
 )
 
 
+# These fields are choices of the user, or readings of what the paper leaves open: no checkpoints diverge in them.
+# trf-ignore: TRF041 norm_type, gated_keys
+
+
 # What the thetas of the bandwidth stand at in the beginning (table 6).
 INITIAL_BANDWIDTH, INITIAL_EXPONENT = 1.5, 1 / 3
 # Initial weights are normal, and clamped at so many standard deviations.
@@ -121,7 +125,7 @@ class MemoryMosaicV2PreTrainedModel(MemoryMosaicPreTrainedModel):
         "hidden_states": MemoryMosaicV2DecoderLayer,
         "attentions": MemoryMosaicV2ContextualMemory,
     }
-    no_weight_decay_names = (
+    no_weight_decay_names: tuple[str, ...] = (
         *MemoryMosaicPreTrainedModel.no_weight_decay_names,
         "bandwidth_scale",
         "bandwidth_offset",
@@ -149,8 +153,7 @@ class MemoryMosaicV2PreTrainedModel(MemoryMosaicPreTrainedModel):
             self.init_matrix(module)
         elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
             init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            self.init_bias(module)
         elif isinstance(module, MemoryMosaicV2Heads):
             self.init_scalars(module)
         elif isinstance(module, MemoryMosaicPersistentMemory):
@@ -163,10 +166,13 @@ class MemoryMosaicV2PreTrainedModel(MemoryMosaicPreTrainedModel):
         init.normal_(module.weight, std=std)
         if not getattr(module.weight, "_is_hf_initialized", False):  # by a checkpoint
             module.weight.clamp_(-INITIAL_CUT * std, INITIAL_CUT * std)
+        self.init_bias(module)
+
+    def init_bias(self, module: Any) -> None:
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
 
-    def init_scalars(self, module: MemoryMosaicV2Heads) -> None:
+    def init_scalars(self, module: Any) -> None:
         for theta in (module.bandwidth_scale, module.bandwidth_offset):
             init.constant_(theta, INITIAL_BANDWIDTH)
         if module.bandwidth_exponent is not None:
@@ -206,6 +212,9 @@ class MemoryMosaicV2Model(MemoryMosaicV2PreTrainedModel, MemoryMosaicModel):
     In training, a pass without a memory draws m (`long_term_delay_range`); behind a memory m is `long_term_delay`.
     """
 
+    def __init__(self, config: MemoryMosaicV2Config):
+        super().__init__(config)  # type: ignore[arg-type]
+
     def make_layer(self, config: Any, layer_idx: int) -> nn.Module:
         return MemoryMosaicV2DecoderLayer(config, layer_idx)
 
@@ -228,6 +237,9 @@ class MemoryMosaicV2ForCausalLM(MemoryMosaicV2PreTrainedModel, MemoryMosaicForCa
 
     body_class = MemoryMosaicV2Model
 
+    def __init__(self, config: MemoryMosaicV2Config):
+        super().__init__(config)  # type: ignore[arg-type]
+
     # `generate` makes the masks of a compiled step by this.
     @staticmethod
     def create_masks_for_generate(
@@ -249,6 +261,9 @@ class MemoryMosaicV2ForSequenceClassification(MemoryMosaicV2PreTrainedModel, Mem
     """A Memory Mosaic v2 that judges a text by its hidden state at the last token."""
 
     body_class = MemoryMosaicV2Model
+
+    def __init__(self, config: MemoryMosaicV2Config):
+        super().__init__(config)  # type: ignore[arg-type]
 
 
 __all__ = [

@@ -164,11 +164,11 @@ def naive_logits_v2(
         for head in range(len(k_states)):
             theta: Any = [None if part is None else part.expand(len(k_states))[head] for part in of_bandwidth]
             keys = naive_gated_keys(k_states[head], log_gates[:, head], leaks[:, head])
-            scalars = [state_dict[f"{name}.{part}"][head] for part in ("value_scale", "value_mix")]
+            scale, mix = (state_dict[f"{name}.{part}"][head] for part in ("value_scale", "value_mix"))
             others = None if pairs is None or name not in pairs else pairs[name][head]
             counts_all = config.bandwidth_count == "total"
             outputs.append(
-                naive_head(keys, v_states[head], visible[level], tuple(theta), *scalars, counts_all, others)
+                naive_head(keys, v_states[head], visible[level], tuple(theta), scale, mix, counts_all, others)
             )
         return outputs
 

@@ -155,8 +155,8 @@ def gated_sum(
         vectors `(B, H, T, D)` and log scales `(B, H, T, 1)`: the last ones continue the sum.
     """
     with maybe_autocast(states.device.type, enabled=False):
-        parts = (at_least_float32(part) for part in (states, log_gates, log_decays))
-        return _gated_sums(*parts, previous, document_ids)
+        states, log_gates, log_decays = (at_least_float32(part) for part in (states, log_gates, log_decays))
+        return _gated_sums(states, log_gates, log_decays, previous, document_ids)
 
 
 def inverse_temperature(

@@ -51,7 +51,11 @@ def convert_config(config: MemoryMosaicConfig, **fields: Any) -> MemoryMosaicV2C
     if unknown := fields.keys() - {"num_short_term_heads", "short_term_window"}:
         raise ValueError(f"{min(unknown)} follows from the model: choose num_short_term_heads, short_term_window.")
     own: dict[str, Any] = {name: getattr(config, name) for name in SAME_FIELDS}
-    exact = {"norm_type": "layer_norm", "norm_eps": config.layer_norm_eps, "persistent_memory_type": "slots"}
+    exact: dict[str, Any] = {
+        "norm_type": "layer_norm",
+        "norm_eps": config.layer_norm_eps,
+        "persistent_memory_type": "slots",
+    }
     exact |= {"gate_bias": True, "long_term_delay": 1, "long_term_delay_range": None}
     return MemoryMosaicV2Config(**own, **exact, **fields)
 
@@ -102,7 +106,8 @@ def convert_to_v2(model: MemoryMosaicForCausalLM, **fields: Any) -> MemoryMosaic
             "then choose a precision."
         )
     config = convert_config(model.config, **fields)
-    new: Any = MemoryMosaicV2ForCausalLM(config).to(model.dtype)  # a checker takes attributes of modules for tensors
+    new: Any = MemoryMosaicV2ForCausalLM(config)  # a checker takes attributes of modules for tensors
+    new = new.to(model.dtype)
     exponent = float(model.config.bandwidth_exponent)
     pairs = [(model.model.embed_tokens, new.model.embed_tokens), (model.model.norm, new.model.norm)]
     pairs += [] if config.tie_word_embeddings else [(model.lm_head, new.lm_head)]
