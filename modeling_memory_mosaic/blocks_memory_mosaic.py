@@ -113,8 +113,8 @@ class NumberRule:
     is_full: torch.Tensor
 
     def seen_by(self, block: slice, num_pairs: int) -> slice:
-        """Return the pairs that any query of a block may see; numbers of queries never fall either."""
-        first, last = self.first[:, block.start, None], self.last[:, block.stop - 1, None]
+        """Return the pairs that any query of a block may see."""
+        first, last = self.first[:, block].amin(1, keepdim=True), self.last[:, block].amax(1, keepdim=True)
         if len(self.numbers) == 1:
             first, last = first.amin(0, keepdim=True), last.amax(0, keepdim=True)
         else:

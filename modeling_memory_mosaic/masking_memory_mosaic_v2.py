@@ -33,7 +33,7 @@ from transformers.utils import is_torchdynamo_compiling
 
 from .blocks_memory_mosaic import NumberRule, can_read_directly
 from .cache_memory_mosaic import memory_layer, one_memory
-from .masking_memory_mosaic import count_behind, count_tokens, find_documents, find_padding
+from .masking_memory_mosaic import check_sees_all, count_behind, count_tokens, find_documents, find_padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,12 +142,25 @@ def short_term_rule(
     return NumberRule(numbers, first, own, is_full)
 
 
-def long_term_rule(counts: Counts, delay: int | torch.Tensor, is_packed: bool, has_joined: bool) -> NumberRule:
-    """Return which of S slots each token sees: the pairs of its document up to `delay` tokens before it."""
+def long_term_rule(
+    counts: Counts,
+    delay: int | torch.Tensor,
+    is_packed: bool,
+    has_joined: bool,
+    sees_all: torch.Tensor | None = None,
+) -> NumberRule:
+    """Return which of S slots each token sees: the pairs of its document up to `delay` tokens before it.
+
+    A token that sees all also sees the pairs of all documents before its own, without a delay, as those of joined
+    texts.
+    """
     last = counts.own - delay + 1
     if has_joined:
         return NumberRule(counts.of_slots, torch.zeros_like(last), last.clamp(min=0), counts.is_full)
     first = counts.own - counts.in_document + 1 if is_packed else torch.ones_like(counts.own)
+    if sees_all is not None:
+        last = torch.where(sees_all, torch.maximum(last, first - 1), last)
+        first = first.masked_fill(sees_all, 1)
     return NumberRule(counts.of_slots, first.expand_as(last), last, counts.is_full)
 
 
@@ -193,10 +206,21 @@ def bias_of_slots(own: torch.Tensor, is_token: torch.Tensor | None, batch_size: 
 
 
 def count_pairs_seen(
-    config: Any, counts: Counts, delay: int | torch.Tensor, joined: torch.Tensor | int
+    config: Any,
+    counts: Counts,
+    delay: int | torch.Tensor,
+    joined: torch.Tensor | int,
+    sees_all: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return n of the bandwidths of short-term and of long-term heads, `(B or 1, T)` each."""
+    """Return n of the bandwidths of short-term and of long-term heads, `(B or 1, T)` each.
+
+    Args:
+        joined: number of pairs of joined texts.
+        sees_all (`torch.Tensor` of shape `(B, T)`, *optional*): True at tokens that see all documents before theirs.
+    """
     total = (counts.in_document - 1).clamp(min=0)
+    if sees_all is not None:
+        joined = (counts.is_full.long().cumsum(-1) - total).masked_fill(~sees_all, 0)
     if config.bandwidth_count == "total":
         return total, joined + total
     return total.clamp(max=config.num_short_term_pairs), joined + (counts.in_document - delay).clamp(min=0)
@@ -219,24 +243,22 @@ def create_reading(
         attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*): 0 at padding, on either side or within.
         is_compiled (`bool`): whether compiled code is to read, which compiles again for each length of `past_mask`.
         delay (`int` or `torch.Tensor` of shape `(B, 1)`, *optional*): m; that of inference when absent.
+        sees_all (`torch.Tensor` of shape `(B, T)`, *optional*): True at tokens whose long-term heads see the pairs of
+            all documents before them in the row, as those of joined texts.
         packing: `position_ids`, `seq_idx` and `cu_seq_lens_q`, see [`find_documents`].
 
     Returns:
         `dict`: `is_token`, `document_ids` and the [`Reading`].
 
     Raises:
-        ValueError: if the mask is not 2-D or not as long as past and new tokens together, if several documents are
-            packed in one row and there is a memory, which holds one, or if `sees_all` is given.
+        ValueError: if the mask is not 2-D or not as long as past and new tokens together, or if several documents are
+            packed in one row and there is a memory, which holds one.
     """
-    if sees_all is not None:
-        raise ValueError(
-            "sees_all is not supported by Memory Mosaics v2: pack documents that see themselves alone, or join "
-            "memories of texts by `MosaicMemory.union`."
-        )
     settings: Any = config
     past_key_values = one_memory(past_key_values, cache, warn=False)
     attention_mask, is_token = find_padding(inputs_embeds, attention_mask, past_key_values)
     document_ids = find_documents(inputs_embeds, attention_mask, past_key_values, **packing)
+    sees_all = check_sees_all(sees_all, inputs_embeds, document_ids, past_key_values)
     (batch_size, num_tokens, _), device = inputs_embeds.shape, inputs_embeds.device
     layer: Any = None if past_key_values is None else memory_layer(past_key_values)
     past_length: Any = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -250,7 +272,7 @@ def create_reading(
         num_joined, joined_pairs = layer.num_joined, layer.num_pairs()
         counts = count_text(layer, attention_mask, past_length, num_tokens, num_slots, counts)
         slot_bias = bias_of_slots(counts.own, is_token, batch_size)
-    short_pairs, long_pairs = count_pairs_seen(settings, counts, delay, joined_pairs)
+    short_pairs, long_pairs = count_pairs_seen(settings, counts, delay, joined_pairs, sees_all)
     size, is_packed = settings.num_short_term_pairs, document_ids is not None
     is_first = isinstance(past_length, int) and past_length == num_joined
     past_mask = None
@@ -270,7 +292,7 @@ def create_reading(
         short_pairs=short_pairs,
         long_pairs=long_pairs,
         short_rule=short_term_rule(counts, is_token, size, num_window, is_packed) if needs[0] else None,
-        long_rule=long_term_rule(counts, delay, is_packed, is_joined) if needs[1] else None,
+        long_rule=long_term_rule(counts, delay, is_packed, is_joined, sees_all) if needs[1] else None,
         num_slots=num_slots,
         slot_bias=slot_bias,
         num_joined=num_joined,

@@ -382,6 +382,9 @@ class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
         slot_keys, slot_values = keys[:, :, :-1], values
         if past_key_values is not None or rule is not None:
             slot_keys, slot_values = self.store(slot_keys, slot_values, past_key_values, is_first=is_first)
+        if slot_bias is not None and states.search is not None and states.search.reads(states, queries.shape[2]):
+            is_seen = rule.allowed(slice(0, queries.shape[2]), slice(0, slot_keys.shape[2]))
+            return states.search.read(states, self.layer_idx, queries, slot_keys, slot_values, is_seen)
         if rule is not None and self.config._attn_implementation == "eager":
             return self.read_with_map(queries, slot_keys, slot_values, rule, reading, slot_bias)
         if rule is not None:

@@ -214,6 +214,7 @@ class MemoryMosaicV2Model(MemoryMosaicV2PreTrainedModel, MemoryMosaicModel):
 
     def __init__(self, config: MemoryMosaicV2Config):
         super().__init__(config)  # type: ignore[arg-type]
+        self.post_init()
 
     def make_layer(self, config: Any, layer_idx: int) -> nn.Module:
         return MemoryMosaicV2DecoderLayer(config, layer_idx)
@@ -239,6 +240,7 @@ class MemoryMosaicV2ForCausalLM(MemoryMosaicV2PreTrainedModel, MemoryMosaicForCa
 
     def __init__(self, config: MemoryMosaicV2Config):
         super().__init__(config)  # type: ignore[arg-type]
+        self.post_init()
 
     # `generate` makes the masks of a compiled step by this.
     @staticmethod
@@ -264,6 +266,7 @@ class MemoryMosaicV2ForSequenceClassification(MemoryMosaicV2PreTrainedModel, Mem
 
     def __init__(self, config: MemoryMosaicV2Config):
         super().__init__(config)  # type: ignore[arg-type]
+        self.post_init()
 
 
 __all__ = [

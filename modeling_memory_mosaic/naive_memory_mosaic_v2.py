@@ -84,10 +84,11 @@ def naive_head(
         bandwidth: scale, offset and exponent, of [`naive_bandwidth`].
         counts_all (`bool`): whether the bandwidth follows all pairs before a token, and not those that it reads.
         pairs (*optional*): keys and values of texts that were read alone and joined; every token reads all of them.
+            Those of this text are added to them.
     """
     own_keys: list[torch.Tensor] = []
     own_values: list[torch.Tensor] = []
-    other_keys, other_values = ([], []) if pairs is None else pairs
+    other_keys, other_values = ([], []) if pairs is None else (list(pairs[0]), list(pairs[1]))
     outputs = []
     for t in range(len(keys)):
         if t > 0:
@@ -98,6 +99,9 @@ def naive_head(
         num_pairs = len(other_keys) + t if counts_all else len(read_keys)
         beta = naive_bandwidth(max(num_pairs, 1), *bandwidth)
         outputs.append(naive_kernel_smoothing(beta * keys[t], read_keys, read_values, v_states.shape[1]))
+    if pairs is not None:
+        pairs[0].extend(own_keys)
+        pairs[1].extend(own_values)
     return torch.stack(outputs)
 
 
@@ -132,6 +136,7 @@ def naive_logits_v2(
         config: its configuration.
         delay (`int`, *optional*): m; that of inference when absent.
         pairs (*optional*): keys and values of joined texts, for each head of each long-term memory, by its name.
+            Those of this text are added to them.
     """
     num_tokens = len(input_ids)
     visible = {
@@ -165,7 +170,9 @@ def naive_logits_v2(
             theta: Any = [None if part is None else part.expand(len(k_states))[head] for part in of_bandwidth]
             keys = naive_gated_keys(k_states[head], log_gates[:, head], leaks[:, head])
             scale, mix = (state_dict[f"{name}.{part}"][head] for part in ("value_scale", "value_mix"))
-            others = None if pairs is None or name not in pairs else pairs[name][head]
+            others = None
+            if pairs is not None and level == "long_term":
+                others = pairs.setdefault(name, [([], []) for _ in k_states])[head]
             counts_all = config.bandwidth_count == "total"
             outputs.append(
                 naive_head(keys, v_states[head], visible[level], tuple(theta), scale, mix, counts_all, others)

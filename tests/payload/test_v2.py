@@ -15,6 +15,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from modeling_memory_mosaic import (
     MemoryMosaicV2Config,
     MemoryMosaicV2ForCausalLM,
+    bounded,
+    inspect_units,
     memories_memory_mosaic,
     memories_memory_mosaic_v2,
 )
@@ -351,7 +353,17 @@ def test_time_and_room_of_short_term_heads_are_linear():
 
 def test_what_v2_does_not_read_is_refused():
     model, ids = make_v2(), make_ids(1, 9)
-    with pytest.raises(ValueError, match="sees_all is not supported by Memory Mosaics v2"):
-        model(ids, sees_all=torch.ones(1, 9, dtype=torch.bool))
+    memory = model.memorize(ids, source="a")
+    with pytest.raises(ValueError, match="cannot be bounded"), bounded(model, max_pairs=8):
+        pass
+    for use, message in (
+        (lambda: memory.consolidate(3), "are not merged"),
+        (lambda: memory.prompt(ids, bandwidth=0.25), "narrow as they have learnt to"),
+        (lambda: memory.explain(model, ids), "are not inspected"),
+        (lambda: inspect_units(model, ids), "are not inspected"),
+        (lambda: make_v2(num_long_term_heads=0).memorize(ids), "no long-term heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
     with pytest.raises(ValueError, match="flex_attention|FlexAttention|Flex Attention"):
         model.set_attn_implementation("flex_attention")
