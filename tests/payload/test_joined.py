@@ -248,7 +248,10 @@ def test_kernels_grow_with_the_number_of_joined_pairs():
 
 def test_what_cannot_be_joined_or_forgotten_is_refused(model):
     memories = memorized(model)
-    another = make_model(seed=1, dtype=torch.float64)
+    kind = {"memory_mosaic": {}, "memory_mosaic_v2": "mosaic v2 otherwise"}[model.config.model_type]
+    another = make_mosaic(kind, seed=1, dtype=torch.float64)
+    if "v2" in model.config.model_type and model.config.num_short_term_heads == 3:
+        another = make_mosaic("mosaic v2", seed=1, dtype=torch.float64)
     other = another.memorize(make_ids(1, 4), source="other")
     with pytest.raises(ValueError, match="no memories"):
         MosaicMemory.union([])

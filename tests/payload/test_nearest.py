@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from helpers.models import make_ids, make_model
+from helpers.kinds import make_mosaic
+from helpers.models import make_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,10 +53,10 @@ def test_the_error_is_within_its_certificate(
     assert scores.softmax(0)[:num_pairs][is_left].sum() <= found.mass + 1e-12
 
 
-@pytest.fixture
-def model(monkeypatch):
+@pytest.fixture(params=[{}, "mosaic v2"], ids=["v1", "v2"])
+def model(request, monkeypatch):
     monkeypatch.setattr(retrieval_memory_mosaic, "FEWEST_PAIRS", 10)
-    return make_model(dtype=torch.float64)
+    return make_mosaic(request.param, dtype=torch.float64)
 
 
 def many(model):
