@@ -59,7 +59,7 @@ def test_the_page_of_the_package_lists_the_files_that_travel():
         listed[model] = shared | {f"{role}{model}.py" for role in re.findall(r"`(\w+_)`", roles)}
         listed[model] |= {f"{name}.py" for name in re.findall(r"`(\w+[a-z])`", roles)}  # of another model
     payloads = {"memory_mosaic": PAYLOAD, "continuous_memory_mosaic": CONTINUOUS_PAYLOAD}
-    payloads["memory_model"] = MEMORY_MODEL_PAYLOAD
+    payloads |= {"memory_model": MEMORY_MODEL_PAYLOAD, "memory_mosaic_v2": V2_PAYLOAD}
     assert listed == {model: set(payload) for model, payload in payloads.items()}
 
 
