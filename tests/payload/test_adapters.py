@@ -456,7 +456,7 @@ def test_soft_prompts_are_read_once_in_every_way_of_decoding(kind, variant):
         assert torch.equal(*texts), settings
     one = {"input_ids": make_ids(3, 1), "attention_mask": torch.ones(3, 1, dtype=torch.long)}
     assert_is_read_anew(adapted, write(adapted, **one, **inputs), one["attention_mask"], **inputs)
-    bare = make_model(num_hidden_layers=2, pad_token_id=0)
+    bare = make_mosaic(variant, dtype=torch.float32, num_hidden_layers=2, pad_token_id=0)
     with adapted.disable_adapter():
         assert torch.equal(write(adapted).sequences, write(bare).sequences)
     assert_is_read_anew(adapted, write(adapted, **inputs), padded_batch()["attention_mask"], **inputs)
