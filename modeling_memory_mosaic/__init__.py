@@ -9,9 +9,11 @@ from .cache_memory_mosaic import (
     MemoryMosaicCacheLayer,
     MemoryMosaicStaticCacheLayer,
 )
+from .cache_memory_mosaic_v2 import MemoryMosaicV2CacheLayer, MemoryMosaicV2StaticCacheLayer
 from .configuration_continuous_memory_mosaic import ContinuousMemoryMosaicConfig
 from .configuration_memory_model import MemoryModelConfig
 from .configuration_memory_mosaic import MemoryMosaicConfig
+from .configuration_memory_mosaic_v2 import MemoryMosaicV2Config
 from .identity_memory_mosaic import weights_fingerprint
 from .inspection_continuous_memory_mosaic import ContinuousMemoryMosaicUnits, inspect_continuous_units
 from .inspection_memory_mosaic import (
@@ -33,6 +35,12 @@ from .modeling_memory_mosaic import (
     MemoryMosaicModel,
     MemoryMosaicPreTrainedModel,
 )
+from .modeling_memory_mosaic_v2 import (
+    MemoryMosaicV2ForCausalLM,
+    MemoryMosaicV2ForSequenceClassification,
+    MemoryMosaicV2Model,
+    MemoryMosaicV2PreTrainedModel,
+)
 from .ops_memory_mosaic import kernel_smoothing, leaky_average
 from .retrieval_memory_mosaic import nearest
 from .store_memory_mosaic import MosaicMemory
@@ -48,6 +56,12 @@ AutoModel.register(MemoryModelConfig, MemoryModelEncoder, exist_ok=True)
 AutoModelForCausalLM.register(MemoryModelConfig, MemoryModelForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(MemoryMosaicConfig, MemoryMosaicForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(MemoryMosaicConfig, MemoryMosaicForSequenceClassification, exist_ok=True)
+AutoConfig.register(MemoryMosaicV2Config.model_type, MemoryMosaicV2Config, exist_ok=True)
+AutoModel.register(MemoryMosaicV2Config, MemoryMosaicV2Model, exist_ok=True)
+AutoModelForCausalLM.register(MemoryMosaicV2Config, MemoryMosaicV2ForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    MemoryMosaicV2Config, MemoryMosaicV2ForSequenceClassification, exist_ok=True
+)
 
 # From here on `save_pretrained` writes the code beside the weights, for machines without this package.
 MemoryMosaicConfig.register_for_auto_class()
@@ -59,6 +73,10 @@ MemoryModelEncoder.register_for_auto_class("AutoModel")
 MemoryModelForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 MemoryMosaicForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 MemoryMosaicForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+MemoryMosaicV2Config.register_for_auto_class()
+MemoryMosaicV2Model.register_for_auto_class("AutoModel")
+MemoryMosaicV2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+MemoryMosaicV2ForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 __all__ = [
     "ContinuousMemoryMosaicConfig",
@@ -78,6 +96,13 @@ __all__ = [
     "MemoryMosaicStaticCacheLayer",
     "MemoryMosaicTrace",
     "MemoryMosaicUnits",
+    "MemoryMosaicV2CacheLayer",
+    "MemoryMosaicV2Config",
+    "MemoryMosaicV2ForCausalLM",
+    "MemoryMosaicV2ForSequenceClassification",
+    "MemoryMosaicV2Model",
+    "MemoryMosaicV2PreTrainedModel",
+    "MemoryMosaicV2StaticCacheLayer",
     "MosaicMemory",
     "bounded",
     "inspect_continuous_units",

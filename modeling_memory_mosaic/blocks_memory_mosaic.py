@@ -96,6 +96,44 @@ class SlotRule:
         return is_allowed[:, None]
 
 
+@dataclass(frozen=True, eq=False)
+class NumberRule:
+    """Which pairs each query sees: those whose numbers lie between two that it names, if their slots hold one.
+
+    A number counts tokens along a row: padding has that of the token before it. So windows and delays are of tokens.
+
+    - `numbers` `(B or 1, N)`: of the slots, never falling,
+    - `first`, `last` `(B or 1, T)`: of the slots that each query sees, both included,
+    - `is_full` `(B or 1, N)`: False at slots that no query sees.
+    """
+
+    numbers: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+    is_full: torch.Tensor
+
+    def seen_by(self, block: slice, num_pairs: int) -> slice:
+        """Return the pairs that any query of a block may see."""
+        first, last = self.first[:, block].amin(1, keepdim=True), self.last[:, block].amax(1, keepdim=True)
+        if len(self.numbers) == 1:
+            first, last = first.amin(0, keepdim=True), last.amax(0, keepdim=True)
+        else:
+            first, last = (part.expand(len(self.numbers), -1).contiguous() for part in (first, last))
+        begin = int(torch.searchsorted(self.numbers, first).min())
+        end = min(num_pairs, int(torch.searchsorted(self.numbers, last, right=True).max()))
+        # Never empty: a slot that is not seen costs nothing.
+        return slice(begin, end) if begin < end else slice(0, 1)
+
+    def allowed(self, block: slice, pairs: slice) -> torch.Tensor:
+        """Return which of the pairs each query of a block sees, `(B or 1, R, M)`."""
+        numbers = self.numbers[:, None, pairs]
+        is_between = (self.first[:, block, None] <= numbers) & (numbers <= self.last[:, block, None])
+        return is_between & self.is_full[:, None, pairs]
+
+
+Rule = SlotRule | NumberRule
+
+
 def has_plain_sdpa(config: PreTrainedConfig) -> bool:
     """Return whether a model reads by transformers' own sdpa, and not by a function that a caller has registered."""
     if config._attn_implementation != "sdpa":
@@ -128,7 +166,7 @@ def _blocks(num_queries: int) -> Iterator[slice]:
 
 
 def _added(
-    rule: SlotRule, block: slice, pairs: slice, bias: torch.Tensor | None, dtype: torch.dtype
+    rule: Rule, block: slice, pairs: slice, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor | None:
     """Return what is added to the scores `(B or 1, H or 1, R, M)` of a block; `None` if nothing is."""
     is_allowed, lowest = rule.allowed(block, pairs), lowest_bias(dtype)
@@ -143,7 +181,7 @@ def _added(
 
 
 def _weights(
-    queries: torch.Tensor, keys: torch.Tensor, block: slice, pairs: slice, rule: SlotRule, bias: torch.Tensor | None
+    queries: torch.Tensor, keys: torch.Tensor, block: slice, pairs: slice, rule: Rule, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the weights `(G, R, M)` that a block of queries gives to pairs; all 0 for a query that sees none."""
     scores = torch.bmm(queries[:, block], keys[:, pairs].transpose(1, 2))
@@ -178,7 +216,7 @@ class _BlockRead(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        rule: SlotRule,
+        rule: Rule,
         dropout: float,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -231,7 +269,7 @@ def block_read(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    rule: SlotRule,
+    rule: Rule,
     dropout: float = 0.0,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -240,7 +278,7 @@ def block_read(
     Args:
         query (`torch.Tensor` of shape `(B, H, T, D)`), key and value (`torch.Tensor` of shape `(B, H, N, D)`): keys
             without a value, behind the others, are not read.
-        rule ([`SlotRule`]).
+        rule ([`SlotRule`] or [`NumberRule`]).
         dropout (`float`): share of weights set to zero, rounded to a multiple of 1 / 65,536.
         bias (`torch.Tensor` of shape `(B, H or 1, N)`, *optional*): added to the scores of each pair: -inf for an
             empty one, log n for one that stands for n. Has no gradient.

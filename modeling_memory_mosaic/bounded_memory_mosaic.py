@@ -309,6 +309,11 @@ def bounded(
     models: Any = [module for module in model.modules() if hasattr(module, "bound")]
     if not models:
         raise ValueError(f"{type(model).__name__} has no memories that could be bounded: pass a Memory Mosaic.")
+    if any(hasattr(module.config, "long_term_delay") for module in models):
+        raise ValueError(
+            "Memories of Memory Mosaics v2 cannot be bounded: a pair is read `long_term_delay` tokens after it was "
+            "stored, and its use says nothing until then. Join memories of texts, and let them `forget` some."
+        )
     before = [module.bound for module in models]
     for module in models:
         module.bound = (module.config, max_pairs, policy)

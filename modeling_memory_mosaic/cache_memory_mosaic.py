@@ -176,6 +176,26 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
             trajectory = torch.cat([self.states[name], trajectory], dim=2)
         self.states[name] = trajectory
 
+    def named_states(self, past_mask: torch.Tensor | None) -> dict[str, Any]:
+        """Return what a memory is saved with, beside its pairs, by name.
+
+        Args:
+            past_mask (`torch.Tensor` of shape `(B, tokens)`, *optional*): of the text, False at padding.
+        """
+        return {name: self.get_state(name) for name in self.state_names}
+
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
+        """Set the states that [`MemoryMosaicStates.named_states`] returned, of a layer that has read nothing."""
+        for name, state in states.items():
+            self.set_state(name, state)
+
+    def state_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, int | None, int]]:
+        """Return heads, columns (`None`: one for each token) and width of each tensor of a layer, by its name."""
+        sizes: Any = config
+        of_pairs = (sizes.num_attention_heads, None, sizes.head_dim)
+        of_states = (sizes.num_attention_heads, 1, sizes.head_dim)
+        return {"keys": of_pairs, "values": of_pairs, **dict.fromkeys(self.state_names, of_states)}
+
     @property
     def has_biases(self) -> bool:
         """Whether slots have biases, so that no token reads without them."""

@@ -189,7 +189,9 @@ def load_memory(
     path, config = find_file(folder_or_repo, **kwargs), model.config
     settings = read_settings(path)
     check_model(settings, model, fingerprint)
-    shape = (config.num_attention_heads, settings["num_slots"], config.head_dim)
+    # Of v2, long-term pairs alone are kept.
+    num_heads = getattr(config, "num_long_term_heads", config.num_attention_heads)
+    shape = (num_heads, settings["num_slots"], config.head_dim)
     fields: dict[str, Any] = {"keys": [], "values": [], "slot_bias": []}
     try:
         with safe_open(path, framework="pt") as file:

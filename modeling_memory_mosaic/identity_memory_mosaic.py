@@ -44,6 +44,7 @@ _NOT_COMPUTED = (
         "initializer_range",
         "tie_word_embeddings",
     ),
+    *("long_term_delay_range", "long_term_delay_draw"),
     *("freeze_encoder", "causal_weight", "autoencoding_weight", "copy_weight", "loss_clip", "vocab_size"),
 )
 

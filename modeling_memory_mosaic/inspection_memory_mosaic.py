@@ -264,6 +264,11 @@ def memories_of(model: nn.Module) -> list[Any]:
 
 
 def _check_readable(model: nn.Module) -> None:
+    if any(hasattr(getattr(module, "config", None), "long_term_delay") for module in model.modules()):
+        raise ValueError(
+            "Units of Memory Mosaics v2 are not inspected: their maps are those of "
+            '`model(..., output_attentions=True)` with `attn_implementation="eager"`.'
+        )
     if not memories_of(model):
         if any(hasattr(module, "sum_keys") for module in model.modules()):
             raise ValueError(

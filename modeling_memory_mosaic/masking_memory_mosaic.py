@@ -418,6 +418,32 @@ def joined_masks(
     return masks | {"slot_mask": (torch.arange(num_slots, device=is_full.device) <= last[:, None])[None, None]}
 
 
+def find_padding(
+    inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return where past and new tokens are `(B, past + T)`, and the new ones `(B, T)`; `None` where all are tokens.
+
+    Raises:
+        ValueError: if the mask is not one of past and new tokens.
+    """
+    num_tokens = inputs_embeds.shape[1]
+    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    check_mask(attention_mask, inputs_embeds, past_length)
+    # Without a mask, new ids are all tokens, but the memory may have read padding.
+    if attention_mask is None and past_key_values is not None:
+        past_mask = memory_layer(past_key_values).past_mask()
+        attention_mask = None if past_mask is None else F.pad(past_mask, (0, num_tokens), value=True)
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
+        # Without padding there is nothing to mask. A compiled graph cannot branch on this.
+        if not is_torchdynamo_compiling() and attention_mask.all():
+            attention_mask = None
+    is_token = None if attention_mask is None else attention_mask[:, -num_tokens:]
+    if is_token is not None and not is_torchdynamo_compiling() and is_token.all():
+        is_token = None
+    return attention_mask, is_token
+
+
 def create_memory_masks(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -449,19 +475,7 @@ def create_memory_masks(
     past_key_values = one_memory(past_key_values, cache, warn=False)
     num_tokens = inputs_embeds.shape[1]
     past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-    check_mask(attention_mask, inputs_embeds, past_length)
-    # Without a mask, new ids are all tokens, but the memory may have read padding.
-    if attention_mask is None and past_key_values is not None:
-        past_mask = memory_layer(past_key_values).past_mask()
-        attention_mask = None if past_mask is None else F.pad(past_mask, (0, num_tokens), value=True)
-    if attention_mask is not None:
-        attention_mask = attention_mask.to(device=inputs_embeds.device, dtype=torch.bool)
-        # Without padding there is nothing to mask. A compiled graph cannot branch on this.
-        if not is_torchdynamo_compiling() and attention_mask.all():
-            attention_mask = None
-    is_token = None if attention_mask is None else attention_mask[:, -num_tokens:]
-    if is_token is not None and not is_torchdynamo_compiling() and is_token.all():
-        is_token = None
+    attention_mask, is_token = find_padding(inputs_embeds, attention_mask, past_key_values)
     document_ids = find_documents(inputs_embeds, attention_mask, past_key_values, **packing)
     sees_all = check_sees_all(sees_all, inputs_embeds, document_ids, past_key_values)
     masks: dict[str, Any] = {"is_token": is_token, "document_ids": document_ids}

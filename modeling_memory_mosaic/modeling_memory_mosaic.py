@@ -116,7 +116,7 @@ class MemoryMosaicPreTrainedModel(MemorizingMixin, AdaptableModel, PreTrainedMod
         "attentions": MemoryMosaicContextualMemory,
     }
     # Per-head scalars: decaying them would pull every kernel towards one bandwidth.
-    no_weight_decay_names = ("key_leak", "key_scale", "value_scale", "value_mix")
+    no_weight_decay_names: tuple[str, ...] = ("key_leak", "key_scale", "value_scale", "value_mix")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -156,16 +156,21 @@ class MemoryMosaicPreTrainedModel(MemorizingMixin, AdaptableModel, PreTrainedMod
         else:
             super()._init_weights(module)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save as the library does, naming all classes of this file in `config.json`: each Auto class can load it."""
+    @classmethod
+    def auto_classes(cls) -> dict[str, str]:
+        """Return the class of this file that each Auto class loads."""
         module = __name__.rpartition(".")[2]
-        self.config.auto_map = {
+        return {
             "AutoModel": f"{module}.MemoryMosaicModel",
             "AutoModelForCausalLM": f"{module}.MemoryMosaicForCausalLM",
             "AutoModelForSequenceClassification": f"{module}.MemoryMosaicForSequenceClassification",
             # `transformers serve` 5.23 asks for this one first, and then only for classes within transformers.
             "AutoModelForDecision": f"{module}.MemoryMosaicForCausalLM",
         }
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save as the library does, naming all classes of this file in `config.json`: each Auto class can load it."""
+        self.config.auto_map = self.auto_classes()
         return super().save_pretrained(*args, **kwargs)
 
 
@@ -178,13 +183,19 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            MemoryMosaicDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+            self.make_layer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.norm = self.make_norm(config)
         self.gradient_checkpointing = False
         self.bound: tuple[Any, ...] | None = None  # of memories, see `bounded`
         self.search: Any = None  # in memories, see `nearest`
         self.post_init()
+
+    def make_layer(self, config: MemoryMosaicConfig, layer_idx: int) -> nn.Module:
+        return MemoryMosaicDecoderLayer(config, layer_idx)
+
+    def make_norm(self, config: MemoryMosaicConfig) -> nn.Module:
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
 
     # trf-ignore: TRF057
     @merge_with_config_defaults
@@ -226,7 +237,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         # `generate` makes the masks itself where it compiles the model.
         masks = attention_mask
         if not isinstance(masks, dict):
-            masks = create_memory_masks(self.config, embeds, masks, past_key_values, **packing)
+            masks = self.create_masks(embeds, masks, past_key_values, **packing)
         # A memory holds one text: packed documents leave none.
         if use_cache and past_key_values is None and masks["document_ids"] is None:
             past_key_values = DynamicCache(config=self.config)
@@ -246,6 +257,12 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         for layer in itertools.islice(self.layers, self.config.num_hidden_layers):
             hidden_states = layer(hidden_states, **masks, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **memory_kwargs(past_key_values))
+
+    def create_masks(
+        self, embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **packing: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of all layers that describe padding, documents and the past."""
+        return create_memory_masks(self.config, embeds, attention_mask, past_key_values, **packing)
 
     def check_memory(self, embeds: torch.Tensor, past_key_values: Cache) -> None:
         """Raise `ValueError` if the model cannot read these embeddings `(B, T, C)` behind a memory."""
@@ -268,10 +285,11 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    body_class: type[MemoryMosaicModel] = MemoryMosaicModel
 
     def __init__(self, config: MemoryMosaicConfig):
         super().__init__(config)
-        self.model = MemoryMosaicModel(config)
+        self.model = self.body_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -359,10 +377,12 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
 class MemoryMosaicForSequenceClassification(MemoryMosaicPreTrainedModel):
     """A Memory Mosaic that judges a text by its hidden state at the last token."""
 
+    body_class: type[MemoryMosaicModel] = MemoryMosaicModel
+
     def __init__(self, config: MemoryMosaicConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = MemoryMosaicModel(config)
+        self.model = self.body_class(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 

@@ -361,12 +361,20 @@ class Search:
         return clusters
 
     def read(
-        self, layer: Any, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: Any,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        is_seen: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return what queries `(B, H, T, D)` retrieve from all slots of a layer, `(B, T, H, D)`.
 
         Args:
             key, value (`torch.Tensor` of shape `(B, H, S, D)`): of all slots, those of the new tokens last.
+            is_seen (`torch.Tensor` of shape `(B or 1, T, S)`, *optional*): which slots each token sees, all joined
+                ones among them; all up to its own when absent.
         """
         batch_size, num_heads, num_queries, _ = query.shape
         first, retrieved = layer.num_joined, torch.empty_like(query)
@@ -376,12 +384,14 @@ class Search:
             own_keys, own_values = (at_least_float32(part[row, head, first:]) for part in (key, value))
             own_scores = at_least_float32(query[row, head]) @ own_keys.T + bias[row, head, first:]
             for token in range(num_queries):
-                num_seen = len(own_keys) - num_queries + token + 1
-                others = own_scores[token, :num_seen]
+                seen: Any = slice(0, len(own_keys) - num_queries + token + 1)
+                if is_seen is not None:
+                    seen = is_seen[row if len(is_seen) > 1 else 0, token, first:]
+                others = own_scores[token, seen]
                 one = at_least_float32(query[row, head, token])
                 found = clusters.read(one, others, self.tolerance, self.max_share)
                 weights = torch.cat([found.scores, found.whole_scores, others]).softmax(0)
-                values = [found.values, found.means, own_values[:num_seen]]
+                values = [found.values, found.means, own_values[seen]]
                 retrieved[row, head, token] = (weights @ torch.cat(values)).to(retrieved.dtype)
                 share = len(found.places) / max(1, len(clusters.keys))
                 self.report.note(layer_idx, head, share, found.mass, found.bound * float(length))

@@ -202,6 +202,11 @@ class MosaicMemory(MemoryFilesMixin):
         Raises:
             ValueError: if there are more texts than pairs may be left.
         """
+        if not hasattr(self.config, "bandwidth_exponent"):
+            raise ValueError(
+                "Pairs of Memory Mosaics v2 are not merged: how far that may move an answer follows from bandwidths "
+                "that a memory does not hold. Let the memory `forget` texts."
+            )
         if isinstance(max_pairs, bool) or max_pairs < max(1, len(self.sources)):
             raise ValueError(
                 f"max_pairs={max_pairs} is too few for the {len(self.sources)} texts of the memory, whose pairs stay "
@@ -318,6 +323,10 @@ class MosaicMemory(MemoryFilesMixin):
 
     def _bandwidth(self, exponent: float | None, start: int | None) -> tuple[float | None, int | None]:
         """Return exponent and start of the growth of kernels as a cache has them, see [`MosaicMemory.to_cache`]."""
+        if not hasattr(self.config, "bandwidth_exponent"):
+            if exponent is not None or start is not None:
+                raise ValueError("Kernels of v2 narrow as they have learnt to: leave bandwidth out.")
+            return None, None
         if exponent is not None and start is None and not self.config.bandwidth_exponent:
             start = self.config.max_position_embeddings
         return exponent, start
@@ -530,6 +539,8 @@ class MemorizingMixin:
         """
         if self.training:
             raise ValueError("A memory is read without dropout: call `model.eval()` first.")
+        if getattr(self.config, "num_long_term_heads", 1) == 0:
+            raise ValueError("This model has no long-term heads, so that nothing of a text would be kept.")
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}: it must be (batch, tokens).")
         texts = _texts(input_ids, attention_mask, position_ids)

@@ -101,7 +101,8 @@ def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str,
             raise ValueError("This cache holds joined texts: save the `MosaicMemory`, and read what follows again.")
         if layer.is_initialized:
             tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
-            tensors |= {f"layers.{index}.{name}": layer.get_state(name) for name in layer.state_names}
+            states = layer.named_states(memory_layer(cache).past_mask())
+            tensors |= {f"layers.{index}.{name}": state for name, state in states.items()}
             if isinstance(layer, BoundedMemoryLayer):
                 tensors |= {f"layers.{index}.{name}": tensor for name, tensor in _bounded_tensors(layer).items()}
     # Before anything was read there is neither a text nor a writer.
@@ -111,25 +112,30 @@ def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str,
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
-def check_names(cache: Cache, tensors: dict[str, torch.Tensor]) -> None:
-    """Raise `ValueError` if tensors are not those of all layers of a cache."""
-    expected = {
-        f"layers.{index}.{name}"
+def expected_shapes(cache: Cache, config: PreTrainedConfig) -> dict[str, tuple[int, int | None, int]]:
+    """Return heads, columns (`None`: one for each token) and width of all tensors of a memory, by their names."""
+    return {
+        f"layers.{index}.{name}": shape
         for index in range(len(cache.layers))
-        for name in ("keys", "values", *memory_layer(cache, index).state_names)
+        for name, shape in memory_layer(cache, index).state_shapes(config).items()
     }
-    if expected != set(tensors):
-        missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+
+
+def check_names(cache: Cache, config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise `ValueError` if tensors are not those of all layers of a cache."""
+    expected = expected_shapes(cache, config)
+    if set(expected) != set(tensors):
+        missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
         raise ValueError(f"Not a memory of this model: missing {missing}, unknown {unknown}.")
 
 
-def check_numbers(config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> None:
+def check_numbers(shapes: dict[str, tuple[int, int | None, int]], tensors: dict[str, torch.Tensor]) -> None:
     """Raise `ValueError` for tensors of another width than the model's, or with numbers that no model has written."""
     for name, tensor in tensors.items():
-        if tensor.ndim != 4 or (tensor.shape[1], tensor.shape[3]) != (config.num_attention_heads, config.head_dim):
+        num_heads, _, width = shapes[name]
+        if tensor.ndim != 4 or (tensor.shape[1], tensor.shape[3]) != (num_heads, width):
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; this model stores (batch, {config.num_attention_heads}, "
-                f"tokens, {config.head_dim})."
+                f"{name} has shape {tuple(tensor.shape)}; this model stores (batch, {num_heads}, tokens, {width})."
             )
         if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {tensor.dtype}: a memory holds floating point numbers of 16 bits or more.")
@@ -140,13 +146,20 @@ def check_numbers(config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) ->
             )
 
 
-def check_pairs(tensors: dict[str, torch.Tensor]) -> None:
+def check_pairs(shapes: dict[str, tuple[int, int | None, int]], tensors: dict[str, torch.Tensor]) -> None:
     """Raise `ValueError` if pairs and states are not of one memory: of one number of rows and slots, one precision."""
     sizes = {name: (tensor.shape[0], tensor.shape[2]) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if name.endswith((".keys", ".values"))}
     pairs = {size for name, size in sizes.items() if name in dtypes}
     states = {size for name, size in sizes.items() if name not in dtypes}
-    if len(pairs) > 1 or states != {(batch_size, 1) for batch_size, _ in pairs}:
+    num_rows = next(iter(pairs))[0]
+    wrong = [name for name in sizes if name not in dtypes and sizes[name] != (num_rows, shapes[name][1])]
+    if len(pairs) == 1 and wrong:
+        raise ValueError(
+            f"Not one memory: {wrong[0]} has (rows, columns) {sizes[wrong[0]]}, and must have "
+            f"{(num_rows, shapes[wrong[0]][1])}."
+        )
+    if len(pairs) > 1:
         raise ValueError(f"Not one memory: its layers hold (rows, slots) {sorted(pairs)} and states {sorted(states)}.")
     if 0 in next(iter(pairs)):
         raise ValueError(f"The memory has (rows, slots) {next(iter(pairs))}: there must be at least one of each.")
@@ -205,13 +218,15 @@ def memory_from_state_dict(
     tensors = {name: tensor for name, tensor in tensors.items() if name not in TEXT_NAMES}
     of_bounded = {name: part for name, part in tensors.items() if name.rpartition(".")[2] in BOUNDED_NAMES}
     tensors = {name: part for name, part in tensors.items() if name not in of_bounded}
-    check_names(cache, tensors)
-    check_numbers(config, tensors)
-    check_pairs(tensors)
+    check_names(cache, config, tensors)
+    shapes = expected_shapes(cache, config)
+    check_numbers(shapes, tensors)
+    check_pairs(shapes, tensors)
     if dtype is not None:
-        tensors = {name: part if name.endswith("_sum") else part.to(dtype) for name, part in tensors.items()}
-        check_numbers(config, tensors)  # they may not fit the other precision
-        check_pairs(tensors)
+        kept = ("_sum", "_log_scale")
+        tensors = {name: part if name.endswith(kept) else part.to(dtype) for name, part in tensors.items()}
+        check_numbers(shapes, tensors)  # they may not fit the other precision
+        check_pairs(shapes, tensors)
     num_slots = tensors["layers.0.keys"].shape[2]
     if of_bounded:
         check_bound(num_slots, policy)
@@ -220,7 +235,7 @@ def memory_from_state_dict(
     check_text(text, (len(tensors["layers.0.keys"]), num_slots), check_weights)
     for index in range(len(cache.layers)):
         layer = memory_layer(cache, index)
-        parts = {name: tensors[f"layers.{index}.{name}"] for name in ("keys", "values", *layer.state_names)}
+        parts = {name: tensors[f"layers.{index}.{name}"] for name in layer.state_shapes(config)}
         if isinstance(layer, BoundedMemoryLayer):
             layer.start(parts["keys"])
             layer.keys, layer.values = parts["keys"].clone(), parts["values"].clone()  # they are written in place
@@ -229,8 +244,7 @@ def memory_from_state_dict(
             _set_bounded(layer, others)
         else:
             layer.update(parts["keys"], parts["values"])
-        for name in layer.state_names:
-            layer.set_state(name, parts[name])
+        layer.set_states({name: part for name, part in parts.items() if name not in ("keys", "values")})
     first = memory_layer(cache)
     first.read_ids, first.read_mask = text.get("input_ids"), text.get("attention_mask")
     first.knows_ids = first.read_ids is not None

@@ -13,14 +13,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from helpers.models import make_model  # noqa: E402
+from helpers.kinds import make_mosaic  # noqa: E402
 
 from modeling_memory_mosaic import MemoryMosaicForCausalLM  # noqa: E402
 
 
 @pytest.fixture
 def model(request: pytest.FixtureRequest) -> MemoryMosaicForCausalLM:
-    return make_model(**getattr(request, "param", {}))
+    return make_mosaic(getattr(request, "param", {}))
 
 
 @pytest.fixture(autouse=True)

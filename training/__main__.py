@@ -275,14 +275,19 @@ def info(
 @app.command()
 def convert(
     context: typer.Context,
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of the authors' code.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of the authors' code, or a folder of a mosaic.")],
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
 ) -> None:
-    """Turn a checkpoint of the authors' code into a folder that transformers loads."""
+    """Turn a checkpoint of the authors' code into a folder that transformers loads, or a mosaic into one of v2."""
     with _plain_errors(context):
-        from training.convert import convert_checkpoint
+        if checkpoint.is_dir():
+            from training.convert_to_v2 import convert_folder_to_v2
 
-        convert_checkpoint(checkpoint, output)
+            convert_folder_to_v2(checkpoint, output)
+        else:
+            from training.convert import convert_checkpoint
+
+            convert_checkpoint(checkpoint, output)
 
 
 @app.command()

@@ -23,7 +23,7 @@ ABOUT = TEMPLATES / "about"
 # The `configs` of a data set's card: `datasets` loads these files.
 STORIES = [{"config_name": "default", "data_files": "stories.jsonl.gz"}]
 # On arXiv, by model type. Only models of these types are published.
-PAPERS = {"memory_mosaic": "2405.06394", "memory_model": "2602.13466"}
+PAPERS = {"memory_mosaic": "2405.06394", "memory_mosaic_v2": "2507.03285", "memory_model": "2602.13466"}
 
 # The library that loads a memory, for the Hub, which offers no snippet of its own for it.
 MEMORY_LIBRARY = "modeling-memory-mosaic"

@@ -30,6 +30,9 @@ from modeling_memory_mosaic import (
     MemoryModelForCausalLM,
     MemoryMosaicConfig,
     MemoryMosaicForSequenceClassification,
+    MemoryMosaicV2Config,
+    MemoryMosaicV2ForCausalLM,
+    MemoryMosaicV2ForSequenceClassification,
 )
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 
@@ -92,6 +95,30 @@ def make_classifier(
     torch.manual_seed(seed)
     config = MemoryMosaicConfig(**SIZES | {"num_labels": 3} | config)
     return randomize_parameters(MemoryMosaicForSequenceClassification(config)).to(dtype)
+
+
+# Shorter than most texts of tests, so that these cross the window and the delay.
+SHORT_LEVELS: dict[str, Any] = {
+    "short_term_window": 6,
+    "long_term_delay": 4,
+    "long_term_delay_range": None,
+    "intermediate_size": 40,
+}
+
+
+def make_v2(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> MemoryMosaicV2ForCausalLM:
+    """Return a small model in eval mode, whose delay is not drawn in training unless asked for."""
+    torch.manual_seed(seed)
+    config = MemoryMosaicV2Config(**SIZES | SHORT_LEVELS | config)
+    return randomize_parameters(MemoryMosaicV2ForCausalLM(config)).to(dtype)
+
+
+def make_classifier_v2(
+    seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+) -> MemoryMosaicV2ForSequenceClassification:
+    torch.manual_seed(seed)
+    config = MemoryMosaicV2Config(**SIZES | SHORT_LEVELS | {"num_labels": 3} | config)
+    return randomize_parameters(MemoryMosaicV2ForSequenceClassification(config)).to(dtype)
 
 
 def make_memory_model(
@@ -211,6 +238,20 @@ def memory_model_kind(name: str, backbones: str) -> Kind:
 
 
 STILL = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+# The other readings of the paper, with unequal numbers of heads.
+V2_OTHERWISE = {
+    "persistent_memory_type": "slots",
+    "num_persistent_slots": 11,
+    "norm_type": "layer_norm",
+    "use_bias": True,
+    "gate_bias": True,
+    "bandwidth_sharing": "memory",
+    "bandwidth_count": "total",
+    "num_short_term_heads": 2,
+    "short_term_window": 9,
+    "long_term_delay": 2,
+    "tie_word_embeddings": True,
+}
 UNTIED = STILL | {"tie_word_embeddings": False, "use_bias": True}
 SLOTS = "num_persistent_slots"
 KINDS = {
@@ -219,6 +260,8 @@ KINDS = {
         Kind("mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=STILL),
         Kind("narrowing mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=STILL | NARROWING),
         Kind("untied mosaic", "mosaic", make_model, AutoModelForCausalLM, SLOTS, options=UNTIED),
+        Kind("mosaic v2", "mosaic v2", make_v2, AutoModelForCausalLM, "intermediate_size"),
+        Kind("mosaic v2 otherwise", "mosaic v2", make_v2, AutoModelForCausalLM, SLOTS, options=V2_OTHERWISE),
         memory_model_kind("memory model", "mosaic"),
         memory_model_kind("memory model of llama", "llama"),
         memory_model_kind("memory model of gpt2", "gpt2"),
@@ -245,10 +288,31 @@ KINDS = {
             dropouts=({"attention_dropout": 0.5},),
         ),
         Kind("classifier", "classifier", make_classifier, AutoModelForSequenceClassification, SLOTS, options=STILL),
+        Kind(
+            "classifier v2",
+            "classifier",
+            make_classifier_v2,
+            AutoModelForSequenceClassification,
+            other_size="intermediate_size",
+        ),
     )
 }
-MODELS = ("mosaic", "memory model", "continuous", "classifier")
+MODELS = ("mosaic", "mosaic v2", "memory model", "continuous", "classifier")
 BACKBONE_KINDS = ("memory model", "memory model of llama", "memory model of gpt2", "memory model of both")
+
+
+# Names of kinds that tests of mosaics run for beside the kernels of `models.BANDWIDTHS`.
+V2_KINDS = ("mosaic v2", "mosaic v2 otherwise")
+
+
+def make_mosaic(variant: str | dict[str, Any], **options: Any) -> Any:
+    """Return a small mosaic of fields, or of a kind by its name: one of v2 in float64 unless asked otherwise.
+
+    In float32, rounding alone moves logits of kernels as sharp as those of v2 by 1e-5.
+    """
+    if isinstance(variant, str):
+        return KINDS[variant].make(**{"dtype": torch.float64} | options)
+    return make_model(**options | variant)
 
 
 def for_kinds(*names: str) -> pytest.MarkDecorator:

@@ -25,8 +25,13 @@ NARROWING = BANDWIDTHS[-1]
 SIZES = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
 
 
-# Runs a test for a `model` of each kernel. The fixture stands in conftest.py.
-by_bandwidth = pytest.mark.parametrize("model", [{}, NARROWING], indirect=True, ids=["fixed", "narrowing"])
+# Runs a test for a `model` of each kernel, and of v2 by the names of its kinds. The fixture stands in conftest.py.
+by_bandwidth = pytest.mark.parametrize(
+    "model",
+    [{}, NARROWING, "mosaic v2", "mosaic v2 otherwise"],
+    indirect=True,
+    ids=["fixed", "narrowing", "v2", "v2 otherwise"],
+)
 
 
 def randomize_parameters(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,7 +16,8 @@ def code_of(name: str) -> tuple[str, ...]:
 
 
 PAYLOAD = code_of("modeling_memory_mosaic.py")
-# A memory model and a continuous model import the mosaic, so that their payloads hold its code too.
+# Memory models, continuous models and v2 import the mosaic, so that their payloads hold its code too.
 MEMORY_MODEL_PAYLOAD = code_of("modeling_memory_model.py")
 CONTINUOUS_PAYLOAD = code_of("modeling_continuous_memory_mosaic.py")
-WHOLE_PAYLOAD = tuple(sorted({*MEMORY_MODEL_PAYLOAD, *CONTINUOUS_PAYLOAD}))
+V2_PAYLOAD = code_of("modeling_memory_mosaic_v2.py")
+WHOLE_PAYLOAD = tuple(sorted({*MEMORY_MODEL_PAYLOAD, *CONTINUOUS_PAYLOAD, *V2_PAYLOAD}))

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.kinds import SHORT_LEVELS, make_mosaic
 from helpers.models import make_ids, make_model
 from peft import (
     LoraConfig,
@@ -30,6 +31,8 @@ from modeling_memory_mosaic import (
     MemoryMosaicForCausalLM,
     MemoryMosaicForSequenceClassification,
     MemoryMosaicModel,
+    MemoryMosaicV2Config,
+    MemoryMosaicV2ForCausalLM,
 )
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 
@@ -49,6 +52,10 @@ PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 
 def mosaic_config(**fields):
     return MemoryMosaicConfig(**BACKBONE | {"num_persistent_slots": 5} | fields)
+
+
+def v2_config(**fields):
+    return MemoryMosaicV2Config(**BACKBONE | SHORT_LEVELS | fields)
 
 
 def memory_config(backbone=None):
@@ -76,6 +83,13 @@ MODELS = {
         MemoryMosaicForSequenceClassification,
         mosaic_config,
         reader("logits", attention_mask=torch.ones(2, 10)),
+        SLOTS,
+    ),
+    "v2": (MemoryMosaicV2ForCausalLM, v2_config, reader("logits"), []),
+    "v2_slots": (
+        MemoryMosaicV2ForCausalLM,
+        lambda: v2_config(persistent_memory_type="slots", num_persistent_slots=5),
+        reader("logits"),
         SLOTS,
     ),
     "memory_model": (MemoryModelForCausalLM, memory_config, reader("logits"), SLOTS),
@@ -424,14 +438,15 @@ def test_every_kind_of_adapter_is_decoded_as_it_is_read_or_refused(kind, tmp_pat
     assert_is_read_anew(adapted, write(adapted, **inputs), padded_batch()["attention_mask"], **inputs)
 
 
-def soft_prompt(kind, tmp_path=None):
-    return attach(kind, make_model(num_hidden_layers=2, pad_token_id=0), tmp_path)
+def soft_prompt(kind, tmp_path=None, variant=None):
+    return attach(kind, make_mosaic(variant or {}, dtype=torch.float32, num_hidden_layers=2, pad_token_id=0), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:task_type")
+@pytest.mark.parametrize("variant", [{}, "mosaic v2"], ids=["v1", "v2"])
 @pytest.mark.parametrize("kind", SOFT_PROMPTS)
-def test_soft_prompts_are_read_once_in_every_way_of_decoding(kind):
-    adapted = soft_prompt(kind)
+def test_soft_prompts_are_read_once_in_every_way_of_decoding(kind, variant):
+    adapted = soft_prompt(kind, variant=variant)
     inputs = {"task_ids": torch.tensor([0, 1, 0])} if kind in NEEDS_TASKS else {}
     for settings in ({"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"max_new_tokens": 1}):
         texts = []
@@ -441,7 +456,7 @@ def test_soft_prompts_are_read_once_in_every_way_of_decoding(kind):
         assert torch.equal(*texts), settings
     one = {"input_ids": make_ids(3, 1), "attention_mask": torch.ones(3, 1, dtype=torch.long)}
     assert_is_read_anew(adapted, write(adapted, **one, **inputs), one["attention_mask"], **inputs)
-    bare = make_model(num_hidden_layers=2, pad_token_id=0)
+    bare = make_mosaic(variant, dtype=torch.float32, num_hidden_layers=2, pad_token_id=0)
     with adapted.disable_adapter():
         assert torch.equal(write(adapted).sequences, write(bare).sequences)
     assert_is_read_anew(adapted, write(adapted, **inputs), padded_batch()["attention_mask"], **inputs)

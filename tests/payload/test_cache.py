@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.models import BANDWIDTHS, by_bandwidth, make_ids, make_model
+from helpers.models import BANDWIDTHS, NARROWING, by_bandwidth, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -158,6 +158,7 @@ def test_a_reset_memory_is_as_good_as_new(model, static):
     assert_near(torch.cat([first, rest], dim=1), read(model, ids)[0])
 
 
+@by_bandwidth
 def test_a_mask_of_the_new_tokens_alone_is_refused(model):
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
         read(model, make_ids(1, 6), cache)
@@ -179,7 +180,8 @@ def test_offloading_moves_everything_there_and_back(model):
     _, cache = read(model, ids[:, :5])
     for layer in cache.layers:
         layer.offload()
-        assert layer.get_state("persistent_sum").device == layer.device, "needed before the pairs come back"
+        for name in layer.state_names:
+            assert layer.get_state(name).device == layer.device, "needed before the pairs come back"
         layer.prefetch()
     assert_near(read(model, ids[:, 5:], cache)[0], read(model, ids)[0][:, 5:])
 
@@ -224,6 +226,7 @@ def test_recorded_tokens_can_be_taken_back(model, removed):
     assert_near(read(model, more, cache)[0], expected)
 
 
+@by_bandwidth
 def test_unrecorded_tokens_cannot_be_taken_back(model):
     _, cache = read(model, make_ids(1, 10))
     with pytest.raises(RuntimeError, match="activate_past_recording"):
@@ -257,13 +260,14 @@ def test_recording_can_be_switched_off(model):
     cache.activate_past_recording()
     read(model, ids[:, 3:8], cache)
     for layer in cache.layers:
-        assert layer.states["contextual_sum"].shape[2] == 6
+        assert layer.states and all(state.shape[2] == 6 for state in layer.states.values())
         layer.deactivate_past_recording()
         assert all(state.shape[2] == 1 for state in layer.states.values())
     assert_near(read(model, ids[:, 8:], cache)[0], read(model, ids)[0][:, 8:])
     assert all(state.shape[2] == 1 for layer in cache.layers for state in layer.states.values())
 
 
+@by_bandwidth
 def test_a_static_memory_refuses_to_crop(model):
     _, cache = read(model, make_ids(1, 4), StaticCache(config=model.config, max_cache_len=8))
     with pytest.raises(RuntimeError, match="DynamicCache"):
@@ -283,6 +287,7 @@ def test_a_memory_of_another_model_is_refused(model, make_cache):
         model(make_ids(1, 3), past_key_values=make_cache(model.config))
 
 
+@by_bandwidth
 def test_a_full_static_memory_says_what_to_do(model):
     cache = StaticCache(config=model.config, max_cache_len=8)
     read(model, make_ids(2, 6), cache)
@@ -342,7 +347,7 @@ def test_the_old_name_of_a_memory_is_warned_of_where_a_caller_uses_it(model):
             assert len(caught) == 1
 
 
-@by_bandwidth
+@pytest.mark.parametrize("model", [{}, NARROWING], indirect=True, ids=["fixed", "narrowing"])
 def test_masks_know_both_names_of_a_memory(model):
     """`generate` makes the masks before a compiled step, and passes the memory by the name that its version uses."""
     memory = StaticCache(config=model.config, max_cache_len=8)
@@ -382,7 +387,9 @@ def test_no_outdated_name_is_used_within(model, monkeypatch):
         assert "past_key_values" in [*answer] or "cache" in [*answer]
 
 
+@pytest.mark.parametrize("model", [{}, "mosaic v2 otherwise"], indirect=True, ids=["fixed", "v2 otherwise"])
 def test_a_saved_memory_continues_in_a_new_process(model, tmp_path):
+    model.float()  # where loaded weights begin in memory moves the last bit in float64
     ids = make_ids(2, 12)
     _, cache = read(model, ids[:, :7])
     save_file(memory_state_dict(cache), tmp_path / "memory.safetensors", metadata={"model_type": "memory_mosaic"})
@@ -392,9 +399,10 @@ def test_a_saved_memory_continues_in_a_new_process(model, tmp_path):
     script = """
 import sys, torch
 from safetensors.torch import load_file
-from modeling_memory_mosaic import MemoryMosaicForCausalLM, memory_from_state_dict
+from transformers import AutoModelForCausalLM
+from modeling_memory_mosaic import memory_from_state_dict
 folder = sys.argv[1]
-model = MemoryMosaicForCausalLM.from_pretrained(folder + "/model").eval()
+model = AutoModelForCausalLM.from_pretrained(folder + "/model").eval()
 memory = memory_from_state_dict(model.config, load_file(folder + "/memory.safetensors"))
 expected = load_file(folder + "/expected.safetensors")
 with torch.no_grad():
@@ -403,6 +411,7 @@ with torch.no_grad():
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
 
 
+@by_bandwidth
 def test_an_empty_memory_can_be_saved_too(model):
     cache = memory_from_state_dict(model.config, memory_state_dict(DynamicCache(config=model.config)))
     ids = make_ids(1, 5)

@@ -3,15 +3,16 @@
 
 import pytest
 import torch
-from helpers.kinds import make_classifier
+from helpers.kinds import for_kinds, make_classifier
 from helpers.models import make_ids, make_model
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("told_by", ["pad_token_id", "embeddings and mask"])
-def test_padding_changes_no_verdict(side, told_by):
-    model = make_classifier(num_labels=3, pad_token_id=60)
+@for_kinds("classifier", "classifier v2")
+def test_padding_changes_no_verdict(kind, side, told_by):
+    model = kind.make(num_labels=3, pad_token_id=60)
     rows = [make_ids(length, seed=length, vocab_size=60) for length in (1, 4, 9)]
     ids = torch.full((3, 9), 60)
     for index, row in enumerate(rows):
@@ -33,8 +34,9 @@ def test_rows_of_unknown_padding_are_refused():
         make_classifier()(make_ids(2, 5))
 
 
-def test_rows_without_a_verdict_are_refused():
-    model, ids = make_classifier(pad_token_id=60, eos_token_id=60), make_ids(2, 5)
+@for_kinds("classifier", "classifier v2")
+def test_rows_without_a_verdict_are_refused(kind):
+    model, ids = kind.make(pad_token_id=60, eos_token_id=60), make_ids(2, 5)
     with pytest.raises(ValueError, match="nothing tells tokens from padding"):
         model(ids)  # 60 may be the end of a sentence
     with pytest.raises(ValueError, match="leaves no token to judge"):

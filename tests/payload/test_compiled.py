@@ -5,7 +5,7 @@ import onnxruntime
 import pytest
 import torch
 from helpers.compiling import Compiles, make_inputs
-from helpers.kinds import for_kinds
+from helpers.kinds import for_kinds, make_mosaic
 from helpers.models import NARROWING, make_ids, make_model
 from torch.export import Dim, export
 from transformers import DynamicCache, StaticCache
@@ -20,10 +20,13 @@ def assert_same_at_tokens(logits, model, inputs):
     torch.testing.assert_close(logits[is_token], expected[is_token], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("masked", "bandwidth"), [(False, {}), (True, {}), (True, NARROWING)])
+@pytest.mark.parametrize(
+    ("masked", "bandwidth"),
+    [(False, {}), (True, {}), (True, NARROWING), (True, "mosaic v2")],
+)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_training_is_one_graph_with_equal_gradients(backend, masked, bandwidth):
-    model = make_model(attention_dropout=0, hidden_dropout=0, **bandwidth).train()
+    model = make_mosaic(bandwidth, attention_dropout=0.0, hidden_dropout=0.0).train()
     inputs = make_inputs(2, 40, masked)
     inputs["labels"] = inputs["input_ids"]
     model(**inputs).loss.backward()
@@ -37,11 +40,12 @@ def test_compiled_training_is_one_graph_with_equal_gradients(backend, masked, ba
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("variant", [{}, pytest.param("mosaic v2", marks=pytest.mark.slow)], ids=["v1", "v2"])
 @pytest.mark.parametrize(
     "marks", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mask", "documents"))]
 )
-def test_compiled_training_serves_texts_of_any_length(marks):
-    model = make_model(attention_dropout=0, hidden_dropout=0)
+def test_compiled_training_serves_texts_of_any_length(marks, variant):
+    model = make_mosaic(variant, attention_dropout=0.0, hidden_dropout=0.0)
     backend = Compiles()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for num_tokens in (40, 57, 64, 65, 90, 129, 700):
@@ -66,6 +70,9 @@ def test_tracing_is_refused():
         torch.jit.trace(make_model(), (make_ids(2, 6),), strict=False)
 
 
+V2_STEPS = [(False, True, "mosaic v2"), (True, False, "mosaic v2"), (True, True, "mosaic v2 otherwise")]
+
+
 # The number of pairs, which narrowing kernels depend on, compiles nothing again.
 @pytest.mark.parametrize(
     ("static", "masked", "bandwidth"),
@@ -73,10 +80,13 @@ def test_tracing_is_refused():
         *((static, masked, {}) for static in (False, True) for masked in (False, True)),
         (False, False, NARROWING),
         (True, True, NARROWING),
+        (False, False, "mosaic v2"),
+        (True, True, "mosaic v2"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in V2_STEPS),
     ],
 )
 def test_32_compiled_steps_compile_at_most_thrice(static, masked, bandwidth):
-    model, past_length, length = make_model(**bandwidth), 8, 40
+    model, past_length, length = make_mosaic(bandwidth), 8, 40
     cache = StaticCache(model.config, max_cache_len=length) if static else DynamicCache(config=model.config)
     ids, mask = make_ids(2, length), None
     if masked:  # a padded prompt
@@ -103,15 +113,20 @@ def test_32_compiled_steps_compile_at_most_thrice(static, masked, bandwidth):
     assert 1 <= backend.count <= (1 if static else 3)
 
 
+V2_EXPORTS = [("sdpa", False, "mosaic v2"), ("eager", True, "mosaic v2 otherwise")]
+
+
 @pytest.mark.parametrize(
     ("implementation", "masked", "options"),
     [
         *((implementation, masked, {}) for implementation in ("sdpa", "eager") for masked in (False, True)),
         ("sdpa", False, NARROWING | {"dtype": torch.float64}),  # over 700 tokens, narrow kernels amplify rounding
+        ("sdpa", True, "mosaic v2"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in V2_EXPORTS),
     ],
 )
 def test_exported_program_serves_other_batches_and_lengths(implementation, masked, options):
-    model = make_model(**options)
+    model = make_mosaic(options)
     model.set_attn_implementation(implementation)
     inputs = make_inputs(2, 40, masked)
     dynamic = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
@@ -155,9 +170,10 @@ def test_other_models_are_exported(kind):
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec:FutureWarning")  # torch 2.13's exporter and its own pytree
-def test_onnx_serves_other_batches_and_lengths(tmp_path):
+@pytest.mark.parametrize("variant", [NARROWING | {"bandwidth_start": 64}, "mosaic v2"], ids=["v1", "v2"])
+def test_onnx_serves_other_batches_and_lengths(variant, tmp_path):
     # Its graph holds all that one of fixed kernels has. Over 700 tokens, narrower ones amplify rounding.
-    model = make_model(**NARROWING | {"bandwidth_start": 64})
+    model = make_mosaic(variant)
     inputs = make_inputs(2, 40, masked=True)
     dynamic = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
     program = torch.onnx.export(

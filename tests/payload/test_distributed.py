@@ -35,7 +35,10 @@ def check(kind, folder):
         name for name, parameter in model.named_parameters()
         if hasattr(parameter, "to_local") and 2 * parameter.to_local().numel() == parameter.numel()
     }
-    for ending in ("slot_keys", "slot_values", "key_leak", "k_proj.weight", "o_proj.weight"):
+    of_slots = ("slot_keys", "slot_values", "key_leak")
+    if kind.model == "mosaic v2":
+        of_slots = ("gate_proj.weight", "leak_proj.weight", "bandwidth_exponent", "value_mix", "down_proj.weight")
+    for ending in (*of_slots, "k_proj.weight", "o_proj.weight"):
         assert any(name.endswith(ending) for name in spread), ending
 
     inputs = kind.inputs(whole, 2, 33)
@@ -77,6 +80,7 @@ for name in names:
 FOUR_HEADS = MemoryMosaicConfig(**MOSAIC.to_dict() | {"num_attention_heads": 4, "head_dim": 6})
 SPREAD = {
     "mosaic": {"num_attention_heads": 4},
+    "mosaic v2": {"num_attention_heads": 4},
     "memory model": {"encoder": FOUR_HEADS, "decoder": FOUR_HEADS},
     "classifier": {"num_attention_heads": 4, **NARROWING},
     "continuous": {},
@@ -174,13 +178,15 @@ def test_heads_that_cannot_be_spread_are_named(model):
 # one.
 ON_DISK = {
     "mosaic": {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"},
+    "mosaic v2": {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"},
     "classifier": {"model.embed_tokens": "cpu", "model.norm": "cpu", "score": "cpu"},
     "memory model": {"decoder": "cpu", "reader": "cpu", "encoder": "disk"},
     "continuous": {"memory": "disk"},
 }
-for name in ("mosaic", "classifier"):
+for name in ("mosaic", "mosaic v2", "classifier"):
     ON_DISK[name] |= {"model.layers.0": "disk", "model.layers.1": "disk", "model.layers.2": "cpu"}
-OFFLOADED = {"mosaic": {"num_hidden_layers": 3}, "classifier": {"num_hidden_layers": 3}}
+OFFLOADED = {name: {"num_hidden_layers": 3} for name in ("mosaic", "classifier")}
+OFFLOADED["mosaic v2"] = {"num_hidden_layers": 3, "gated_keys": False}
 OFFLOADED["continuous"] = {"key_leak": True, "learnable_beta": True}
 
 

@@ -5,8 +5,8 @@ import functools
 
 import pytest
 import torch
-from helpers.kinds import BACKBONE_KINDS, KINDS
-from helpers.models import BANDWIDTHS, make_ids, make_model
+from helpers.kinds import BACKBONE_KINDS, KINDS, V2_KINDS, make_mosaic
+from helpers.models import BANDWIDTHS, make_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
@@ -16,12 +16,13 @@ from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 
 # Largest error of logits of order one by rounding alone, against float64 with the same weights.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.2, torch.float16: 0.03}
+VARIANTS: list = [*BANDWIDTHS, *V2_KINDS]
 MASK_DTYPES = [torch.long, torch.bool, torch.int32, torch.float32, torch.uint8]
 
 
 @functools.cache
 def cached_model(implementation="sdpa", dtype=torch.float32, bandwidth=0):
-    model = make_model(dtype=dtype, **BANDWIDTHS[bandwidth])
+    model = make_mosaic(VARIANTS[bandwidth], dtype=dtype)
     model.set_attn_implementation(implementation)
     return model
 
@@ -29,14 +30,14 @@ def cached_model(implementation="sdpa", dtype=torch.float32, bandwidth=0):
 @functools.cache
 def exact_model(dtype, bandwidth):
     """Return the model with weights rounded to this dtype, computing in float64."""
-    return make_model(dtype=dtype, **BANDWIDTHS[bandwidth]).double()
+    return make_mosaic(VARIANTS[bandwidth], dtype=dtype).double()
 
 
 @settings(max_examples=120, deadline=None)
 @given(
     implementation=st.sampled_from(["sdpa", "eager"]),
     dtype=st.sampled_from(list(TOLERANCES)),
-    bandwidth=st.sampled_from(range(len(BANDWIDTHS))),
+    bandwidth=st.sampled_from(range(len(VARIANTS))),
     mask_dtype=st.sampled_from(MASK_DTYPES),
     memory=st.sampled_from([None, "dynamic", "static"]),
     embedded=st.booleans(),
@@ -128,11 +129,12 @@ LENGTHS = st.integers(0, 4)
     position_shape=st.none() | st.lists(LENGTHS, min_size=1, max_size=3),
     past_length=st.integers(0, 3),
     packed=st.booleans(),
+    variant=st.sampled_from([0, len(VARIANTS) - 1]),
 )
 @torch.no_grad()
-def test_a_misfit_is_refused(ids_shape, mask_shape, mask_values, position_shape, past_length, packed):
+def test_a_misfit_is_refused(ids_shape, mask_shape, mask_values, position_shape, past_length, packed, variant):
     """Inputs of any shapes and values that fit get finite logits; all others get an error that says so."""
-    model = cached_model()
+    model = cached_model(bandwidth=variant)
     ids = make_ids(*ids_shape)
     cache = DynamicCache(config=model.config)
     if past_length:

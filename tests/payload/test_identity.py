@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from helpers.kinds import VOCAB_SIZE, make_memory_model
-from helpers.models import NARROWING, make_ids, make_model
+from helpers.kinds import KINDS, VOCAB_SIZE, make_memory_model
+from helpers.models import NARROWING, by_bandwidth, make_ids, make_model
 from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -41,6 +41,30 @@ def assert_near(actual, expected):
 def lora(model):
     torch.manual_seed(7)
     return get_peft_model(model, LoraConfig(target_modules=["k_proj", "o_proj"], init_lora_weights=False)).eval()
+
+
+def test_a_memory_of_v2_is_read_on_by_its_own_weights_alone():
+    kind, ids = KINDS["mosaic v2"], make_ids(1, 12)
+    model = kind.make()
+    tensors = memory_state_dict(read(model, ids[:, :8])[1])
+    expected = read(model, ids)[0][:, 8:]
+
+    def read_on(reader, **options):
+        return read(reader, ids[:, 8:], memory_from_state_dict(reader.config, tensors, **options))[0]
+
+    assert_near(read_on(kind.make()), expected)
+    double = kind.make(dtype=torch.float64)
+    assert_near(read_on(double, dtype=torch.float64, check_weights=False).float(), expected)
+    moved = kind.make()
+    with torch.no_grad():
+        moved.model.layers[1].contextual_memory.long_term.bandwidth_exponent[0] += 1e-6
+    drawn = kind.make(long_term_delay_range=(2, 9), long_term_delay_draw="sequence")
+    assert_near(read_on(drawn), expected)  # what is drawn in training changes no answer
+    for other in (kind.make(seed=1), moved, kind.make(long_term_delay=5), lora(kind.make())):
+        with pytest.raises(ValueError, match="Other weights wrote this memory"):
+            read_on(other)
+    with pytest.raises(ValueError, match="layers.0.short_term_keys"):
+        read_on(kind.make(short_term_window=7))
 
 
 def test_a_memory_is_read_on_by_its_own_weights_alone(model):
@@ -144,6 +168,7 @@ def test_what_is_written_past_the_counters_of_torch_has_another_fingerprint(mode
     assert weights_fingerprint(adapted.get_base_model().model) != base
 
 
+@by_bandwidth
 def test_adapters_are_not_switched_between_two_turns(model):
     adapted, ids = lora(model), make_ids(1, 9)
     _, memory = read(adapted, ids[:, :5])

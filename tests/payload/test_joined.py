@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.kinds import V2_KINDS, make_mosaic
 from helpers.models import NARROWING, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from modeling_memory_mosaic import MosaicMemory, store_memory_mosaic, trace_tokens
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from modeling_memory_mosaic.naive_memory_mosaic import naive_logits
+from modeling_memory_mosaic.naive_memory_mosaic_v2 import naive_logits_v2
 
 
 LENGTHS = (5, 9, 1, 14)
@@ -31,12 +33,18 @@ def answer(model, memory, question, **kwargs):
     return model(**memory.prompt(question, **kwargs)).logits
 
 
-@pytest.fixture(params=[{}, NARROWING], ids=["fixed", "narrowing"])
+@pytest.fixture(params=[{}, NARROWING, *V2_KINDS], ids=["fixed", "narrowing", "v2", "v2 otherwise"])
 def model(request):
-    return make_model(dtype=torch.float64, **request.param)
+    return make_mosaic(request.param, dtype=torch.float64)
 
 
+# Of models whose units can be inspected.
+by_v1 = pytest.mark.parametrize("model", [{}, NARROWING], indirect=True, ids=["fixed", "narrowing"])
 question = make_ids(1, 7, seed=99)
+
+
+def oracle_of(model):
+    return naive_logits if model.config.model_type == "memory_mosaic" else naive_logits_v2
 
 
 def by_the_oracle(model, texts, question):
@@ -44,13 +52,13 @@ def by_the_oracle(model, texts, question):
     joined: dict = {}
     for text in texts:
         own: dict = {}
-        naive_logits(model.state_dict(), model.config, text[0], own)
+        oracle_of(model)(model.state_dict(), model.config, text[0], pairs=own)
         for name, heads in own.items():
             pairs = joined.setdefault(name, [([], []) for _ in heads])
             for (keys, values), (more_keys, more_values) in zip(pairs, heads, strict=True):
                 keys += more_keys
                 values += more_values
-    return naive_logits(model.state_dict(), model.config, question[0], joined)[None]
+    return oracle_of(model)(model.state_dict(), model.config, question[0], pairs=joined)[None]
 
 
 def test_all_orders_of_joining_answer_as_the_oracle_does(model):
@@ -240,7 +248,10 @@ def test_kernels_grow_with_the_number_of_joined_pairs():
 
 def test_what_cannot_be_joined_or_forgotten_is_refused(model):
     memories = memorized(model)
-    another = make_model(seed=1, dtype=torch.float64)
+    kind = {"memory_mosaic": {}, "memory_mosaic_v2": "mosaic v2 otherwise"}[model.config.model_type]
+    another = make_mosaic(kind, seed=1, dtype=torch.float64)
+    if "v2" in model.config.model_type and model.config.num_short_term_heads == 3:
+        another = make_mosaic("mosaic v2", seed=1, dtype=torch.float64)
     other = another.memorize(make_ids(1, 4), source="other")
     with pytest.raises(ValueError, match="no memories"):
         MosaicMemory.union([])
@@ -273,6 +284,7 @@ def test_texts_without_a_name_have_one_of_their_ids(model):
     assert memory.sources != model.memorize(question[:, :-1]).sources
 
 
+@by_v1
 def test_recall_shares_out_the_logit_of_each_token(model):
     """Over all pairs it is what contextual units add, and without the memory it is the trace's own."""
     memory = MosaicMemory.union(memorized(model))
@@ -299,6 +311,7 @@ def test_recall_shares_out_the_logit_of_each_token(model):
         memory.explain(model, question[:, :1])
 
 
+@by_v1
 def test_weights_of_a_trace_are_those_of_the_model(model):
     memory = MosaicMemory.union(memorized(model))
     model.set_attn_implementation("eager")

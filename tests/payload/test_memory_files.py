@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers.kinds import make_mosaic
 from helpers.models import make_ids, make_model
 from safetensors.torch import load_file, save_file
 
@@ -17,9 +18,13 @@ TEXTS = ["Mia has the red ball in the park.", "Tom has a blue kite at home."]
 question = make_ids(1, 6, seed=9)
 
 
-@pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16], ids=str)
+PRECISIONS = [(fields, dtype) for fields in ({}, "mosaic v2 otherwise") for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.fixture(params=[*PRECISIONS, ({}, torch.float64)], ids=str)
 def model(request):
-    return make_model(dtype=request.param)
+    fields, dtype = request.param
+    return make_mosaic(fields, dtype=dtype)
 
 
 def joined(model):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers.kinds import BACKBONE_KINDS, KINDS, LENGTH, for_kinds
-from helpers.models import BANDWIDTHS, checkpoint_activations, make_ids, make_model
+from helpers.models import BANDWIDTHS, by_bandwidth, checkpoint_activations, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -189,6 +189,7 @@ def test_zero_vector_stays_zero_with_a_tame_gradient():
     assert vectors.grad.abs().max() <= 3.0
 
 
+@by_bandwidth
 @pytest.mark.parametrize("num_tokens", [2, 9, CHUNK_LENGTH + 9])
 def test_a_token_changes_nothing_before_itself(model, num_tokens):
     ids = make_ids(1, num_tokens)
@@ -264,7 +265,7 @@ def padded(rows, width, pattern):
     return KINDS["mosaic"].batch(rows, places, width)
 
 
-@for_kinds("mosaic", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "mosaic v2", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("pattern", ["left", "right", "both", "within"])
 def test_padding_changes_nothing(kind, implementation, pattern):
@@ -294,7 +295,7 @@ def num_labels(labels):
     return (labels[:, 1:] if labels.ndim == 2 else labels).ne(-100).sum()
 
 
-@for_kinds("mosaic", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "mosaic v2", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
 def test_the_gradient_of_a_padded_batch_is_that_of_its_rows(kind):
     """Rows of unequal length count by their labels."""
     model = kind.make(dtype=torch.float64)  # in float32 the order of the sums alone moves a gradient by 1e-6
@@ -410,6 +411,7 @@ def test_training_in_bfloat16_loses_little(kind):
     """Autocast is Trainer's `bf16=True`."""
     num_steps, rate, options = {
         "mosaic": (200, 3e-3, {"logits_scaling": 1.0}),
+        "mosaic v2": (200, 3e-3, {}),
         "memory model": (60, 1e-2, {}),
         "classifier": (60, 1e-3, {}),
         "continuous": (60, 1e-2, {"loss_clip": None}),
@@ -466,7 +468,7 @@ def test_dropout_acts_in_training_only(kind):
             assert torch.equal(*answers) != is_random, dropout.keys()
 
 
-@for_kinds("mosaic", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "mosaic v2", "narrowing mosaic", *BACKBONE_KINDS, "classifier")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(kind, use_reentrant):
     model = kind.make(**kind.objectives).train()
@@ -536,7 +538,7 @@ def test_inputs_and_labels_are_not_touched(kind):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-@for_kinds("mosaic", "continuous", "classifier")
+@for_kinds("mosaic", "mosaic v2", "continuous", "classifier")
 def test_hidden_states_are_given_where_asked_for(kind):
     """The caller or the configuration asks for them: what enters the first layer, and what leaves each."""
     model = kind.make()
@@ -588,7 +590,7 @@ def test_requests_that_would_be_misread_are_refused(model):
         model(ids[:1], past_key_values=cache)
 
 
-@for_kinds("mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "mosaic v2", *BACKBONE_KINDS, "classifier")
 @pytest.mark.parametrize("bad_id", [-1, 61])
 @pytest.mark.parametrize("place", [1, 7])
 def test_ids_out_of_range_are_named(kind, bad_id, place):
@@ -651,7 +653,7 @@ def test_initial_values_are_the_authors():
     assert untied.lm_head.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
 
 
-@for_kinds("mosaic", "memory model", "continuous", "classifier")
+@for_kinds("mosaic", "mosaic v2", "memory model", "continuous", "classifier")
 def test_there_are_no_buffers(kind):
     assert dict(kind.make().named_buffers()) == {}
 

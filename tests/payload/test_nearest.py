@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from helpers.models import make_ids, make_model
+from helpers.kinds import make_mosaic
+from helpers.models import make_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,12 +84,12 @@ def test_a_share_of_pairs_has_a_certificate_too(num_pairs, length, max_share, nu
     assert (retrieved - expected).norm() <= found.bound + 1e-12 and found.bound <= 2
 
 
-@pytest.fixture
-def model(monkeypatch):
+@pytest.fixture(params=[{}, "mosaic v2"], ids=["v1", "v2"])
+def model(request, monkeypatch):
     monkeypatch.setattr(retrieval_memory_mosaic, "FEWEST_PAIRS", 10)
     # Never all pairs at once, so that each tolerance reads others.
     monkeypatch.setattr(retrieval_memory_mosaic, "ONE_IN", 1)
-    return make_model(dtype=torch.float64)
+    return make_mosaic(request.param, dtype=torch.float64)
 
 
 def many(model):

@@ -31,8 +31,8 @@ from training.text.tokenizer import train_tokenizer
 
 
 PROJECTIONS = ["k_proj", "v_proj", "o_proj"]
-language_models = for_kinds("mosaic", "memory model")
-backbones = for_kinds("mosaic", "memory model", "memory model of llama", "memory model of gpt2")
+language_models = for_kinds("mosaic", "mosaic v2", "memory model")
+backbones = for_kinds("mosaic", "mosaic v2", "memory model", "memory model of llama", "memory model of gpt2")
 all_models = for_kinds()
 
 
@@ -148,7 +148,7 @@ def test_finished_rows_leave_a_memory(kind):
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
-@for_kinds("mosaic", *BACKBONE_KINDS, "continuous")
+@for_kinds("mosaic", "mosaic v2", *BACKBONE_KINDS, "continuous")
 def test_a_gradient_flows_through_what_was_remembered(kind, mode):
     """A text in pieces has the gradient of the whole text, in training too."""
     model = without_dropout(kind.make()).train(mode)
@@ -221,7 +221,7 @@ def collate_for_verdicts(rows):
     return collate(rows) | {"labels": torch.tensor([row["label"] for row in rows])}
 
 
-@for_kinds("mosaic", "classifier", "continuous")
+@for_kinds("mosaic", "mosaic v2", "classifier", "continuous")
 def test_trainer_predicts_for_each_row_what_the_model_does(kind, tmp_path):
     model, rows, collator = kind.make(), ragged_rows(), collate
     if kind.model == "classifier":
@@ -331,7 +331,7 @@ def test_a_model_with_a_compiled_layer_is_saved_under_its_own_names(tmp_path):
     assert_loads(expected, tmp_path, AutoModelForCausalLM)
 
 
-@for_kinds("mosaic", "untied mosaic", "memory model", "memory model of llama")
+@for_kinds("mosaic", "mosaic v2", "untied mosaic", "memory model", "memory model of llama")
 def test_resized_tables_survive_another_initialisation(kind, tmp_path):
     model = kind.make()
     model.resize_token_embeddings(70)
@@ -394,7 +394,7 @@ def test_a_tied_table_trained_beside_adapters_merges_and_loads(kind, trained, tm
     torch.testing.assert_close(answer(again, input_ids=ids), expected, rtol=0, atol=1e-5)
 
 
-@language_models
+@for_kinds("mosaic", "mosaic v2 otherwise", "memory model")
 def test_an_adapter_of_a_tied_table_is_warned_of(kind):
     """PEFT merges it into the head too, which the adapter did not change, and warns if it knows of the tie."""
     with warnings.catch_warnings(record=True) as caught:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.isolation import run_clean
 from helpers.kinds import BACKBONE_KINDS, KINDS, MODELS, VOCAB_SIZE, for_kinds
-from helpers.payload import CONTINUOUS_PAYLOAD, MEMORY_MODEL_PAYLOAD, PACKAGE, PAYLOAD, WHOLE_PAYLOAD
+from helpers.payload import CONTINUOUS_PAYLOAD, MEMORY_MODEL_PAYLOAD, PACKAGE, PAYLOAD, V2_PAYLOAD, WHOLE_PAYLOAD
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
@@ -59,17 +59,17 @@ def test_the_page_of_the_package_lists_the_files_that_travel():
         listed[model] = shared | {f"{role}{model}.py" for role in re.findall(r"`(\w+_)`", roles)}
         listed[model] |= {f"{name}.py" for name in re.findall(r"`(\w+[a-z])`", roles)}  # of another model
     payloads = {"memory_mosaic": PAYLOAD, "continuous_memory_mosaic": CONTINUOUS_PAYLOAD}
-    payloads["memory_model"] = MEMORY_MODEL_PAYLOAD
+    payloads |= {"memory_model": MEMORY_MODEL_PAYLOAD, "memory_mosaic_v2": V2_PAYLOAD}
     assert listed == {model: set(payload) for model, payload in payloads.items()}
 
 
-@for_kinds("mosaic", "untied mosaic", *BACKBONE_KINDS)
+@for_kinds("mosaic", "mosaic v2", "untied mosaic", *BACKBONE_KINDS)
 def test_a_tied_matrix_is_stored_once(tmp_path, kind):
     model = kind.make()
     model.save_pretrained(tmp_path)
     loaded = kind.auto.from_pretrained(tmp_path)
     stored = {name for path in tmp_path.glob("*.safetensors") for name in safe_open(path, "pt").keys()}
-    tied = {"mosaic": True, "untied mosaic": False, "memory model of llama": False, "memory model of both": False}
+    tied = {"mosaic v2": False, "untied mosaic": False, "memory model of llama": False, "memory model of both": False}
     head = loaded.get_output_embeddings().weight
     assert (head is loaded.get_input_embeddings().weight) == tied.get(kind.name, True)
     assert len({name for name in stored if name.endswith("lm_head.weight")}) == 1 - tied.get(kind.name, True)
@@ -97,7 +97,7 @@ def test_missing_parameters_are_initialised_and_the_rest_left_alone(tmp_path, ki
         assert not torch.equal(parameter, model.get_parameter(name)) and parameter.abs().max() < 10, name
 
 
-@for_kinds("mosaic", "untied mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "mosaic v2", "untied mosaic", *BACKBONE_KINDS, "classifier")
 def test_the_body_alone_is_what_automodel_loads(tmp_path, kind):
     model = kind.make()
     model.save_pretrained(tmp_path)
@@ -188,7 +188,7 @@ def read_in_a_clean_process(request, tmp_path_factory):
             "answer": kind.answer(model, inputs),
             "text": generate(**inputs, max_new_tokens=7, do_sample=False, pad_token_id=0),
             "body": body(**inputs)[0],
-            "other_heads": ["AutoModelForSequenceClassification"] if name == "mosaic" else [],
+            "other_heads": ["AutoModelForSequenceClassification"] if name in ("mosaic", "mosaic v2") else [],
         }
         torch.save(expected, folder / "expected.pt")
     run_clean(CLEAN_PROCESS, str(request.config.rootpath), *map(str, folders), str(root))
@@ -211,6 +211,10 @@ OF_MOSAIC = {
 }
 AUTO_MAPS = {
     "mosaic": OF_MOSAIC,
+    "mosaic v2": {
+        auto: name.replace("MemoryMosaic", "MemoryMosaicV2").replace("_mosaic.", "_mosaic_v2.")
+        for auto, name in OF_MOSAIC.items()
+    },
     "classifier": OF_MOSAIC,
     "memory model": {
         "AutoConfig": "configuration_memory_model.MemoryModelConfig",
@@ -225,6 +229,7 @@ AUTO_MAPS = {
 }
 CODE = {
     "mosaic": PAYLOAD,
+    "mosaic v2": V2_PAYLOAD,
     "classifier": PAYLOAD,
     "memory model": MEMORY_MODEL_PAYLOAD,
     "continuous": CONTINUOUS_PAYLOAD,
@@ -238,10 +243,11 @@ def test_the_payload_is_the_package_byte_for_byte(tmp_path, request, kind):
     model.save_pretrained(tmp_path)
     package = request.config.rootpath / "modeling_memory_mosaic"
     settings = {"config.json", "model.safetensors"} | {"generation_config.json" for _ in range(model.can_generate())}
-    assert {path.name for path in tmp_path.iterdir()} == {*CODE[kind.model], *settings}
-    for name in CODE[kind.model]:
+    model_of = {"classifier v2": "mosaic v2"}.get(kind.name, kind.model)
+    assert {path.name for path in tmp_path.iterdir()} == {*CODE[model_of], *settings}
+    for name in CODE[model_of]:
         assert (tmp_path / name).read_bytes() == (package / name).read_bytes()
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAPS[kind.model]
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAPS[model_of]
 
 
 @pytest.mark.parametrize("name", WHOLE_PAYLOAD)
@@ -315,7 +321,7 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path, kind):
         kind.auto.from_pretrained(tmp_path, config=config)
 
 
-@for_kinds("mosaic", "untied mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("mosaic", "mosaic v2", "untied mosaic", *BACKBONE_KINDS, "classifier")
 def test_embeddings_can_be_resized(tmp_path, kind):
     """Resizing reaches all token tables of a model."""
     model = kind.make()

@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 import torch
-from helpers.models import by_bandwidth, make_ids, make_model
+from helpers.kinds import V2_KINDS, make_mosaic
+from helpers.models import by_bandwidth, make_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -74,11 +75,12 @@ STEP = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(st.tuples(STEP, st.integers(0, 3)), min_size=1, max_size=12),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
+    variant=st.sampled_from([({}, torch.float32), ({}, torch.float64), *((name, torch.float64) for name in V2_KINDS)]),
 )
-def test_no_history_of_operations_shows(steps, dtype):
+def test_no_history_of_operations_shows(steps, variant):
     # Without a graph, which torch cannot copy: gradients may be recorded, but there are none.
-    model = make_model(dtype=dtype).requires_grad_(False)
+    fields, dtype = variant
+    model = make_mosaic(fields, dtype=dtype).requires_grad_(False)
     first = make_ids(2, 3)
     cache = DynamicCache(config=model.config)
     read(model, first, cache)

@@ -98,7 +98,7 @@ def test_models_of_a_task_have_equal_parameters(task):
 TWINS = [
     path
     for path in MODELS
-    if "mosaic-" in path.stem and not {"regbench", "induction", "recall"} & {*path.stem.split("-")}
+    if "mosaic-" in path.stem and not {"regbench", "induction", "recall", "v2"} & {*path.stem.split("-")}
 ]
 
 
@@ -109,6 +109,16 @@ def test_twins_have_equal_parameters(path):
     mosaic, gpt2 = AutoConfig.from_pretrained(path), AutoConfig.from_pretrained(twin)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
         assert getattr(mosaic, name) == getattr(gpt2, name), name
+
+
+def test_v2_has_the_parameters_of_the_mosaic_and_of_the_paper():
+    """Small and large are the paper's: 8.84 billion of the transformer, and 2 d^2 more in each of 32 blocks."""
+    sizes = {
+        name: num_parameters(CONFIGURATION / f"model/mosaic-v2-{name}.json") for name in ("micro", "small", "large")
+    }
+    assert sizes["micro"] == pytest.approx(num_parameters(CONFIGURATION / "model/mosaic-micro.json"), rel=0.01)
+    assert sizes["small"] / 1e9 == pytest.approx(2.04, abs=0.01)
+    assert sizes["large"] / 1e9 == pytest.approx(9.91, abs=0.03)
 
 
 @pytest.mark.parametrize("size", ["micro", "tiny"])
