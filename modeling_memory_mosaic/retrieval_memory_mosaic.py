@@ -199,8 +199,7 @@ class Clusters:
             if is_enough or self.index is None or num_found >= limit:
                 break
             before, num_found = len(found), min(len(self.keys), max(FEWEST_FOUND, 4 * num_found))
-            found = torch.as_tensor(self.index.search(query[None], num_found), device=query.device)[0].long()
-            found = found[(found >= 0) & (found < len(self.keys))].unique()
+            found = self._found(query, num_found)
             if len(found) <= before:
                 break
         if result is not None:
@@ -213,18 +212,26 @@ class Clusters:
         scores = self.keys @ query + self.bias
         return ClusterRead(places, scores, self.values, places, wholes, none, means, 0.0, 0.0)
 
-    def _read_nearest(self, query: torch.Tensor, others: torch.Tensor, num_pairs: int) -> "ClusterRead":
-        """Read the clusters with the highest scores pair by pair, `num_pairs` pairs at most."""
-        scores, drift = self.centres @ query + self.log_counts, query.norm() * self.radii
-        order = scores.argsort(descending=True)
+    def _found(self, query: torch.Tensor, num_pairs: int) -> torch.Tensor:
+        """Return the places of near pairs: those that the index finds, or of the clusters with the highest scores."""
+        if self.index is not None:
+            found = torch.as_tensor(self.index.search(query[None], num_pairs), device=query.device)[0].long()
+            return found[(found >= 0) & (found < len(self.keys))].unique()
+        order = (self.centres @ query + self.log_counts).argsort(descending=True)
         num_read = int((self.begins.diff()[order].cumsum(0) <= num_pairs).sum())
-        places, is_left = self.pairs_of(order[:num_read]), order[num_read:]
-        near = self.keys[places] @ query + self.bias[places]
-        top = torch.cat([scores, others, near]).max()
+        return self.pairs_of(order[:num_read])
+
+    def _read_nearest(self, query: torch.Tensor, others: torch.Tensor, num_pairs: int) -> "ClusterRead":
+        """Read near pairs one by one, `num_pairs` at most, and the rest of all clusters as wholes."""
+        places = self._found(query, num_pairs)[:num_pairs]
+        log_counts, means = self.rest_without(places)
+        is_left = (log_counts > -torch.inf).nonzero()[:, 0]
+        near, wholes = self.keys[places] @ query + self.bias[places], (self.centres @ query + log_counts)[is_left]
+        top = torch.cat([wholes, others, near]).max()
         known = (others - top).exp().sum() + (near - top).exp().sum()
-        bound, mass = _bound(scores[is_left] - top, drift[is_left], known)
-        values, wholes = self.values[places], scores[is_left]
-        return ClusterRead(places, near, values, places, is_left, wholes, self.means[is_left], bound, mass)
+        bound, mass = _bound(wholes - top, query.norm() * self.radii[is_left], known)
+        bound = bound if len(is_left) else 0.0
+        return ClusterRead(places, near, self.values[places], places, is_left, wholes, means[is_left], bound, mass)
 
     def _read_behind(
         self, query: torch.Tensor, others: torch.Tensor, tolerance: float, found: torch.Tensor, limit: int
@@ -244,7 +251,7 @@ class Clusters:
         sizes, is_found = self.begins.diff(), torch.zeros(len(self.keys), dtype=torch.bool, device=query.device)
         is_found[found] = True
         while True:
-            if int(sizes[order[:num_read]].sum()) > limit:
+            if int(sizes[order[:num_read]].sum()) + len(found) > limit:
                 return None
             extra = self.pairs_of(order[:num_read])
             extra = extra[~is_found[extra]]

@@ -63,9 +63,10 @@ def test_the_error_is_within_its_certificate(
     length=st.sampled_from([0.1, 1.0, 3.0, 10.0]),
     max_share=st.sampled_from([0.01, 0.1, 0.5, 1.0]),
     num_others=st.integers(0, 5),
+    make=st.sampled_from([None, ExactIndex, LshIndex]),
     seed=st.integers(0, 1000),
 )
-def test_a_share_of_pairs_has_a_certificate_too(num_pairs, length, max_share, num_others, seed):
+def test_a_share_of_pairs_has_a_certificate_too(num_pairs, length, max_share, num_others, make, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def vectors(number):
@@ -75,6 +76,7 @@ def test_a_share_of_pairs_has_a_certificate_too(num_pairs, length, max_share, nu
     keys, values, bias = length * vectors(num_pairs), vectors(num_pairs), torch.zeros(num_pairs, dtype=torch.float64)
     query, other_keys, other_values = length * vectors(1)[0], length * vectors(num_others), vectors(num_others)
     clusters = Clusters.of(keys, values, bias, 20)
+    clusters.index = make and make(clusters.keys)
     found = clusters.read(query, other_keys @ query, 1e-6, max_share)
     assert len(found.places) <= max_share * num_pairs
     weights = torch.cat([found.scores, found.whole_scores, other_keys @ query]).softmax(0)

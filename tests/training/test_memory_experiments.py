@@ -189,7 +189,7 @@ def test_queries_of_a_mosaic_are_those_that_its_answers_come_from():
     # In the first layer nothing depends on the memory.
     keys = model.memorize(question).keys[0][0]
     for head in range(3):
-        torch.testing.assert_close(asked[0, head].queries[:-1], keys[head, 1:].float(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(asked[0, head].queries[:-1], keys[head, 1:], rtol=0, atol=1e-5)
     assert model.base_model.search is None
 
 

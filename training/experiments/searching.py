@@ -37,7 +37,7 @@ MARGIN = "smallest bound less error"
 # How many pairs matter at all.
 MASS = "share of pairs with 0.99 of the weight"
 # Measures of a share of the pairs, and what stands for an index there.
-SHARE = "share"
+SHARE, SHARE_INDEXES = "share", ("clusters", "exact")
 ERRORS = ("mean error", "largest error", MARGIN)
 
 
@@ -52,7 +52,7 @@ class Recipe(ComparisonRecipe):
     num_queries: PositiveInt
     tolerances: list[PositiveFloat] = Field(min_length=1)
     indexes: list[Literal["clusters", "exact", "lsh", "usearch"]] = Field(min_length=1)
-    # Of the pairs, read one by one by clusters whatever the error is.
+    # Of the pairs, read one by one by clusters and by the exact index, whatever the error is.
     shares: list[PositiveFloat] = []
 
     @property
@@ -69,8 +69,8 @@ class Recipe(ComparisonRecipe):
                 for measure in (*MEASURES, MARGIN)
             ]
             + [
-                f"{measure} ({label}; {share:.0%} of the pairs)"
-                for label, share in itertools.product(self.runs, self.shares)
+                f"{measure} ({label}; {index}; {share:.0%} of the pairs)"
+                for label, index, share in itertools.product(self.runs, SHARE_INDEXES, self.shares)
                 for measure in ERRORS
             ]
             + [f"{MASS} ({label})" for label in self.runs]
@@ -91,7 +91,7 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
             found[f"{measure} ({place})"] = mean_effect([seed[measure] for seed in one["seeds"]], "")
     for one in measured["shares"]:
         for measure in ERRORS:
-            name = f"{measure} ({one['label']}; {one['share']:.0%} of the pairs)"
+            name = f"{measure} ({one['label']}; {one['index']}; {one['share']:.0%} of the pairs)"
             found[name] = mean_effect([seed[measure] for seed in one["seeds"]], "")
     for label, seeds in measured["concentration"].items():
         found[f"{MASS} ({label})"] = mean_effect([sum(heads) / len(heads) for heads in seeds], "")
@@ -124,11 +124,12 @@ class _Recorder(Search):
 
     def read(self, layer: Any, layer_idx: int, query: torch.Tensor, *pairs: torch.Tensor) -> torch.Tensor:
         num_joined, retrieved = layer.num_joined, []
-        keys, values = (part[0, :, :num_joined].float() for part in (layer.keys, layer.values))
+        # In double precision: a certificate is no worse than the rounding of the sums that it is compared with.
+        keys, values = (part[0, :, :num_joined].double() for part in (layer.keys, layer.values))
         bias = layer.slot_bias[0, :, :num_joined].expand(self.num_heads, -1)
         for head in range(self.num_heads):
             one = Queries(
-                query[0, head].float(), keys[head], values[head], bias[head], float(values[head].norm(dim=-1).max())
+                query[0, head].double(), keys[head], values[head], bias[head], float(values[head].norm(dim=-1).max())
             )
             self.asked[layer_idx, head] = one
             retrieved.append((one.queries @ one.keys.T + one.bias).softmax(-1) @ one.values)
@@ -182,9 +183,9 @@ def transformer_queries(model: Any, parts: torch.Tensor, question: torch.Tensor)
     for layer, (query, _, _) in enumerate(asked):
         keys, values = (torch.cat([batch[layer][part] for batch in stored]) for part in (1, 2))
         for head in range(query.shape[1]):
-            own_keys, own_values = (part[:, head].flatten(0, 1).float() for part in (keys, values))
+            own_keys, own_values = (part[:, head].flatten(0, 1).double() for part in (keys, values))
             length, bias = float(own_values.norm(dim=-1).max()), torch.zeros(len(own_keys))
-            found[layer, head] = Queries(query[0, head].float(), own_keys, own_values, bias, length)
+            found[layer, head] = Queries(query[0, head].double(), own_keys, own_values, bias, length)
     return found
 
 
@@ -213,7 +214,7 @@ def searched(
 
 
 def _measure_training(recipe: Recipe, training: Trained) -> dict[tuple[str, float], Any]:
-    """Return measures by index and tolerance, by `SHARE` and share, and under `MASS` the list of `share_with_mass`."""
+    """Return measures by index and tolerance, and by `SHARE` with an index and share; and `share_with_mass`."""
     model: Any
     model, tokenizer = training.load()
     read = pack_windows(load_stories(**recipe.read.model_dump()), tokenizer, recipe.part_length)
@@ -226,7 +227,7 @@ def _measure_training(recipe: Recipe, training: Trained) -> dict[tuple[str, floa
     queries = queries_of(model, parts, question)
     found: dict[tuple[str, float], Any] = {(MASS, 0.99): [share_with_mass(one) for one in queries.values()]}
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    errors: dict[float, list[dict[str, float]]] = {}
+    errors: dict[tuple[str, float], list[dict[str, float]]] = {}
     for (layer, head), one in tqdm(queries.items(), desc=training.name, unit="head"):
         clusters = Clusters.of(one.keys, one.values, one.bias, int(2 * len(one.keys) ** 0.5))
         for index in recipe.indexes:
@@ -238,15 +239,16 @@ def _measure_training(recipe: Recipe, training: Trained) -> dict[tuple[str, floa
                 means |= {name: max(q[name] for q in of_queries) for name in ("error", "bound")}
                 means["margin"] = min(q["bound"] - q["error"] for q in of_queries)
                 rows.setdefault((index, tolerance), []).append({"layer": layer, "head": head, **means})
-        clusters.index = None
-        for share in recipe.shares:
+        for index, share in itertools.product(SHARE_INDEXES, recipe.shares):
+            make = INDEXES[index]
+            clusters.index = None if make is None else make(clusters.keys)
             of_queries = list(searched(one, clusters, min(recipe.tolerances), share))
-            errors.setdefault(share, []).extend(of_queries)
-    for share, of_all in errors.items():
+            errors.setdefault((index, share), []).extend(of_queries)
+    for (index, share), of_all in errors.items():
         mean_error = sum(q["error"] for q in of_all) / len(of_all)
         margin = min(q["bound"] - q["error"] for q in of_all)
         numbers = (mean_error, max(q["error"] for q in of_all), margin)
-        found[SHARE, share] = {"seed": training.seed, **dict(zip(ERRORS, numbers, strict=True))}
+        found[f"{SHARE} {index}", share] = {"seed": training.seed, **dict(zip(ERRORS, numbers, strict=True))}
     for place, heads in rows.items():
         found[place] = {
             "seed": training.seed,
@@ -276,14 +278,15 @@ def _table(recipe: Recipe, settings: list[dict[str, Any]], shares: list[dict[str
     rows = [
         [
             one["label"],
+            one["index"],
             f"{one['share']:.0%}",
             mean_and_deviation([seed[ERRORS[0]] for seed in one["seeds"]], 3),
             f"{max(seed[ERRORS[1]] for seed in one['seeds']):.2f}",
         ]
         for one in shares
     ]
-    by_share = markdown_table(["model", "pairs read one by one", "mean error", "largest error"], "lrrr", rows)
-    return f"{table}\n\nBy clusters, and with a share of the pairs in place of a tolerance:\n\n{by_share}"
+    by_share = markdown_table(["model", "index", "pairs read", "mean error", "largest error"], "llrrr", rows)
+    return f"{table}\n\nWith a share of the pairs in place of a tolerance:\n\n{by_share}"
 
 
 def _concentration_table(concentration: dict[str, list[list[float]]]) -> str:
@@ -320,8 +323,8 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         for label, index, tolerance in recipe.settings
     ]
     shares = [
-        {"label": label, "share": share, "seeds": seeds[label, SHARE, share]}
-        for label, share in itertools.product(recipe.runs, recipe.shares)
+        {"label": label, "index": index, "share": share, "seeds": seeds[label, f"{SHARE} {index}", share]}
+        for label, index, share in itertools.product(recipe.runs, SHARE_INDEXES, recipe.shares)
     ]
     concentration = {label: seeds[label, MASS, 0.99] for label in recipe.runs}
     _draw(recipe, settings)
