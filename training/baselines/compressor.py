@@ -13,15 +13,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from modeling_memory_mosaic.configuration_memory_model import Backbone, backbone_config
+
 
 @strict
 class CompressorConfig(PreTrainedConfig):
-    """The `encoder`, a configuration of any causal model, and the `max_length` of a text without its mark."""
+    """The `encoder`, a configuration of any causal model, and the `max_length` of a text without its mark.
+
+    The encoder is a Memory Mosaic by default, as that of a memory model.
+    """
 
     model_type = "compressor"
     sub_configs = {"encoder": AutoConfig}
 
-    encoder: PreTrainedConfig | dict[str, Any] | None = None
+    encoder: Backbone = None
     max_length: int = 32
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -30,26 +35,26 @@ class CompressorConfig(PreTrainedConfig):
     eos_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.encoder is None:
-            raise ValueError("a compressor needs an `encoder`: give the configuration of a causal model")
-        if isinstance(self.encoder, dict):
-            self.encoder = AutoConfig.for_model(**self.encoder)
+        self.encoder = backbone_config(self.encoder)
         super().__post_init__(**kwargs)
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens of the encoder."""
-        return self.encoder.vocab_size  # type: ignore[union-attr]
+        size: int = self.encoder.vocab_size
+        return size
 
     @property
     def hidden_size(self) -> int:
         """Width of the encoder."""
-        return self.encoder.hidden_size  # type: ignore[union-attr]
+        size: int = self.encoder.hidden_size
+        return size
 
     @property
     def num_hidden_layers(self) -> int:
         """Depth of the encoder."""
-        return self.encoder.num_hidden_layers  # type: ignore[union-attr]
+        depth: int = self.encoder.num_hidden_layers
+        return depth
 
 
 class CompressorForCausalLM(PreTrainedModel):
@@ -65,7 +70,7 @@ class CompressorForCausalLM(PreTrainedModel):
         self.encoder = getattr(whole, whole.base_model_prefix)
         self.places = nn.Embedding(config.max_length, size)
         self.decoder = nn.Sequential(
-            nn.LayerNorm(size), nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, config.vocab_size)
+            nn.LayerNorm(size), nn.Linear(size, size), nn.GELU(), nn.Linear(size, config.vocab_size)
         )
         self.post_init()
 

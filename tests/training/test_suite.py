@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recall suite: trainings on its languages, the compressor, comparisons of models, and claims on them."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+from training.claims import measured_effects
+from training.evaluate import load_causal_lm
+from training.export import export_model
+from training.paths import CONFIGURATION
+from training.recipe import load_recipe, task_module
+from training.tasks import symbols
+
+
+RECIPE_FILES = CONFIGURATION / "recipe"
+STORIES = ("mqar", "mad", "classes", "needles")
+COMPARISONS = [f"suite_{story}{ending}" for story in STORIES for ending in ("", "_recurrent")]
+RECIPES = {name: load_recipe(RECIPE_FILES / f"{name}.yaml") for name in COMPARISONS}
+CLAIMS = [(name, number) for name, recipe in RECIPES.items() for number in range(len(recipe.claims))]
+ENCODERS = ["mosaic", "rope", "rope-shift", "llama", "mamba2", "rwkv", "linear"]
+TRAINING = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 2, "per_device_train_batch_size": 2}
+TRAINING |= {"disable_tqdm": True}
+SMALL_MODEL = {"hidden_size": 16}
+SMALL = {
+    "mqar": {"sizes": [[20, 2]], "tests": {"4 pairs": {"sizes": [[20, 4]]}}},
+    "mad": {},
+    "classes": {"num_shots": [1, 2], "tests": {"grouped": {"order": "grouped"}}},
+    "needles": {"num_stories": [1, 1], "tests": {"read twice": {"times_read": 2}}},
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def small_training(story, **settings):
+    """A shipped training, of a model as small as they come."""
+    values = yaml.safe_load((RECIPE_FILES / f"suite_{story}_training.yaml").read_text(encoding="utf-8"))
+    # Tests are replaced, not merged.
+    values["data"] = values["data"] | {"num_rows": 8, "num_test": 2} | SMALL[story] | settings.pop("data", {})
+    values["training"] |= TRAINING
+    values |= {"model_args": SMALL_MODEL, "output_dir": "run"} | settings
+    with open(f"{values['name']}.yaml", "w", encoding="utf-8") as file:
+        yaml.safe_dump(values, file)
+    return load_recipe(f"{values['name']}.yaml")
+
+
+# Trainings
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_a_training_measures_its_model_on_every_test(story):
+    recipe = small_training(story)
+    result = symbols.run(recipe)
+    assert {"validation", "test", *SMALL[story].get("tests", {})} < result["metrics"].keys()
+    assert all(0 <= one["accuracy"] <= 1 for one in result["metrics"].values() if isinstance(one, dict))
+    assert (recipe.folder / "best" / "tokenizer.json").exists() == (story == "needles")
+    assert symbols.run(recipe) == result
+
+
+def test_an_interrupted_training_ends_as_one_that_was_not(monkeypatch):
+    whole, shares = symbols.run(small_training("classes", output_dir="whole")), []
+    recipe = small_training("classes", output_dir="parts")
+
+    def interrupt(folder, share):
+        shares.append(share)
+        if len(shares) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("training.loop.report_progress", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            symbols.run(recipe)
+    parts = symbols.run(recipe)
+    assert all(parts[key] == whole[key] for key in ("metrics", "tokens", "steps", "learning_curve"))
+
+
+# Compressors
+
+
+def compressor(name, **changes):
+    content = json.loads((CONFIGURATION / f"model/{name}-compressor.json").read_text(encoding="utf-8"))
+    set_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**content | changes)).eval()
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_compressor_tells_from_its_last_state_alone(name):
+    model, ids = compressor(name), torch.randint(0, 16, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = model(ids, labels=ids.roll(1, 1))
+        states = model.encoder(input_ids=ids, use_cache=False)[0]
+        expected = model.decoder(states[:, -1:] + model.places.weight[:8])
+        changed = model(torch.cat([ids[:, :1] + 1, ids[:, 1:]], dim=1)).logits
+    torch.testing.assert_close(output.logits[:, :8], expected)
+    assert output.loss.isfinite() and (changed - output.logits)[:, :8].abs().min(-1).values.max() > 0
+    with pytest.raises(ValueError, match="texts have 33 tokens, more than 32: raise `max_length`"):
+        model(torch.zeros(1, 34, dtype=torch.long))
+
+
+def test_the_encoder_of_a_compressor_starts_as_the_model_alone():
+    model = compressor("mosaic")
+    set_seed(0)
+    alone = AutoModelForCausalLM.from_config(model.config.encoder)
+    parameters = dict(alone.base_model.named_parameters())
+    assert all(torch.equal(value, parameters[name]) for name, value in model.encoder.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["mosaic", "rope-shift"])
+def test_a_compressor_is_saved_whole(name, tmp_path):
+    model, ids = compressor(name), torch.arange(9)[None]
+    export_model(model, None, tmp_path / "saved")
+    loaded = load_causal_lm(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_compressor_learns_to_tell_a_text():
+    model = compressor("mosaic").train()
+    ids = torch.randint(0, 16, (4, 5), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(ids, labels=ids.roll(1, 1)).loss.backward()
+        optimizer.step()
+    assert (model(ids).logits[:, :4].argmax(-1) == ids[:, :4]).all()
+
+
+def test_compression_needs_a_compressor_and_nothing_else_does():
+    with pytest.raises(ValueError, match="'mosaic-suite' is of type 'memory_mosaic': MAD's task `compression`, and no"):
+        small_training("mad", data={"task": "compression"})
+    with pytest.raises(ValueError, match="'mosaic-compressor' is of type 'compressor'"):
+        small_training("mad", model="mosaic-compressor", model_args={})
+
+
+def test_compressors_are_the_models_of_the_suite_with_equal_parameters():
+    for name in ENCODERS:
+        content = json.loads((CONFIGURATION / f"model/{name}-compressor.json").read_text(encoding="utf-8"))
+        encoder = json.loads((CONFIGURATION / f"model/{name}-suite.json").read_text(encoding="utf-8"))
+        assert content["encoder"] == encoder, name
+
+
+# Comparisons
+
+
+def small_comparison(story, **settings):
+    """A shipped comparison of two models, as small as they come but for MAD's."""
+    values = yaml.safe_load((RECIPE_FILES / f"suite_{story}.yaml").read_text(encoding="utf-8"))
+    base = small_training(story)
+    size = {} if story == "mad" else {"model_args": SMALL_MODEL}
+    values["runs"] = {label: {**size, **run} for label, run in list(values["runs"].items())[:2]}
+    values |= {"seeds": [0, 1], "workers": 1, "differences": [], "claims": []} | settings
+    with open(f"suite_{story}.yaml", "w", encoding="utf-8") as file:
+        yaml.safe_dump(values, file, sort_keys=False)
+    return load_recipe(f"suite_{story}.yaml")
