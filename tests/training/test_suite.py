@@ -2,6 +2,7 @@
 """The recall suite: trainings on its languages, the compressor, comparisons of models, and claims on them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ COMPARISONS = [f"suite_{story}{ending}" for story in STORIES for ending in ("", 
 RECIPES = {name: load_recipe(RECIPE_FILES / f"{name}.yaml") for name in COMPARISONS}
 CLAIMS = [(name, number) for name, recipe in RECIPES.items() for number in range(len(recipe.claims))]
 ENCODERS = ["mosaic", "rope", "rope-shift", "llama", "mamba2", "rwkv", "linear"]
-TRAINING = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 2, "per_device_train_batch_size": 2}
+TRAINING = {"max_steps": 2, "eval_steps": 2, "save_steps": 2, "logging_steps": 2, "per_device_train_batch_size": 2}
 TRAINING |= {"disable_tqdm": True}
+LONGER = {"max_steps": 3, "eval_steps": 1, "save_steps": 2}
 SMALL_MODEL = {"hidden_size": 16}
 SMALL = {
     "mqar": {"sizes": [[20, 2]], "tests": {"4 pairs": {"sizes": [[20, 4]]}}},
@@ -43,7 +45,7 @@ def small_training(story, **settings):
     values = yaml.safe_load((RECIPE_FILES / f"suite_{story}_training.yaml").read_text(encoding="utf-8"))
     # Tests are replaced, not merged.
     values["data"] = values["data"] | {"num_rows": 8, "num_test": 2} | SMALL[story] | settings.pop("data", {})
-    values["training"] |= TRAINING
+    values["training"] |= TRAINING | settings.pop("training", {})
     values |= {"model_args": SMALL_MODEL, "output_dir": "run"} | settings
     with open(f"{values['name']}.yaml", "w", encoding="utf-8") as file:
         yaml.safe_dump(values, file)
@@ -64,8 +66,8 @@ def test_a_training_measures_its_model_on_every_test(story):
 
 
 def test_an_interrupted_training_ends_as_one_that_was_not(monkeypatch):
-    whole, shares = symbols.run(small_training("classes", output_dir="whole")), []
-    recipe = small_training("classes", output_dir="parts")
+    whole, shares = symbols.run(small_training("classes", output_dir="whole", training=LONGER)), []
+    recipe = small_training("classes", output_dir="parts", training=LONGER)
 
     def interrupt(folder, share):
         shares.append(share)
@@ -132,7 +134,9 @@ def test_a_compressor_learns_to_tell_a_text():
 
 
 def test_compression_needs_a_compressor_and_nothing_else_does():
-    with pytest.raises(ValueError, match="'mosaic-suite' is of type 'memory_mosaic': MAD's task `compression`, and no"):
+    with pytest.raises(
+        ValueError, match="'mosaic-suite' is of type 'memory_mosaic': MAD's task `compression`, and no"
+    ):
         small_training("mad", data={"task": "compression"})
     with pytest.raises(ValueError, match="'mosaic-compressor' is of type 'compressor'"):
         small_training("mad", model="mosaic-compressor", model_args={})
@@ -148,13 +152,128 @@ def test_compressors_are_the_models_of_the_suite_with_equal_parameters():
 # Comparisons
 
 
-def small_comparison(story, **settings):
-    """A shipped comparison of two models, as small as they come but for MAD's."""
+def small_comparison(story, monkeypatch, **settings):
+    """A shipped comparison of two models, on a base of the smallest sizes."""
     values = yaml.safe_load((RECIPE_FILES / f"suite_{story}.yaml").read_text(encoding="utf-8"))
-    base = small_training(story)
-    size = {} if story == "mad" else {"model_args": SMALL_MODEL}
-    values["runs"] = {label: {**size, **run} for label, run in list(values["runs"].items())[:2]}
+    small_training(story, model_args={}, output_dir=None)
+    Path("recipe").mkdir(exist_ok=True)
+    Path(f"suite_{story}_training.yaml").rename(f"recipe/suite_{story}_training.yaml")
+    monkeypatch.setattr("training.experiments.comparison.CONFIGURATION", Path("."))
+    values["runs"] = dict(list(values["runs"].items())[:2])
     values |= {"seeds": [0, 1], "workers": 1, "differences": [], "claims": []} | settings
     with open(f"suite_{story}.yaml", "w", encoding="utf-8") as file:
         yaml.safe_dump(values, file, sort_keys=False)
     return load_recipe(f"suite_{story}.yaml")
+
+
+def test_a_comparison_has_a_row_for_each_model_and_test(monkeypatch):
+    claim = {"claim": "it is ahead", "paper": "not asked", "effects": ["accuracy (Memory Mosaic - RoPE; 4 pairs)"]}
+    recipe = small_comparison("mqar", monkeypatch, differences=[["4 pairs", "test"]], claims=[claim | {"above": 0.02}])
+    result = task_module("suite").run(recipe)
+    rows = {(row["label"], row["place"]): row for row in result["measured"]["accuracies"]}
+    assert rows.keys() == {(label, place) for label in recipe.runs for place in ("test", "4 pairs")}
+    for training in recipe.trainings:
+        accuracy = training.result()["metrics"]["4 pairs"]["accuracy"]
+        assert rows[training.label, "4 pairs"]["accuracy"][recipe.seeds.index(training.seed)] == accuracy
+    assert result["table"].count("\n") == 5 and "| 4 pairs | RoPE | 165,632 | 0.005 |" in result["table"]
+    assert result["effects"].keys() == set(recipe.effect_names) and len(result["claims"]) == 1
+    assert (recipe.folder / "suite_mqar.png").is_file()
+
+
+def test_every_model_is_trained_for_each_task_in_its_own_settings(monkeypatch):
+    tasks = {"noisy": {"data": {"task": "noisy_recall"}}, "compression": {"data": {"task": "compression"}}}
+    recipe = small_comparison("mad", monkeypatch, tasks=tasks, seeds=[0])
+    kinds = [(one.label, one.recipe.data.task, one.recipe.model) for one in recipe.trainings]
+    names = {"Memory Mosaic": "mosaic", "RoPE": "rope"}
+    assert kinds == [
+        (label, task, f"{names[label]}-{model}")
+        for task, model in (("noisy_recall", "suite"), ("compression", "compressor"))
+        for label in names
+    ]
+    result = task_module("suite").run(recipe)
+    rows = {(row["label"], row["place"]): row["model"] for row in result["measured"]["accuracies"]}
+    assert rows["RoPE", "compression"] == "rope-compressor" and rows["RoPE", "noisy"] == "rope-suite"
+    assert result["effects"]["accuracy (RoPE; noisy)"]["low"] is None  # one seed has no interval
+
+
+def test_a_task_may_have_tests_too():
+    recipe = load_recipe(RECIPE_FILES / "suite_mqar.yaml", ["claims=[]", "differences=[]"], [{"tasks": {"many": {}}}])
+    assert [place.name for place in recipe.places][:2] == ["many", "many; 4 pairs"]
+    assert "accuracy (Llama; many; 256 pairs)" in recipe.effect_names
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"differences": [["64 pair", "test"]], "claims": []},
+            r"`differences` has '64 pair', which is not measured \(nearest .*'64 p",
+        ),
+        ({"differences": [["64 pairs"]]}, "differences.0: List should have at least 2 items"),
+        (
+            {"runs": {"RoPE": {"at_task": {"many": {}}}}},
+            "`at_task` of the run 'RoPE' has 'many', which `tasks` does not",
+        ),
+    ],
+)
+def test_what_is_not_measured_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(RECIPE_FILES / "suite_mqar.yaml", settings=[settings])
+
+
+def test_a_training_without_a_test_is_refused(monkeypatch):
+    monkeypatch.setattr("training.experiments.comparison.Trained.result", lambda _: {"metrics": {"test": {}}})
+    with pytest.raises(ValueError, match="was not measured on the test '4 pairs': move the folder away"):
+        list(RECIPES["suite_mqar"].results())
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_has_models_of_equal_size_and_seeds(name):
+    recipe = RECIPES[name]
+    lines = task_module("suite").plan(recipe)
+    assert lines["trainings"] == len(recipe.runs) * len(recipe.seeds) * len(recipe.variants) and len(recipe.seeds) == 3
+    for variant in {training.recipe.model.rpartition("-")[2] for training in recipe.trainings}:
+        sizes = {
+            task_module("symbols").plan(t.recipe)["parameters"] for t in recipe.trainings if variant in t.recipe.model
+        }
+        assert max(sizes) < 1.03 * min(sizes)
+    assert next(iter(recipe.runs)) == "Memory Mosaic"
+
+
+# Claims
+
+
+def made_up(recipe, effects, target, scale):
+    """Content of `measured` in which the named effects have the target as their value."""
+    values = {(label, place.name): [0.5] * 3 for label in recipe.runs for place in recipe.places}
+    noise = [-scale, 0.0, scale]
+    first, *others = recipe.runs
+    for name in effects:
+        models, place = name.removeprefix("accuracy (").removesuffix(")").split("; ", 1)
+        pair = next((pair for pair in recipe.differences if " - ".join(pair) == place), None)
+        if pair is not None:
+            values[models, pair[0]] = [0.5 + target + x for x in noise]
+        elif models in recipe.runs:
+            values[models, place] = [target + x for x in noise]
+        else:
+            values[models.removeprefix(f"{first} - "), place] = [0.5 - target - x for x in noise]
+    rows = [{"label": label, "place": place, "accuracy": seeds} for (label, place), seeds in values.items()]
+    return {"accuracies": rows}
+
+
+@pytest.mark.parametrize("verdict", ["supported", "contradicted", "undecided"])
+@pytest.mark.parametrize(("name", "number"), CLAIMS)
+def test_every_rule_gives_every_verdict(name, number, verdict):
+    recipe = RECIPES[name]
+    claim = recipe.claims[number]
+    bound = next(x for x in (claim.above, claim.below, claim.within) if x is not None)
+    side = -0.04 if claim.below is not None else 0.04
+    inside, outside = (0.0, bound + 0.04) if claim.within is not None else (bound + side, bound - side)
+    target, scale = {"supported": (inside, 0.001), "contradicted": (outside, 0.001), "undecided": (bound, 0.2)}[
+        verdict
+    ]
+    effects = measured_effects("suite", recipe, made_up(recipe, claim.effects, target, scale))
+    assert effects.keys() == set(recipe.effect_names)
+    for effect in claim.effects:
+        assert effects[effect].value == pytest.approx(target, abs=1e-9)
+    assert claim.judge(effects) == verdict

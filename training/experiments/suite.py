@@ -9,9 +9,9 @@ place, which is a task or a test or both.
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from training.claims import Effect, Effects, mean_effect
@@ -46,7 +46,7 @@ class Recipe(ComparisonRecipe):
 
     task: Literal["suite"]
     tasks: dict[str, dict[str, Any]] = {}
-    differences: list[list[str]] = []
+    differences: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
 
     @model_validator(mode="after")
     def _check_places(self) -> Self:
@@ -57,12 +57,9 @@ class Recipe(ComparisonRecipe):
                     f"{nearest(absent[0], list(self.tasks))}"
                 )
         names = [place.name for place in self.places]
-        for pair in self.differences:
-            if len(pair) != 2:
-                raise ValueError(f"`differences` has {pair}: give each as two places")
-            for name in pair:
-                if name not in names:
-                    raise ValueError(f"`differences` has {name!r}, which is not measured{nearest(name, names)}")
+        for name in itertools.chain.from_iterable(self.differences):
+            if name not in names:
+                raise ValueError(f"`differences` has {name!r}, which is not measured{nearest(name, names)}")
         return self
 
     @property

@@ -47,8 +47,8 @@ def _refuse_other_readers(data: Any, model: str, model_type: str) -> None:
     """Raise `ValueError` for a compressor of what none has to tell, and for another model of what one has to."""
     if getattr(data, "needs_compressor", False) != (model_type == "compressor"):
         raise ValueError(
-            f"the model {model!r} is of type {model_type!r}: MAD's task `compression`, and no other, needs a compressor, "
-            "such as mosaic-compressor"
+            f"the model {model!r} is of type {model_type!r}: MAD's task `compression`, and no other, needs a "
+            "compressor, such as mosaic-compressor"
         )
 
 
