@@ -19,7 +19,8 @@ from training.tasks import symbols
 
 RECIPE_FILES = CONFIGURATION / "recipe"
 STORIES = ("mqar", "mad", "classes", "needles")
-COMPARISONS = [f"suite_{story}{ending}" for story in STORIES for ending in ("", "_recurrent")]
+COMPARED = ("mqar", "mad_recall", "mad_state", "classes", "needles")
+COMPARISONS = [f"suite_{name}{ending}" for name in COMPARED for ending in ("", "_recurrent")]
 RECIPES = {name: load_recipe(RECIPE_FILES / f"{name}.yaml") for name in COMPARISONS}
 CLAIMS = [(name, number) for name, recipe in RECIPES.items() for number in range(len(recipe.claims))]
 ENCODERS = ["mosaic", "rope", "rope-shift", "llama", "mamba2", "rwkv", "linear"]
@@ -152,18 +153,18 @@ def test_compressors_are_the_models_of_the_suite_with_equal_parameters():
 # Comparisons
 
 
-def small_comparison(story, monkeypatch, **settings):
+def small_comparison(name, monkeypatch, **settings):
     """A shipped comparison of two models, on a base of the smallest sizes."""
-    values = yaml.safe_load((RECIPE_FILES / f"suite_{story}.yaml").read_text(encoding="utf-8"))
-    small_training(story, model_args={}, output_dir=None)
+    values = yaml.safe_load((RECIPE_FILES / f"suite_{name}.yaml").read_text(encoding="utf-8"))
+    base = small_training(name.partition("_")[0], model_args={}, output_dir=None).name
     Path("recipe").mkdir(exist_ok=True)
-    Path(f"suite_{story}_training.yaml").rename(f"recipe/suite_{story}_training.yaml")
+    Path(f"{base}.yaml").rename(f"recipe/{base}.yaml")
     monkeypatch.setattr("training.experiments.comparison.CONFIGURATION", Path("."))
     values["runs"] = dict(list(values["runs"].items())[:2])
     values |= {"seeds": [0, 1], "workers": 1, "differences": [], "claims": []} | settings
-    with open(f"suite_{story}.yaml", "w", encoding="utf-8") as file:
+    with open(f"suite_{name}.yaml", "w", encoding="utf-8") as file:
         yaml.safe_dump(values, file, sort_keys=False)
-    return load_recipe(f"suite_{story}.yaml")
+    return load_recipe(f"suite_{name}.yaml")
 
 
 def test_a_comparison_has_a_row_for_each_model_and_test(monkeypatch):
@@ -182,7 +183,7 @@ def test_a_comparison_has_a_row_for_each_model_and_test(monkeypatch):
 
 def test_every_model_is_trained_for_each_task_in_its_own_settings(monkeypatch):
     tasks = {"noisy": {"data": {"task": "noisy_recall"}}, "compression": {"data": {"task": "compression"}}}
-    recipe = small_comparison("mad", monkeypatch, tasks=tasks, seeds=[0])
+    recipe = small_comparison("mad_state", monkeypatch, tasks=tasks, seeds=[0])
     kinds = [(one.label, one.recipe.data.task, one.recipe.model) for one in recipe.trainings]
     names = {"Memory Mosaic": "mosaic", "RoPE": "rope"}
     assert kinds == [

@@ -280,7 +280,7 @@ def test_a_row_of_copying_has_its_tokens_before_the_mark():
         assert [t for t in row.tokens[:34] if t != BLANK] == row.labels[35:]
 
 
-def test_a_row_of_compression_is_told_from_its_last_token():
+def test_a_row_of_compression_is_recovered_from_its_last_token():
     row = rows_of("compression", length=7)[0]
     assert row.tokens[-1] == COMPRESS and row.labels == [IGNORED, *row.tokens[:-1]] and len(row.tokens) == 8
     assert section("compression").needs_compressor and not section("fuzzy_recall").needs_compressor

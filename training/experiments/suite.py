@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from training.claims import Effect, Effects, mean_effect
 from training.experiments import comparison
-from training.experiments.comparison import ComparisonRecipe, Trained, summary
+from training.experiments.comparison import ComparisonRecipe, Trained, merged, summary
 from training.figures import legend_below, new_figure, save_figure
 from training.paths import nearest
 from training.tables import markdown_table
@@ -77,7 +77,7 @@ class Recipe(ComparisonRecipe):
     def _at_depth(self, label: str, variant: dict[str, Any]) -> dict[str, Any]:
         # Of two tasks of the same settings the first would be found, whose training is the same.
         task = next((name for name, settings in self.tasks.items() if settings == variant), "")
-        return super()._at_depth(label, variant) | self.runs[label].get("at_task", {}).get(task, {})
+        return merged(super()._at_depth(label, variant), self.runs[label].get("at_task", {}).get(task, {}))
 
     @property
     def places(self) -> list[Place]:

@@ -5,7 +5,7 @@
 - `fuzzy_recall`: the same, keys and values of one to three tokens;
 - `noisy_recall`: the same, with other tokens between pairs;
 - `selective_copying`: tokens among blanks, to be written in their order at the end;
-- `compression`: random tokens, to be told from the model's state at the last one alone;
+- `compression`: random tokens, to be recovered from the model's state at the last one alone;
 - `memorisation`: the value of a key, by a table that is the same in all rows, and that no row shows.
 
 Sizes are MAD's by default. Keys of `fuzzy_recall` are such that none begins another of its row, so that a reader knows
@@ -58,7 +58,7 @@ OPTIONS = sorted({name for defaults in DEFAULTS.values() for name in defaults})
 class MadSection(QuestionSection):
     """A task and its sizes: those that are left out are MAD's, `DEFAULTS`.
 
-    `length`: tokens of a row; of `compression`, those to be told. `num_tokens`: of the task's vocabulary; half of them
+    `length`: tokens of a row; of `compression`, those to be recovered. `num_tokens`: of the task's vocabulary; half of them
     are keys where there are keys. `num_motifs`: keys of a row of `fuzzy_recall`, each of 1 to `longest_motif` tokens.
     `noise_share`: of pairs that noise takes the place of. `num_copied`: tokens to copy.
     """
