@@ -91,11 +91,7 @@ def test_models_of_a_task_have_equal_parameters(task):
 
 
 OF_TASKS = ("regbench", "induction", "recall", "suite", "compressor")
-TWINS = [
-    path
-    for path in MODELS
-    if "mosaic-" in path.stem and not {*OF_TASKS} & {*path.stem.split("-")}
-]
+TWINS = [path for path in MODELS if "mosaic-" in path.stem and not {*OF_TASKS} & {*path.stem.split("-")}]
 
 
 @pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)

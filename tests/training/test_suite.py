@@ -14,6 +14,7 @@ from training.evaluate import load_causal_lm
 from training.export import export_model
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe, task_module
+from training.tables import committed_results
 from training.tasks import symbols
 
 
@@ -278,3 +279,19 @@ def test_every_rule_gives_every_verdict(name, number, verdict):
     for effect in claim.effects:
         assert effects[effect].value == pytest.approx(target, abs=1e-9)
     assert claim.judge(effects) == verdict
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_learning_rates_are_the_best_of_the_searches(name):
+    results = {result["name"]: result for result in committed_results()}
+    search = f"suite_{name.split('_')[1]}_search{'_recurrent' * name.endswith('_recurrent')}"
+    if not {search, search.removesuffix("_recurrent")} <= results.keys():
+        pytest.skip("the result of a search is not committed yet")
+    rates: dict[str, list] = {}
+    for one in {search, search.removesuffix("_recurrent")}:
+        for trial in results[one]["measured"]["trials"]:
+            tried = (trial["metric"], trial["settings"]["training.learning_rate"])
+            rates.setdefault(trial["settings"]["model"], []).append(tried)
+    for training in RECIPES[name].trainings:
+        model = training.recipe.model.replace("compressor", "suite")
+        assert training.recipe.training.learning_rate == max(rates[model])[1], training.name

@@ -74,9 +74,9 @@ def read_copies(tokens):
     return {tokens.index(COPY) + number: token for number, token in enumerate(copied)}
 
 
-def read_classes(tokens):
+def read_classes(tokens, num_values=8):
     """Return the label of each item that is asked for, by the features of its words."""
-    feature_of = {word: value for value, words in enumerate(words_by_feature(8, 0)) for word in words}
+    feature_of = {word: value for value, words in enumerate(words_by_feature(num_values, 0)) for word in words}
     found, labels, features = {}, {}, []
     for place, token in enumerate(tokens):
         if token in feature_of:
@@ -347,7 +347,48 @@ def test_digits_and_stories_are_as_many_as_asked():
     )
 
 
-# Readings and refusals
+# Settings, readings and refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mqar", {"sizes": [[40, 4]]}),
+        ("mqar", {"power": 0.5}),
+        *((task, {"num_tokens": 8}) for task in DEFAULTS),
+        *((task, {"length": 50}) for task in DEFAULTS),
+        ("classes", {"num_classes": 3}),
+        ("classes", {"num_features": 3}),
+        ("classes", {"num_values": 4}),
+        ("classes", {"num_empty_words": 2}),
+        ("classes", {"num_questions": 2}),
+        ("needles", {"num_stories": [2, 2]}),
+        ("needles", {"num_needles": 5}),
+        ("needles", {"num_questions": 1}),
+    ],
+)
+def test_every_setting_changes_rows_that_a_reader_of_the_rule_still_answers(name, settings):
+    settings = settings | ({"num_motifs": 4} if name == "fuzzy_recall" else {})
+    assert rows_of(name, 6, **settings) != rows_of(name, 6)
+    num_tokens, num_values = settings.get("num_tokens", 16), settings.get("num_values", 8)
+    readers = READERS | {
+        "in_context_recall": lambda tokens: read_pairs(tokens, lambda token: token < num_tokens // 2),
+        "noisy_recall": lambda tokens: read_pairs(tokens, lambda token: token < num_tokens // 2),
+        "fuzzy_recall": lambda tokens: read_fuzzy(tokens, num_tokens),
+        "classes": lambda tokens: read_classes(tokens, num_values),
+        "memorisation": lambda tokens: {
+            place: memorised_values(settings.get("num_tokens", 256), 0)[token]
+            for place, token in enumerate(tokens)
+            if token != BLANK
+        },
+    }
+    assert score(Reader(readers[name]), splits_of(section(name, **settings))["test"], 1)["accuracy"] == 1
+
+
+def test_questions_are_as_many_as_asked():
+    for number in (1, 3):
+        for name in ("classes", "needles"):
+            assert {max(row.answers) for row in rows_of(name, 5, num_questions=number)} == {number - 1}
 
 
 @pytest.mark.parametrize("name", ["mqar", "classes", "needles"])

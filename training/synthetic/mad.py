@@ -58,9 +58,12 @@ OPTIONS = sorted({name for defaults in DEFAULTS.values() for name in defaults})
 class MadSection(QuestionSection):
     """A task and its sizes: those that are left out are MAD's, `DEFAULTS`.
 
-    `length`: tokens of a row; of `compression`, those to be recovered. `num_tokens`: of the task's vocabulary; half of them
-    are keys where there are keys. `num_motifs`: keys of a row of `fuzzy_recall`, each of 1 to `longest_motif` tokens.
-    `noise_share`: of pairs that noise takes the place of. `num_copied`: tokens to copy.
+    Args:
+        length: tokens of a row; of `compression`, those to be recovered.
+        num_tokens: of the task's vocabulary; half of them are keys where there are keys.
+        longest_motif, num_motifs: of `fuzzy_recall`, the most tokens of a key or a value, and keys of a row.
+        num_noise_tokens, noise_share: of `noisy_recall`, the vocabulary of noise, and the share of pairs that are noise.
+        num_copied: of `selective_copying`, tokens to copy.
     """
 
     language: Literal["mad"]

@@ -48,9 +48,7 @@ class QuestionSection(Section):
             if name in SPLITS:
                 raise ValueError(f"`tests` has {name!r}, which every training has: give it another name")
             if fixed := [key for key in settings if key in self.fixed]:
-                raise ValueError(
-                    f"the test {name!r} changes {fixed[0]!r}, which is that of the training: leave it out"
-                )
+                raise ValueError(f"the test {name!r} changes {fixed[0]!r}, which is the training's: leave it out")
             self.changed(settings)
         return self
 
