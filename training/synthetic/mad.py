@@ -62,7 +62,7 @@ class MadSection(QuestionSection):
         length: tokens of a row; of `compression`, those to be recovered.
         num_tokens: of the task's vocabulary; half of them are keys where there are keys.
         longest_motif, num_motifs: of `fuzzy_recall`, the most tokens of a key or a value, and keys of a row.
-        num_noise_tokens, noise_share: of `noisy_recall`, the vocabulary of noise, and the share of pairs that are noise.
+        num_noise_tokens, noise_share: of `noisy_recall`, its vocabulary, and the share of pairs that are noise.
         num_copied: of `selective_copying`, tokens to copy.
     """
 
