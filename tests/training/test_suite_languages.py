@@ -10,15 +10,15 @@ import pytest
 import torch
 from helpers.models import make_model
 
-from training.synthetic import classes, mad, mqar, needles
+from training.synthetic import classes, mad, mqar, story_needles
 from training.synthetic.classes import ASKED, FIRST_LABEL, NUM_WORDS, ClassesSection, words_by_feature
 from training.synthetic.mad import BLANK, COMPRESS, COPY, DEFAULTS, MadSection, memorised_values
 from training.synthetic.mqar import NUM_KEYS, MqarSection
-from training.synthetic.needles import NeedlesSection, needle_tokenizer
 from training.synthetic.questions import IGNORED, VOCAB_SIZE, RowWriter, collate, report, score
+from training.synthetic.story_needles import NeedlesSection, needle_tokenizer
 
 
-MODULES = {"mqar": mqar, "mad": mad, "classes": classes, "needles": needles}
+MODULES = {"mqar": mqar, "mad": mad, "classes": classes, "needles": story_needles}
 SECTIONS = {"mqar": MqarSection, "mad": MadSection, "classes": ClassesSection, "needles": NeedlesSection}
 # Each language, and each task of MAD, at sizes that take little time.
 SMALL = {
@@ -336,7 +336,7 @@ def test_needles_stand_at_any_depth_and_their_names_in_no_story():
         assert len(set(asked)) == 2 and set(asked) <= set(found)
         depths.append(story.index("The number") / len(story))
     assert min(depths) == 0 and max(depths) > 0.3
-    assert len(tokenizer) == VOCAB_SIZE and needles.tokenizer_of(section("needles")) is tokenizer
+    assert len(tokenizer) == VOCAB_SIZE and story_needles.tokenizer_of(section("needles")) is tokenizer
 
 
 def test_digits_and_stories_are_as_many_as_asked():

@@ -22,19 +22,19 @@ from training.loop import LanguageModelTrainer, build_training_arguments
 from training.recipe import TrainingRecipe, TrainingSection
 from training.result import header
 from training.run_folder import run_once
-from training.synthetic import automata, bigrams, classes, mad, mqar, needles, recall
+from training.synthetic import automata, bigrams, classes, mad, mqar, recall, story_needles
 from training.synthetic.automata import AutomataSection
 from training.synthetic.bigrams import InductionSection
 from training.synthetic.classes import ClassesSection
 from training.synthetic.mad import MadSection
 from training.synthetic.mqar import MqarSection
-from training.synthetic.needles import NeedlesSection
 from training.synthetic.recall import RecallSection
+from training.synthetic.story_needles import NeedlesSection
 from training.tasks import language_modeling
 
 
 LANGUAGES: dict[str, Any] = {"automata": automata, "induction": bigrams, "recall": recall}
-LANGUAGES |= {"mqar": mqar, "mad": mad, "classes": classes, "needles": needles}
+LANGUAGES |= {"mqar": mqar, "mad": mad, "classes": classes, "needles": story_needles}
 DataSection = (
     AutomataSection | InductionSection | RecallSection | MqarSection | MadSection | ClassesSection | NeedlesSection
 )
