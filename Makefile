@@ -17,6 +17,10 @@ RESULTS ?= three_moons induction induction_search regbench_search regbench_searc
 	regbench_long regbench_search_recurrent regbench_recurrent stories_tuning stories_tuning_one_block stories_initialisation \
 	training_curves out_of_distribution beyond_training_length bandwidth parts parts_induction \
 	recall_search recall_search_start join_pairs join_facts join_stories bound bound_recall streaming reading searching surprise \
+	suite_mqar_search suite_mqar_search_recurrent suite_mqar suite_mqar_recurrent \
+	suite_mad_search suite_mad_search_recurrent suite_mad_recall suite_mad_recall_recurrent suite_mad_state suite_mad_state_recurrent \
+	suite_classes_search suite_classes_search_recurrent suite_classes suite_classes_recurrent \
+	suite_needles_search suite_needles_search_recurrent suite_needles suite_needles_recurrent \
 	attention_maps cloze repetition stories_tiny_tuning stories_tiny_comparison memory_fidelity \
 	memory_capacity memory_capacity_tokens memory_objectives memory_remedies memory_positions \
 	babistories_micro

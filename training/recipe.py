@@ -71,6 +71,7 @@ TASKS = {
     "bound_recall": "training.experiments.bound_recall",
     "streaming": "training.experiments.streaming",
     "induction": "training.experiments.induction",
+    "suite": "training.experiments.suite",
     "join": "training.experiments.join",
     "search": "training.tasks.search",
     "searching": "training.experiments.searching",

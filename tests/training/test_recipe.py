@@ -89,17 +89,14 @@ def test_models_of_regbench_at_the_papers_size_have_equal_parameters_besides_pos
     assert models == {name: pytest.approx(models["mosaic-regbench-paper"], rel=0.01) for name in models}
 
 
-@pytest.mark.parametrize("task", ["induction", "recall"])
+@pytest.mark.parametrize("task", ["induction", "recall", "suite", "compressor"])
 def test_models_of_a_task_have_equal_parameters(task):
     mosaic, *others = (num_parameters(path) for path in sorted((CONFIGURATION / "model").glob(f"*-{task}.json")))
     assert len(others) >= 2 and others == [pytest.approx(mosaic, rel=0.02)] * len(others)
 
 
-TWINS = [
-    path
-    for path in MODELS
-    if "mosaic-" in path.stem and not {"regbench", "induction", "recall", "v2"} & {*path.stem.split("-")}
-]
+OF_TASKS = ("regbench", "induction", "recall", "suite", "compressor", "v2")
+TWINS = [path for path in MODELS if "mosaic-" in path.stem and not {*OF_TASKS} & {*path.stem.split("-")}]
 
 
 @pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)

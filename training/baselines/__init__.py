@@ -4,4 +4,4 @@
 To add one, write its module here, import it below, and put its JSON into `configuration/model`.
 """
 
-from training.baselines import lstm, mosaic_parts, shifted_rope  # noqa: F401  (each registers its classes)
+from training.baselines import compressor, lstm, mosaic_parts, shifted_rope  # noqa: F401  (each registers its classes)

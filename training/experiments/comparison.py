@@ -86,7 +86,8 @@ class Trained(NamedTuple):
         return result
 
 
-def _merged(settings: dict[str, Any], more: dict[str, Any]) -> Any:
+def merged(settings: dict[str, Any], more: dict[str, Any]) -> Any:
+    """Return settings with others put in, section by section."""
     # A deep merge: `|` would drop the other settings of a section.
     return OmegaConf.to_container(OmegaConf.merge(settings, more))
 
@@ -189,8 +190,8 @@ class ComparisonRecipe(RecipeWithClaims):
         return {str(number): settings for number, settings in settings_of.items()}.get(str(depth), {})
 
     def _training(self, label: str, variant: dict[str, Any], seed: int) -> Trained:
-        variant = _merged(self._at_depth(label, variant), variant)
-        settings = _merged(self.run_settings[label], _changed_settings(variant, self.run_recipes[label]))
+        variant = merged(self._at_depth(label, variant), variant)
+        settings = merged(self.run_settings[label], _changed_settings(variant, self.run_recipes[label]))
         folder = f"runs/{self.base}/{'-'.join([*leaves(settings), f'seed{seed}'])}"
         all_settings = [self.common, settings, {"seed": seed, "output_dir": folder}]
         recipe: Any = load_recipe(self.base_path, settings=all_settings)

@@ -14,16 +14,16 @@ A model learns this for 1 to `max_documents` documents, and is measured beyond.
 import functools
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, PositiveInt
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from training.recipe import Section
+from training.synthetic.questions import score_answers
 from training.synthetic.readings import Reading, labelled_batch, model_inputs
 from training.text.question_rows import Row, fact_texts, facts_row, features, pad
 from training.text.story_writer import write_stories, write_story
@@ -144,30 +144,17 @@ def collator(section: RecallSection, config: PreTrainedConfig) -> Callable[[list
 
 @torch.no_grad()
 def score_rows(model: PreTrainedModel, rows: list[Row], batch_size: int, reading: Reading) -> dict[str, float]:
-    """Measure how a model answers.
+    """Return the [`score_answers`] of a model on rows; `batch_size` changes the speed alone."""
 
-    Returns:
-        `accuracy`: share of answers of which each token is the likeliest behind those before it; `loss`: mean over the
-        tokens of answers, in nats; `num_answers`.
-    """
-    right, losses = [], []
-    # Rows of similar length have little padding.
-    ordered = sorted(map(features, rows), key=lambda row: len(row["input_ids"]))
-    for batch in DataLoader(cast("Dataset", ordered), batch_size, collate_fn=pad):
-        batch = {name: part.to(model.device) for name, part in batch.items()}
-        logits = model(**model_inputs(model.config, batch, reading)).logits[:, :-1].float()
-        ids, answers = batch["input_ids"][:, 1:], batch["answers"][:, 1:]
-        is_answer = answers >= 0
-        losses.append(cross_entropy(logits.transpose(1, 2), ids, reduction="none")[is_answer].cpu())
-        # Answers of all rows get different numbers; one is wrong if any of its tokens is.
-        rows_apart = answers + (answers.max() + 1) * torch.arange(len(ids), device=ids.device)[:, None]
-        numbers = rows_apart[is_answer].unique(return_inverse=True)[1]
-        is_wrong = (logits.argmax(-1) != ids)[is_answer]
-        num_wrong = torch.zeros(int(numbers.max()) + 1, device=ids.device).index_add_(0, numbers, is_wrong.float())
-        right.append((num_wrong == 0).cpu())
-    is_right, loss = torch.cat(right), torch.cat(losses)
-    means = {"accuracy": float(is_right.double().mean()), "loss": float(loss.double().mean())}
-    return means | {"num_answers": len(is_right)}
+    def answered() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        # Rows of similar length have little padding.
+        ordered = sorted(map(features, rows), key=lambda row: len(row["input_ids"]))
+        for batch in DataLoader(cast("Dataset", ordered), batch_size, collate_fn=pad):
+            batch = {name: part.to(model.device) for name, part in batch.items()}
+            logits = model(**model_inputs(model.config, batch, reading)).logits
+            yield logits, batch["input_ids"], batch["answers"]
+
+    return score_answers(answered())
 
 
 def score(model: PreTrainedModel, split: RecallDataset, batch_size: int = 32) -> dict[str, float]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on an artificial language: one training of the experiments `regbench`, `induction` and `join`.
+"""Training on an artificial language: one training of `regbench`, `induction`, `join` and `suite`.
 
 A language is a module with `VOCAB_SIZE`, a section of settings, `provenance`, `draw_splits`, `tokenizer_of`,
 `collator`, `score`, `CHOSEN_BY` and `report`. By each measure of `CHOSEN_BY`, the model of the best evaluation on
@@ -22,24 +22,41 @@ from training.loop import LanguageModelTrainer, build_training_arguments
 from training.recipe import TrainingRecipe, TrainingSection
 from training.result import header
 from training.run_folder import run_once
-from training.synthetic import automata, bigrams, recall
+from training.synthetic import automata, bigrams, classes, mad, mqar, recall, story_needles
 from training.synthetic.automata import AutomataSection
 from training.synthetic.bigrams import InductionSection
+from training.synthetic.classes import ClassesSection
+from training.synthetic.mad import MadSection
+from training.synthetic.mqar import MqarSection
 from training.synthetic.recall import RecallSection
+from training.synthetic.story_needles import NeedlesSection
 from training.tasks import language_modeling
 
 
 LANGUAGES: dict[str, Any] = {"automata": automata, "induction": bigrams, "recall": recall}
+LANGUAGES |= {"mqar": mqar, "mad": mad, "classes": classes, "needles": story_needles}
+DataSection = (
+    AutomataSection | InductionSection | RecallSection | MqarSection | MadSection | ClassesSection | NeedlesSection
+)
 # By measure: the folder, within that of the run, of the model of the best evaluation, and whether more is better.
 KEPT_FOLDERS = {"accuracy": "best", "loss": "best_loss"}
 MORE_IS_BETTER = {"accuracy": True, "loss": False}
+
+
+def _refuse_other_readers(data: Any, model: str, model_type: str) -> None:
+    """Raise `ValueError` for a compressor of what none has to tell, and for another model of what one has to."""
+    if getattr(data, "needs_compressor", False) != (model_type == "compressor"):
+        raise ValueError(
+            f"the model {model!r} is of type {model_type!r}: MAD's task `compression`, and no other, needs a "
+            "compressor, such as mosaic-compressor"
+        )
 
 
 class Recipe(TrainingRecipe):
     """A model and an artificial language; see `configuration/README.md` for each field."""
 
     task: Literal["symbols"]
-    data: Annotated[AutomataSection | InductionSection | RecallSection, Field(discriminator="language")]
+    data: Annotated[DataSection, Field(discriminator="language")]
     training: TrainingSection
     batch_size: PositiveInt = 50
 
@@ -51,6 +68,7 @@ class Recipe(TrainingRecipe):
                 f"the language {self.data.language!r} has {language.VOCAB_SIZE} tokens, the model {self.model!r} "
                 f"embeddings for {config.vocab_size}: raise model_args.vocab_size"
             )
+        _refuse_other_readers(self.data, self.model, config.model_type)
         if (self.training.max_steps is None) == (self.training.num_train_epochs is None):
             raise ValueError("give exactly one of `training.max_steps` and `training.num_train_epochs`")
         if self.training.eval_strategy in (None, "no"):
