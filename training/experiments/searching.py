@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from tqdm import tqdm
@@ -53,7 +54,7 @@ class Recipe(ComparisonRecipe):
     tolerances: list[PositiveFloat] = Field(min_length=1)
     indexes: list[Literal["clusters", "exact", "lsh", "usearch"]] = Field(min_length=1)
     # Of the pairs, read one by one by clusters and by the exact index, whatever the error is.
-    shares: list[PositiveFloat] = []
+    shares: list[PositiveFloat] = Field(min_length=1)
 
     @property
     def settings(self) -> list[tuple[str, str, float]]:
@@ -122,7 +123,7 @@ class _Recorder(Search):
     def reads(self, layer: Any, num_queries: int) -> bool:
         return True
 
-    def read(self, layer: Any, layer_idx: int, query: torch.Tensor, *pairs: torch.Tensor) -> torch.Tensor:
+    def read(self, layer: Any, layer_idx: int, query: torch.Tensor, *pairs: Any, **options: Any) -> torch.Tensor:
         num_joined, retrieved = layer.num_joined, []
         # In double precision: a certificate is no worse than the rounding of the sums that it is compared with.
         keys, values = (part[0, :, :num_joined].double() for part in (layer.keys, layer.values))
@@ -298,17 +299,22 @@ def _concentration_table(concentration: dict[str, list[list[float]]]) -> str:
     return f"\n\nHow many pairs matter:\n\n{table}"
 
 
-def _draw(recipe: Recipe, settings: list[dict[str, Any]]) -> None:
-    """Draw the share of pairs that each index reads against the tolerance, one panel for each model."""
-    figure, axes = new_figure(1, len(recipe.runs), width=4, height=3.4, sharey=True)
-    for axis, label in zip(axes[0], recipe.runs, strict=True):
-        for number, index in enumerate(recipe.indexes):
-            own = [one for one in settings if (one["label"], one["index"]) == (label, index)]
-            shares = [sum(seed[MEASURES[0]] for seed in one["seeds"]) / len(one["seeds"]) for one in own]
-            axis.plot([one["tolerance"] for one in own], shares, color=f"C{number}", marker=".", label=index)
-        axis.set(title=label, xlabel="tolerance (lengths of a value)", ylim=(-0.02, 1.02))
-        axis.set_xscale("log")
-    axes[0, 0].set_ylabel("share of pairs read")
+def _draw(recipe: Recipe, shares: list[dict[str, Any]]) -> None:
+    """Draw the mean error against the share of pairs that is read: a colour for each model, a style for each index."""
+    figure, axes = new_figure(1, 1, width=6.5, height=3.8)
+    axis = axes[0, 0]
+    for number, label in enumerate(recipe.runs):
+        for index, style in zip(SHARE_INDEXES, ("--", "-"), strict=True):
+            own = [one for one in shares if (one["label"], one["index"]) == (label, index)]
+            places = [one["share"] for one in own]
+            errors = np.array([[seed[ERRORS[0]] for seed in one["seeds"]] for one in own])
+            found = "found by the centres of clusters" if index == "clusters" else "the nearest"
+            axis.plot(places, errors.mean(1), style, color=f"C{number}", marker=".", label=f"{label}, {found}")
+            axis.fill_between(places, errors.min(1), errors.max(1), color=f"C{number}", alpha=0.12)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xticks(recipe.shares, [f"{share:.0%}" for share in recipe.shares])
+    axis.set(xlabel="pairs that are read one by one", ylabel="mean error (lengths of a value)")
     legend_below(figure, axes)
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
@@ -327,7 +333,7 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         for label, index, share in itertools.product(recipe.runs, SHARE_INDEXES, recipe.shares)
     ]
     concentration = {label: seeds[label, MASS, 0.99] for label in recipe.runs}
-    _draw(recipe, settings)
+    _draw(recipe, shares)
     measured = {"settings": settings, "shares": shares, "concentration": concentration}
     return {"measured": measured, "table": _table(recipe, settings, shares) + _concentration_table(concentration)}
 
