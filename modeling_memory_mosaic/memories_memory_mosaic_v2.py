@@ -148,20 +148,23 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
     def keys_and_queries(
         self,
         hidden_states: torch.Tensor,
-        num_pairs: torch.Tensor,
+        num_pairs: torch.Tensor | None,
         reading: Reading,
         states: WindowStates | None,
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Return keys `(B, H, S, D)` and queries `(B, H, T, D)`, and whether no token came before.
 
         Keys are those of the new tokens and, if there is one, of the token before them, whose pair completes now.
+        Queries of an unknown number of pairs have unit length.
         """
         sums, previous = self.gated_sums(hidden_states, reading, states)
         if previous is not None:
             sums = torch.cat([previous, sums], dim=2)
         units = scale_to_length(sums, sums.new_ones(()))
         keys = as_dtype(units, hidden_states.dtype)
-        queries = units[:, :, -hidden_states.shape[1] :] * self.beta(num_pairs, keys.dtype)
+        queries = units[:, :, -hidden_states.shape[1] :]
+        if num_pairs is not None:
+            queries = queries * self.beta(num_pairs, keys.dtype)
         return keys, as_dtype(queries, keys.dtype), previous is None
 
     def pair_values(self, hidden_states: torch.Tensor, reading: Reading, states: WindowStates | None) -> torch.Tensor:
@@ -320,7 +323,7 @@ class MemoryMosaicV2ShortTermMemory(MemoryMosaicV2Heads):
             first = slot_keys.shape[2] - min(self.config.num_short_term_pairs, reading.num_slots - 1)
             slot_keys, slot_values = slot_keys[:, :, first:], slot_values[:, :, first:]
             return self.retrieve(queries, slot_keys, slot_values, None, reading.reads_directly, **kwargs)[0]
-        if self.config._attn_implementation == "eager":
+        if reading.has_maps:
             return self.read_with_map(queries, slot_keys, slot_values, rule, reading)
         if torch.compiler.is_exporting() or (has_plain_sdpa(self.config) and can_read_in_blocks(queries)):
             return self.read_by_rule(queries, slot_keys, slot_values, rule, **kwargs)
@@ -374,6 +377,8 @@ class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
     ) -> "torch.Tensor | Mapped":
         """Return what hidden states `(B, T, C)` retrieve, `(B, T, H, D)`, or by eager attention its map."""
         states = cast(Any, None if past_key_values is None else self.states(past_key_values))
+        if hasattr(states, "read"):
+            return self.read_bounded(hidden_states, reading, states)
         keys, queries, is_first = self.keys_and_queries(hidden_states, reading.long_pairs, reading, states)
         values = self.pair_values(hidden_states, reading, states)
         rule, slot_bias = reading.long_rule, None
@@ -385,7 +390,7 @@ class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
         if slot_bias is not None and states.search is not None and states.search.reads(states, queries.shape[2]):
             is_seen = rule.allowed(slice(0, queries.shape[2]), slice(0, slot_keys.shape[2]))
             return states.search.read(states, self.layer_idx, queries, slot_keys, slot_values, is_seen)
-        if rule is not None and self.config._attn_implementation == "eager":
+        if rule is not None and reading.has_maps:
             return self.read_with_map(queries, slot_keys, slot_values, rule, reading, slot_bias)
         if rule is not None:
             return self.read_by_rule(queries, slot_keys, slot_values, rule, slot_bias, **kwargs)
@@ -395,6 +400,18 @@ class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
         last = slot_keys.shape[2] - delay + 1
         slot_keys, slot_values = slot_keys[:, :, 1:last], slot_values[:, :, 1:last]
         return self.retrieve(queries, slot_keys, slot_values, None, reading.reads_directly, **kwargs)[0]
+
+    def read_bounded(self, hidden_states: torch.Tensor, reading: Reading, states: Any) -> torch.Tensor:
+        """Return what is retrieved `(B, T, H, D)` from a bounded memory, which knows which pairs it holds."""
+        keys, queries, is_first = self.keys_and_queries(hidden_states, None, reading, states)
+        values = self.pair_values(hidden_states, reading, states)
+        pairs = (F.pad(part, (0, 0, int(is_first), 0)) for part in (keys[:, :, :-1], values))
+        is_full = cast(Any, reading.slot_bias)[:, 0] > -torch.inf
+        is_token = torch.ones_like(is_full) if reading.is_token is None else reading.is_token
+        retrieved: torch.Tensor = states.read(
+            queries, *pairs, is_token, is_full, beta=lambda num_pairs: self.beta(num_pairs, keys.dtype)
+        )
+        return retrieved
 
 
 class MemoryMosaicV2ContextualMemory(nn.Module):
