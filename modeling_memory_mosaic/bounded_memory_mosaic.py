@@ -175,8 +175,9 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
             end = min(start + min(room, LONGEST_SEGMENT), num_tokens)
             segment = slice(start, end)
             heads = [tensor[:, :, segment] for tensor in (queries, keys, values)]
-            rows: list[Any] = [tensor[:, segment] for tensor in (is_token, is_full)]
-            retrieved.append(self.read_segment(*heads, *rows, beta))
+            rows = [tensor[:, segment] for tensor in (is_token, is_full)]
+            parts: Any = (*heads, *rows, beta)
+            retrieved.append(self.read_segment(*parts))
             start = end
         return torch.cat(retrieved, dim=2).transpose(1, 2)
 

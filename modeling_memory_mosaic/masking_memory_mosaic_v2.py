@@ -228,6 +228,15 @@ def count_pairs_seen(
     return total.clamp(max=config.num_short_term_pairs), joined + (counts.in_document - delay).clamp(min=0)
 
 
+def rules_of(config: Any, reading: Reading, num_tokens: int, device: torch.device) -> tuple[NumberRule, NumberRule]:
+    """Return the rules of short-term and long-term heads in a pass that no text came before, joined ones apart."""
+    counts = count(None, None, 0, num_tokens, num_tokens, device)
+    short, long = reading.short_rule, reading.long_rule
+    if short is None:
+        short = short_term_rule(counts, None, config.num_short_term_pairs, 0, False)
+    return short, long_term_rule(counts, reading.delay, False, False) if long is None else long
+
+
 def create_reading(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,

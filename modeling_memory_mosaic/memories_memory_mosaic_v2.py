@@ -35,7 +35,7 @@ from transformers.utils import TransformersKwargs
 from .blocks_memory_mosaic import NumberRule, SlotRule, block_read, can_read_in_blocks, has_plain_sdpa
 from .cache_memory_mosaic_v2 import WindowStates, level_states
 from .configuration_memory_mosaic_v2 import MemoryMosaicV2Config
-from .masking_memory_mosaic_v2 import Reading
+from .masking_memory_mosaic_v2 import Reading, rules_of
 from .memories_memory_mosaic import MemoryMosaicPairStore
 from .ops_memory_mosaic import (
     as_dtype,
@@ -417,10 +417,12 @@ class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
 class MemoryMosaicV2ContextualMemory(nn.Module):
     """Short-term and long-term heads, and the layer that combines them."""
 
+    kind = "contextual"
+
     def __init__(self, config: MemoryMosaicV2Config, layer_idx: int):
         super().__init__()
         num_short, num_long = config.num_short_term_heads, config.num_long_term_heads
-        self.layer_idx = layer_idx
+        self.layer_idx, self.config = layer_idx, config
         self.short_term = MemoryMosaicV2ShortTermMemory(config, layer_idx, num_short) if num_short else None
         self.long_term = MemoryMosaicV2LongTermMemory(config, layer_idx, num_long) if num_long else None
         self.head_dim = config.head_dim
@@ -463,12 +465,58 @@ class MemoryMosaicV2ContextualMemory(nn.Module):
         output = self.o_proj(torch.cat(heads, dim=2).flatten(2))
         return self.dropout(output) if self.training else output, whole
 
+    def levels(self) -> dict[str, int]:
+        """Return the number of heads of each level, in the order of `o_proj`."""
+        memories = [memory for memory in (self.short_term, self.long_term) if memory is not None]
+        return {memory.level: memory.num_heads for memory in memories}
+
+    def read_units(
+        self, hidden_states: torch.Tensor, reading: Reading, joined: tuple[torch.Tensor, ...] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what each head retrieves in a pass that no text came before, by eager attention, for inspection.
+
+        Args:
+            joined (*optional*): long-term keys and values `(B, H, S, D)` and biases `(B, H or 1, S)` of joined texts.
+
+        Returns:
+            retrieved values `(B, heads, T, D)`, the weights of slots of joined texts and of the text
+            `(B, heads, T, S + T)`, where slot t holds the pair that token t completes, and the values of these pairs
+            `(B, heads, T, D)`.
+        """
+        read = []
+        rules = rules_of(self.config, reading, hidden_states.shape[1], hidden_states.device)
+        pairs = reading.short_pairs, reading.long_pairs
+        for memory, rule, num_pairs in zip((self.short_term, self.long_term), rules, pairs, strict=True):
+            if memory is None:
+                continue
+            keys, queries, _ = memory.keys_and_queries(hidden_states, num_pairs, reading, None)
+            values = memory.pair_values(hidden_states, reading, None)
+            slot_keys, own_values = memory.store(keys[:, :, :-1], values, None, is_first=True)
+            slot_values, bias, num_missing = own_values, at_least_float32(slot_keys[:, :1, :, 0] * 0), 0
+            if joined is not None and memory is self.long_term:
+                slot_keys, slot_values, bias = (
+                    torch.cat([before, own.expand(-1, before.shape[1], *own.shape[2:])], dim=2)
+                    for before, own in zip(joined, (slot_keys, own_values, bias), strict=True)
+                )
+            elif joined is not None:
+                num_missing = joined[0].shape[2]
+            is_allowed = rule.allowed(slice(0, queries.shape[2]), slice(0, slot_keys.shape[2]))[:, None]
+            bias = bias[:, :, None].masked_fill(~is_allowed, -torch.inf).clamp(min=lowest_bias(bias.dtype))
+            sees_any = (bias > lowest_bias(bias.dtype)).any(dim=-1, keepdim=True)
+            weights = smoothing_weights(queries, slot_keys, bias, 0.0) * sees_any
+            read.append((weighted_values(weights, slot_values), F.pad(weights, (num_missing, 0)), own_values))
+        retrieved, weights, values = (torch.cat(parts, dim=1) for parts in zip(*read, strict=True))
+        return retrieved, weights, values
+
 
 class MemoryMosaicV2DenseMemory(nn.Module):
     """What the model knows before it reads: a gated dense layer, W_2 (act(W_1 x) * W_3 x)."""
 
-    def __init__(self, config: MemoryMosaicV2Config):
+    kind = "persistent"
+
+    def __init__(self, config: MemoryMosaicV2Config, layer_idx: int):
         super().__init__()
+        self.layer_idx = layer_idx
         inner_size = config.intermediate_size
         self.gate_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
         self.up_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
@@ -478,8 +526,18 @@ class MemoryMosaicV2DenseMemory(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Return the output `(B, T, C)` of hidden states `(B, T, C)`."""
-        gated = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        return self.dropout(self.down_proj(gated))
+        return self.dropout(self.down_proj(self.gated(hidden_states)))
+
+    def gated(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what `down_proj` reads, `(B, T, intermediate_size)`."""
+        return self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+
+    def read_units(
+        self, hidden_states: torch.Tensor, reading: Reading | None, joined: None
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Return what the layer reads as one unit `(B, 1, T, intermediate_size)`, which has no slots to weigh."""
+        gated = self.gated(hidden_states)[:, None]
+        return gated, at_least_float32(gated[..., :0]), None
 
 
 __all__ = ["MemoryMosaicV2ContextualMemory", "MemoryMosaicV2DenseMemory"]

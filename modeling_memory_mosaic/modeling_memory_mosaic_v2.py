@@ -84,8 +84,8 @@ class MemoryMosaicV2DecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
         self.contextual_memory = MemoryMosaicV2ContextualMemory(config, layer_idx)
         self.persistent_norm = make_norm(config)
         self.has_slots = config.persistent_memory_type == "slots"
-        slots: Any = MemoryMosaicPersistentMemory
-        self.persistent_memory = slots(config, layer_idx) if self.has_slots else MemoryMosaicV2DenseMemory(config)
+        persistent: Any = MemoryMosaicPersistentMemory if self.has_slots else MemoryMosaicV2DenseMemory
+        self.persistent_memory = persistent(config, layer_idx)
         # Their initial variance depends on the layer, which they do not know.
         for part in self.modules():
             if isinstance(part, nn.Linear):

@@ -398,7 +398,7 @@ class MosaicMemory(MemoryFilesMixin):
             raise ValueError(f"The text has shape {tuple(output.shape)}: it must be (1, tokens), two tokens or more.")
         trace = trace_tokens(model, cast(torch.LongTensor, output), memory=self)
         # Of contextual units, to the logit of the token behind each: (L, H, T - 1), shared out by the weights.
-        units = trace.contribution[:, 0, 0, :, :-1]
+        units = trace.contribution[:, 0, 0, : trace.weights.shape[2], :-1]
         pairs = torch.einsum("lht,lhts->ts", units, trace.weights[:, 0, :, :-1])
         return MemoryRecall(pairs, self.source_ids.cpu(), self.places.cpu(), list(self.sources))
 
