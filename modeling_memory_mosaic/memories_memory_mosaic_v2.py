@@ -60,8 +60,13 @@ from .ops_memory_mosaic_v2 import (
 )
 
 
-def largest_length(dtype: torch.dtype) -> float:
-    """Return the largest length of a query or a value in a precision, which float16 alone comes near to."""
+def largest_length(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the largest length of a query or a value in a precision, which float16 alone comes near to.
+
+    Under autocast attention functions read in its precision, whatever the dtype of queries is.
+    """
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
     return min(torch.finfo(dtype).max / 2, 1e38)
 
 
@@ -143,7 +148,7 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
         """Return the inverse temperature by the number of pairs `(B or 1, T)`, `(B or 1, H or 1, T, 1)` (eq. 6)."""
         # Keys have unit length, so that a query is as long as beta and has to stay within its precision.
         thetas = (self.bandwidth_scale, self.bandwidth_offset, cast(Any, self.bandwidth_exponent))
-        return inverse_temperature(num_pairs, *thetas, largest_length(dtype))
+        return inverse_temperature(num_pairs, *thetas, largest_length(dtype, num_pairs.device))
 
     def keys_and_queries(
         self,
@@ -182,7 +187,7 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
         projected = at_least_float32(projected)
         mix = at_least_float32(self.value_mix).view(-1, 1, 1)
         length = magnitude(at_least_float32(self.value_scale)).clamp(max=MAX_LOG_VALUE_LENGTH).exp()
-        length = length.clamp(max=largest_length(hidden_states.dtype)).view(-1, 1, 1)
+        length = length.clamp(max=largest_length(hidden_states.dtype, hidden_states.device)).view(-1, 1, 1)
         blend = torch.lerp(projected[:, :, 1:], projected[:, :, :-1], mix)
         return as_dtype(scale_to_length(blend, length), hidden_states.dtype)
 
