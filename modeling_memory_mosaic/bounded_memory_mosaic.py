@@ -21,7 +21,7 @@ Shapes use B batch, H heads, T new tokens, P pairs that a head can hold, D head 
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
 
-from .cache_memory_mosaic import MemoryMosaicStates, memory_layer
+from .cache_memory_mosaic import MemoryMosaicStates, memory_layer, text_of
 from .masking_memory_mosaic import growth_of_kernels
 from .ops_memory_mosaic import at_least_float32, forward_fill, lowest_bias
 
@@ -56,13 +56,31 @@ POLICIES: dict[str, Callable[["BoundedMemoryLayer"], torch.Tensor]] = {
 }
 
 
+class Due(NamedTuple):
+    """Pairs that new tokens may read for the first time, by the column of that token.
+
+    - `keys`, `values` `(B, H, T, D)`,
+    - `is_full` `(B, T)`: whether there is such a pair,
+    - `order` `(B, T)`, `kept` `(B, W)`, *optional*: which of the pairs that waited and of the new ones these are, and
+      which ones wait now, see [`MemoryMosaicV2BoundedLayer`],
+    - `num_waiting` `(B, T)`, *optional*: how many pairs each token may not read yet.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    is_full: torch.Tensor
+    order: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+    num_waiting: torch.Tensor | None = None
+
+
 class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
     """Holds at most `max_pairs` pairs in each head of a layer. Made by [`bounded`].
 
     `counters`, each `(B, H, P)`, have of each pair
 
-    - `born`: the token that completed it, counted over all that was read,
-    - `used_at`: the last token that gave it more than an even share of its weight, or that completed it,
+    - `born`: the first token that could read it, which is the one that completed it, counted over all that was read,
+    - `used_at`: the last token that gave it more than an even share of its weight, or that could read it first,
     - `usage`: the sum of the weights that it was given, and `exposure`: the number of tokens that could have,
     - `error`: how wrong its head was about its value, |y - v|^2 / |v|^2, where y is what the head retrieved by its key
       when that was new. 1 if it had nothing to read then.
@@ -136,6 +154,7 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
         values: torch.Tensor,
         is_token: torch.Tensor,
         is_full: torch.Tensor,
+        beta: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Store the pairs that new tokens complete, and return what each token retrieves, `(B, T, H, D)`.
 
@@ -143,6 +162,8 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
             queries, keys, values (`torch.Tensor` of shape `(B, H, T, D)`).
             is_token (`torch.Tensor` of shape `(B, T)`): False at padding.
             is_full (`torch.Tensor` of shape `(B, T)`): whether the token completes a pair.
+            beta (*optional*): maps numbers of pairs `(B, T)` to what queries are multiplied by `(B, H or 1, T, 1)`;
+                the growth of kernels that the configuration names when absent.
         """
         if torch.is_grad_enabled() and queries.requires_grad:
             raise ValueError("A bounded memory has no gradient: read under `torch.no_grad()`.")
@@ -150,15 +171,13 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
             self.start(keys)
         retrieved, start, num_tokens = [], 0, queries.shape[2]
         while start < num_tokens:
-            room = self.max_pairs - int(self.held.max())
-            if room == 0:
-                self.make_room()
-                continue
+            room = self.make_room(is_full[:, start:])
             end = min(start + min(room, LONGEST_SEGMENT), num_tokens)
             segment = slice(start, end)
             heads = [tensor[:, :, segment] for tensor in (queries, keys, values)]
             rows = [tensor[:, segment] for tensor in (is_token, is_full)]
-            retrieved.append(self.read_segment(*heads, *rows))
+            parts: Any = (*heads, *rows, beta)
+            retrieved.append(self.read_segment(*parts))
             start = end
         return torch.cat(retrieved, dim=2).transpose(1, 2)
 
@@ -169,24 +188,27 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
         values: torch.Tensor,
         is_token: torch.Tensor,
         is_full: torch.Tensor,
+        beta: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Do as `read` for tokens whose pairs fit; returns `(B, H, T, D)`."""
         numbers = self.num_read + torch.arange(1, queries.shape[2] + 1, device=queries.device)
-        num_seen = self.held[:, None] + is_full.long().cumsum(-1)  # (B, T)
-        rows, columns = is_full.nonzero(as_tuple=True)
+        due = self.due_pairs(keys, values, is_full)
+        num_seen = self.held[:, None] + due.is_full.long().cumsum(-1)  # (B, T)
+        rows, columns = due.is_full.nonzero(as_tuple=True)
         places = num_seen[rows, columns] - 1
-        self.keys[rows, :, places] = keys[rows, :, columns]
-        self.values[rows, :, places] = values[rows, :, columns]
+        self.keys[rows, :, places] = due.keys[rows, :, columns]
+        self.values[rows, :, places] = due.values[rows, :, columns]
         self.held = num_seen[:, -1].clone()
         num_slots = int(self.held.max())
         is_seen = torch.arange(num_slots, device=queries.device) < num_seen[..., None]  # (B, T, P)
-        retrieved, weights = self.smooth(queries, is_seen)
+        retrieved, weights = self.smooth(self.scaled_queries(queries, is_seen, due, beta), is_seen)
         previous = torch.cat([self.states["last_retrieval"], retrieved[:, :, :-1]], dim=2)
         if not is_token.all():
             previous = forward_fill(previous, F.pad(is_token[:, :-1], (1, 0), value=True), None)
         last = forward_fill(retrieved, is_token, self.states["last_retrieval"])[:, :, -1:]
         self.states["last_retrieval"] = last.clone()  # a view would keep the vectors of all tokens
         errors = at_least_float32(previous - values).square().sum(-1) / at_least_float32(values).square().sum(-1)
+        errors = self.due_errors(errors, due)
         for name, new in (
             ("born", numbers.expand(errors.shape)),
             ("used_at", numbers.expand(errors.shape)),
@@ -199,11 +221,28 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
         self.num_read += queries.shape[2]
         return retrieved
 
+    def due_pairs(self, keys: torch.Tensor, values: torch.Tensor, is_full: torch.Tensor) -> Due:
+        """Return the pairs that may be read from each new token on, for pairs that the tokens complete: these."""
+        return Due(keys, values, is_full)
+
+    def due_errors(self, errors: torch.Tensor, due: Due) -> torch.Tensor:
+        """Return the errors `(B, H, T)` of due pairs, for those of the pairs that tokens complete."""
+        return errors
+
+    def scaled_queries(
+        self,
+        queries: torch.Tensor,
+        is_seen: torch.Tensor,
+        due: Due,
+        beta: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Return queries `(B, H, T, D)` for kernels as narrow as the number of pairs seen makes them."""
+        scale = growth_of_kernels(self.config, is_seen.sum(-1), queries, *self.bandwidth)
+        return queries if scale is None else (at_least_float32(queries) * scale[:, None, :, None])
+
     def smooth(self, queries: torch.Tensor, is_seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what queries retrieve `(B, H, T, D)`, and their weights `(B, H, T, P)`, 0 where nothing is seen."""
         num_slots = is_seen.shape[-1]
-        scale = growth_of_kernels(self.config, is_seen.sum(-1), queries, *self.bandwidth)
-        queries = queries if scale is None else (at_least_float32(queries) * scale[:, None, :, None])
         keys, values = (at_least_float32(part[:, :, :num_slots]) for part in (self.keys, self.values))
         scores = at_least_float32(queries) @ keys.transpose(-1, -2)
         scores = scores.masked_fill(~is_seen[:, None], lowest_bias(scores.dtype))
@@ -223,14 +262,23 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
         last = (is_used * numbers[:, None]).amax(2).to(weights.dtype)
         parts["used_at"].copy_(torch.maximum(parts["used_at"], last))
 
-    def make_room(self) -> None:
-        """Forget, in each full row, the pairs of each head that are rated lowest."""
+    def make_room(self, is_full: torch.Tensor) -> int:
+        """Return how many of the next tokens, one at least, have room for their pairs; make room if none has.
+
+        Args:
+            is_full (`torch.Tensor` of shape `(B, T)`): which of them complete a pair.
+        """
+        if int(self.held.max()) == self.max_pairs:
+            self.evict(self.held == self.max_pairs)
+        return self.max_pairs - int(self.held.max())
+
+    def evict(self, is_full: torch.Tensor) -> None:
+        """Forget, in each full row `(B,)`, the pairs of each head that are rated lowest."""
         num_kept = self.max_pairs - max(1, self.max_pairs // ROOM)
         rate = self.policy if callable(self.policy) else POLICIES[self.policy]
         # Of pairs that are rated alike, the older ones go.
         order = rate(self).argsort(dim=-1, stable=True)
         kept = order[..., self.max_pairs - num_kept :].sort(-1).values  # (B, H, kept)
-        is_full = self.held == self.max_pairs
 
         def keep(tensor: torch.Tensor) -> None:
             index = kept if tensor.ndim == 3 else kept[..., None].expand(-1, -1, -1, tensor.shape[-1])
@@ -241,25 +289,48 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
             keep(tensor)
         self.held = torch.where(is_full, num_kept, self.held)
 
-    def take(self, layer: MemoryMosaicStates) -> None:
-        """Take over what a layer without a bound holds: joined texts, or a text that was read."""
+    def kept_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values `(1, H, pairs, D)` of a memory of one row, of all pairs that a new text may read."""
+        held = int(self.held)
+        return self.keys[:, :, :held], self.values[:, :, :held]
+
+    def named_numbers(self) -> dict[str, torch.Tensor]:
+        """Return what a bounded memory is saved with besides, by name."""
+        numbers = {name: torch.tensor(getattr(self, name)) for name in ("num_read", "num_joined")}
+        return {**self.counters, **numbers, "held": self.held, "last_retrieval": self.states["last_retrieval"]}
+
+    def set_numbers(self, numbers: dict[str, torch.Tensor]) -> None:
+        """Set what [`BoundedMemoryLayer.named_numbers`] returned, of a layer that has started."""
+        self.counters = {name: numbers[name].clone() for name in COUNTERS}
+        self.held, self.states["last_retrieval"] = numbers["held"], numbers["last_retrieval"]
+        self.num_read, self.num_joined = int(numbers["num_read"]), int(numbers["num_joined"])
+
+    def take(self, layer: MemoryMosaicStates, is_token: torch.Tensor | None) -> None:
+        """Take over what a layer without a bound holds: joined texts, or a text that was read.
+
+        Args:
+            is_token (`torch.Tensor` of shape `(B, tokens)`, *optional*): False at padding, if there is any.
+        """
         if not layer.is_initialized:
             return
         keys, values, bias = layer.keys, layer.values, layer.slot_bias
         if bias is None:
             bias = torch.zeros(len(keys), 1, keys.shape[2], device=keys.device)
             bias[:, :, 0] = -torch.inf
-            is_token = layer.past_mask()
             if is_token is not None:
                 count = is_token.long().cumsum(-1)
                 bias = bias.masked_fill(~(is_token & (count > 1))[:, None], -torch.inf)
         if (bias.exp() > 1).any() or bias.shape[1] > 1:
             raise ValueError("Pairs that stand for several cannot be bounded: bound the memory, then consolidate it.")
         is_full = bias[:, 0] > -torch.inf
-        zeros = torch.zeros_like(keys[:, :, :1])
         self.states, self.num_joined, self.bandwidth = dict(layer.states), layer.num_joined, layer.bandwidth
         self.writer, self.read_mask, self.knows_ids = layer.writer, layer.read_mask, False
+        self.take_pairs(keys, values, is_full)
+
+    def take_pairs(self, keys: torch.Tensor, values: torch.Tensor, is_full: torch.Tensor) -> None:
+        """Store the pairs of slots `(B, H, S, D)` that are full `(B, S)`."""
         # Nothing asks for them yet: zero queries use all alike.
+        zeros = torch.zeros_like(keys[:, :, :1])
         for start in range(0, keys.shape[2], LONGEST_SEGMENT):
             segment = slice(start, start + LONGEST_SEGMENT)
             parts = keys[:, :, segment], values[:, :, segment]
@@ -267,16 +338,21 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
             self.read(queries, *parts, torch.zeros_like(is_full[:, segment]), is_full[:, segment])
 
 
+# Classes of bounded layers by the kind of model (`layer_types`). Files of other models, which import this, add theirs.
+BOUNDED_LAYERS: dict[str, type[BoundedMemoryLayer]] = {"memory_mosaic": BoundedMemoryLayer}
+
+
 def bind_memory(cache: Cache, bound: tuple[PreTrainedConfig, int, Any]) -> None:
     """Replace the layers of a memory by bounded ones, which take over what they hold."""
+    is_token = text_of(cache).past_mask()  # the first layer keeps the text for all
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, BoundedMemoryLayer):
             continue
         if not isinstance(layer, DynamicLayer):
             raise ValueError("A static memory is bounded by its length: pass a `DynamicCache`, or none.")
-        bounded_layer = BoundedMemoryLayer(*bound)
+        bounded_layer = BOUNDED_LAYERS[bound[0].layer_types[0]](*bound)
         with torch.no_grad():
-            bounded_layer.take(memory_layer(cache, index))
+            bounded_layer.take(memory_layer(cache, index), is_token)
         cache.layers[index] = bounded_layer
 
 
@@ -295,25 +371,25 @@ def bounded(
     """Let all memories that a model writes hold at most so many pairs in each head.
 
     Args:
-        model: a Memory Mosaic with any head, in the whole process.
-        max_pairs (`int`): of each head. A full head forgets a sixteenth of them at once.
+        model: a Memory Mosaic with any head, in the whole process. Of v2, long-term heads have a bound; short-term
+            ones read a window as ever.
+        max_pairs (`int`): of each head. A full head forgets a sixteenth of them at once. Pairs that no token may read
+            yet, by the delay of v2, wait besides: they can neither be used nor forgotten.
         policy (`str` or a function): which pairs stay. `lru`: the most recently used, which a token gave more than an
             even share of its weight; `usage`: the most used, by weight and token that could have used it; `surprise`:
             those whose values the head had not expected; `fifo`: the newest; `random`; or a function that returns
             ratings `(B, H, P)` of a [`BoundedMemoryLayer`], of which the highest stay.
 
     Raises:
-        ValueError: if `max_pairs` is below 2, or the policy is unknown.
+        ValueError: if `max_pairs` is below 2, the policy is unknown, or the model has no memories or no long-term
+            heads.
     """
     check_bound(max_pairs, policy)
     models: Any = [module for module in model.modules() if hasattr(module, "bound")]
     if not models:
         raise ValueError(f"{type(model).__name__} has no memories that could be bounded: pass a Memory Mosaic.")
-    if any(hasattr(module.config, "long_term_delay") for module in models):
-        raise ValueError(
-            "Memories of Memory Mosaics v2 cannot be bounded: a pair is read `long_term_delay` tokens after it was "
-            "stored, and its use says nothing until then. Join memories of texts, and let them `forget` some."
-        )
+    if any(getattr(module.config, "num_long_term_heads", 1) == 0 for module in models):
+        raise ValueError("This model has no long-term heads, whose memory could be bounded: leave the bound out.")
     before = [module.bound for module in models]
     for module in models:
         module.bound = (module.config, max_pairs, policy)

@@ -20,6 +20,9 @@ output it made; [`measure_units`] sums this up for a model card. [`trace_tokens`
 each unit predicted the next one, and how much of its logit the unit made. All is recomputed from what the memories
 read, by their own operators, whatever attention function the model uses.
 
+Of Memory Mosaics v2, contextual units are the short-term heads of a layer, and behind them its long-term heads; a
+dense persistent memory is one unit without slots.
+
 Shapes use L layers, B batch, H heads, T tokens, D head width, C hidden size, N persistent slots per head, S slots of
 texts that were joined before (0 if there are none).
 """
@@ -62,13 +65,17 @@ class MemoryMosaicUnits:
             Shares of a layer's units sum to 1; one is negative if the unit works against the others. NaN where o is 0.
         norm (`torch.Tensor` of shape `(L, 2, B, H, T)`): |c| / |x|, where x is the residual stream that c is added to.
 
-    Everything is NaN at padding.
+    Everything is NaN at padding, and where one kind has fewer units than the other.
+
+    `levels`, of v2 alone, has the number of units of each level, in their order: `short_term`, `long_term`, and then
+    `persistent`.
     """
 
     error: torch.Tensor
     entropy: torch.Tensor
     share: torch.Tensor
     norm: torch.Tensor
+    levels: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def effective_pairs(self) -> torch.Tensor:
@@ -93,13 +100,15 @@ class MemoryMosaicTrace:
             of each text, if no others were joined.
         slot_weights (`torch.Tensor` of shape `(L, B, H, T, N)`): weights of persistent units over their slots.
         contribution (`torch.Tensor` of shape `(L, 2, B, H, T)`): what each unit adds to the logit; contextual units
-            first, then persistent ones.
+            first, then persistent ones. 0 where one kind has fewer units than the other.
         embedding (`torch.Tensor` of shape `(B, T)`): what the embedding of token t adds.
         biases (`torch.Tensor` of shape `(B, T)`): what all biases together add; 0 if there are none.
         logit (`torch.Tensor` of shape `(B, T)`): the model's logit, relative to the mean over the vocabulary.
         log_probability (`torch.Tensor` of shape `(B, T)`): that the model gave the token which follows.
 
     All but the weights are NaN at the last token of each text, which nothing follows. Everything is NaN at padding.
+
+    `levels` as in [`MemoryMosaicUnits`].
     """
 
     weights: torch.Tensor
@@ -109,6 +118,7 @@ class MemoryMosaicTrace:
     biases: torch.Tensor
     logit: torch.Tensor
     log_probability: torch.Tensor
+    levels: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def persistent_share(self) -> torch.Tensor:
@@ -127,6 +137,7 @@ class _Reading(NamedTuple):
     """What a memory has read: hidden states `(B, T, C)`, and the arguments of its forward that describe them.
 
     `joined` are keys and values `(B, H, S, D)` of texts that were joined before, and the biases of their slots.
+    `of_levels` is what short-term and long-term heads of v2 need to know of the pass.
     """
 
     hidden_states: torch.Tensor
@@ -134,6 +145,7 @@ class _Reading(NamedTuple):
     document_ids: torch.Tensor | None
     query_scale: torch.Tensor | None = None
     joined: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    of_levels: Any = None
 
 
 def _readable_slots(is_token: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
@@ -145,7 +157,7 @@ def _readable_slots(is_token: torch.Tensor, document_ids: torch.Tensor | None) -
 
 
 def _retrieve_contextual(memory: Any, reading: _Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    hidden_states, is_token, document_ids, query_scale, joined = reading
+    hidden_states, is_token, document_ids, query_scale, joined, _ = reading
     scalars = memory.scalars()
     keys, queries, _ = memory.keys_and_queries(hidden_states, query_scale, is_token, document_ids, None, scalars)
     values = memory.pair_values(hidden_states, is_token, None, scalars).to(keys.dtype)
@@ -180,6 +192,11 @@ def _retrieve_persistent(memory: Any, reading: _Reading) -> tuple[torch.Tensor, 
 
 def _retrieve(memory: Any, reading: _Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what a memory retrieves `(B, H, T, D)`, the weights `(B, H, T, T or N)` and the values they weigh."""
+    if hasattr(memory, "read_units"):  # of v2
+        units: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = memory.read_units(
+            reading.hidden_states, reading.of_levels, reading.joined
+        )
+        return units
     retrieve = _retrieve_contextual if memory.kind == "contextual" else _retrieve_persistent
     return retrieve(memory, reading)
 
@@ -221,12 +238,13 @@ def _additions(memory: Any, retrieved: torch.Tensor) -> tuple[torch.Tensor, torc
 
     The units' sum plus the bias is the memory's output.
     """
+    combine = memory.o_proj if hasattr(memory, "o_proj") else memory.down_proj
     retrieved = retrieved.transpose(1, 2)
     alone = torch.eye(retrieved.shape[2], dtype=retrieved.dtype, device=retrieved.device)
     # One row per unit, all others silent. The layer is called, never read: it may be quantized, or hold an adapter.
     rows = retrieved * alone[:, None, None, :, None]  # (H, B, T, H, D)
-    bias = at_least_float32(memory.o_proj(torch.zeros_like(rows[:1, :1, :1].flatten(3))))
-    return at_least_float32(memory.o_proj(rows.flatten(3))) - bias, bias[0, 0, 0]
+    bias = at_least_float32(combine(torch.zeros_like(rows[:1, :1, :1].flatten(3))))
+    return at_least_float32(combine(rows.flatten(3))) - bias, bias[0, 0, 0]
 
 
 def _share_and_norm(added: torch.Tensor, residual: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -246,10 +264,24 @@ def _to_keep(numbers: torch.Tensor, is_known: torch.Tensor | None) -> torch.Tens
     return at_least_float32(numbers).cpu()
 
 
-def _stack(measured: dict[tuple[int, str], dict[str, Any]], name: str, kinds: tuple[str, ...] = KINDS) -> torch.Tensor:
-    """Stack one measure of all memories, by layer and kind: `(L, kinds, B, H, T, ...)`."""
+def _stack(
+    measured: dict[tuple[int, str], dict[str, Any]],
+    name: str,
+    kinds: tuple[str, ...] = KINDS,
+    missing: float = torch.nan,
+) -> torch.Tensor:
+    """Stack one measure of all memories, by layer and kind: `(L, kinds, B, H, T, ...)`.
+
+    Where one kind has fewer units than the other, `missing` stands in their place.
+    """
     layers = sorted({layer for layer, _ in measured})
-    return torch.stack([torch.stack([measured[layer, kind][name] for kind in kinds]) for layer in layers])
+    most = max(measured[layers[0], kind][name].shape[1] for kind in kinds)
+
+    def whole(numbers: torch.Tensor) -> torch.Tensor:
+        lacking = most - numbers.shape[1]
+        return F.pad(numbers, (0, 0) * (numbers.ndim - 2) + (0, lacking), value=missing) if lacking else numbers
+
+    return torch.stack([torch.stack([whole(measured[layer, kind][name]) for kind in kinds]) for layer in layers])
 
 
 # Reading of a text by a model, with an observer
@@ -263,12 +295,16 @@ def memories_of(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if getattr(module, "kind", None) in KINDS]
 
 
+def _levels(model: nn.Module) -> dict[str, int]:
+    """Return the number of units of each level of a layer of v2; of v1 nothing, whose kinds have a head each."""
+    first: Any = {memory.kind: memory for memory in reversed(memories_of(model))}
+    if not hasattr(first["contextual"], "levels"):
+        return {}
+    num_persistent = len(getattr(first["persistent"], "slot_keys", (None,)))
+    return {**first["contextual"].levels(), "persistent": num_persistent}
+
+
 def _check_readable(model: nn.Module) -> None:
-    if any(hasattr(getattr(module, "config", None), "long_term_delay") for module in model.modules()):
-        raise ValueError(
-            "Units of Memory Mosaics v2 are not inspected: their maps are those of "
-            '`model(..., output_attentions=True)` with `attn_implementation="eager"`.'
-        )
     if not memories_of(model):
         if any(hasattr(module, "sum_keys") for module in model.modules()):
             raise ValueError(
@@ -315,9 +351,13 @@ def _observing_hooks(model: nn.Module, observe: Callable[..., None]) -> Iterator
         if memory.kind == "contextual":
             residual["persistent"] = residual["contextual"] + outputs[0]
         # Persistent memories get no `query_scale`: the number of their pairs is fixed.
-        described = kwargs["is_token"], kwargs["document_ids"], kwargs.get("query_scale")
+        of_levels = inputs[1] if len(inputs) > 1 else None
+        if of_levels is None:
+            described = kwargs["is_token"], kwargs["document_ids"], kwargs.get("query_scale")
+        else:
+            described = of_levels.is_token, of_levels.document_ids, None
         joined = _joined_pairs(memory, kwargs.get("past_key_values"))
-        observe(memory, _Reading(inputs[0], *described, joined), residual[memory.kind])
+        observe(memory, _Reading(inputs[0], *described, joined, of_levels), residual[memory.kind])
 
     for layer in model.modules():
         if hasattr(layer, "contextual_memory"):
@@ -381,26 +421,33 @@ def inspect_units(
 
     _read_through(model, measure, input_ids, attention_mask, position_ids)
     stacked = {name: _stack(measured, name) for name in ("entropy", "share", "norm")}
-    return MemoryMosaicUnits(_stack(measured, "error", ("contextual",))[:, 0], **stacked)
+    error = _stack(measured, "error", ("contextual",))[:, 0]
+    return MemoryMosaicUnits(error, **stacked, levels=_levels(model))
 
 
 def summarize_units(units: MemoryMosaicUnits) -> list[dict[str, int | str | float | None]]:
     """Return means of each unit over all tokens that have something stored to read.
 
     Returns:
-        `list[dict]`: per unit its `layer`, `kind` and `head`, and the means of `error` (`None` for persistent units),
+        `list[dict]`: per unit its `layer`, `kind` and `head`, of v2 also its `level`, and the means of `error` (`None`
+            for persistent units),
         `entropy`, `effective_pairs`, `share` and `norm`. A mean over nothing is NaN.
     """
     known = units.entropy.isnan().logical_not()
+    # A unit without slots, the dense memory of v2, has no entropy at all.
+    known |= units.share.isnan().logical_not() & ~known.any(4, keepdim=True).any(2, keepdim=True).any(0, keepdim=True)
     measures = {name: getattr(units, name) for name in ("entropy", "effective_pairs", "share", "norm")}
     means = {name: numbers.where(known, torch.nan).nanmean(dim=(2, 4)) for name, numbers in measures.items()}
     error = units.error.where(known[:, 0], torch.nan).nanmean(dim=(1, 3))
     table: list[dict[str, int | str | float | None]] = []
     num_layers, _, num_heads = means["share"].shape
+    levels = [level for level, number in units.levels.items() for _ in range(number)]
+    of_kind = [[level for level in levels if (level == KINDS[1]) == (kind == KINDS[1])] for kind in KINDS]
     for layer in range(num_layers):
         for index, kind in enumerate(KINDS):
-            for head in range(num_heads):
-                row = {"error": error[layer, head].item() if kind == "contextual" else None}
+            for head in range(len(of_kind[index]) if levels else num_heads):
+                row: dict[str, Any] = {"level": of_kind[index][head]} if levels else {}
+                row |= {"error": error[layer, head].item() if kind == "contextual" else None}
                 row |= {name: numbers[layer, index, head].item() for name, numbers in means.items()}
                 table.append({"layer": layer, "kind": kind, "head": head, **row})
     return table
@@ -416,16 +463,17 @@ def measure_units(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     Returns:
         `dict`: number of `tokens` read; `units`, as [`summarize_units`] returns them; and `layers`, by layer and kind
         the means over heads of `error`, `effective_pairs` and `norm`, with the `half_life` of each head's keys, in
-        tokens.
+        tokens (`None` of v2, where it depends on the token).
     """
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     units = summarize_units(inspect_units(model.eval(), batch["input_ids"], batch["attention_mask"]))
-    leaks = {(memory.layer_idx, memory.kind): memory.leak(torch.float64).detach() for memory in memories_of(model)}
+    memories = [memory for memory in memories_of(model) if hasattr(memory, "leak")]
+    leaks = {(memory.layer_idx, memory.kind): memory.leak(torch.float64).detach() for memory in memories}
     layers = []
     for layer, kind in dict.fromkeys((unit["layer"], unit["kind"]) for unit in units):
         heads = [unit for unit in units if (unit["layer"], unit["kind"]) == (layer, kind)]
         means = {name: _mean([head[name] for head in heads]) for name in ("error", "effective_pairs", "norm")}
-        half_life = (math.log(2) / leaks[layer, kind]).tolist()
+        half_life = (math.log(2) / leaks[layer, kind]).tolist() if (layer, kind) in leaks else None
         layers.append({"layer": layer, "kind": kind, **means, "half_life": half_life})
     return {"tokens": int(batch["attention_mask"].sum()), "layers": layers, "units": units}
 
@@ -471,12 +519,16 @@ def _look_through_head(
         logit, log_probability = relative_logit(states)
         (row,) = torch.autograd.grad(logit.sum(), states)
     row, final = at_least_float32(row), at_least_float32(final)
-    bias_of_norm = torch.zeros_like(final[0, 0]) if norm.bias is None else norm.bias
+    bias = getattr(norm, "bias", None)
+    bias_of_norm = torch.zeros_like(final[0, 0]) if bias is None else bias
     biases = relative_logit(torch.zeros_like(normed))[0] + (bias_of_norm * row).sum(-1)
     # Through the final norm, with its scale held: first its weight, then its centring and its scale.
     row = row * norm.weight
-    scale = (final.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-    direction = (row - row.mean(-1, keepdim=True)) / scale  # a norm takes the mean off its input
+    if isinstance(norm, nn.RMSNorm):
+        direction = row / (final.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    else:
+        scale = (final.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+        direction = (row - row.mean(-1, keepdim=True)) / scale  # a norm takes the mean off its input
     numbers = {"logit": logit.detach(), "log_probability": log_probability.detach(), "biases": biases}
     return numbers, direction
 
@@ -533,7 +585,8 @@ def trace_tokens(
     return MemoryMosaicTrace(
         weights=_stack(traces, "weights", ("contextual",))[:, 0],
         slot_weights=_stack(traces, "weights", ("persistent",))[:, 0],
-        contribution=_stack(traces, "contribution"),
+        contribution=_stack(traces, "contribution", missing=0.0),
+        levels=_levels(model),
         **{name: _to_keep(number[:, None], is_followed)[:, 0] for name, number in numbers.items()},
     )
 

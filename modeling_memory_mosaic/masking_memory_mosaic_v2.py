@@ -50,7 +50,8 @@ class Reading:
     - `num_slots`: S,
     - `slot_bias` `(B, 1, T)`, *optional*: of the new long-term slots behind joined texts, of which `num_joined` slots
       are,
-    - `reads_directly`: whether one token is read without sdpa.
+    - `reads_directly`: whether one token is read without sdpa,
+    - `has_maps`: whether eager attention gives its maps, which a bounded memory has not.
     """
 
     is_token: torch.Tensor | None
@@ -66,6 +67,7 @@ class Reading:
     slot_bias: torch.Tensor | None = None
     num_joined: int = 0
     reads_directly: bool = False
+    has_maps: bool = False
 
     def contiguous(self) -> "Reading":
         """Return the reading itself: `generate` of transformers before 5.23 asks each of a model's masks for this."""
@@ -226,6 +228,15 @@ def count_pairs_seen(
     return total.clamp(max=config.num_short_term_pairs), joined + (counts.in_document - delay).clamp(min=0)
 
 
+def rules_of(config: Any, reading: Reading, num_tokens: int, device: torch.device) -> tuple[NumberRule, NumberRule]:
+    """Return the rules of short-term and long-term heads in a pass that no text came before, joined ones apart."""
+    counts = count(None, None, 0, num_tokens, num_tokens, device)
+    short, long = reading.short_rule, reading.long_rule
+    if short is None:
+        short = short_term_rule(counts, None, config.num_short_term_pairs, 0, False)
+    return short, long_term_rule(counts, reading.delay, False, False) if long is None else long
+
+
 def create_reading(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -268,8 +279,9 @@ def create_reading(
 
     counts = count(attention_mask, document_ids, past_length, num_tokens, num_slots, device)
     is_joined, slot_bias, num_joined, joined_pairs = layer is not None and layer.has_biases, None, 0, 0
+    is_bounded = hasattr(layer, "read")  # it knows by itself how many long-term pairs it holds, and which are seen
     if is_joined:
-        num_joined, joined_pairs = layer.num_joined, layer.num_pairs()
+        num_joined, joined_pairs = layer.num_joined, 0 if is_bounded else layer.num_pairs()
         counts = count_text(layer, attention_mask, past_length, num_tokens, num_slots, counts)
         slot_bias = bias_of_slots(counts.own, is_token, batch_size)
     short_pairs, long_pairs = count_pairs_seen(settings, counts, delay, joined_pairs, sees_all)
@@ -281,7 +293,7 @@ def create_reading(
 
     needs = needs_rules(settings, num_tokens, past_length, delay, past_key_values)
     if attention_mask is not None or is_packed or is_joined:
-        needs = True, True
+        needs = True, not is_bounded
     num_window = 0 if is_first else size
     reading = Reading(
         is_token=is_token,
@@ -297,6 +309,7 @@ def create_reading(
         slot_bias=slot_bias,
         num_joined=num_joined,
         reads_directly=num_tokens == 1 and can_read_directly(inputs_embeds, config),
+        has_maps=config._attn_implementation == "eager" and not is_bounded,
     )
     return {"is_token": is_token, "document_ids": document_ids, "reading": reading}
 

@@ -35,7 +35,7 @@ from transformers.utils import TransformersKwargs
 from .blocks_memory_mosaic import NumberRule, SlotRule, block_read, can_read_in_blocks, has_plain_sdpa
 from .cache_memory_mosaic_v2 import WindowStates, level_states
 from .configuration_memory_mosaic_v2 import MemoryMosaicV2Config
-from .masking_memory_mosaic_v2 import Reading
+from .masking_memory_mosaic_v2 import Reading, rules_of
 from .memories_memory_mosaic import MemoryMosaicPairStore
 from .ops_memory_mosaic import (
     as_dtype,
@@ -60,8 +60,13 @@ from .ops_memory_mosaic_v2 import (
 )
 
 
-def largest_length(dtype: torch.dtype) -> float:
-    """Return the largest length of a query or a value in a precision, which float16 alone comes near to."""
+def largest_length(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the largest length of a query or a value in a precision, which float16 alone comes near to.
+
+    Under autocast attention functions read in its precision, whatever the dtype of queries is.
+    """
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
     return min(torch.finfo(dtype).max / 2, 1e38)
 
 
@@ -143,25 +148,28 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
         """Return the inverse temperature by the number of pairs `(B or 1, T)`, `(B or 1, H or 1, T, 1)` (eq. 6)."""
         # Keys have unit length, so that a query is as long as beta and has to stay within its precision.
         thetas = (self.bandwidth_scale, self.bandwidth_offset, cast(Any, self.bandwidth_exponent))
-        return inverse_temperature(num_pairs, *thetas, largest_length(dtype))
+        return inverse_temperature(num_pairs, *thetas, largest_length(dtype, num_pairs.device))
 
     def keys_and_queries(
         self,
         hidden_states: torch.Tensor,
-        num_pairs: torch.Tensor,
+        num_pairs: torch.Tensor | None,
         reading: Reading,
         states: WindowStates | None,
     ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Return keys `(B, H, S, D)` and queries `(B, H, T, D)`, and whether no token came before.
 
         Keys are those of the new tokens and, if there is one, of the token before them, whose pair completes now.
+        Queries of an unknown number of pairs have unit length.
         """
         sums, previous = self.gated_sums(hidden_states, reading, states)
         if previous is not None:
             sums = torch.cat([previous, sums], dim=2)
         units = scale_to_length(sums, sums.new_ones(()))
         keys = as_dtype(units, hidden_states.dtype)
-        queries = units[:, :, -hidden_states.shape[1] :] * self.beta(num_pairs, keys.dtype)
+        queries = units[:, :, -hidden_states.shape[1] :]
+        if num_pairs is not None:
+            queries = queries * self.beta(num_pairs, keys.dtype)
         return keys, as_dtype(queries, keys.dtype), previous is None
 
     def pair_values(self, hidden_states: torch.Tensor, reading: Reading, states: WindowStates | None) -> torch.Tensor:
@@ -179,7 +187,7 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
         projected = at_least_float32(projected)
         mix = at_least_float32(self.value_mix).view(-1, 1, 1)
         length = magnitude(at_least_float32(self.value_scale)).clamp(max=MAX_LOG_VALUE_LENGTH).exp()
-        length = length.clamp(max=largest_length(hidden_states.dtype)).view(-1, 1, 1)
+        length = length.clamp(max=largest_length(hidden_states.dtype, hidden_states.device)).view(-1, 1, 1)
         blend = torch.lerp(projected[:, :, 1:], projected[:, :, :-1], mix)
         return as_dtype(scale_to_length(blend, length), hidden_states.dtype)
 
@@ -320,7 +328,7 @@ class MemoryMosaicV2ShortTermMemory(MemoryMosaicV2Heads):
             first = slot_keys.shape[2] - min(self.config.num_short_term_pairs, reading.num_slots - 1)
             slot_keys, slot_values = slot_keys[:, :, first:], slot_values[:, :, first:]
             return self.retrieve(queries, slot_keys, slot_values, None, reading.reads_directly, **kwargs)[0]
-        if self.config._attn_implementation == "eager":
+        if reading.has_maps:
             return self.read_with_map(queries, slot_keys, slot_values, rule, reading)
         if torch.compiler.is_exporting() or (has_plain_sdpa(self.config) and can_read_in_blocks(queries)):
             return self.read_by_rule(queries, slot_keys, slot_values, rule, **kwargs)
@@ -374,6 +382,8 @@ class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
     ) -> "torch.Tensor | Mapped":
         """Return what hidden states `(B, T, C)` retrieve, `(B, T, H, D)`, or by eager attention its map."""
         states = cast(Any, None if past_key_values is None else self.states(past_key_values))
+        if hasattr(states, "read"):
+            return self.read_bounded(hidden_states, reading, states)
         keys, queries, is_first = self.keys_and_queries(hidden_states, reading.long_pairs, reading, states)
         values = self.pair_values(hidden_states, reading, states)
         rule, slot_bias = reading.long_rule, None
@@ -385,7 +395,7 @@ class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
         if slot_bias is not None and states.search is not None and states.search.reads(states, queries.shape[2]):
             is_seen = rule.allowed(slice(0, queries.shape[2]), slice(0, slot_keys.shape[2]))
             return states.search.read(states, self.layer_idx, queries, slot_keys, slot_values, is_seen)
-        if rule is not None and self.config._attn_implementation == "eager":
+        if rule is not None and reading.has_maps:
             return self.read_with_map(queries, slot_keys, slot_values, rule, reading, slot_bias)
         if rule is not None:
             return self.read_by_rule(queries, slot_keys, slot_values, rule, slot_bias, **kwargs)
@@ -396,14 +406,28 @@ class MemoryMosaicV2LongTermMemory(MemoryMosaicV2Heads):
         slot_keys, slot_values = slot_keys[:, :, 1:last], slot_values[:, :, 1:last]
         return self.retrieve(queries, slot_keys, slot_values, None, reading.reads_directly, **kwargs)[0]
 
+    def read_bounded(self, hidden_states: torch.Tensor, reading: Reading, states: Any) -> torch.Tensor:
+        """Return what is retrieved `(B, T, H, D)` from a bounded memory, which knows which pairs it holds."""
+        keys, queries, is_first = self.keys_and_queries(hidden_states, None, reading, states)
+        values = self.pair_values(hidden_states, reading, states)
+        pairs = (F.pad(part, (0, 0, int(is_first), 0)) for part in (keys[:, :, :-1], values))
+        is_full = cast(Any, reading.slot_bias)[:, 0] > -torch.inf
+        is_token = torch.ones_like(is_full) if reading.is_token is None else reading.is_token
+        retrieved: torch.Tensor = states.read(
+            queries, *pairs, is_token, is_full, beta=lambda num_pairs: self.beta(num_pairs, keys.dtype)
+        )
+        return retrieved
+
 
 class MemoryMosaicV2ContextualMemory(nn.Module):
     """Short-term and long-term heads, and the layer that combines them."""
 
+    kind = "contextual"
+
     def __init__(self, config: MemoryMosaicV2Config, layer_idx: int):
         super().__init__()
         num_short, num_long = config.num_short_term_heads, config.num_long_term_heads
-        self.layer_idx = layer_idx
+        self.layer_idx, self.config = layer_idx, config
         self.short_term = MemoryMosaicV2ShortTermMemory(config, layer_idx, num_short) if num_short else None
         self.long_term = MemoryMosaicV2LongTermMemory(config, layer_idx, num_long) if num_long else None
         self.head_dim = config.head_dim
@@ -446,12 +470,58 @@ class MemoryMosaicV2ContextualMemory(nn.Module):
         output = self.o_proj(torch.cat(heads, dim=2).flatten(2))
         return self.dropout(output) if self.training else output, whole
 
+    def levels(self) -> dict[str, int]:
+        """Return the number of heads of each level, in the order of `o_proj`."""
+        memories = [memory for memory in (self.short_term, self.long_term) if memory is not None]
+        return {memory.level: memory.num_heads for memory in memories}
+
+    def read_units(
+        self, hidden_states: torch.Tensor, reading: Reading, joined: tuple[torch.Tensor, ...] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what each head retrieves in a pass that no text came before, by eager attention, for inspection.
+
+        Args:
+            joined (*optional*): long-term keys and values `(B, H, S, D)` and biases `(B, H or 1, S)` of joined texts.
+
+        Returns:
+            retrieved values `(B, heads, T, D)`, the weights of slots of joined texts and of the text
+            `(B, heads, T, S + T)`, where slot t holds the pair that token t completes, and the values of these pairs
+            `(B, heads, T, D)`.
+        """
+        read = []
+        rules = rules_of(self.config, reading, hidden_states.shape[1], hidden_states.device)
+        pairs = reading.short_pairs, reading.long_pairs
+        for memory, rule, num_pairs in zip((self.short_term, self.long_term), rules, pairs, strict=True):
+            if memory is None:
+                continue
+            keys, queries, _ = memory.keys_and_queries(hidden_states, num_pairs, reading, None)
+            values = memory.pair_values(hidden_states, reading, None)
+            slot_keys, own_values = memory.store(keys[:, :, :-1], values, None, is_first=True)
+            slot_values, bias, num_missing = own_values, at_least_float32(slot_keys[:, :1, :, 0] * 0), 0
+            if joined is not None and memory is self.long_term:
+                slot_keys, slot_values, bias = (
+                    torch.cat([before, own.expand(-1, before.shape[1], *own.shape[2:])], dim=2)
+                    for before, own in zip(joined, (slot_keys, own_values, bias), strict=True)
+                )
+            elif joined is not None:
+                num_missing = joined[0].shape[2]
+            is_allowed = rule.allowed(slice(0, queries.shape[2]), slice(0, slot_keys.shape[2]))[:, None]
+            bias = bias[:, :, None].masked_fill(~is_allowed, -torch.inf).clamp(min=lowest_bias(bias.dtype))
+            sees_any = (bias > lowest_bias(bias.dtype)).any(dim=-1, keepdim=True)
+            weights = smoothing_weights(queries, slot_keys, bias, 0.0) * sees_any
+            read.append((weighted_values(weights, slot_values), F.pad(weights, (num_missing, 0)), own_values))
+        retrieved, weights, values = (torch.cat(parts, dim=1) for parts in zip(*read, strict=True))
+        return retrieved, weights, values
+
 
 class MemoryMosaicV2DenseMemory(nn.Module):
     """What the model knows before it reads: a gated dense layer, W_2 (act(W_1 x) * W_3 x)."""
 
-    def __init__(self, config: MemoryMosaicV2Config):
+    kind = "persistent"
+
+    def __init__(self, config: MemoryMosaicV2Config, layer_idx: int):
         super().__init__()
+        self.layer_idx = layer_idx
         inner_size = config.intermediate_size
         self.gate_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
         self.up_proj = nn.Linear(config.hidden_size, inner_size, bias=config.use_bias)
@@ -461,8 +531,18 @@ class MemoryMosaicV2DenseMemory(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Return the output `(B, T, C)` of hidden states `(B, T, C)`."""
-        gated = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        return self.dropout(self.down_proj(gated))
+        return self.dropout(self.down_proj(self.gated(hidden_states)))
+
+    def gated(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what `down_proj` reads, `(B, T, intermediate_size)`."""
+        return self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+
+    def read_units(
+        self, hidden_states: torch.Tensor, reading: Reading | None, joined: None
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Return what the layer reads as one unit `(B, 1, T, intermediate_size)`, which has no slots to weigh."""
+        gated = self.gated(hidden_states)[:, None]
+        return gated, at_least_float32(gated[..., :0]), None
 
 
 __all__ = ["MemoryMosaicV2ContextualMemory", "MemoryMosaicV2DenseMemory"]

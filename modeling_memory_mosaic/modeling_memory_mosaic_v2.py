@@ -39,6 +39,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .adapters_memory_mosaic import AdaptableLayer
+from .bounded_memory_mosaic_v2 import MemoryMosaicV2BoundedLayer
 from .cache_memory_mosaic_v2 import MemoryMosaicV2CacheLayer, MemoryMosaicV2StaticCacheLayer
 from .configuration_memory_mosaic_v2 import MemoryMosaicV2Config
 from .masking_memory_mosaic_v2 import Reading, create_reading, draw_delay
@@ -83,8 +84,8 @@ class MemoryMosaicV2DecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
         self.contextual_memory = MemoryMosaicV2ContextualMemory(config, layer_idx)
         self.persistent_norm = make_norm(config)
         self.has_slots = config.persistent_memory_type == "slots"
-        slots: Any = MemoryMosaicPersistentMemory
-        self.persistent_memory = slots(config, layer_idx) if self.has_slots else MemoryMosaicV2DenseMemory(config)
+        persistent: Any = MemoryMosaicPersistentMemory if self.has_slots else MemoryMosaicV2DenseMemory
+        self.persistent_memory = persistent(config, layer_idx)
         # Their initial variance depends on the layer, which they do not know.
         for part in self.modules():
             if isinstance(part, nn.Linear):
@@ -222,6 +223,14 @@ class MemoryMosaicV2Model(MemoryMosaicV2PreTrainedModel, MemoryMosaicModel):
     def make_norm(self, config: Any) -> nn.Module:
         return make_norm(config)
 
+    @torch.no_grad()
+    def inverse_temperatures(self, num_pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return beta of long-term heads `(layers, H)` for a number of pairs `(1,)`, in a precision (eq. 6)."""
+        layers: Any = self.layers
+        memories = [layer.contextual_memory.long_term for layer in layers]
+        betas = [memory.beta(num_pairs.to(memory.value_scale.device)[None], dtype) for memory in memories]
+        return torch.stack([beta.double().view(-1).expand(self.config.num_long_term_heads) for beta in betas])
+
     def create_masks(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **packing: Any
     ) -> dict[str, Any]:
@@ -270,6 +279,7 @@ class MemoryMosaicV2ForSequenceClassification(MemoryMosaicV2PreTrainedModel, Mem
 
 
 __all__ = [
+    "MemoryMosaicV2BoundedLayer",
     "MemoryMosaicV2CacheLayer",
     "MemoryMosaicV2ForCausalLM",
     "MemoryMosaicV2ForSequenceClassification",

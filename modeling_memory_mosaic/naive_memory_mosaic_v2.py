@@ -105,6 +105,54 @@ def naive_head(
     return torch.stack(outputs)
 
 
+def naive_bounded_head(
+    keys: torch.Tensor,
+    v_states: torch.Tensor,
+    bandwidth: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    value_scale: torch.Tensor,
+    value_mix: torch.Tensor,
+    delay: int,
+    max_pairs: int,
+    policy: str,
+    counts_all: bool = False,
+) -> torch.Tensor:
+    """Return what one long-term head retrieves `(T, D)` if it holds at most so many pairs. Not in the paper.
+
+    The pair of token t - m waits until token t, and is then stored. Before it is, if it does not fit, a sixteenth of
+    the pairs go, and one at least: those that the policy rates lowest, of pairs that are rated alike the older ones.
+    """
+    pairs: list[dict[str, Any]] = []
+    waiting: list[dict[str, Any]] = []
+    outputs: list[torch.Tensor] = []
+    for t in range(len(keys)):
+        if t > 0:
+            value = naive_value(v_states, t - 1, value_scale, value_mix)
+            error = float((outputs[t - 1] - value).square().sum() / value.square().sum())
+            waiting.append({"key": keys[t - 1], "value": value, "error": error})
+        if len(waiting) == delay:
+            if len(pairs) == max_pairs:
+                ratings = {
+                    "fifo": [pair["born"] for pair in pairs],
+                    "lru": [pair["used_at"] for pair in pairs],
+                    "usage": [pair["usage"] / max(1, pair["exposure"]) for pair in pairs],
+                    "surprise": [pair["error"] for pair in pairs],
+                }[policy]
+                order = sorted(range(max_pairs), key=lambda index: ratings[index])
+                pairs = [pairs[index] for index in sorted(order[max(1, max_pairs // 16) :])]
+            pairs.append(waiting.pop(0) | {"born": t + 1, "used_at": t + 1, "usage": 0.0, "exposure": 0})
+        num_pairs = len(pairs) + (len(waiting) if counts_all else 0)
+        query = naive_bandwidth(max(num_pairs, 1), *bandwidth) * keys[t]
+        read_keys, read_values = ([pair[name] for pair in pairs] for name in ("key", "value"))
+        outputs.append(naive_kernel_smoothing(query, read_keys, read_values, v_states.shape[1]))
+        scores = torch.stack([query @ key for key in read_keys]) if pairs else query.new_zeros(0)
+        for pair, weight in zip(pairs, scores.softmax(0).tolist(), strict=True):
+            pair["usage"] += weight
+            pair["exposure"] += 1
+            if weight * len(pairs) > 1:
+                pair["used_at"] = t + 1
+    return torch.stack(outputs)
+
+
 def short_term_pairs(num_tokens: int, window: int) -> list[range]:
     """Return the tokens whose short-term pairs each token reads: t - h + 1 to t - 1 (eq. 10)."""
     return [range(max(0, t - window + 1), t) for t in range(num_tokens)]
@@ -128,6 +176,7 @@ def naive_logits_v2(
     input_ids: torch.Tensor,
     delay: int | None = None,
     pairs: dict[str, list[tuple[list[torch.Tensor], list[torch.Tensor]]]] | None = None,
+    bound: tuple[int, str] | None = None,
 ) -> torch.Tensor:
     """Return the logits `(T, vocab_size)` of one unpadded text `(T,)`, without dropout.
 
@@ -137,6 +186,7 @@ def naive_logits_v2(
         delay (`int`, *optional*): m; that of inference when absent.
         pairs (*optional*): keys and values of joined texts, for each head of each long-term memory, by its name.
             Those of this text are added to them.
+        bound (*optional*): number of pairs that each long-term head holds at most, and the policy by which others go.
     """
     num_tokens = len(input_ids)
     visible = {
@@ -170,10 +220,13 @@ def naive_logits_v2(
             theta: Any = [None if part is None else part.expand(len(k_states))[head] for part in of_bandwidth]
             keys = naive_gated_keys(k_states[head], log_gates[:, head], leaks[:, head])
             scale, mix = (state_dict[f"{name}.{part}"][head] for part in ("value_scale", "value_mix"))
-            others = None
+            others, counts_all = None, config.bandwidth_count == "total"
+            if bound is not None and level == "long_term":
+                lengths = (scale, mix, delay or config.long_term_delay)
+                outputs.append(naive_bounded_head(keys, v_states[head], tuple(theta), *lengths, *bound, counts_all))
+                continue
             if pairs is not None and level == "long_term":
                 others = pairs.setdefault(name, [([], []) for _ in k_states])[head]
-            counts_all = config.bandwidth_count == "total"
             outputs.append(
                 naive_head(keys, v_states[head], visible[level], tuple(theta), scale, mix, counts_all, others)
             )

@@ -27,13 +27,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .cache_memory_mosaic import memory_kwargs, memory_layer
 from .files_memory_mosaic import MemoryFilesMixin
-from .identity_memory_mosaic import MemoryWriter, tokenizer_fingerprint
+from .identity_memory_mosaic import MemoryWriter, tokenizer_fingerprint, unwrapped
 from .inspection_memory_mosaic import trace_tokens
 from .masking_memory_mosaic import find_documents, growth_of_kernels
 from .ops_memory_mosaic import at_least_float32, k_means
@@ -182,7 +183,11 @@ class MosaicMemory(MemoryFilesMixin):
         return self
 
     def consolidate(
-        self, max_pairs: int, bandwidth: float | None = None, bandwidth_start: int | None = None
+        self,
+        max_pairs: int,
+        bandwidth: float | None = None,
+        bandwidth_start: int | None = None,
+        model: nn.Module | None = None,
     ) -> torch.Tensor:
         """Merge pairs with near keys, in place, so that each head holds at most so many.
 
@@ -193,6 +198,7 @@ class MosaicMemory(MemoryFilesMixin):
         Args:
             max_pairs (`int`): at least one for each text.
             bandwidth, bandwidth_start: as in [`MosaicMemory.to_cache`], if the memory will be read so.
+            model (*optional*): that wrote the memory. Needed for v2 alone, whose kernels it has learnt.
 
         Returns:
             `torch.Tensor` of shape `(layers, H)`: the largest possible error of what a head retrieves by a query, in
@@ -200,13 +206,8 @@ class MosaicMemory(MemoryFilesMixin):
             other queries than before, which are not counted.
 
         Raises:
-            ValueError: if there are more texts than pairs may be left.
+            ValueError: if there are more texts than pairs may be left, or for v2 the model is missing or another one.
         """
-        if not hasattr(self.config, "bandwidth_exponent"):
-            raise ValueError(
-                "Pairs of Memory Mosaics v2 are not merged: how far that may move an answer follows from bandwidths "
-                "that a memory does not hold. Let the memory `forget` texts."
-            )
         if isinstance(max_pairs, bool) or max_pairs < max(1, len(self.sources)):
             raise ValueError(
                 f"max_pairs={max_pairs} is too few for the {len(self.sources)} texts of the memory, whose pairs stay "
@@ -214,17 +215,38 @@ class MosaicMemory(MemoryFilesMixin):
             )
         parts = [self.select([name]) for name in self.sources]
         budgets = _shares([int((part.slot_bias[0] > -torch.inf).sum(-1).max()) for part in parts], max_pairs)
-        largest = self.num_pairs() + self.config.max_position_embeddings
-        growth = growth_of_kernels(
-            self.config, torch.tensor([largest]), self.keys[0], *self._bandwidth(bandwidth, bandwidth_start)
-        )
+        growth = self._largest_growth(model, *self._bandwidth(bandwidth, bandwidth_start))
         drifts = torch.zeros(len(self.keys), self.keys[0].shape[1], dtype=torch.float64)
         for part, budget in zip(parts, budgets, strict=True):
             drifts = torch.maximum(drifts, part._merge(budget))
         merged = MosaicMemory.union(parts) if parts else self
         self.__dict__.update(merged.__dict__)
-        drifts = drifts if growth is None else drifts * float(growth)
+        drifts = drifts if growth is None else drifts * growth
         return 2 * (drifts / 2).tanh()
+
+    def _largest_growth(
+        self, model: nn.Module | None, exponent: float | None, start: int | None
+    ) -> torch.Tensor | float | None:
+        """Return how many times longer than keys queries are at most, of each head `(layers, H)` or of all.
+
+        Args:
+            model (*optional*): that wrote the memory; needed of v2, where keys have length 1 and queries that of beta.
+            exponent, start (*optional*): of the growth of kernels, see [`MosaicMemory._bandwidth`].
+        """
+        largest = torch.tensor([self.num_pairs() + self.config.max_position_embeddings])
+        if hasattr(self.config, "bandwidth_exponent"):
+            growth = growth_of_kernels(self.config, largest, self.keys[0], exponent, start)
+            return None if growth is None else float(growth)
+        if model is None:
+            raise ValueError(
+                "How far merged pairs of v2 may move an answer follows from the kernels that the model has learnt: "
+                "pass it, `consolidate(max_pairs, model=model)`."
+            )
+        base: Any = unwrapped(model)
+        if not self.writer.is_same(MemoryWriter(base)):
+            raise ValueError("Another model wrote this memory: pass that one.")
+        sharpness: torch.Tensor = base.inverse_temperatures(largest, self.dtype)
+        return sharpness.cpu()
 
     def num_pairs(self) -> float:
         """Return the number of pairs of a head, those that a slot stands for included."""
@@ -376,7 +398,7 @@ class MosaicMemory(MemoryFilesMixin):
             raise ValueError(f"The text has shape {tuple(output.shape)}: it must be (1, tokens), two tokens or more.")
         trace = trace_tokens(model, cast(torch.LongTensor, output), memory=self)
         # Of contextual units, to the logit of the token behind each: (L, H, T - 1), shared out by the weights.
-        units = trace.contribution[:, 0, 0, :, :-1]
+        units = trace.contribution[:, 0, 0, : trace.weights.shape[2], :-1]
         pairs = torch.einsum("lht,lhts->ts", units, trace.weights[:, 0, :, :-1])
         return MemoryRecall(pairs, self.source_ids.cpu(), self.places.cpu(), list(self.sources))
 
@@ -564,8 +586,8 @@ class MemorizingMixin:
         if self.base_model.bound is None:
             bias[:, :, 0] = -torch.inf
         else:  # slots have no empty one in front, and if some were forgotten, pairs of other tokens in each head
-            held = int(layers[0].held)
-            keys, values = ([part[:, :, :held] for part in parts] for parts in (keys, values))
+            keys, values = (list(parts) for parts in zip(*(layer.kept_pairs() for layer in layers), strict=True))
+            held = keys[0].shape[2]
             is_whole = held == len(ids) - 1
             ids, places = (part[1:] if is_whole else part.new_full((held,), MERGED) for part in (ids, places))
             bias = bias[:, :, :held]

@@ -31,8 +31,10 @@ from .identity_memory_mosaic import MemoryWriter, note_writer, unwrapped
 
 # Saved beside the tensors of the layers: the fingerprint of the weights, and the text.
 TEXT_NAMES = ("fingerprint", "input_ids", "attention_mask")
-# What a layer of a bounded number of pairs has besides. The counters are `(B, H, P)`, `held` is `(B,)`.
-BOUNDED_NAMES = (*COUNTERS, "held", "num_read", "num_joined", "last_retrieval")
+# What a layer of a bounded number of pairs has besides: numbers, which are not negative, and vectors. The counters are
+# `(B, H, P)`, `held` is `(B,)`.
+VECTOR_NAMES = ("last_retrieval", "waiting_keys", "waiting_values")
+BOUNDED_NAMES = (*COUNTERS, "held", "num_read", "num_joined", "waiting_error", "is_waiting", *VECTOR_NAMES)
 
 
 def _text_tensors(layer: MemoryMosaicStates, model: nn.Module | None) -> dict[str, torch.Tensor]:
@@ -49,29 +51,22 @@ def _text_tensors(layer: MemoryMosaicStates, model: nn.Module | None) -> dict[st
     return {name: tensor for name, tensor in parts if tensor is not None}
 
 
-def _bounded_tensors(layer: BoundedMemoryLayer) -> dict[str, torch.Tensor]:
-    numbers = {name: torch.tensor(getattr(layer, name)) for name in ("num_read", "num_joined")}
-    return {**layer.counters, **numbers, "held": layer.held, "last_retrieval": layer.states["last_retrieval"]}
-
-
 def _set_bounded(layer: BoundedMemoryLayer, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill a bounded layer, which has started, with what [`_bounded_tensors`] returned.
+    """Fill a bounded layer, which has started, with what `named_numbers` returned.
 
     Raises:
         ValueError: if a tensor has another shape or kind than a layer of this size writes, or impossible numbers.
     """
-    own = _bounded_tensors(layer)
-    for name in BOUNDED_NAMES:
+    own = layer.named_numbers()
+    for name in own:
         tensor = tensors.get(name)
         if tensor is None or tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
             raise ValueError(f"{name} of a bounded memory must be {own[name].dtype} of {tuple(own[name].shape)}.")
-        if not tensor.isfinite().all() or (name != "last_retrieval" and (tensor < 0).any()):
+        if not tensor.isfinite().all() or (name not in VECTOR_NAMES and (tensor < 0).any()):
             raise ValueError(f"{name} of a bounded memory has impossible numbers: the file is damaged.")
     if (tensors["held"] > layer.max_pairs).any():
         raise ValueError(f"A row holds {int(tensors['held'].max())} pairs, and there is room for {layer.max_pairs}.")
-    layer.counters = {name: tensors[name].clone() for name in COUNTERS}
-    layer.held, layer.states["last_retrieval"] = tensors["held"], tensors["last_retrieval"]
-    layer.num_read, layer.num_joined = int(tensors["num_read"]), int(tensors["num_joined"])
+    layer.set_numbers(tensors)
 
 
 def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
@@ -104,7 +99,7 @@ def memory_state_dict(cache: Cache, model: nn.Module | None = None) -> dict[str,
             states = layer.named_states(memory_layer(cache).past_mask())
             tensors |= {f"layers.{index}.{name}": state for name, state in states.items()}
             if isinstance(layer, BoundedMemoryLayer):
-                tensors |= {f"layers.{index}.{name}": tensor for name, tensor in _bounded_tensors(layer).items()}
+                tensors |= {f"layers.{index}.{name}": tensor for name, tensor in layer.named_numbers().items()}
     # Before anything was read there is neither a text nor a writer.
     if tensors:
         tensors |= _text_tensors(memory_layer(cache), model)

@@ -183,7 +183,7 @@ def draw_units(units: MemoryMosaicUnits, path: Path, tokens: list[str] | None = 
         raise ValueError(f"{len(tokens)} tokens are given, but units were inspected at {num_tokens}.")
     # A list as index keeps the axis of rows, which `summarize_units` expects.
     by_kind = (units.entropy[:, :, [row]], units.share[:, :, [row]], units.norm[:, :, [row]])
-    units_of_row = MemoryMosaicUnits(units.error[:, [row]], *by_kind)
+    units_of_row = MemoryMosaicUnits(units.error[:, [row]], *by_kind, units.levels)
     num_layers, _, num_heads, _ = units_of_row.error.shape
     height = min(6.0, 1.2 + 0.16 * num_layers * num_heads)
     # A shared axis puts each bar beside the row of its unit in the map.

@@ -1,26 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memories of a bounded number of pairs: what is left is read as the oracle reads it, in any way of reading."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
-from helpers.models import NARROWING, make_ids, make_model
+from helpers.kinds import V2_KINDS, make_mosaic, make_v2
+from helpers.models import NARROWING, make_ids
 from transformers import DynamicCache, StaticCache
 
 from modeling_memory_mosaic import MosaicMemory, bounded, memory_from_state_dict, memory_state_dict
 from modeling_memory_mosaic.bounded_memory_mosaic import POLICIES, BoundedMemoryLayer
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from modeling_memory_mosaic.naive_memory_mosaic import naive_logits
+from modeling_memory_mosaic.naive_memory_mosaic_v2 import naive_logits_v2
 
 
 DETERMINISTIC = sorted(POLICIES.keys() - {"random"})
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 61}
 
 
-@pytest.fixture
-def model():
-    return make_model(dtype=torch.float64)
+@pytest.fixture(params=["mosaic", *V2_KINDS])
+def model(request):
+    return make_mosaic({} if request.param == "mosaic" else request.param, dtype=torch.float64)
+
+
+def oracle_logits(model, ids, **options):
+    """Return the logits `(T, vocab_size)` of one text by the paper's loops."""
+    naive = naive_logits_v2 if hasattr(model.config, "long_term_delay") else naive_logits
+    state = dict(model.named_parameters()) | {"lm_head.weight": model.lm_head.weight}
+    return naive({name: tensor.detach() for name, tensor in state.items()}, model.config, ids, **options)
 
 
 @torch.no_grad()
@@ -33,7 +43,7 @@ def read(model, ids, cache=None, **kwargs):
 @pytest.mark.parametrize("policy", DETERMINISTIC)
 def test_what_is_left_is_read_as_the_oracle_reads_it(policy, max_pairs, model):
     ids = make_ids(1, 40)
-    expected = naive_logits(model.state_dict(), model.config, ids[0], bound=(max_pairs, policy))
+    expected = oracle_logits(model, ids[0], bound=(max_pairs, policy))
     with bounded(model, max_pairs, policy):
         logits, cache = read(model, ids)
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-9)
@@ -42,9 +52,9 @@ def test_what_is_left_is_read_as_the_oracle_reads_it(policy, max_pairs, model):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("config", [{}, NARROWING], ids=["fixed", "narrowing"])
-def test_with_room_for_all_pairs_nothing_changes(config, policy):
-    model, ids = make_model(dtype=torch.float64, **config), make_ids(2, 40)
+@pytest.mark.parametrize("variant", [{}, NARROWING, *V2_KINDS], ids=["fixed", "narrowing", *V2_KINDS])
+def test_with_room_for_all_pairs_nothing_changes(variant, policy):
+    model, ids = make_mosaic(variant, dtype=torch.float64), make_ids(2, 40)
     with bounded(model, 40, policy):
         logits, _ = read(model, ids)
     torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-10)
@@ -145,6 +155,8 @@ def test_memory_stays_constant_however_long_the_text(model):
             read(model, make_ids(1, 100), cache)
             layer = cache.layers[0]
             held = [layer.keys, layer.values, *layer.counters.values(), *layer.states.values()]
+            for others in ("waiting", "windows"):  # of v2
+                held += getattr(layer, others, {}).values()
             sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in held))
             assert layer.read_ids is None and layer.read_mask is None
     assert len(set(sizes)) == 1
@@ -209,16 +221,17 @@ def test_a_cache_of_joined_texts_is_saved_as_a_memory(model):
 @torch.no_grad()
 @pytest.mark.parametrize("policy", ["fifo", "usage"])
 @pytest.mark.parametrize("max_pairs", [4, 30])
-def test_texts_are_memorized_within_a_bound(max_pairs, policy, tmp_path):
-    model = make_model(dtype=torch.float64)
+def test_texts_are_memorized_within_a_bound(max_pairs, policy, model, tmp_path):
+    """Pairs that wait for the delay of v2 are kept besides: a new text may read them."""
+    num_waiting = getattr(model.config, "long_term_delay", 1) - 1
     texts, question = [make_ids(1, n, seed=n) for n in (14, 20)], make_ids(1, 5, seed=3)
     with bounded(model, max_pairs, policy):
         memory = MosaicMemory.union([model.memorize(ids, source=str(n)) for n, ids in enumerate(texts)])
         caches = [model(ids, use_cache=True).past_key_values for ids in texts]
-    assert len(memory) <= 2 * max_pairs and memory.sources == ["0", "1"]
+    assert len(memory) <= 2 * (max_pairs + num_waiting) and memory.sources == ["0", "1"]
     logits = model(**memory.prompt(question)).logits
     for index, keys in enumerate(memory.keys):
-        parts = [cache.layers[index].keys[:, :, : int(cache.layers[index].held)] for cache in caches]
+        parts = [cache.layers[index].kept_pairs()[0] for cache in caches]
         assert torch.equal(keys, torch.cat(parts, dim=2))
     memory.save_pretrained(tmp_path)
     assert torch.equal(model(**MosaicMemory.from_pretrained(tmp_path, model).prompt(question)).logits, logits)
@@ -228,3 +241,77 @@ def test_texts_are_memorized_within_a_bound(max_pairs, policy, tmp_path):
         assert memory.places.tolist() == [*range(1, 14), *range(1, 20)]
     else:
         assert (memory.places == -1).all() and memory.verify(model) == {}
+
+
+@torch.no_grad()
+def test_a_bound_within_a_text_takes_over_what_was_read(model):
+    """With padding, and behind joined texts. With room for all pairs nothing changes."""
+    memory = model.memorize(make_ids(1, 9), source="text")
+    ids, rest, mask = make_ids(2, 11, seed=1), make_ids(2, 9, seed=2), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :3] = mask[1, 6] = 0
+    for joined in (False, True):
+        outputs = []
+        for has_bound in (False, True):
+            cache = memory.prompt(ids)[MEMORY_NAME] if joined else DynamicCache(config=model.config)
+            whole = torch.cat([mask.new_ones(2, 9), mask], dim=1) if joined else mask
+            model(ids, attention_mask=whole[:, :-9], **{MEMORY_NAME: cache})
+            with bounded(model, 40) if has_bound else contextlib.nullcontext():
+                outputs.append(model(rest, attention_mask=whole, **{MEMORY_NAME: cache}).logits)
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-10)
+        assert isinstance(cache.layers[0], BoundedMemoryLayer)
+
+
+@pytest.mark.parametrize("policy", DETERMINISTIC)
+@pytest.mark.parametrize(("delay", "max_pairs"), [(1, 5), (9, 3)])
+def test_pairs_that_wait_are_not_forgotten(delay, max_pairs, policy):
+    """The line may be longer than the memory, and be missing."""
+    model, ids = make_v2(dtype=torch.float64, long_term_delay=delay), make_ids(1, 30)
+    with bounded(model, max_pairs, policy):
+        logits, cache = read(model, ids)
+        expected = oracle_logits(model, ids[0], bound=(max_pairs, policy))
+        torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-9)
+        for layer in cache.layers:
+            line = layer.waiting["waiting_keys"]
+            assert line.shape[2] == delay - 1 and layer.is_waiting.all()
+            whole = read_without_bound(model, ids).layers[0] if layer is cache.layers[0] else None
+            if whole is not None:
+                assert torch.equal(line, whole.keys[:, :, 30 - len(line[0, 0]) :])
+
+
+@torch.no_grad()
+def read_without_bound(model, ids):
+    before, model.model.bound = model.model.bound, None
+    cache = read(model, ids)[1]
+    model.model.bound = before
+    return cache
+
+
+@torch.no_grad()
+def test_a_full_memory_forgets_when_a_pair_is_due_and_not_before():
+    """Behind joined texts, the first pair of a question is due after the delay."""
+    model = make_v2(dtype=torch.float64, long_term_delay=4)
+    memory, question = model.memorize(make_ids(1, 9), source="text"), make_ids(1, 6, seed=3)
+    logits = model(**memory.prompt(question)).logits
+    with bounded(model, len(memory), "fifo"):
+        arguments = memory.prompt(question)
+        within = model(**arguments).logits
+    torch.testing.assert_close(within[:, :4], logits[:, :4], rtol=0, atol=1e-10)
+    assert not torch.allclose(within[:, 4:], logits[:, 4:], rtol=0, atol=1e-6)
+    assert int(arguments[MEMORY_NAME].layers[0].held) == len(memory)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", V2_KINDS)
+def test_a_bounded_memory_of_v2_is_read_by_eager_attention_too(variant):
+    model, ids = make_mosaic(variant), make_ids(2, 30)
+    with bounded(model, 6):
+        expected = read(model, ids)[0]
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(read(model, ids)[0], expected, rtol=0, atol=1e-10)
+        outputs = model(ids, use_cache=True, output_attentions=True)
+    assert not outputs.attentions  # a bounded memory has no slots of all tokens
+
+
+def test_a_model_without_long_term_heads_has_no_bound():
+    with pytest.raises(ValueError, match="no long-term heads"), bounded(make_v2(num_long_term_heads=0), 8):
+        pass

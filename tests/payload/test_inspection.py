@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.documents import make_documents, pack
+from helpers.kinds import V2_KINDS, make_mosaic
 from helpers.models import NARROWING, make_ids, make_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from modeling_memory_mosaic import (
     MemoryMosaicForSequenceClassification,
@@ -538,6 +539,116 @@ def test_what_cannot_be_traced_is_refused(model):
         trace_tokens(model.model, make_ids(1, 4))
     with pytest.raises(ValueError, match=r"call `model.eval\(\)` first"):
         trace_tokens(model.train(), make_ids(1, 4))
+
+
+def units_of_v2(model, read):
+    """Return what contextual units of layer 0 retrieved `(heads, T, D)`, by the hook of their combining layer."""
+    memory = model.model.layers[0].contextual_memory
+
+    def keep(_, inputs):
+        read.append(inputs[0].unflatten(-1, (-1, model.config.head_dim))[0].transpose(0, 1))
+
+    return memory.o_proj.register_forward_pre_hook(keep)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", V2_KINDS)
+def test_parts_of_a_logit_of_v2_sum_to_it(variant, implementation):
+    """For texts longer than window and delay. Contextual units are short-term heads, then long-term ones."""
+    model, ids = make_mosaic(variant), make_ids(2, 25)
+    model.set_attn_implementation(implementation)
+    trace = trace_tokens(model, ids)
+    logit, log_probability = following_logits(model, ids)
+    total = trace.embedding + trace.biases + trace.contribution.sum(dim=(0, 1, 3))
+    for numbers, expected in ((total, logit), (trace.logit, logit), (trace.log_probability, log_probability)):
+        torch.testing.assert_close(numbers[:, :-1], expected, rtol=0, atol=1e-11)
+    is_dense = variant == "mosaic v2"
+    assert trace.levels == {"short_term": 3 if is_dense else 2, "long_term": 3, "persistent": 1 if is_dense else 3}
+    assert trace.slot_weights.shape == ((2, 2, 1, 25, 0) if is_dense else (2, 2, 3, 25, 11))
+    assert trace.biases[:, :-1].any() == model.config.use_bias
+    assert not trace.contribution[:, 1, :, trace.levels["persistent"] :].nan_to_num().any()
+    assert not trace.contribution[:, 0, :, :, 0].any(), "the first token has no pairs to read"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", V2_KINDS)
+def test_a_contribution_of_v2_is_that_of_what_its_unit_retrieved(variant):
+    """The columns of `o_proj` times what the head retrieved, and the whole of a dense memory."""
+    model, ids, read, final = make_mosaic(variant), make_ids(1, 20), [], []
+    layer = model.model.layers[0]
+    trace, units = trace_tokens(model, ids), inspect_units(model, ids)
+    hooks = [units_of_v2(model, read), model.model.norm.register_forward_pre_hook(lambda _, x: final.append(x[0]))]
+    hooks.append(layer.persistent_memory.register_forward_hook(lambda *of_call: read.append(of_call[2])))
+    model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    columns = layer.contextual_memory.o_proj.weight.split(model.config.head_dim, dim=1)
+    parts = torch.stack([one @ column.T for one, column in zip(read[0], columns, strict=True)])
+    stream, norm = final[0][0], model.model.norm
+
+    def logit(part):  # with the scale of the final norm held
+        if variant == "mosaic v2":
+            normed = part / (stream.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+        else:
+            scale = (stream.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+            normed = (part - part.mean(-1, keepdim=True)) / scale * norm.weight
+        logits = model.lm_head(normed) / model.config.logits_scaling
+        return (logits - logits.mean(-1, keepdim=True))[:-1].gather(-1, ids[0, 1:, None])[:, 0]
+
+    num_units = len(parts)
+    expected = torch.stack([logit(part) for part in parts])
+    torch.testing.assert_close(trace.contribution[0, 0, 0, :num_units, :-1], expected, rtol=0, atol=1e-11)
+    if variant == "mosaic v2":
+        torch.testing.assert_close(trace.contribution[0, 1, 0, 0, :-1], logit(read[1][0]), rtol=0, atol=1e-11)
+    norms = parts.norm(dim=-1) / model.model.embed_tokens(ids)[0].norm(dim=-1)
+    torch.testing.assert_close(units.norm[0, 0, 0, :num_units], norms, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("variant", V2_KINDS)
+def test_units_and_traces_of_v2_are_those_of_each_text_alone(variant):
+    """Weights are the maps of eager attention; padding and packed documents change nothing."""
+    model, (ids, mask) = make_mosaic(variant), padded_rows()
+    trace, units = trace_tokens(model, ids, attention_mask=mask), inspect_units(model, ids, attention_mask=mask)
+    for row, is_token in enumerate(mask.bool()):
+        text = ids[row, is_token][None]
+        torch.testing.assert_close(traced(trace, row, is_token), traced(trace_tokens(model, text)), equal_nan=True)
+        alone = inspect_units(model, text)
+        for name in NAMES:
+            assert_same(alone, [(name, getattr(units, name)[..., row, :, :][..., is_token].unsqueeze(-3))])
+    documents = make_documents()
+    batch, begin = pack(documents), 0
+    packed = trace_tokens(model, batch["input_ids"], position_ids=batch["position_ids"])
+    for document in documents:
+        place = slice(begin, begin + len(document))
+        alone = traced(trace_tokens(model, document[None]))
+        torch.testing.assert_close(traced(packed, 0, place), alone, equal_nan=True)
+        begin = place.stop
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = torch.stack(model(ids[:1], output_attentions=True, use_cache=False).attentions)
+    weights = trace_tokens(model, ids[:1]).weights
+    torch.testing.assert_close(weights[..., 1:], maps[..., :-1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", V2_KINDS)
+def test_errors_and_summaries_of_v2_name_their_level(variant):
+    """The error of a unit is that of the value which the next token gave its pair."""
+    model, ids, read = make_mosaic(variant), make_ids(1, 14), []
+    units = inspect_units(model, ids)
+    with torch.no_grad():
+        hook, cache = units_of_v2(model, read), DynamicCache(config=model.config)
+        model(ids, cache=cache)
+        hook.remove()
+    num_long, long_values = units.levels["long_term"], cache.layers[0].values[0, :, 1:]
+    long_retrieved = read[0][-num_long:, :-1]
+    expected = (long_retrieved - long_values).square().sum(-1) / long_values.square().sum(-1)
+    torch.testing.assert_close(units.error[0, 0, -num_long:, :-1], expected, rtol=0, atol=1e-10)
+    table = summarize_units(units)
+    levels = [level for level, number in units.levels.items() for _ in range(number)]
+    assert [row["level"] for row in table] == 2 * levels
+    assert all(row["share"] == row["share"] for row in table)  # no NaN: every row is a unit
+    shares = [row["share"] for row in table if (row["layer"], row["kind"]) == (1, "persistent")]
+    assert sum(shares) == pytest.approx(1, rel=1e-5)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers.kinds import BACKBONE_KINDS, KINDS, LENGTH, for_kinds
+from helpers.kinds import BACKBONE_KINDS, KINDS, LENGTH, for_kinds, make_v2
 from helpers.models import BANDWIDTHS, by_bandwidth, checkpoint_activations, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -313,8 +313,9 @@ def test_the_gradient_of_a_padded_batch_is_that_of_its_rows(kind):
     assert_same_gradients(model, together)
 
 
-def test_padding_takes_no_gradient():
-    model = make_model()
+@pytest.mark.parametrize("make", [make_model, make_v2])
+def test_padding_takes_no_gradient(make):
+    model = make()
     embeddings = torch.randn(2, 12, model.config.hidden_size, requires_grad=True)
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, :5], mask[1, 9:] = 0, 0
@@ -381,6 +382,20 @@ def test_half_precision_stays_finite_at_the_sharpest_kernel(num_tokens, exponent
     assert model(make_ids(2, num_tokens)).logits.isfinite().all()
     with torch.autocast("cpu", dtype=dtype):
         assert model.float()(make_ids(2, num_tokens)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_of_v2_stays_finite_at_the_sharpest_kernel(dtype, implementation):
+    model = make_v2(dtype=dtype)
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bandwidth_scale", "bandwidth_offset", "bandwidth_exponent")):
+                parameter.fill_(20.0)  # far beyond the caps: beta is above 65504, the largest float16, and cut
+    assert model(make_ids(2, 40)).logits.isfinite().all()
+    with torch.autocast("cpu", dtype=dtype):
+        assert model.float()(make_ids(2, 40)).logits.isfinite().all()
 
 
 def test_autocast_keeps_sums_in_float32():

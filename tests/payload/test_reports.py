@@ -110,7 +110,10 @@ def test_a_memory_of_padded_rows_is_read_on(kind, side):
             torch.testing.assert_close(logits[index], alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "static"), [("mosaic", False), ("mosaic", True), ("memory model", False)])
+@pytest.mark.parametrize(
+    ("name", "static"),
+    [("mosaic", False), ("mosaic", True), ("mosaic v2", False), ("mosaic v2", True), ("memory model", False)],
+)
 def test_a_prompt_that_was_read_once_serves_many_texts(name, static):
     model, prompt = KINDS[name].make(), make_ids(1, 8)
     memory = StaticCache(config=model.config, max_cache_len=32) if static else None

@@ -76,7 +76,7 @@ def test_a_tied_matrix_is_stored_once(tmp_path, kind):
     assert stored == {name for name, _ in model.named_parameters()}
 
 
-@for_kinds("untied mosaic", *BACKBONE_KINDS, "classifier")
+@for_kinds("untied mosaic", "mosaic v2", *BACKBONE_KINDS, "classifier")
 def test_missing_parameters_are_initialised_and_the_rest_left_alone(tmp_path, kind):
     """In a checkpoint of the body alone, loaded values must not be overwritten by initial ones."""
     model = fill_with_own_constants(kind.make())

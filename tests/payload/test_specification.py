@@ -6,14 +6,24 @@ import re
 
 import pytest
 import torch
+from helpers.kinds import make_classifier_v2, make_v2
 from helpers.models import make_ids, make_model
 
 from modeling_memory_mosaic import MemoryMosaicForSequenceClassification, memory_state_dict
 
 
+def read_page(request, name):
+    return (request.config.rootpath / "modeling_memory_mosaic" / name).read_text(encoding="utf-8")
+
+
 @pytest.fixture
 def page(request):
-    return (request.config.rootpath / "modeling_memory_mosaic" / "SPECIFICATION.md").read_text(encoding="utf-8")
+    return read_page(request, "SPECIFICATION.md")
+
+
+@pytest.fixture
+def page_of_v2(request):
+    return read_page(request, "SPECIFICATION_V2.md")
 
 
 def read_tensors(page):
@@ -29,15 +39,19 @@ def read_tensors(page):
 def sizes_of(config):
     letters = {"V": "vocab_size", "C": "hidden_size", "H": "num_attention_heads", "D": "head_dim"}
     letters |= {"N": "num_persistent_slots", "num_labels": "num_labels"}
-    return {letter: getattr(config, name) for letter, name in letters.items()}
+    sizes = {letter: getattr(config, name) for letter, name in letters.items()}
+    if hasattr(config, "long_term_delay"):
+        short, long = config.num_short_term_heads, config.num_long_term_heads
+        sizes |= {"S": short, "L": long, "A": short + long, "I": config.intermediate_size}
+        sizes["W"] = config.short_term_window - 1
+    return sizes
 
 
-def test_every_tensor_of_a_model_is_specified_and_no_other(page):
-    model = make_model(use_bias=True, tie_word_embeddings=False, head_dim=5, num_persistent_slots=7)
-    classifier = MemoryMosaicForSequenceClassification(model.config)
-    specified, sizes = read_tensors(page), sizes_of(model.config)
+def check_tensors(page, config, *models):
+    """Check that a page has the tensors of some models, with their shapes, and no others."""
+    specified, sizes = read_tensors(page), sizes_of(config)
     names = set()
-    for name, tensor in (model.state_dict() | classifier.state_dict()).items():
+    for name, tensor in ((name, tensor) for model in models for name, tensor in model.state_dict().items()):
         name = re.sub(r"\.\d+\.", ".{i}.", name)
         shape = [math.prod(sizes[letter] for letter in axis.split()) for axis in specified[name].split(",") if axis]
         assert tuple(shape) == tensor.shape, name
@@ -45,8 +59,30 @@ def test_every_tensor_of_a_model_is_specified_and_no_other(page):
     assert names == specified.keys()
 
 
+def test_every_tensor_of_a_model_is_specified_and_no_other(page):
+    model = make_model(use_bias=True, tie_word_embeddings=False, head_dim=5, num_persistent_slots=7)
+    check_tensors(page, model.config, model, MemoryMosaicForSequenceClassification(model.config))
+
+
+def test_every_tensor_of_a_model_of_v2_is_specified_and_no_other(page_of_v2, page):
+    fields = {"use_bias": True, "gate_bias": True, "norm_type": "layer_norm", "head_dim": 5, "num_short_term_heads": 2}
+    model, fixed, classifier = make_v2(**fields), make_v2(**fields, gated_keys=False), make_classifier_v2(**fields)
+    check_tensors(page_of_v2, classifier.config, model, fixed, classifier)
+    # Slots are those of the first version.
+    slots = make_v2(**fields, persistent_memory_type="slots", num_persistent_slots=7)
+    names = {name for name in slots.state_dict() if ".0.persistent_memory" in name}
+    assert names == {name.replace("{i}", "0") for name in read_tensors(page) if ".persistent_memory" in name}
+
+
 def test_every_tensor_of_a_saved_memory_is_specified(page):
-    model = make_model(head_dim=5)
+    check_memory(page, make_model(head_dim=5))
+
+
+def test_every_tensor_of_a_saved_memory_of_v2_is_specified(page_of_v2):
+    check_memory(page_of_v2, make_v2(head_dim=5, num_short_term_heads=2))
+
+
+def check_memory(page, model):
     with torch.no_grad():
         mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
         memory = memory_state_dict(model(make_ids(2, 6), attention_mask=mask, use_cache=True).past_key_values)
