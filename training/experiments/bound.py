@@ -186,13 +186,13 @@ def _table(recipe: Recipe, means: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _draw(recipe: Recipe, means: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw the loss against the budget: a row for each text, a column for each mosaic, transformers in all of them."""
+    """Draw the loss against the budget: a row for each mosaic, a column for each text, transformers in all of them."""
     mosaics = [label for label in recipe.runs if recipe.ways(label) == recipe.policies]
     others = [label for label in recipe.runs if label not in mosaics]
-    figure, axes = new_figure(len(means), len(mosaics), width=5, height=3.8, sharey="row")
-    for row, (text, entries) in zip(axes, means.items(), strict=True):
+    figure, axes = new_figure(len(mosaics), len(means), width=5, height=3.8)
+    for column, (text, entries) in zip(axes.T, means.items(), strict=True):
         losses = {(one["label"], one["way"], one["budget"]): one["loss"] for one in entries}
-        for axis, mosaic in zip(row, mosaics, strict=True):
+        for axis, mosaic in zip(column, mosaics, strict=True):
             for number, way in enumerate(recipe.policies):
                 own = [losses[mosaic, way, budget] for budget in recipe.budgets]
                 axis.plot(recipe.budgets, own, color=f"C{number}", marker=".", label=way)
@@ -203,6 +203,7 @@ def _draw(recipe: Recipe, means: dict[str, list[dict[str, Any]]]) -> None:
             axis.set_xscale("log", base=2)
             axis.set_xticks(recipe.budgets, list(map(str, recipe.budgets)))
             axis.set(title=f"{mosaic}: {text}", xlabel="pairs that a head may hold")
+    for row in axes:
         row[0].set_ylabel("loss (nats a token)")
     legend_below(figure, axes)
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
