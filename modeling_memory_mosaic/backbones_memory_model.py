@@ -22,8 +22,8 @@ Shapes are those of `modeling_memory_model.py`.
 
 import copy
 import inspect
-import os
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -44,7 +44,7 @@ from .reads_memory_model import BEGIN, COPY
 
 
 # What `from_backbones` takes for a part: a model, a folder or name on the Hub, or a configuration of a new one.
-Backbone: TypeAlias = PreTrainedModel | PreTrainedConfig | str | os.PathLike | None
+Backbone: TypeAlias = PreTrainedModel | PreTrainedConfig | str | PurePath | None
 # How far two ways of reading may differ, as a share of the answers: kernels add in different orders.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
 
@@ -89,7 +89,7 @@ class Parts(NamedTuple):
     decoder: PreTrainedModel
 
 
-def load_part(given: PreTrainedModel | PreTrainedConfig | str | os.PathLike) -> PreTrainedModel:
+def load_part(given: PreTrainedModel | PreTrainedConfig | str | PurePath) -> PreTrainedModel:
     """Return the causal language model that is given, in one of the ways of [`Backbone`]."""
     if isinstance(given, PreTrainedModel):
         return given
@@ -178,7 +178,7 @@ def take_backbones(encoder: Backbone, decoder: Backbone) -> Parts:
         raise ValueError("Neither an encoder nor a decoder is given: give one, or both.")
     one, other = (decoder if encoder is None else encoder), (encoder if decoder is None else decoder)
     names = (one, other)
-    if all(isinstance(name, (str, os.PathLike)) for name in names) and str(one) != str(other):
+    if all(isinstance(name, (str, PurePath)) for name in names) and str(one) != str(other):
         check_tokenizers(*names)
     first = load_part(one)
     check_part(first, "decoder" if encoder is None else "encoder")

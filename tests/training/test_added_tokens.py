@@ -240,6 +240,7 @@ def test_a_tokenizer_that_adds_nothing_is_left_as_it_is(tmp_path, caplog):
 WALKED = {
     *("training/text/windows.py", "training/evaluate.py", "training/text/tokenizer.py"),
     *("training/text/generator.py", "training/text/story_selection.py", "training/experiments/position_loss.py"),
+    *("training/chat.py", "training/synthetic/needles.py"),
     *("training/memories.py", "training/text/question_rows.py", "training/experiments/surprise.py"),
     *("training/experiments/samples.py", "training/experiments/cloze.py", "training/experiments/continuations.py"),
     "hub_cards/space/shared.py",

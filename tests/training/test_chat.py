@@ -53,6 +53,13 @@ def test_a_stored_text_is_what_the_model_reads_in_it(folders, tmp_path):
     assert chat.do("/new") == "all forgotten" and chat.ids.shape == (1, 0) and chat.cache is None
 
 
+def test_special_tokens_that_are_typed_are_text(folders):
+    chat = Chat(folders["mosaic"], max_new_tokens=2, temperature=0, seed=0)
+    chat.answer("<|endoftext|>")
+    typed = chat.ids[0, :-2].tolist()
+    assert len(typed) > 1 and chat.tokenizer.eos_token_id not in typed
+
+
 def test_a_seed_gives_the_same_text(folders):
     texts = [Chat(folders["mosaic"], 8, 1.0, seed).answer("once") for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]

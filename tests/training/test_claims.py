@@ -130,6 +130,11 @@ def test_committed_verdicts_follow_from_the_committed_measures(result):
     assert json.loads(json_text(judged(recipe, result["measured"]))) == written
 
 
+def test_no_two_claims_have_the_same_words():
+    claims = [claim.claim for recipe in RECIPES for claim in getattr(recipe, "claims", [])]
+    assert sorted(claims) == sorted(set(claims))
+
+
 def test_every_claim_is_in_the_table_once():
     table = claims_table(RESULTS)
     names = {result["name"] for result in RESULTS}

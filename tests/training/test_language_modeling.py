@@ -433,8 +433,10 @@ def test_damaged_folders_are_named(tmp_path):
     )
     with pytest.raises(ValueError, match="a prompt is empty"):
         generate_texts(tmp_path / "model", [""])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no config.json"):
-        load_model(tmp_path)
+        load_model(tmp_path / "empty")
+    assert load_model(tmp_path)[0].config.to_dict() == load_model(tmp_path / "model")[0].config.to_dict()
     os.truncate(tmp_path / "model" / "model.safetensors", 5000)
     with pytest.raises(ValueError, match="damaged"):
         load_model(tmp_path / "model")
