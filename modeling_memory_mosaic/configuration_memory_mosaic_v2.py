@@ -216,6 +216,10 @@ class MemoryMosaicV2Config(DerivedSizes, PreTrainedConfig):
         persistent = OF_PERSISTENT[self.persistent_memory_type].items()
         return plan | {f"layers.*.persistent_memory.{name}".rstrip("."): style for name, style in persistent}
 
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        """Take no other plan: transformers before 5.24 adds a tied token table, which each process holds whole here."""
+
     def validate_layer_type(self) -> None:
         """Skip the library's comparison with its list of layer types: every block is alike."""
 
