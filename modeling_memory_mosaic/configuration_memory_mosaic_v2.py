@@ -200,7 +200,7 @@ class MemoryMosaicV2Config(DerivedSizes, PreTrainedConfig):
         return self.short_term_window - 1
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+    def base_model_tp_plan(self) -> dict[str, str]:
         """How processes share a model: each holds some heads of every memory, with all their parameters.
 
         `o_proj` reads short-term heads, then long-term ones, so that each process gathers all heads before it. Heads
@@ -218,7 +218,7 @@ class MemoryMosaicV2Config(DerivedSizes, PreTrainedConfig):
 
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: dict[str, str]) -> None:
-        """Take no other plan: transformers before 5.24 adds a tied token table, which each process holds whole here."""
+        """Take no other plan: transformers 5.18 adds a tied token table, which each process holds whole here."""
 
     def validate_layer_type(self) -> None:
         """Skip the library's comparison with its list of layer types: every block is alike."""
