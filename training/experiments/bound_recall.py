@@ -40,8 +40,7 @@ class Recipe(ComparisonRecipe):
 
     def ways(self, label: str) -> list[str]:
         """Return how a run's model forgets."""
-        is_mosaic = hasattr(self.run_recipes[label].build_config(), "num_persistent_slots")
-        return self.policies if is_mosaic else [LAST, AT_RANDOM]
+        return self.policies if self.is_mosaic(label) else [LAST, AT_RANDOM]
 
     @property
     def settings(self) -> list[tuple[str, str, int]]:

@@ -179,6 +179,10 @@ class ComparisonRecipe(RecipeWithClaims):
             for label, settings in self.run_settings.items()
         }
 
+    def is_mosaic(self, label: str) -> bool:
+        """Return whether a run's model is a Memory Mosaic."""
+        return hasattr(self.run_recipes[label].build_config(), "num_persistent_slots")
+
     def _at_depth(self, label: str, variant: dict[str, Any]) -> dict[str, Any]:
         """Return the settings that a run has at the depth of a variant alone."""
         own_depth = self.run_recipes[label].build_config().num_hidden_layers

@@ -63,8 +63,7 @@ class Recipe(ComparisonRecipe):
 
     def ways(self, label: str) -> list[str]:
         """Return how a run's model forgets."""
-        is_mosaic = hasattr(self.run_recipes[label].build_config(), "num_persistent_slots")
-        return self.policies if is_mosaic else [WINDOW, SINKS]
+        return self.policies if self.is_mosaic(label) else [WINDOW, SINKS]
 
     @property
     def settings(self) -> list[tuple[str, str]]:
