@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses of models whose heads hold few pairs: windows are those of the tokens in sight, wherever a text is cut."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.models import make_ids, make_model
@@ -96,12 +98,28 @@ def test_a_budget_that_no_text_reaches_is_refused():
 def test_a_window_over_a_stream_is_that_over_the_whole_text(kind, sinks, length, monkeypatch):
     model, ids = transformer(kind), make_ids(1, 53)
     monkeypatch.setattr(streaming, "CHUNK_LENGTH", length)
+    monkeypatch.setattr(streaming, "OF_TABLE", range(streaming.TENTHS))
     logits = logits_of(model, ids, 7, sinks)[0, :-1]
     expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
     model.set_attn_implementation(NAME)
     losses = torch.cat([part for part, _ in window_stream(model, ids[0], 7, sinks)])
     assert losses[0].isnan()
     torch.testing.assert_close(losses[1:], expected, rtol=0, atol=2e-5)
+
+
+def test_tenths_of_a_window_that_are_measured_are_those_of_the_whole_stream(monkeypatch):
+    model, ids = transformer("shift"), make_ids(1, 60)[0]
+    model.set_attn_implementation(NAME)
+    monkeypatch.setattr(streaming, "CHUNK_LENGTH", 3)
+    some = torch.cat([part for part, _ in window_stream(model, ids, 7, 2)]).view(streaming.TENTHS, -1)
+    monkeypatch.setattr(streaming, "OF_TABLE", range(streaming.TENTHS))
+    whole = torch.cat([part for part, _ in window_stream(model, ids, 7, 2)]).view(streaming.TENTHS, -1)
+    left_out = [2, 3, 5, 6, 7, 8]
+    assert some[left_out].isnan().all()
+    torch.testing.assert_close(some[[0, 1, 4, 9]], whole[[0, 1, 4, 9]], rtol=0, atol=0, equal_nan=True)
+    stream = [(torch.tensor([torch.nan, 2.0]), 5), (torch.tensor([torch.nan, torch.nan]), 7)]
+    recipe = SimpleNamespace(num_tokens=4, stretch=2)
+    assert streaming._stretches(recipe, iter(stream), "two stretches") == ([2.0, None], [5, 7])
 
 
 @pytest.mark.parametrize("length", [1, 5, 64])

@@ -2,15 +2,18 @@
 """Bounded memories of documents: how many facts are recalled if each document may leave few pairs.
 
 Every document is read alone within a bound, before any question is known, and several questions are asked of the
-joined memories. A Memory Mosaic forgets pairs by a policy, head by head. A transformer that was trained to read
-documents alone keeps the last tokens of each document, or tokens at random.
+joined memories, also of more than the training had. A Memory Mosaic forgets pairs by a policy, head by head. A
+transformer that was trained to read documents alone keeps the last tokens of each document, with or without its first
+(attention sinks), or tokens at random.
 """
 
 import random
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveInt
+from torch.nn.utils.rnn import pad_sequence
 
 from modeling_memory_mosaic import MosaicMemory, bounded
 from training.claims import Effects, mean_effect
@@ -26,29 +29,33 @@ from training.text.question_rows import Row, features, pad
 
 __all__ = ["Recipe", "effects", "plan", "run", "summary"]
 
-ALL, LAST, AT_RANDOM = "all pairs", "last tokens", "random tokens"
+ALL, LAST, AT_RANDOM, SINKS = "all pairs", "last tokens", "random tokens", "first and last tokens"
+NUM_SINKS = 4
+# What tells a measurement from others.
+PLACE = ("label", "way", "budget", "documents")
 
 
 class Recipe(ComparisonRecipe):
     """Each model answers behind `num_documents` documents of at most `budgets` pairs each."""
 
     task: Literal["bound_recall"]
-    num_documents: PositiveInt
-    num_rows: PositiveInt = 100
+    num_documents: list[PositiveInt] = Field(min_length=1)
+    num_rows: PositiveInt = 50
     budgets: list[PositiveInt] = Field(min_length=1)
     policies: list[str] = Field(min_length=1)
 
     def ways(self, label: str) -> list[str]:
         """Return how a run's model forgets."""
-        return self.policies if self.is_mosaic(label) else [LAST, AT_RANDOM]
+        return self.policies if self.is_mosaic(label) else [LAST, SINKS, AT_RANDOM]
 
     @property
-    def settings(self) -> list[tuple[str, str, int]]:
-        """Run, way and budget of each measurement; the budget of `all pairs` is 0."""
+    def settings(self) -> list[tuple[str, str, int, int]]:
+        """Run, way, budget and number of documents of each measurement; the budget of `all pairs` is 0."""
         return [
-            (label, *place)
+            (label, *place, number)
             for label in self.runs
             for place in [(ALL, 0), *((way, budget) for way in self.ways(label) for budget in self.budgets)]
+            for number in self.num_documents
         ]
 
     @property
@@ -56,9 +63,9 @@ class Recipe(ComparisonRecipe):
         return [f"accuracy ({setting_name(*one)})" for one in self.settings]
 
 
-def setting_name(label: str, way: str, budget: int) -> str:
+def setting_name(label: str, way: str, budget: int, number: int) -> str:
     """Return a measurement's name in effects."""
-    return f"{label}; {way}" + (f" of {budget}" if budget else "")
+    return f"{label}; {way}" + (f" of {budget}" if budget else "") + f"; {number} documents"
 
 
 def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
@@ -68,7 +75,7 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
         recipe: of the experiment.
         measured: of its result.
     """
-    values = {(one["label"], one["way"], one["budget"]): one["accuracy"] for one in measured["settings"]}
+    values = {tuple(one[name] for name in PLACE): one["accuracy"] for one in measured["settings"]}
     return {f"accuracy ({setting_name(*one)})": mean_effect(values[one], "") for one in recipe.settings}
 
 
@@ -91,9 +98,14 @@ def _num_right(logits: torch.Tensor, row: Row) -> tuple[int, int]:
 def mosaic_logits(model: Any, row: Row, way: str, budget: int) -> torch.Tensor:
     """Return the logits `(Q, V)` behind a question, of documents that were memorized within a bound."""
 
+    ids = pad_sequence([torch.tensor(one) for one in row.documents], batch_first=True)
+    lengths = torch.tensor([len(one) for one in row.documents])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    names = [str(number) for number in range(len(ids))]
+
     def memorize() -> list[MosaicMemory]:
-        texts = enumerate(row.documents)
-        return [model.memorize(torch.tensor([ids]), source=str(number)) for number, ids in texts]
+        memories: list[MosaicMemory] = model.memorize(ids, attention_mask=mask, source=names)
+        return memories
 
     if way == ALL:
         memories = memorize()
@@ -104,6 +116,14 @@ def mosaic_logits(model: Any, row: Row, way: str, budget: int) -> torch.Tensor:
     return logits
 
 
+def _kept_places(way: str, budget: int, length: int, rng: random.Random) -> set[int]:
+    """Return the places of a document's tokens that stay in sight."""
+    places, sinks = range(length), min(NUM_SINKS, budget // 2) if way == SINKS else 0
+    if way == AT_RANDOM:
+        return set(rng.sample(places, min(budget, length)))
+    return {*places[:sinks], *places[sinks - budget :]}
+
+
 @torch.no_grad()
 def transformer_logits(model: Any, row: Row, way: str, budget: int) -> torch.Tensor:
     """Do as [`mosaic_logits`]: the question sees few tokens of each document, and itself."""
@@ -112,9 +132,8 @@ def transformer_logits(model: Any, row: Row, way: str, budget: int) -> torch.Ten
     if way != ALL:
         is_kept, rng = [], random.Random(str(row.question))
         for document in row.documents:
-            places = range(len(document))
-            chosen = set(places[-budget:]) if way == LAST else set(rng.sample(places, min(budget, len(places))))
-            is_kept += [place in chosen for place in places]
+            chosen = _kept_places(way, budget, len(document), rng)
+            is_kept += [place in chosen for place in range(len(document))]
         is_seen = torch.tensor(is_kept + [True] * len(row.question))
         is_question = batch["is_question"][:, None, :, None]
         arguments["attention_mask"] = arguments["attention_mask"] & (is_seen | ~is_question)
@@ -122,56 +141,63 @@ def transformer_logits(model: Any, row: Row, way: str, budget: int) -> torch.Ten
     return logits[batch["is_question"][0]]
 
 
-def _measure_training(recipe: Recipe, training: Trained, rows: list[Row]) -> dict[tuple[str, int], float]:
+def _measure_training(
+    recipe: Recipe, training: Trained, rows: dict[int, list[Row]]
+) -> dict[tuple[str, str, int, int], float]:
     model: Any = load_causal_lm(training.recipe.folder / "best")
-    logits_of = mosaic_logits if hasattr(model.config, "num_persistent_slots") else transformer_logits
+    logits_of = mosaic_logits if recipe.is_mosaic(training.label) else transformer_logits
     found = {}
-    for label, way, budget in recipe.settings:
+    for label, way, budget, number in recipe.settings:
         if label == training.label:
             torch.manual_seed(0)  # of a policy that draws
-            counts = [_num_right(logits_of(model, row, way, budget), row) for row in rows]
-            found[way, budget] = sum(right for right, _ in counts) / sum(number for _, number in counts)
+            counts = [_num_right(logits_of(model, row, way, budget), row) for row in rows[number]]
+            found[label, way, budget, number] = sum(right for right, _ in counts) / sum(number for _, number in counts)
     return found
 
 
-def _table(recipe: Recipe, accuracy: dict[tuple[str, str, int], list[float]]) -> str:
+def _table(recipe: Recipe, accuracy: dict[tuple[str, str, int, int], list[float]]) -> str:
     rows = []
     for label in recipe.runs:
-        whole = mean_and_deviation(accuracy[label, ALL, 0], 3)
-        for way in recipe.ways(label):
-            cells = [mean_and_deviation(accuracy[label, way, budget], 3) for budget in recipe.budgets]
-            rows.append([label, way, *cells, whole])
-    columns = ["model", "keeps by", *(f"{budget} pairs" for budget in recipe.budgets), ALL]
-    return markdown_table(columns, "ll" + "r" * (len(recipe.budgets) + 1), rows)
+        for number in recipe.num_documents:
+            whole = mean_and_deviation(accuracy[label, ALL, 0, number], 3)
+            for way in recipe.ways(label):
+                cells = [mean_and_deviation(accuracy[label, way, budget, number], 3) for budget in recipe.budgets]
+                rows.append([label, str(number), way, *cells, whole])
+    columns = ["model", "documents", "keeps by", *(f"{budget} pairs" for budget in recipe.budgets), ALL]
+    return markdown_table(columns, "lrl" + "r" * (len(recipe.budgets) + 1), rows)
 
 
-def _draw(recipe: Recipe, accuracy: dict[tuple[str, str, int], list[float]]) -> None:
-    """Draw accuracy against the pairs that a document leaves."""
-    figure, axes = new_figure(1, 1, width=7, height=3.6)
-    axis = axes[0, 0]
+def _draw(recipe: Recipe, accuracy: dict[tuple[str, str, int, int], list[float]]) -> None:
+    """Draw accuracy against the pairs that a document leaves: one panel for each number of documents."""
+    figure, axes = new_figure(1, len(recipe.num_documents), width=5, height=3.6, sharey=True)
     ways = [(label, way) for label in recipe.runs for way in recipe.ways(label)]
-    for number, (label, way) in enumerate(ways):
-        means = [sum(accuracy[label, way, budget]) / len(recipe.seeds) for budget in recipe.budgets]
-        style = "-" if way in recipe.policies else "--"
-        axis.plot(recipe.budgets, means, style, color=f"C{number}", marker=".", label=f"{label}, {way}")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(recipe.budgets, list(map(str, recipe.budgets)))
-    axis.set(xlabel="pairs that a document leaves in each head", ylabel="accuracy of answers", ylim=(-0.02, 1.02))
+    for axis, documents in zip(axes[0], recipe.num_documents, strict=True):
+        for number, (label, way) in enumerate(ways):
+            means = [np.mean(accuracy[label, way, budget, documents]) for budget in recipe.budgets]
+            style = "-" if way in recipe.policies else "--"
+            axis.plot(recipe.budgets, means, style, color=f"C{number}", marker=".", label=f"{label}, {way}")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(recipe.budgets, list(map(str, recipe.budgets)))
+        axis.set(
+            title=f"{documents} documents", xlabel="pairs that a document leaves in each head", ylim=(-0.02, 1.02)
+        )
+    axes[0, 0].set_ylabel("accuracy of answers")
     legend_below(figure, axes)
     save_figure(figure, recipe.folder / f"{recipe.name}.png")
 
 
+def _rows(recipe: Recipe, number: int) -> list[Row]:
+    dataset = RecallDataset(recipe.trainings[0].recipe.data, recipe.num_rows, "test", number)
+    return [dataset.row(index) for index in range(len(dataset))]
+
+
 def _measure(recipe: Recipe) -> dict[str, Any]:
-    dataset = RecallDataset(recipe.trainings[0].recipe.data, recipe.num_rows, "test", recipe.num_documents)
-    rows = [dataset.row(index) for index in range(len(dataset))]
-    accuracy: dict[tuple[str, str, int], list[float]] = {}
+    rows = {number: _rows(recipe, number) for number in recipe.num_documents}
+    accuracy: dict[tuple[str, str, int, int], list[float]] = {}
     for training in recipe.trainings:
         for place, value in _measure_training(recipe, training, rows).items():
-            accuracy.setdefault((training.label, *place), []).append(value)
-    settings = [
-        {"label": label, "way": way, "budget": budget, "accuracy": accuracy[label, way, budget]}
-        for label, way, budget in recipe.settings
-    ]
+            accuracy.setdefault(place, []).append(value)
+    settings = [{**dict(zip(PLACE, one, strict=True)), "accuracy": accuracy[one]} for one in recipe.settings]
     _draw(recipe, accuracy)
     return {"measured": {"settings": settings}, "table": _table(recipe, accuracy)}
 

@@ -3,11 +3,12 @@
 
 Models are trained on rows of a few documents and a question, in the reading that the recipe gives each. Then they
 answer behind 2 to 64 documents, in each reading that a model of their kind has (see `training.synthetic.readings`).
-Besides, documents change their order, and one is left out: that which has the answer, or another.
+Besides, documents are joined in all orders, and one is left out: that which has the answer, or another. What a mosaic
+answers is compared with what `MosaicMemory.union` and `forget` give.
 """
 
 import functools
-import random
+import itertools
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from pydantic import Field, PositiveInt
 from transformers import PreTrainedModel
 
+from modeling_memory_mosaic import MosaicMemory
 from training.claims import Effects, mean_effect
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
@@ -32,10 +34,12 @@ JOINED, SEQUENCE = "joined", "in sequence"
 ROTATED, STORED, ENCODED = "joined, keys rotated again", "joined as stored", "joined as stored, parallel encoding"
 # Of parallel encoding, as far as its authors searched; the best on validation rows is taken.
 TEMPERATURES, SCALES = (1.0, 0.8, 0.6, 0.4, 0.2), (1.0, 0.9, 0.8, 0.7)
-# Orders in which the documents of the same rows are joined.
-NUM_ORDERS = 4
+# Rows with so many documents are joined in each order: 24.
+NUM_ORDERED = 4
 # With documents left out, rows have as many as the training had at most.
 FORGOTTEN, OTHER_FORGOTTEN = "the document with the answer left out", "another document left out"
+WHOLE = "one answer"
+OF_ORDERS, OF_OBJECTS = "largest difference of orders", "largest difference of memory objects"
 
 
 class Recipe(ComparisonRecipe):
@@ -49,77 +53,87 @@ class Recipe(ComparisonRecipe):
     def readings(self, label: str) -> list[str]:
         """Return how a run's model reads: as it was trained, and in all other ways if it was trained in sequence."""
         recipe = self.run_recipes[label]
-        if hasattr(recipe.build_config(), "num_persistent_slots"):
+        if self.is_mosaic(label):
             return [JOINED, SEQUENCE]
         if recipe.data.joined:
             return [STORED if recipe.data.positions == "own" else ROTATED, SEQUENCE]
         return [SEQUENCE, ROTATED, STORED, ENCODED]
 
     @functools.cached_property
-    def accuracies(self) -> dict[str, tuple[str, str, int]]:
-        """Effects by name: run, reading and number of documents."""
+    def scores(self) -> dict[str, tuple[str, str, str, int]]:
+        """Effects by name: measure, run, reading and number of documents."""
         return {
-            f"accuracy ({label}; {reading}; {number} documents)": (label, reading, number)
+            f"{measure} ({label}; {reading}; {number} documents)": (measure, label, reading, number)
+            for measure in ("accuracy", "loss")
             for label in self.runs
             for reading in self.readings(label)
             for number in self.num_documents
         }
 
     @functools.cached_property
-    def contrasts(self) -> dict[str, tuple[str, str, str, str, int]]:
-        """Differences of the first run, joined, and each reading of every run, by name."""
-        first = next(iter(self.runs))
+    def contrasts(self) -> dict[str, tuple[str, str, str, int]]:
+        """Differences of the first run, joined, and each reading of every run, by name: as in `scores`."""
+        own = f"{next(iter(self.runs))}; {JOINED}"
         return {
-            f"accuracy ({first}; {JOINED} - {label}; {reading}; {number} documents)": (
-                first,
-                JOINED,
-                label,
-                reading,
-                number,
-            )
-            for label in self.runs
-            for reading in self.readings(label)
-            for number in self.num_documents
-            if (label, reading) != (first, JOINED)
+            f"{measure} ({own} - {label}; {reading}; {number} documents)": (measure, label, reading, number)
+            for measure, label, reading, number in self.scores.values()
+            if f"{label}; {reading}" != own
         }
 
     @functools.cached_property
     def others(self) -> dict[str, tuple[str, str, str]]:
-        """Effects of orders and of forgetting, by name: run, reading, and what is measured."""
-        measures = ("largest difference of orders", FORGOTTEN, OTHER_FORGOTTEN)
+        """Effects of orders, of forgetting and of memory objects, by name: run, reading, and what is measured."""
+        found = {}
+        for label in self.runs:
+            for reading in self.readings(label):
+                for measure in (OF_ORDERS, FORGOTTEN, OTHER_FORGOTTEN):
+                    words = measure if measure == OF_ORDERS else f"accuracy, {measure}"
+                    found[f"{words} ({label}; {reading})"] = (label, reading, measure)
+                if self.is_mosaic(label) and reading == JOINED:
+                    found[f"{OF_OBJECTS} ({label}; {reading})"] = (label, reading, OF_OBJECTS)
+        return found
+
+    @functools.cached_property
+    def falls(self) -> dict[str, tuple[str, str, str]]:
+        """How far accuracy falls if a document is left out, by name: run, reading, and which document."""
         return {
-            f"{'accuracy, ' if measure.endswith('out') else ''}{measure} ({label}; {reading})": (
-                label,
-                reading,
-                measure,
-            )
-            for label in self.runs
-            for reading in self.readings(label)
-            for measure in measures
+            f"fall of accuracy, {measure} ({label}; {reading})": (label, reading, measure)
+            for label, reading, measure in self.others.values()
+            if measure in (FORGOTTEN, OTHER_FORGOTTEN)
         }
 
     @property
     def effect_names(self) -> list[str]:
-        return [*self.accuracies, *self.contrasts, *self.others]
+        return [*self.scores, *self.contrasts, *self.others, *self.falls]
 
 
 def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
-    """Return accuracies and differences of them, with intervals over seeds.
+    """Return accuracies, losses and differences of them, with intervals over seeds.
 
     Args:
         recipe: of the experiment.
         measured: of its result.
     """
 
-    def values(label: str, reading: str, number: int) -> list[float]:
-        return [one["readings"][reading]["accuracy"][str(number)] for one in measured["models"][label]]
+    def values(label: str, reading: str, measure: str, number: int | None = None) -> list[float]:
+        found = [one["readings"][reading][measure] for one in measured["models"][label]]
+        return found if number is None else [one[str(number)] for one in found]
 
-    found = {name: mean_effect(values(*place), "") for name, place in recipe.accuracies.items()}
-    for name, (first, joined, label, reading, number) in recipe.contrasts.items():
-        pairs = zip(values(first, joined, number), values(label, reading, number), strict=True)
-        found[name] = mean_effect([one - other for one, other in pairs], "")
-    for name, (label, reading, measure) in recipe.others.items():
-        found[name] = mean_effect([one["readings"][reading][measure] for one in measured["models"][label]], "")
+    def differences(one: list[float], other: list[float]) -> list[float]:
+        return [a - b for a, b in zip(one, other, strict=True)]
+
+    units, first = {"accuracy": "", "loss": "nats"}, next(iter(recipe.runs))
+    found = {
+        name: mean_effect(values(label, reading, measure, number), units[measure])
+        for name, (measure, label, reading, number) in recipe.scores.items()
+    }
+    for name, (measure, label, reading, number) in recipe.contrasts.items():
+        own = values(first, JOINED, measure, number)
+        found[name] = mean_effect(differences(own, values(label, reading, measure, number)), units[measure])
+    for name, place in recipe.others.items():
+        found[name] = mean_effect(values(*place), "")
+    for name, (label, reading, measure) in recipe.falls.items():
+        found[name] = mean_effect(differences(values(label, reading, WHOLE), values(label, reading, measure)), "")
     return found
 
 
@@ -165,9 +179,12 @@ def draw_rows(recipe: Recipe, split: str) -> Rows:
         return [dataset.row(index) for index in range(len(dataset))]
 
     by_number = {number: rows(number) for number in recipe.num_documents}
-    whole, rng = rows(section.max_documents), random.Random("orders")
-    orders = [rng.sample(range(section.max_documents), section.max_documents) for _ in range(NUM_ORDERS)]
-    return Rows(by_number, [[reordered(row, order) for row in whole] for order in orders], whole)
+    ordered = RecallDataset(section, recipe.batch_size, split, min(NUM_ORDERED, section.max_documents))
+    orders = [
+        [reordered(ordered.row(index), list(order)) for index in range(len(ordered))]
+        for order in itertools.permutations(range(min(NUM_ORDERED, section.max_documents)))
+    ]
+    return Rows(by_number, orders, rows(section.max_documents))
 
 
 # Measures
@@ -195,9 +212,30 @@ def largest_difference(model: PreTrainedModel, orders: list[list[Row]], reading:
     return max(float((one - logits[0]).abs().max()) for one in logits[1:])
 
 
+@torch.no_grad()
+def largest_difference_of_objects(model: Any, rows: list[Row]) -> float:
+    """Return the largest difference of a logit of an answer between the reading of the training and memory objects.
+
+    Documents are memorized one by one and joined. Then the first that has an answer is forgotten, and rows without it
+    are read.
+    """
+    found = []
+    for row in rows:
+        texts = {str(number): torch.tensor([ids], device=model.device) for number, ids in enumerate(row.documents)}
+        memory = MosaicMemory.union([model.memorize(ids, source=name) for name, ids in texts.items()])
+        question = torch.tensor([row.question], device=model.device)
+        for left_out in (None, row.asked[0]):
+            if left_out is not None:
+                memory.forget(str(left_out))
+            batch = pad([features(row if left_out is None else without(row, left_out))])
+            batch = {name: part.to(model.device) for name, part in batch.items()}
+            read = model(**model_inputs(model.config, batch, Reading())).logits[batch["is_question"]]
+            found.append(float((model(**memory.prompt(question)).logits[0] - read).abs().max()))
+    return max(found)
+
+
 def _measure_reading(model: PreTrainedModel, rows: Rows, reading: Reading, batch_size: int) -> dict[str, Any]:
     by_number = {str(number): score_rows(model, some, batch_size, reading) for number, some in rows.by_number.items()}
-    by_order = [score_rows(model, some, batch_size, reading)["accuracy"] for some in rows.orders]
     ones = [about_one(row) for row in rows.whole]
     others = [(row.asked[0] + 1) % len(row.documents) for row in ones]
     kept = [without(row, other) for row, other in zip(ones, others, strict=True)]
@@ -206,11 +244,8 @@ def _measure_reading(model: PreTrainedModel, rows: Rows, reading: Reading, batch
         "reading": reading._asdict(),
         "accuracy": {number: one["accuracy"] for number, one in by_number.items()},
         "loss": {number: one["loss"] for number, one in by_number.items()},
-        "accuracy by order": by_order,
-        "largest difference of orders": largest_difference(
-            model, [some[:batch_size] for some in rows.orders], reading
-        ),
-        "one answer": score_rows(model, ones, batch_size, reading)["accuracy"],
+        OF_ORDERS: largest_difference(model, rows.orders, reading),
+        WHOLE: score_rows(model, ones, batch_size, reading)["accuracy"],
         FORGOTTEN: score_rows(model, gone, batch_size, reading)["accuracy"],
         OTHER_FORGOTTEN: score_rows(model, kept, batch_size, reading)["accuracy"],
     }
@@ -225,26 +260,30 @@ def _measure_model(recipe: Recipe, training: Trained, rows: Rows, validation: li
             model.set_attn_implementation("parallel_encoding")
         reading = _reading(name, model, validation, recipe.batch_size)
         measured[name] = _measure_reading(model, rows, reading, recipe.batch_size)
+        if recipe.is_mosaic(training.label) and name == JOINED:
+            measured[name][OF_OBJECTS] = largest_difference_of_objects(model, rows.whole[: recipe.batch_size])
         if name == ENCODED:
             model.set_attn_implementation("sdpa")
     return {"seed": training.seed, "readings": measured}
 
 
 def _table(recipe: Recipe, models: dict[str, list[dict[str, Any]]]) -> str:
-    columns = ["model", "documents are read", *map(str, recipe.num_documents), "orders differ by"]
-    columns += ["its document left out", "another left out"]
-    rows = []
+    """Return a table of accuracies, orders and documents left out, and one of losses."""
+    columns = ["model", "documents are read", *map(str, recipe.num_documents)]
+    by_measure: dict[str, list[list[str]]] = {"accuracy": [], "loss": []}
     for label, of_seeds in models.items():
         for reading in recipe.readings(label):
             ones = [one["readings"][reading] for one in of_seeds]
-            numbers = [
-                mean_and_deviation([one["accuracy"][str(number)] for one in ones], 3)
-                for number in recipe.num_documents
-            ]
-            largest = f"{max(one['largest difference of orders'] for one in ones):.1g}"
+            for measure, rows in by_measure.items():
+                numbers = [[one[measure][str(number)] for one in ones] for number in recipe.num_documents]
+                rows.append([label, reading, *(mean_and_deviation(each, 3) for each in numbers)])
+            largest = f"{max(one[OF_ORDERS] for one in ones):.1g}"
             left_out = [mean_and_deviation([one[name] for one in ones], 3) for name in (FORGOTTEN, OTHER_FORGOTTEN)]
-            rows.append([label, reading, *numbers, largest, *left_out])
-    return markdown_table(columns, "ll" + "r" * (len(columns) - 2), rows)
+            by_measure["accuracy"][-1] += [largest, *left_out]
+    more = ["orders differ by", "its document left out", "another left out"]
+    accuracies = markdown_table([*columns, *more], "ll" + "r" * (len(columns) + 1), by_measure["accuracy"])
+    losses = markdown_table(columns, "ll" + "r" * (len(columns) - 2), by_measure["loss"])
+    return f"{accuracies}\n\nLoss in nats for each token of an answer:\n\n{losses}"
 
 
 def _draw(recipe: Recipe, models: dict[str, list[dict[str, Any]]]) -> None:

@@ -75,6 +75,12 @@ class Recipe(ComparisonRecipe):
                 found[f"loss, {label}, {way} - {NOTHING}"] = ((label, way), (label, NOTHING))
                 if label in self.adapted:
                     found[f"loss, {label}, {way} - {LORA}"] = ((label, way), (label, LORA))
+            most, least = (f"{bound(self.num_tokens):,} tokens" for bound in (max, min))
+            for how in (IN_SEQUENCE, ALONE):
+                found[f"loss, {label}, {most} - {least}, {how}"] = (
+                    (label, f"{most} {how}"),
+                    (label, f"{least} {how}"),
+                )
         return found
 
     @property

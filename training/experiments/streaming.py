@@ -39,6 +39,8 @@ PIECES = "pieces read from nothing"
 CHUNK_LENGTH = 512
 # The stream is measured in tenths. The first is left out where its beginning would tell.
 TENTHS = 10
+# A window holds nothing of the text before it. So it is measured in these tenths alone, those of the table.
+OF_TABLE = (0, 1, 4, 9)
 
 
 class Recipe(ComparisonRecipe):
@@ -98,7 +100,7 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
         recipe: of the experiment.
         measured: of its result.
     """
-    losses = {(one["label"], one["way"]): np.array(one["losses"]).mean(0) for one in measured["streams"]}
+    losses = {(one["label"], one["way"]): _mean_losses(one) for one in measured["streams"]}
     sizes = {(one["label"], one["way"]): np.array(one["bytes"]) for one in measured["streams"]}
     tenth = recipe.num_tokens // recipe.stretch // TENTHS
     basis = f"{recipe.stretch:,} tokens each, {len(recipe.seeds)} seed{'s' if len(recipe.seeds) > 1 else ''}"
@@ -108,12 +110,18 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
         # The same stretch of pieces is subtracted: other stories are harder or easier for both.
         apart = own - losses[label, PIECES]
         rise = apart[-tenth:] - apart[tenth : 2 * tenth]
+        apart = apart[~np.isnan(apart)]
         found[_rise(label, way)] = mean_effect(rise.tolist(), "nats", f"{tenth} pairs of stretches of {basis}")
         found[_gain(label, way)] = mean_effect(apart.tolist(), "nats", f"{len(apart)} stretches of {basis}")
         if way in recipe.policies:
             growth = (sizes[label, way][:, tenth:] - sizes[label, way][:, [tenth - 1]]).max(0)
             found[_growth(label, way)] = mean_effect(growth.tolist(), "bytes", f"{len(growth)} stretches of {basis}")
     return found
+
+
+def _mean_losses(stream: dict[str, Any]) -> np.ndarray:
+    """Return the mean over seeds of the loss of each stretch, NaN where it was not measured."""
+    return np.array(stream["losses"], dtype=float).mean(0)
 
 
 # Reading
@@ -151,12 +159,16 @@ def window_stream(model: Any, ids: torch.Tensor, max_pairs: int, sinks: int) -> 
     """Do the same with a transformer that sees a window, whose cache holds `max_pairs` keys and values in each layer.
 
     A window is read again for each chunk, with as many tokens before it as the layers can see one behind the other,
-    and with the sinks of the stream in front of those. So nothing differs from reading with a cache.
+    and with the sinks of the stream in front of those. So nothing differs from reading with a cache. Outside the
+    tenths of `OF_TABLE` all losses are NaN.
     """
     config = model.config
     behind = config.num_hidden_layers * max_pairs
     size = 2 * config.num_hidden_layers * max_pairs * config.hidden_size * model.dtype.itemsize
     for start in range(0, len(ids), CHUNK_LENGTH):
+        if start * TENTHS // len(ids) not in OF_TABLE:
+            yield torch.full((len(ids[start : start + CHUNK_LENGTH]),), torch.nan), size
+            continue
         # One more token, whose logits predict the first of the chunk.
         first = max(0, start - 1 - behind)
         read = ids[first : start + CHUNK_LENGTH]
@@ -169,18 +181,21 @@ def window_stream(model: Any, ids: torch.Tensor, max_pairs: int, sinks: int) -> 
         yield losses[len(losses) - len(ids[start : start + CHUNK_LENGTH]) :], size
 
 
-def _stretches(recipe: Recipe, stream: Iterator[tuple[torch.Tensor, int]], name: str) -> tuple[list[float], list[int]]:
-    """Return the mean loss of each stretch of a stream, and the most bytes that the memory took in it."""
+def _stretches(
+    recipe: Recipe, stream: Iterator[tuple[torch.Tensor, int]], name: str
+) -> tuple[list[float | None], list[int]]:
+    """Return the mean loss of each stretch of a stream, if it was measured, and the most bytes of the memory in it."""
     losses, sizes = [], []
     for chunk, size in tqdm(stream, total=-(-recipe.num_tokens // CHUNK_LENGTH), desc=name, unit="chunk"):
         losses.append(chunk.cpu().numpy())
         sizes.append(np.full(len(chunk), size))
     by_stretch = np.concatenate(losses).reshape(-1, recipe.stretch)
     most = np.concatenate(sizes).reshape(-1, recipe.stretch).max(1)
-    return np.nanmean(by_stretch, axis=1).tolist(), most.tolist()
+    means = [None if np.isnan(one).all() else float(np.nanmean(one)) for one in by_stretch]
+    return means, most.tolist()
 
 
-def _read(recipe: Recipe, training: Trained, way: str, ids: torch.Tensor) -> tuple[list[float], list[int]]:
+def _read(recipe: Recipe, training: Trained, way: str, ids: torch.Tensor) -> tuple[list[float | None], list[int]]:
     model, _ = training.load()
     name = f"{training.label}, {way}, seed {training.seed}"
     if way == PIECES:
@@ -221,9 +236,9 @@ def _table(recipe: Recipe, streams: list[dict[str, Any]]) -> str:
     tenth = recipe.num_tokens // recipe.stretch // TENTHS
     rows = []
     for one in streams:
-        losses = np.array(one["losses"]).mean(0).reshape(TENTHS, tenth).mean(1)
+        losses = _mean_losses(one).reshape(TENTHS, tenth).mean(1)
         size = f"{max(map(max, one['bytes'])) / 2**20:.2f}" if one["bytes"] else ""
-        rows.append([one["label"], one["way"], *(f"{losses[place]:.3f}" for place in (0, 1, 4, 9)), size])
+        rows.append([one["label"], one["way"], *(f"{losses[place]:.3f}" for place in OF_TABLE), size])
     columns = ["model", "forgets by", "first tenth", "second", "fifth", "last", "memory, MiB"]
     return markdown_table(columns, "llrrrrr", rows)
 
@@ -231,12 +246,14 @@ def _table(recipe: Recipe, streams: list[dict[str, Any]]) -> str:
 def _draw(recipe: Recipe, streams: list[dict[str, Any]]) -> None:
     """Draw the loss along the stream, less that of pieces on the same tokens: one line for each way."""
     figure, axes = new_figure(1, 1, width=7, height=4)
-    axis, losses = axes[0, 0], {(one["label"], one["way"]): np.array(one["losses"]).mean(0) for one in streams}
+    axis, losses = axes[0, 0], {(one["label"], one["way"]): _mean_losses(one) for one in streams}
     tenth = recipe.num_tokens // recipe.stretch // TENTHS
     places = (np.arange(TENTHS) + 0.5) * tenth * recipe.stretch
     for number, (label, way) in enumerate(recipe.settings):
         apart = (losses[label, way] - losses[label, PIECES]).reshape(TENTHS, tenth).mean(1)
-        axis.plot(places, apart, marker="o", markersize=3, label=f"{label}, {way}", **series_style(number))
+        known = ~np.isnan(apart)
+        style = {"marker": "o", "markersize": 3, **series_style(number)}
+        axis.plot(places[known], apart[known], label=f"{label}, {way}", **style)
     axis.axhline(0, color="black", lw=0.8)
     axis.set(
         xlabel="tokens of the stream",
