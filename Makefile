@@ -16,7 +16,7 @@ CORE := $(addprefix tests/payload/test_,modeling.py continuous.py packing.py cac
 RESULTS ?= three_moons induction induction_search regbench_search regbench_search_baselines regbench_search_start regbench regbench_automata \
 	regbench_long regbench_search_recurrent regbench_recurrent stories_tuning stories_tuning_one_block stories_initialisation \
 	training_curves out_of_distribution beyond_training_length bandwidth parts parts_induction \
-	recall_search recall_search_start join_pairs join_facts join_stories bound bound_recall streaming reading searching surprise \
+	recall_search recall_search_start recall_search_pairs recall_search_pairs_start join_pairs join_facts join_stories bound bound_recall streaming reading searching surprise \
 	suite_mqar_search suite_mqar_search_recurrent suite_mqar suite_mqar_recurrent \
 	suite_mad_search suite_mad_search_recurrent suite_mad_recall suite_mad_recall_recurrent suite_mad_state suite_mad_state_recurrent \
 	suite_classes_search suite_classes_search_recurrent suite_classes suite_classes_recurrent \
