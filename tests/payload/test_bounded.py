@@ -123,19 +123,77 @@ def test_rows_are_reordered_repeated_and_chosen_with_their_counters(model):
         torch.testing.assert_close(read(model, ids, cache)[0], read(model, ids)[0], rtol=0, atol=1e-10)
 
 
+def joined(model, order=(0, 1, 2)):
+    """Return the memory of three texts of 8, 4 and 6 pairs, joined in an order."""
+    texts = [model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in (9, 5, 7)]
+    return MosaicMemory.union([texts[index] for index in order])
+
+
 @torch.no_grad()
 def test_joined_texts_are_bounded_when_a_question_is_read(model):
-    memory = MosaicMemory.union([model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in (9, 5)])
-    question = make_ids(1, 6, seed=3)
-    with bounded(model, 40):
-        logits = model(**memory.prompt(question)).logits
-    torch.testing.assert_close(logits, model(**memory.prompt(question)).logits, rtol=0, atol=1e-10)
-    with bounded(model, 5, "fifo"):
+    memory, question = joined(model), make_ids(1, 6, seed=3)
+    for policy in POLICIES:
+        with bounded(model, 40, policy):
+            logits = model(**memory.prompt(question)).logits
+        torch.testing.assert_close(logits, model(**memory.prompt(question)).logits, rtol=0, atol=1e-10)
+    with bounded(model, 5, "random"):
         arguments = memory.prompt(question)
         model(**arguments)
     assert arguments[MEMORY_NAME].layers[0].counters["born"].shape[-1] == 5
-    with bounded(model, 5):
+    with bounded(model, 5, "fifo"):
         assert model.generate(**memory.prompt(question), **GREEDY).shape[1] == 12
+
+
+@torch.no_grad()
+def test_of_joined_texts_first_in_first_out_keeps_those_joined_last(model):
+    """A question of one token completes no pair, so that what is left of the joined ones answers it."""
+    question = make_ids(1, 1, seed=3)
+    for order, kept in (((0, 1, 2), (0, 3, 6)), ((2, 0, 1), (0, 5, 4))):
+        memory = joined(model, order)
+        with bounded(model, 9, "fifo"):
+            logits = model(**memory.prompt(question)).logits
+        for name, number in zip(memory.sources[:], kept, strict=True):
+            num_pairs = int(name) - 1
+            memory.forget(name, tokens=slice(0, num_pairs - number)) if number < num_pairs else None
+        assert len(memory) == 9
+        torch.testing.assert_close(logits, model(**memory.prompt(question)).logits, rtol=0, atol=1e-10)
+
+
+def by_length(layer):
+    return layer.values.norm(dim=-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["lru", "usage", "surprise", by_length])
+def test_joined_pairs_are_not_chosen_among_by_what_is_not_known_of_them(policy, model):
+    """In any order: what they were used for, and how they surprised, was not kept."""
+    question = make_ids(1, 6, seed=3)
+    for order in ((0, 1, 2), (2, 1, 0)):
+        memory = joined(model, order)
+        with bounded(model, 17, policy), pytest.raises(ValueError, match=r"more pairs.* than the bound of 17.*fifo"):
+            model(**memory.prompt(question))
+    # A text that was read without a bound is no different.
+    _, cache = read(model, make_ids(1, 40))
+    with bounded(model, 17, policy), pytest.raises(ValueError, match="without a bound.* than the bound of 17"):
+        read(model, question, cache)
+    assert cache.get_seq_length() == 40 and not isinstance(cache.layers[0], BoundedMemoryLayer)
+    # The remedy of the message.
+    with bounded(model, 5, policy if isinstance(policy, str) else "lru"):
+        memory = joined(model)
+    with bounded(model, 17 + 18, policy):
+        model(**memory.prompt(question))
+
+
+@torch.no_grad()
+def test_joined_pairs_that_fit_are_chosen_among_by_the_use_that_a_question_makes_of_them(model):
+    """So the order of joining does not matter, but of pairs that are rated alike."""
+    question, answers = make_ids(1, 12, seed=3), []
+    for order in ((0, 1, 2), (2, 1, 0)):
+        with bounded(model, 18, "usage"):
+            answers.append(model(**joined(model, order).prompt(question)).logits)
+    torch.testing.assert_close(*answers, rtol=0, atol=1e-10)
+    whole = model(**joined(model).prompt(question)).logits
+    assert not torch.allclose(answers[0], whole, atol=1e-6)
 
 
 def test_a_function_may_rate_pairs(model):
@@ -287,16 +345,20 @@ def read_without_bound(model, ids):
 
 
 @torch.no_grad()
-def test_a_full_memory_forgets_when_a_pair_is_due_and_not_before():
-    """Behind joined texts, the first pair of a question is due after the delay."""
-    model = make_v2(dtype=torch.float64, long_term_delay=4)
-    memory, question = model.memorize(make_ids(1, 9), source="text"), make_ids(1, 6, seed=3)
+@pytest.mark.parametrize("delay", [None, 4], ids=["mosaic", "mosaic v2"])
+def test_a_full_memory_forgets_when_a_pair_is_due_and_not_before(delay):
+    """Behind joined texts, a question completes its first pair with its second token, of v2 due after the delay."""
+    options = {"dtype": torch.float64}
+    model = make_mosaic({}, **options) if delay is None else make_v2(**options, long_term_delay=delay)
+    memory, question, num_whole = model.memorize(make_ids(1, 9), source="text"), make_ids(1, 6, seed=3), delay or 1
+    # At the end of joined texts there may be slots without a pair.
+    memory = MosaicMemory.union([memory, model.memorize(make_ids(1, 1), source="of one token")])
     logits = model(**memory.prompt(question)).logits
     with bounded(model, len(memory), "fifo"):
         arguments = memory.prompt(question)
         within = model(**arguments).logits
-    torch.testing.assert_close(within[:, :4], logits[:, :4], rtol=0, atol=1e-10)
-    assert not torch.allclose(within[:, 4:], logits[:, 4:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(within[:, :num_whole], logits[:, :num_whole], rtol=0, atol=1e-10)
+    assert not torch.allclose(within[:, num_whole:], logits[:, num_whole:], rtol=0, atol=1e-6)
     assert int(arguments[MEMORY_NAME].layers[0].held) == len(memory)
 
 
