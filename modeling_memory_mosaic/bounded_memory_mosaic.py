@@ -307,7 +307,7 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
         what, remedy, kept = "The text, read without a bound, has", "read it within `bounded(...)`", "its newest pairs"
         if self.num_joined:
             what, kept = "The joined texts, with what was read behind them, have", "the texts joined last"
-            remedy = "memorize each within `bounded(...)` so that all fit, consolidate the memory and leave the bound out"
+            remedy = "memorize each within `bounded(...)` so that all fit, or consolidate the memory without a bound"
         raise ValueError(
             f"{what} more pairs of a head than the bound of {self.max_pairs}, and how they were used and how they "
             f"surprised, by which {policy} may choose, was not counted: {remedy}, or choose by policy='fifo', which "

@@ -298,7 +298,7 @@ def test_texts_are_memorized_within_a_bound(max_pairs, policy, model, tmp_path):
         torch.testing.assert_close(logits, model(**whole.prompt(question)).logits, rtol=0, atol=1e-10)
         assert memory.places.tolist() == [*range(1, 14), *range(1, 20)]
     else:
-        assert (memory.places == -1).all() and memory.verify(model) == {}
+        assert (memory.places == -1).all() and memory.incomplete_sources().keys() == {"0", "1"}
 
 
 @torch.no_grad()
