@@ -156,7 +156,8 @@ class MosaicMemory(MemoryFilesMixin):
 
         Args:
             source (`str`): name of a text.
-            tokens (`slice`, *optional*): places in that text; the whole of it when absent.
+            tokens (`slice`, *optional*): places in that text, negative ones from the last that is left; the whole of
+                it when absent.
 
         Raises:
             ValueError: if the memory has no text of this name, or none of these tokens.
@@ -174,7 +175,7 @@ class MosaicMemory(MemoryFilesMixin):
                     f"The pairs of {source!r} were merged by `consolidate`, or kept within a bound: forget the whole "
                     "text."
                 )
-            of_tokens = torch.arange(length, device=self.device)[tokens] + 1
+            of_tokens = torch.tensor(range(length)[tokens], dtype=torch.long, device=self.device) + 1
             is_forgotten = is_source & torch.isin(self.places, of_tokens)
             if not is_forgotten.any():
                 raise ValueError(f"{source!r} has no pairs of tokens {tokens} left: its last place is {length - 1}.")

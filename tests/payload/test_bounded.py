@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
+from helpers.beams import beam_search
 from helpers.kinds import V2_KINDS, make_mosaic, make_v2
 from helpers.models import NARROWING, make_ids
 from transformers import DynamicCache, StaticCache
 
 from modeling_memory_mosaic import MosaicMemory, bounded, memory_from_state_dict, memory_state_dict
-from modeling_memory_mosaic.bounded_memory_mosaic import POLICIES, BoundedMemoryLayer
+from modeling_memory_mosaic.bounded_memory_mosaic import BOUNDED_LAYERS, POLICIES, BoundedMemoryLayer
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from modeling_memory_mosaic.naive_memory_mosaic import naive_logits
 from modeling_memory_mosaic.naive_memory_mosaic_v2 import naive_logits_v2
@@ -49,6 +50,57 @@ def test_what_is_left_is_read_as_the_oracle_reads_it(policy, max_pairs, model):
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-9)
     assert not torch.allclose(logits, model(ids).logits, atol=1e-3)
     assert cache.layers[0].keys.shape[2] == max_pairs and cache.get_seq_length() == 40
+
+
+@pytest.mark.parametrize("max_pairs", [5, 16, 33])
+def test_what_a_draw_leaves_is_read_as_the_oracle_reads_it(max_pairs, model):
+    """Pairs in the middle go too. Both draw by the number of the pair, so that they draw alike."""
+    ids, step = make_ids(1, 40), 5**0.5
+    expected = oracle_logits(model, ids[0], bound=(max_pairs, lambda pair: pair["born"] * step % 1))
+    with bounded(model, max_pairs, lambda layer: layer.counters["born"] * step % 1):
+        logits, cache = read(model, ids)
+    torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-9)
+    layer = cache.layers[0]
+    born = layer.counters["born"][0, 0, : int(layer.held)]
+    assert (born.diff() > 1).any() and (born.diff() > 0).all()
+
+
+def test_random_eviction_is_drawn_for_each_head_and_repeats_with_a_seed(model):
+    ids, born = make_ids(1, 40), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        with bounded(model, 8, "random"):
+            layer = read(model, ids)[1].layers[0]
+        born.append(layer.counters["born"][0, :, : int(layer.held)])
+    assert torch.equal(born[0], born[1]) and not torch.equal(born[0], born[2])
+    assert not torch.equal(born[0][0], born[0][1]) and (born[0].diff() > 1).any()
+
+
+@pytest.mark.parametrize("variant", ["mosaic", "mosaic v2"])
+def test_usage_does_not_favour_pairs_for_their_age(variant):
+    """An old pair that each of many tokens used a little goes before a new one that few tokens used much."""
+    model = make_mosaic({}) if variant == "mosaic" else make_v2(long_term_delay=1)
+    layer = BOUNDED_LAYERS[model.config.layer_types[0]](model.config, 3, "usage")
+    keys = torch.eye(4)  # of pairs named old, other, new and next
+    yes, no = torch.tensor([[True]]), torch.tensor([[False]])
+
+    def see(weights, completed=None):
+        query = torch.tensor([*weights, *(1e-9,) * (4 - len(weights))]).log()
+        key = keys[3] * 0 if completed is None else keys[completed]
+        parts = [part.view(1, 1, 1, 4) for part in (query, key, key)]
+        layer.read(*parts, yes, no if completed is None else yes, beta=lambda num_pairs: torch.ones(1, 1, 1, 1))
+
+    with torch.no_grad():
+        see((1.0,), completed=0)
+        see((0.3, 0.7), completed=1)
+        for _ in range(30):
+            see((0.3, 0.7))
+        see((0.05, 0.05, 0.9), completed=2)
+        see((0.05, 0.05, 0.9))
+        usage = layer.counters["usage"][0, 0]
+        assert usage[0] > 4 * usage[2]
+        see((0.25, 0.25, 0.25), completed=3)
+    assert torch.equal(layer.keys[0, 0], keys[1:])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -101,10 +153,9 @@ def test_generation_is_that_of_reading_token_by_token(beams, policy, model):
     ids = make_ids(2, 20)
     with bounded(model, 8, policy):
         texts = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=beams, **GREEDY)
-        if beams == 1:
-            for length in range(20, 26):
-                assert torch.equal(read(model, texts[:, :length])[0][:, -1].argmax(-1), texts[:, length])
-    assert texts.shape == (2, 26)
+        for row, text in enumerate(texts):
+            expected = beam_search(lambda whole: read(model, whole)[0][0, -1], ids[row : row + 1], beams, 6)
+            assert torch.equal(text, expected[0])
 
 
 def test_rows_are_reordered_repeated_and_chosen_with_their_counters(model):
@@ -299,6 +350,24 @@ def test_texts_are_memorized_within_a_bound(max_pairs, policy, model, tmp_path):
         assert memory.places.tolist() == [*range(1, 14), *range(1, 20)]
     else:
         assert (memory.places == -1).all() and memory.incomplete_sources().keys() == {"0", "1"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", DETERMINISTIC)
+def test_a_text_memorized_within_a_bound_and_forgotten_was_never_joined(policy, model):
+    question = make_ids(1, 6, seed=3)
+    with bounded(model, 5, policy):
+        texts = [model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in (14, 20, 9)]
+    whole = model(**MosaicMemory.union(texts).prompt(question)).logits
+    for index, name in enumerate(("14", "20", "9")):
+        memory = MosaicMemory.union(texts).forget(name)
+        never_joined = MosaicMemory.union(texts[:index] + texts[index + 1 :])
+        logits = model(**memory.prompt(question)).logits
+        assert memory.sources == never_joined.sources and len(memory) == len(never_joined)
+        assert torch.equal(logits, model(**never_joined.prompt(question)).logits)
+        assert not torch.allclose(logits, whole, atol=1e-6)
+    with pytest.raises(ValueError, match="kept within a bound: forget the whole"):
+        MosaicMemory.union(texts).forget("20", tokens=slice(0, 2))
 
 
 @torch.no_grad()

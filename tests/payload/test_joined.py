@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.beams import beam_search
 from helpers.kinds import KINDS, V2_KINDS, make_mosaic
 from helpers.models import NARROWING, make_ids, make_model
 from hypothesis import given, settings
@@ -56,17 +57,17 @@ def oracle_of(model):
     return naive_logits if model.config.model_type == "memory_mosaic" else naive_logits_v2
 
 
-def by_the_oracle(model, texts, question):
-    """Each text alone, then the question behind the pairs of all."""
+def by_the_oracle(model, texts, question, forgotten=None):
+    """Each text alone, then the question behind the pairs of all, but for those of `forgotten` tokens of each text."""
     joined: dict = {}
-    for text in texts:
+    for text, gone in zip(texts, forgotten or [()] * len(texts), strict=True):
         own: dict = {}
         oracle_of(model)(model.state_dict(), model.config, text[0], pairs=own)
         for name, heads in own.items():
             pairs = joined.setdefault(name, [([], []) for _ in heads])
-            for (keys, values), (more_keys, more_values) in zip(pairs, heads, strict=True):
-                keys += more_keys
-                values += more_values
+            for stored, more in zip(pairs, heads, strict=True):
+                for part, new in zip(stored, more, strict=True):
+                    part += [pair for token, pair in enumerate(new) if token not in gone]
     return oracle_of(model)(model.state_dict(), model.config, question[0], pairs=joined)[None]
 
 
@@ -77,6 +78,11 @@ def test_all_orders_of_joining_answer_as_the_oracle_does(model):
         logits = answer(model, MosaicMemory.union(order), question)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
     assert (expected - model(question).logits).abs().max() > 0.01
+    # A cache says how many tokens it holds: the library would read one of no tokens as empty.
+    cache = MosaicMemory.union(memories).to_cache()
+    assert cache.get_seq_length() == sum(LENGTHS)
+    model(question, **{MEMORY_NAME: cache})
+    assert cache.get_seq_length() == sum(LENGTHS) + question.shape[1]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -123,6 +129,27 @@ def test_pairs_of_tokens_are_forgotten(model):
     assert joined.places[joined.source_ids == 3].tolist() == [0, 1, 2, *range(6, 14)]
     with pytest.raises(ValueError, match="has no pairs of tokens"):
         joined.forget("text 3", tokens=slice(2, 5))
+
+
+@settings(max_examples=15, deadline=None)
+@given(variant=st.sampled_from([{}, NARROWING, *V2_KINDS]), data=st.data())
+def test_any_pairs_may_be_forgotten(variant, data):
+    """What is left is read as the oracle reads it, wherever in their texts the forgotten pairs stood."""
+    model = make_mosaic(variant, dtype=torch.float64)
+    memory, forgotten = MosaicMemory.union(memorized(model)), []
+    for index, length in enumerate(LENGTHS):
+        tokens = range(length - 1)  # the last one completes a pair and owns none
+        places, steps = st.integers(0, length), st.sampled_from([None, 1, 3, -1, -2])
+        slices = data.draw(st.lists(st.builds(slice, places, places, steps), max_size=4))
+        gone: set[int] = set()
+        for one in slices:
+            if set(tokens[one]) - gone:
+                memory.forget(f"text {index}", tokens=one)
+            gone |= set(tokens[one])
+        forgotten.append(gone)
+    assert len(memory) == sum(LENGTHS) - len(LENGTHS) - sum(map(len, forgotten))
+    expected = by_the_oracle(model, make_texts(), question, forgotten)
+    torch.testing.assert_close(answer(model, memory, question), expected, rtol=0, atol=1e-10)
 
 
 def test_a_batch_of_padded_questions_is_each_alone(model):
@@ -176,11 +203,10 @@ def test_generation_behind_a_memory_is_that_without_a_cache(beams, model):
     memory = MosaicMemory.union(memorized(model))
     settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "eos_token_id": None, "pad_token_id": 61}
     texts = model.generate(**memory.prompt(question), **settings)
-    texts_again = model.generate(**memory.prompt(question), **settings)
-    assert torch.equal(texts, texts_again)
-    if beams == 1:
-        for length in range(question.shape[1], texts.shape[1]):
-            assert answer(model, memory, texts[:, :length])[0, -1].argmax() == texts[0, length]
+    expected = beam_search(lambda text: answer(model, memory, text)[0, -1], question, beams, 6)
+    assert torch.equal(texts, expected)
+    greedy = model.generate(**memory.prompt(question), **settings | {"num_beams": 1})
+    assert torch.equal(texts, greedy) == (beams == 1)
 
 
 @pytest.mark.parametrize("length", [1, 7, 25, 29, 40])
