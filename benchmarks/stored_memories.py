@@ -8,7 +8,7 @@ process. Times include the checks of weights and tokenizer that loading a memory
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,17 +22,17 @@ from training.files import write_json
 from training.tables import markdown_table
 
 
-# Texts and tokens of each.
-CASES = ((1, 4096), (4, 512), (8, 1024))
+# Texts and tokens of each, and how many times as fast loading them was meant to be.
+CASES = {(1, 4096): 20, (4, 512): 10, (8, 1024): 30}
 QUESTION_LENGTH = 16
 COLUMNS = ["texts x tokens", "beside", "ours, ms", "theirs, ms", "times as fast (quartiles)", "memory on disk, MB"]
 
 
-def draw_texts(num_texts: int, num_tokens: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+def draw_texts(num_texts: int, num_tokens: int, vocab_size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return ids of texts, each `(1, T)`, and of a question."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, SIZES["vocab_size"], (num_texts, num_tokens), generator=generator)
-    return list(ids[:, None]), torch.randint(0, SIZES["vocab_size"], (1, QUESTION_LENGTH), generator=generator)
+    ids = torch.randint(0, vocab_size, (num_texts, num_tokens), generator=generator)
+    return list(ids[:, None]), torch.randint(0, vocab_size, (1, QUESTION_LENGTH), generator=generator)
 
 
 def timed(task: Callable[[], Any]) -> Callable[[], float]:
@@ -65,14 +65,21 @@ def answer_anew(model: PreTrainedModel, texts: list[torch.Tensor], question: tor
     return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """Return one row for each case and model beside ours."""
-    rows = []
-    longest = max(number * length for number, length in CASES) + QUESTION_LENGTH
-    model = build("mosaic", SIZES, longest).eval()
-    others = {"the same model": model, "Llama": build("llama", SIZES, longest).eval()}
-    for number, length in CASES:
-        texts, question = draw_texts(number, length)
+def measure(
+    rounds: int, cases: Iterable[tuple[int, int]] = tuple(CASES), sizes: dict[str, Any] = SIZES
+) -> list[dict[str, Any]]:
+    """Return one row for each case and model beside ours.
+
+    Args:
+        cases: numbers of texts, and of the tokens of each.
+        sizes: of the models.
+    """
+    rows, cases = [], list(cases)
+    longest = max(number * length for number, length in cases) + QUESTION_LENGTH
+    model = build("mosaic", sizes, longest).eval()
+    others = {"the same model": model, "Llama": build("llama", sizes, longest).eval()}
+    for number, length in cases:
+        texts, question = draw_texts(number, length, sizes["vocab_size"])
         with tempfile.TemporaryDirectory() as folder:
             folders = [Path(folder) / str(index) for index in range(number)]
             for index, (ids, place) in enumerate(zip(texts, folders, strict=True)):
@@ -95,13 +102,27 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [place, row["beside"], *figures, f"{row['ratio']:.1f} ({quartiles})", f"{row['bytes'] / 1e6:,.0f}"]
 
 
+def verdicts(rows: list[dict[str, Any]]) -> str:
+    """Return which of the aims that `CASES` states are met and which are missed, in words."""
+    aims, found = [], {True: [], False: []}  # type: ignore[var-annotated]
+    for row in rows:
+        aim, case = CASES.get((row["texts"], row["tokens"])), f"{row['texts']} x {row['tokens']:,}"
+        if aim is not None:
+            aims += [f"{aim} with {case} tokens"]
+            found[row["ratio"] >= aim] += [f"{case} beside {row['beside']} ({row['ratio']:.1f})"]
+    sentences = [f"Aims, in times as fast: {', '.join(dict.fromkeys(aims))}."] if aims else []
+    sentences += [f"{name}: {', '.join(found[is_met])}." for name, is_met in (("Met", True), ("Missed", False))]
+    return " ".join(sentence for sentence in sentences if not sentence.endswith(": ."))
+
+
 def table(report: dict[str, Any]) -> str:
-    """Return the Markdown table of a report as `main` writes it, with its setting above."""
+    """Return the Markdown table of a report as `main` writes it, with its setting above and its aims below."""
     setting = (
         f"Memory Mosaic of {report['parameters'] / 1e6:.1f} M parameters, float32, {report['threads']} threads of "
         f"{report['cpu']}, torch {report['versions']['torch']}, median of {report['rounds']} interleaved pairs.\n"
     )
-    return "\n".join([setting, markdown_table(COLUMNS, "llrrrr", map(cells, report["rows"]))])
+    parts = [setting, markdown_table(COLUMNS, "llrrrr", map(cells, report["rows"])), "", verdicts(report["rows"])]
+    return "\n".join(parts)
 
 
 def main(

@@ -21,7 +21,7 @@ Shapes use B batch, H heads, T new tokens, P pairs that a head can hold, D head 
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,8 @@ POLICIES: dict[str, Callable[["BoundedMemoryLayer"], torch.Tensor]] = {
     "surprise": lambda layer: layer.counters["error"],
     "random": random_rating,
 }
+# Those that need to know nothing of a pair but its place among the others.
+WITHOUT_STATISTICS = ("fifo", "random")
 
 
 class Due(NamedTuple):
@@ -87,6 +89,7 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
     """
 
     is_croppable = False
+    is_taking = False  # whether pairs are taken over of which no counters are known
 
     def __init__(self, config: PreTrainedConfig, max_pairs: int, policy: Any):
         super().__init__()
@@ -268,12 +271,21 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
         Args:
             is_full (`torch.Tensor` of shape `(B, T)`): which of them complete a pair.
         """
-        if int(self.held.max()) == self.max_pairs:
-            self.evict(self.held == self.max_pairs)
-        return self.max_pairs - int(self.held.max())
+        is_due = self.is_due(is_full)
+        is_evicted = (self.held == self.max_pairs) & is_due[:, 0]
+        if is_evicted.any():
+            self.evict(is_evicted)
+        num_held = self.held[:, None] + is_due.long().cumsum(-1)
+        return int((num_held <= self.max_pairs).all(0).long().cumprod(0).sum())
+
+    def is_due(self, is_full: torch.Tensor) -> torch.Tensor:
+        """Return from which new tokens on a pair may be read for the first time `(B, T)`, by which complete one."""
+        return is_full
 
     def evict(self, is_full: torch.Tensor) -> None:
         """Forget, in each full row `(B,)`, the pairs of each head that are rated lowest."""
+        if self.is_taking and self.policy not in WITHOUT_STATISTICS:
+            self.refuse_to_take()
         num_kept = self.max_pairs - max(1, self.max_pairs // ROOM)
         rate = self.policy if callable(self.policy) else POLICIES[self.policy]
         # Of pairs that are rated alike, the older ones go.
@@ -288,6 +300,19 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
         for tensor in (self.keys, self.values, *self.counters.values()):
             keep(tensor)
         self.held = torch.where(is_full, num_kept, self.held)
+
+    def refuse_to_take(self) -> NoReturn:
+        """Raise `ValueError`: more pairs are taken over than fit, of which nothing is known to choose by."""
+        policy = "a function" if callable(self.policy) else repr(self.policy)
+        what, remedy, kept = "The text, read without a bound, has", "read it within `bounded(...)`", "its newest pairs"
+        if self.num_joined:
+            what, kept = "The joined texts, with what was read behind them, have", "the texts joined last"
+            remedy = "memorize each within `bounded(...)` so that all fit, or consolidate the memory without a bound"
+        raise ValueError(
+            f"{what} more pairs of a head than the bound of {self.max_pairs}, and how they were used and how they "
+            f"surprised, by which {policy} may choose, was not counted: {remedy}, or choose by policy='fifo', which "
+            f"keeps {kept}, or 'random'."
+        )
 
     def kept_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values `(1, H, pairs, D)` of a memory of one row, of all pairs that a new text may read."""
@@ -308,8 +333,13 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
     def take(self, layer: MemoryMosaicStates, is_token: torch.Tensor | None) -> None:
         """Take over what a layer without a bound holds: joined texts, or a text that was read.
 
+        Their counters begin now. Nothing has used them, and all have an error of 1.
+
         Args:
             is_token (`torch.Tensor` of shape `(B, tokens)`, *optional*): False at padding, if there is any.
+
+        Raises:
+            ValueError: if pairs stand for several, or do not all fit and the policy had to choose by counters.
         """
         if not layer.is_initialized:
             return
@@ -325,7 +355,9 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
         is_full = bias[:, 0] > -torch.inf
         self.states, self.num_joined, self.bandwidth = dict(layer.states), layer.num_joined, layer.bandwidth
         self.writer, self.read_mask, self.knows_ids = layer.writer, layer.read_mask, False
+        self.is_taking = True
         self.take_pairs(keys, values, is_full)
+        self.is_taking = False
 
     def take_pairs(self, keys: torch.Tensor, values: torch.Tensor, is_full: torch.Tensor) -> None:
         """Store the pairs of slots `(B, H, S, D)` that are full `(B, S)`."""
@@ -379,6 +411,11 @@ def bounded(
             even share of its weight; `usage`: the most used, by weight and token that could have used it; `surprise`:
             those whose values the head had not expected; `fifo`: the newest; `random`; or a function that returns
             ratings `(B, H, P)` of a [`BoundedMemoryLayer`], of which the highest stay.
+
+    Joined texts, and a text that was read without a bound, count within it from their first new token on. They come
+    without counters: if they do not fit, `fifo` keeps the texts that were joined last, and policies that choose by
+    counters are refused. Where they fit, the new tokens count their use; of pairs that are rated alike, those that
+    were joined first go first.
 
     Raises:
         ValueError: if `max_pairs` is below 2, the policy is unknown, or the model has no memories or no long-term

@@ -74,15 +74,9 @@ class MemoryMosaicV2BoundedLayer(WindowStates, BoundedMemoryLayer):
             self.is_waiting = function(self.is_waiting)
 
     def is_due(self, is_full: torch.Tensor) -> torch.Tensor:
-        """Return from which new tokens on a pair may be read that waited `(B, T)`, by which complete one `(B, T)`."""
+        """Return from which new tokens on a pair may be read that waited `(B, T)`, by which complete one."""
         num_before = self.is_waiting.sum(-1, keepdim=True)
         return is_full & (num_before + is_full.long().cumsum(-1) > self.line_length)
-
-    def make_room(self, is_full: torch.Tensor) -> int:
-        is_due = self.is_due(is_full)
-        self.evict((self.held == self.max_pairs) & is_due[:, 0])
-        num_held = self.held[:, None] + is_due.long().cumsum(-1)
-        return int((num_held <= self.max_pairs).all(0).long().cumprod(0).sum())
 
     def due_pairs(self, keys: torch.Tensor, values: torch.Tensor, is_full: torch.Tensor) -> Due:
         """Return the oldest pair of the line for each token that completes one while the line is full.

@@ -48,8 +48,15 @@ def one_memory(past_key_values: Cache | None, cache: Cache | None, warn: bool = 
     transformers calls it `cache` from 5.24 on, and then warns of the old name where a caller uses it (`warn`).
 
     Raises:
-        ValueError: if two different memories are given.
+        ValueError: if two different memories are given, or a [`MosaicMemory`], which is no cache.
     """
+    for memory in (past_key_values, cache):
+        if hasattr(memory, "to_cache"):
+            raise ValueError(
+                f"A {type(memory).__name__} is not read itself, but by a copy: pass the arguments that "
+                "`memory.prompt(question, tokenizer)` returns, as in `model.generate(**memory.prompt(...))`, or the "
+                "cache that `memory.to_cache()` returns."
+            )
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError(
             "`past_key_values` and `cache` are two names of one memory, but two memories are given: pass one."

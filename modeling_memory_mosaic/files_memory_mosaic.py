@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -118,19 +119,42 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def read_pairs(file: Any, name: str, shape: tuple[int, ...], precision: str, dtype: torch.dtype) -> torch.Tensor:
-    """Return stored keys or values `(1, H, S, D)`.
+def read_rows(
+    file: Any, name: str, shape: tuple[int, ...], runs: Sequence[tuple[int, int]] | None
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Return a stored tensor `(H, S, ...)`, of which only some slots are read, and its shape with all of them.
+
+    Args:
+        shape: that it must have; where it has another one, all of it is returned.
+        runs (*optional*): first slot and last of each run, exclusive; all slots when absent.
+    """
+    stored = file.get_slice(name)
+    stored_shape = tuple(stored.get_shape())
+    if runs is None or stored_shape != shape:
+        return file.get_tensor(name), stored_shape
+    return torch.cat([stored[:, begin:end] for begin, end in runs or [(0, 0)]], dim=1), stored_shape
+
+
+def read_pairs(
+    file: Any,
+    name: str,
+    shape: tuple[int, ...],
+    precision: str,
+    dtype: torch.dtype,
+    runs: Sequence[tuple[int, int]] | None = None,
+) -> torch.Tensor:
+    """Return stored keys or values `(1, H, S, D)`, or those of the slots of some runs (see [`read_rows`]).
 
     Raises:
         ValueError: if they have another shape or precision than stated, or are not finite in `dtype`.
     """
-    stored = file.get_tensor(name)
-    if stored.dtype != PRECISIONS[precision] or tuple(stored.shape) != shape:
+    stored, stored_shape = read_rows(file, name, shape, runs)
+    if stored.dtype != PRECISIONS[precision] or stored_shape != shape:
         raise ValueError(
-            f"{name} is {stored.dtype} of shape {tuple(stored.shape)}: it must be {PRECISIONS[precision]} of {shape}."
+            f"{name} is {stored.dtype} of shape {stored_shape}: it must be {PRECISIONS[precision]} of {shape}."
         )
     if precision in CODE_DTYPES:
-        scale = file.get_tensor(f"{name}.scale")
+        scale, _ = read_rows(file, f"{name}.scale", (*shape[:-1], 1), runs)
         check_codes(name, stored, scale, precision)
         stored = dequantize_vectors(stored, scale, dtype)
     pairs = stored.to(dtype)
@@ -174,13 +198,25 @@ def check_model(settings: dict[str, Any], model: PreTrainedModel, fingerprint: s
         )
 
 
+def chosen_runs(source_ids: torch.Tensor, names: Sequence[str], chosen: Sequence[str]) -> list[tuple[int, int]]:
+    """Return first and last slot, exclusive, of the runs of slots that chosen texts have, by `source_ids` `(S,)`."""
+    indices = torch.tensor([index for index, name in enumerate(names) if name in chosen], dtype=torch.long)
+    edges = F.pad(torch.isin(source_ids, indices).long(), (1, 1)).diff().nonzero()[:, 0]
+    return [(begin, end) for begin, end in edges.view(-1, 2).tolist()]
+
+
 def load_memory(
-    folder_or_repo: str | os.PathLike, model: PreTrainedModel, fingerprint: str | None, **kwargs: Any
+    folder_or_repo: str | os.PathLike,
+    model: PreTrainedModel,
+    fingerprint: str | None,
+    chosen: Sequence[str] | None = None,
+    **kwargs: Any,
 ) -> dict[str, Any]:
     """Return the fields of the [`MosaicMemory`] that [`save_memory`] wrote.
 
     Args:
         fingerprint (`str`, *optional*): of the model; weights are not compared when absent.
+        chosen (*optional*): names of texts, whose slots alone are read from the disk.
         kwargs: of `transformers.utils.cached_file`.
 
     Raises:
@@ -195,26 +231,34 @@ def load_memory(
     fields: dict[str, Any] = {"keys": [], "values": [], "slot_bias": []}
     try:
         with safe_open(path, framework="pt") as file:
-            fields |= read_slots(file, settings)
+            slots, runs = read_slots(file, settings), None
+            if chosen is not None:
+                runs = chosen_runs(slots["source_ids"], settings["sources"], chosen)
+                slots = {
+                    name: torch.cat([part[:0], *(part[slice(*run)] for run in runs)]) for name, part in slots.items()
+                }
+            fields |= slots
             for index in range(config.num_hidden_layers):
                 for part in ("keys", "values"):
                     name = f"layers.{index}.{part}"
-                    fields[part].append(read_pairs(file, name, shape, settings["precision"], model.dtype))
-                fields["slot_bias"].append(read_bias(file, index, shape))
+                    fields[part].append(read_pairs(file, name, shape, settings["precision"], model.dtype, runs))
+                fields["slot_bias"].append(read_bias(file, index, shape, runs))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or holds no memory of this model: {error}.") from error
     writer = MemoryWriter(unwrapped(model))
     return fields | {"config": config, "writer": writer} | {name: settings[name] for name in ("sources", "tokenizer")}
 
 
-def read_bias(file: Any, index: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the stored biases of a layer's slots, `(1, H or 1, S)`."""
-    bias = file.get_tensor(f"layers.{index}.slot_bias")
-    is_shaped = bias.ndim == 2 and bias.shape[0] in (1, shape[0]) and bias.shape[1] == shape[1]
-    if bias.dtype != torch.float32 or not is_shaped or bias.isnan().any() or (bias == torch.inf).any():
-        raise ValueError(
-            f"layers.{index}.slot_bias is {bias.dtype} of shape {tuple(bias.shape)}: the file is damaged."
-        )
+def read_bias(
+    file: Any, index: int, shape: tuple[int, ...], runs: Sequence[tuple[int, int]] | None = None
+) -> torch.Tensor:
+    """Return the stored biases of a layer's slots, `(1, H or 1, S)`, or of those of some runs (see [`read_rows`])."""
+    name = f"layers.{index}.slot_bias"
+    is_shared = file.get_slice(name).get_shape() == [1, shape[1]]
+    expected = (1 if is_shared else shape[0], shape[1])
+    bias, stored_shape = read_rows(file, name, expected, runs)
+    if bias.dtype != torch.float32 or stored_shape != expected or bias.isnan().any() or (bias == torch.inf).any():
+        raise ValueError(f"{name} is {bias.dtype} of shape {stored_shape}: the file is damaged.")
     return bias[None]
 
 
@@ -247,7 +291,7 @@ class MemoryFilesMixin(PushToHubMixin):
             folder_or_repo: a folder, or the name of a repository on the Hub; of a list, the memories are joined, and
                 the model's weights are compared once.
             model: that wrote it.
-            sources (*optional*): names of texts; all when absent.
+            sources (*optional*): names of texts, whose pairs alone are read from the disk; all when absent.
             check_weights (`bool`): whether other weights than those that wrote it are refused.
             kwargs: `revision`, `token`, `cache_dir` and others of `transformers.utils.cached_file`.
 
@@ -258,7 +302,7 @@ class MemoryFilesMixin(PushToHubMixin):
         places: Any = [folder_or_repo] if is_one else folder_or_repo
         fingerprint = weights_fingerprint(unwrapped(model)).hex() if check_weights else None
         loaded: Any = cls
-        memories = [loaded(**load_memory(place, model, fingerprint, **kwargs)) for place in places]
+        memories = [loaded(**load_memory(place, model, fingerprint, sources, **kwargs)) for place in places]
         memory = memories[0] if is_one else loaded.union(memories)
         memory = memory if sources is None else memory.select(sources)
         return memory.to(model.device)

@@ -40,7 +40,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .cache_memory_mosaic import memory_layer
+from .cache_memory_mosaic import MEMORY_NAME, memory_layer
 from .masking_memory_mosaic import strict_rule
 from .ops_memory_mosaic import at_least_float32, kernel_smoothing, scale_to_length
 
@@ -314,6 +314,11 @@ def _check_readable(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} has no memories whose units could be inspected: pass a Memory Mosaic."
         )
+    if any(getattr(module, "bound", None) is not None for module in model.modules()):
+        raise ValueError(
+            "Within `bounded`, a head forgets pairs while it reads, so that what each token retrieved cannot be "
+            "shown: leave the bound. A memory that was memorized within it may be explained outside."
+        )
     if any(module.training for module in model.modules()):
         raise ValueError("In training mode dropout would be part of what is measured: call `model.eval()` first.")
 
@@ -373,6 +378,7 @@ def _read_through(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     memory: Any = None,
+    **kwargs: Any,
 ) -> None:
     """Let the model read, and observe each of its memories: see `_observing_hooks`."""
     _check_readable(model)
@@ -380,7 +386,11 @@ def _read_through(
         for hook in _observing_hooks(model, observe):
             hooks.enter_context(hook)
         if memory is not None:
-            model(**memory.prompt(input_ids))
+            # A static memory answers as a growing one, whose slots are those of the text.
+            prompt = memory.prompt(input_ids, **kwargs | {"max_cache_len": None})
+            for layer in prompt[MEMORY_NAME].layers:
+                layer.index = None  # `nearest` reads all pairs then, as the observer does
+            model(**prompt)
             return
         masks = {"attention_mask": attention_mask, "position_ids": position_ids}
         model(input_ids=input_ids, use_cache=False, **{name: mask for name, mask in masks.items() if mask is not None})
@@ -405,7 +415,8 @@ def inspect_units(
         position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): a document begins where they do not rise.
 
     Raises:
-        ValueError: if the model has no memories, is in training mode, or does not take these arguments.
+        ValueError: if the model has no memories or a bound ([`bounded`]), is in training mode, or does not take these
+            arguments.
     """
     measured: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
 
@@ -540,6 +551,7 @@ def trace_tokens(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.LongTensor | None = None,
     memory: Any = None,
+    **kwargs: Any,
 ) -> MemoryMosaicTrace:
     """Let a model read texts, and trace from which pairs and by which units each next token was predicted.
 
@@ -548,15 +560,19 @@ def trace_tokens(
     Args:
         model, input_ids, attention_mask, position_ids: as for [`inspect_units`], with a model that predicts tokens.
             For a virtual token that another one follows, only the weights are known.
-        memory ([`MosaicMemory`], *optional*): of texts that are joined before each row; then without the masks.
+        memory ([`MosaicMemory`], *optional*): of texts that are joined before each row; then without the masks. All
+            of its pairs are read, within [`nearest`] too.
+        kwargs: of [`MosaicMemory.to_cache`], if there is a memory.
 
     Raises:
-        ValueError: if the model has no memories or no language modelling head, is in training mode, or does not take
-            these arguments.
+        ValueError: if the model has no memories, no language modelling head or a bound ([`bounded`]), is in training
+            mode, or does not take these arguments.
     """
     _check_readable(model)
     if memory is not None and (attention_mask is not None or position_ids is not None):
         raise ValueError("Behind a memory, texts are traced without masks: trace one text at a time.")
+    if kwargs and memory is None:
+        raise TypeError(f"{', '.join(kwargs)} is of reading behind a memory: pass `memory` too, or leave it out.")
     causal: Any = next((module for module in model.modules() if "lm_head" in dict(module.named_children())), None)
     if causal is None:
         raise ValueError(f"{type(model).__name__} has no head that predicts tokens: pass a MemoryMosaicForCausalLM.")
@@ -574,7 +590,7 @@ def trace_tokens(
 
     keep_final = _in_this_thread(lambda _, inputs: streams.update(final=inputs[0]))
     with causal.model.norm.register_forward_pre_hook(keep_final):
-        _read_through(model, trace, input_ids, attention_mask, position_ids, memory)
+        _read_through(model, trace, input_ids, attention_mask, position_ids, memory, **kwargs)
     following, is_followed = _following_ids(input_ids, streams["final"], **masks)
     numbers, direction = _look_through_head(causal, streams["final"], following)
     numbers["embedding"] = (at_least_float32(streams["embedding"]) * direction).sum(-1)

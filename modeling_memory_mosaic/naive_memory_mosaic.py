@@ -93,6 +93,17 @@ def naive_contextual_memory(
     return torch.stack(outputs)
 
 
+def naive_ratings(pairs: list[dict[str, Any]], policy: Any) -> list[float]:
+    """Return what a policy, or a function of one pair, rates the pairs of a bounded memory with. Not in the paper."""
+    rate: dict[str, Any] = {
+        "fifo": lambda pair: pair["born"],
+        "lru": lambda pair: pair["used_at"],
+        "usage": lambda pair: pair["usage"] / max(1, pair["exposure"]),
+        "surprise": lambda pair: pair["error"],
+    }
+    return [policy(pair) if callable(policy) else rate[policy](pair) for pair in pairs]
+
+
 def naive_bounded_memory(
     k_states: torch.Tensor,
     v_states: torch.Tensor,
@@ -101,7 +112,7 @@ def naive_bounded_memory(
     value_scale: torch.Tensor,
     value_mix: torch.Tensor,
     max_pairs: int,
-    policy: str,
+    policy: Any,
 ) -> torch.Tensor:
     """Return the outputs `(T, D)` of [`naive_contextual_memory`] if it holds at most so many pairs. Not in the paper.
 
@@ -114,12 +125,7 @@ def naive_bounded_memory(
     for t in range(len(keys)):
         if t > 0:
             if len(pairs) == max_pairs:
-                ratings = {
-                    "fifo": [pair["born"] for pair in pairs],
-                    "lru": [pair["used_at"] for pair in pairs],
-                    "usage": [pair["usage"] / max(1, pair["exposure"]) for pair in pairs],
-                    "surprise": [pair["error"] for pair in pairs],
-                }[policy]
+                ratings = naive_ratings(pairs, policy)
                 order = sorted(range(max_pairs), key=lambda index: ratings[index])
                 pairs = [pairs[index] for index in sorted(order[max(1, max_pairs // 16) :])]
             value = value_mix * v_states[t - 1] + (1 - value_mix) * v_states[t]
@@ -173,7 +179,7 @@ def naive_logits(
     config: Any,
     input_ids: torch.Tensor,
     pairs: dict[str, list[tuple[list[torch.Tensor], list[torch.Tensor]]]] | None = None,
-    bound: tuple[int, str] | None = None,
+    bound: tuple[int, Any] | None = None,
 ) -> torch.Tensor:
     """Return the logits `(T, vocab_size)` of one unpadded text `(T,)`, without dropout.
 
@@ -182,7 +188,8 @@ def naive_logits(
         config: its configuration.
         pairs (*optional*): keys and values that other texts have stored, for each head of each contextual memory, by
             its name. Those of this text are added to them.
-        bound (*optional*): number of pairs that each head holds at most, and the policy by which others go.
+        bound (*optional*): number of pairs that each head holds at most, and the policy, or function of a pair, by
+            which others go.
     """
     pairs = {} if pairs is None else pairs
 

@@ -29,6 +29,7 @@ from .naive_memory_mosaic import (
     naive_layer_norm,
     naive_norm,
     naive_persistent_memory,
+    naive_ratings,
 )
 
 
@@ -113,7 +114,7 @@ def naive_bounded_head(
     value_mix: torch.Tensor,
     delay: int,
     max_pairs: int,
-    policy: str,
+    policy: Any,
     counts_all: bool = False,
 ) -> torch.Tensor:
     """Return what one long-term head retrieves `(T, D)` if it holds at most so many pairs. Not in the paper.
@@ -131,12 +132,7 @@ def naive_bounded_head(
             waiting.append({"key": keys[t - 1], "value": value, "error": error})
         if len(waiting) == delay:
             if len(pairs) == max_pairs:
-                ratings = {
-                    "fifo": [pair["born"] for pair in pairs],
-                    "lru": [pair["used_at"] for pair in pairs],
-                    "usage": [pair["usage"] / max(1, pair["exposure"]) for pair in pairs],
-                    "surprise": [pair["error"] for pair in pairs],
-                }[policy]
+                ratings = naive_ratings(pairs, policy)
                 order = sorted(range(max_pairs), key=lambda index: ratings[index])
                 pairs = [pairs[index] for index in sorted(order[max(1, max_pairs // 16) :])]
             pairs.append(waiting.pop(0) | {"born": t + 1, "used_at": t + 1, "usage": 0.0, "exposure": 0})
@@ -176,7 +172,7 @@ def naive_logits_v2(
     input_ids: torch.Tensor,
     delay: int | None = None,
     pairs: dict[str, list[tuple[list[torch.Tensor], list[torch.Tensor]]]] | None = None,
-    bound: tuple[int, str] | None = None,
+    bound: tuple[int, Any] | None = None,
 ) -> torch.Tensor:
     """Return the logits `(T, vocab_size)` of one unpadded text `(T,)`, without dropout.
 
@@ -186,7 +182,8 @@ def naive_logits_v2(
         delay (`int`, *optional*): m; that of inference when absent.
         pairs (*optional*): keys and values of joined texts, for each head of each long-term memory, by its name.
             Those of this text are added to them.
-        bound (*optional*): number of pairs that each long-term head holds at most, and the policy by which others go.
+        bound (*optional*): number of pairs that each long-term head holds at most, and the policy, or
+            function of a pair, by which others go.
     """
     num_tokens = len(input_ids)
     visible = {

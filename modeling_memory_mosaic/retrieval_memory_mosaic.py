@@ -103,10 +103,10 @@ class UsearchIndex:
         from usearch.index import Index as Graph
 
         self.graph, self.device = Graph(ndim=keys.shape[1], metric="ip", dtype="f32"), keys.device
-        self.graph.add(np.arange(len(keys)), keys.float().cpu().numpy())
+        self.graph.add(np.arange(len(keys)), keys.detach().float().cpu().numpy())
 
     def search(self, queries: torch.Tensor, k: int) -> torch.Tensor:
-        matches = self.graph.search(queries.float().cpu().numpy(), min(k, len(self.graph)))
+        matches = self.graph.search(queries.detach().float().cpu().numpy(), min(k, len(self.graph)))
         return torch.from_numpy(matches.keys.astype(np.int64)).reshape(len(queries), -1).to(self.device)
 
 
@@ -286,6 +286,7 @@ def _bound(scores: torch.Tensor, drift: torch.Tensor, known: torch.Tensor) -> tu
     lower, upper = known + least.sum(), known + most.sum()
     by_mass = most.sum() / upper
     by_drift = (most * drift.expm1()).sum() * upper / lower**2
+    by_mass, by_drift = by_mass.detach(), by_drift.detach()
     bound = 2 * float(torch.minimum(by_mass, by_drift).nan_to_num(nan=torch.inf, posinf=2.0))
     return min(bound, 2.0), float(by_mass)
 
@@ -387,7 +388,7 @@ class Search:
         first, retrieved = layer.num_joined, torch.empty_like(query)
         bias = layer.slot_bias.expand(-1, num_heads, -1)
         for row, (head, clusters) in itertools.product(range(batch_size), enumerate(self.clusters(layer))):
-            length = value[row, head].norm(dim=-1).amax()
+            length = value[row, head].detach().norm(dim=-1).amax()
             own_keys, own_values = (at_least_float32(part[row, head, first:]) for part in (key, value))
             own_scores = at_least_float32(query[row, head]) @ own_keys.T + bias[row, head, first:]
             for token in range(num_queries):
@@ -420,8 +421,10 @@ def nearest(
         tolerance (`float`): the largest error of a read-out, in lengths of a value. Fewer pairs are read where it is
             larger.
         index (`str` or a function): what finds pairs that are read one by one: `clusters`, whose centres are near;
-            `exact`, all keys; `lsh`, hashing; `usearch`, the library; or a function that returns an [`Index`] of keys
-            `(S, D)`. It is made once for each head of a memory. Whatever it misses is read by clusters.
+            `exact`, all keys; `lsh`, hashing; `usearch`, the library; or what makes an index of keys `(S, D)`: a class
+            or a function that returns any object with `search(queries, k)` (see [`Index`]). It is called once for each
+            head of a memory, so that an index that was made already cannot serve. Whatever one misses is read by
+            clusters.
         num_clusters (`int`, *optional*): of each head; about twice the root of the number of pairs when absent.
         max_share (`float`, *optional*): of the pairs of a head that are read one by one at most. Where the tolerance
             asks for more, it is not met, and the report's `bound` says so: for wide kernels, whose certificate is
@@ -431,11 +434,16 @@ def nearest(
         [`SearchReport`]: grows with each query.
 
     Raises:
-        ValueError: if the tolerance is not above 0 and at most 2, which is no bound at all; if the index is unknown;
-            if the share is not above 0 and at most 1.
+        ValueError: if the tolerance is not above 0 and at most 2, which is no bound at all; if the index is unknown,
+            or one that was made already; if the share is not above 0 and at most 1.
     """
     if not 0 < tolerance <= 2:
         raise ValueError(f"tolerance={tolerance} must be above 0, which only reading all pairs meets, and at most 2.")
+    if not callable(index) and hasattr(index, "search"):
+        raise ValueError(
+            f"This {type(index).__name__} has `search`, but an index holds the keys of one head, and each head of a "
+            "memory needs its own: pass what makes one of keys `(S, D)`, its class or `index=lambda keys: ...`."
+        )
     if not callable(index) and index not in INDEXES:
         raise ValueError(f"index={index!r} is not one of {', '.join(INDEXES)}, and no function of keys.")
     if max_share is not None and not 0 < max_share <= 1:

@@ -156,7 +156,8 @@ class MosaicMemory(MemoryFilesMixin):
 
         Args:
             source (`str`): name of a text.
-            tokens (`slice`, *optional*): places in that text; the whole of it when absent.
+            tokens (`slice`, *optional*): places in that text, negative ones from the last that is left; the whole of
+                it when absent.
 
         Raises:
             ValueError: if the memory has no text of this name, or none of these tokens.
@@ -174,7 +175,7 @@ class MosaicMemory(MemoryFilesMixin):
                     f"The pairs of {source!r} were merged by `consolidate`, or kept within a bound: forget the whole "
                     "text."
                 )
-            of_tokens = torch.arange(length, device=self.device)[tokens] + 1
+            of_tokens = torch.tensor(range(length)[tokens], dtype=torch.long, device=self.device) + 1
             is_forgotten = is_source & torch.isin(self.places, of_tokens)
             if not is_forgotten.any():
                 raise ValueError(f"{source!r} has no pairs of tokens {tokens} left: its last place is {length - 1}.")
@@ -353,20 +354,31 @@ class MosaicMemory(MemoryFilesMixin):
             start = self.config.max_position_embeddings
         return exponent, start
 
-    def prompt(self, question: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def prompt(
+        self, question: Any, tokenizer: Any = None, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Return the keyword arguments by which `generate` and `forward` read a question behind the memory.
 
         Args:
             question (`str`, `list[str]` or `torch.LongTensor` of shape `(B, T)`): texts, or their ids.
             tokenizer: of the model; needed for texts.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): of ids, 0 at padding. Texts have one of
+                their own.
             kwargs: of [`MosaicMemory.to_cache`].
 
         Returns:
             `dict`: `input_ids` `(B, T)`, `attention_mask` `(B, S + T)` over memory and question, and a cache that is
             the caller's own: the memory stays as it is.
+
+        Raises:
+            ValueError: if the ids are none or not `(B, T)`, if the mask has another shape or is given with texts, or
+                if texts come without a tokenizer, or with another one than the memory's (where that is known, see
+                `memorize`).
         """
         if isinstance(question, torch.Tensor):
-            ids, mask = question, torch.ones_like(question)
+            ids, mask = question, torch.ones_like(question) if attention_mask is None else attention_mask
+        elif attention_mask is not None:
+            raise ValueError("attention_mask is for ids: leave it out, the tokenizer makes the one of texts.")
         elif tokenizer is None:
             raise ValueError("The question is a text: pass the model's tokenizer too, or pass ids.")
         elif self.tokenizer not in (None, tokenizer_fingerprint(tokenizer)):
@@ -379,41 +391,77 @@ class MosaicMemory(MemoryFilesMixin):
             raise ValueError(
                 f"The question has ids of shape {tuple(ids.shape)}: it must be (batch, tokens), not empty."
             )
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}: it must be that of the question's ids, "
+                f"{tuple(ids.shape)}, without the memory's."
+            )
+        ids, mask = ids.to(self.device), mask.to(self.device, torch.long)
         past = mask.new_ones(ids.shape[0], self.input_ids.shape[0])
         cache = self.to_cache(ids.shape[0], **kwargs)
         return {"input_ids": ids, "attention_mask": torch.cat([past, mask], dim=1), **memory_kwargs(cache)}
 
-    def explain(self, model: PreTrainedModel, output: torch.Tensor) -> "MemoryRecall":
+    def explain(self, model: PreTrainedModel, output: torch.Tensor, **kwargs: Any) -> "MemoryRecall":
         """Return from where each token of a text was recalled.
+
+        All pairs are read, also where the text was written within [`nearest`].
 
         Args:
             model: that wrote the memory, with its head.
             output (`torch.LongTensor` of shape `(1, T)`): the text, as `generate(**memory.prompt(...))` returns it.
+            kwargs: of [`MosaicMemory.to_cache`], those that `prompt` was given: a text is recalled in another way if
+                kernels are of another width.
 
         Raises:
-            ValueError: if the text has fewer than two tokens, or there are several texts.
+            ValueError: if the text has fewer than two tokens, if there are several texts, or within [`bounded`], where
+                pairs go while the text is read.
         """
         if output.ndim != 2 or output.shape[0] != 1 or output.shape[1] < 2:
             raise ValueError(f"The text has shape {tuple(output.shape)}: it must be (1, tokens), two tokens or more.")
-        trace = trace_tokens(model, cast(torch.LongTensor, output), memory=self)
+        trace = trace_tokens(model, cast(torch.LongTensor, output), memory=self, **kwargs)
         # Of contextual units, to the logit of the token behind each: (L, H, T - 1), shared out by the weights.
         units = trace.contribution[:, 0, 0, : trace.weights.shape[2], :-1]
         pairs = torch.einsum("lht,lhts->ts", units, trace.weights[:, 0, :, :-1])
         return MemoryRecall(pairs, self.source_ids.cpu(), self.places.cpu(), list(self.sources))
 
-    def verify(self, model: Any) -> dict[str, float]:
-        """Let a model read the texts again, and return how far their pairs are from those of the memory.
+    def incomplete_sources(self) -> dict[str, str]:
+        """Return the names of texts that a new reading cannot be compared with, each with the reason."""
+        reasons = {}
+        for index, name in enumerate(self.sources):
+            places = self.places[self.source_ids == index]
+            if (places == MERGED).any():
+                reasons[name] = "its pairs were merged by `consolidate`, or chosen within a bound"
+            elif not torch.equal(places, torch.arange(len(places), device=self.device)):
+                reasons[name] = "some of its tokens were forgotten, or it was read within a bound"
+        return reasons
+
+    def verify(self, model: Any, sources: Iterable[str] | None = None) -> dict[str, float]:
+        """Let a model read texts again, and return how far their pairs are from those of the memory.
+
+        Args:
+            model: that wrote the memory.
+            sources (*optional*): names of texts; all when absent.
 
         Returns:
-            the largest difference of a number of any key or value, by the name of each text that the memory holds
-            whole. Rounding alone gives about 1e-6 in float32.
+            the largest difference of a number of any key or value, by the name of each text. Rounding alone gives
+            about 1e-6 in float32.
+
+        Raises:
+            ValueError: if one of the texts cannot be compared, see [`MosaicMemory.incomplete_sources`], or is not
+                among `sources`; within [`bounded`], where another reading keeps other pairs.
         """
+        if unwrapped(model).bound is not None:
+            raise ValueError("Within `bounded`, a text that is read again keeps other pairs: leave the bound.")
+        names, incomplete = list(self.sources if sources is None else sources), self.incomplete_sources()
+        if left_out := [name for name in names if name in incomplete]:
+            reasons = "; ".join(f"{name!r}: {incomplete[name]}" for name in left_out[:10])
+            raise ValueError(
+                f"{len(left_out)} of {len(names)} texts cannot be compared with a new reading ({reasons}). Choose "
+                "others, `memory.verify(model, sources=[...])`."
+            )
         differences = {}
-        for name in self.sources:
+        for name in names:
             own = self.select([name])
-            if not torch.equal(own.places, torch.arange(len(own.places), device=self.device)):
-                continue  # some of its pairs are forgotten
             again = model.memorize(own.input_ids[None], source=name)
             parts = zip(own.keys + own.values, again.keys + again.values, strict=True)
             differences[name] = max(float((one - other).abs().max()) for one, other in parts)

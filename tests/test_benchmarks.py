@@ -6,9 +6,12 @@ import json
 
 import pytest
 import torch
+from helpers.kinds import KINDS
+from helpers.models import make_ids
 from torch.nn import functional
 
-from benchmarks import gpu, memory_models, roofline, speed
+from benchmarks import gpu, memory_models, roofline, searched_memories, speed, stored_memories
+from modeling_memory_mosaic import retrieval_memory_mosaic
 from modeling_memory_mosaic.modeling_memory_mosaic import MemoryMosaicPreTrainedModel
 from training.paths import CLONE
 from training.tables import table_of
@@ -73,6 +76,48 @@ def test_every_case_of_the_speed_benchmark_runs_small(what, how, monkeypatch):
         assert row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
         assert len(speed.cells(row)) == len(speed.COLUMNS)
         assert ("products_of_ours" in row) == (what == "training step" and how == "eager")
+
+
+MACHINE = {"threads": 1, "cpu": "none", "rounds": 1, "versions": {"torch": "none"}, "parameters": 1000}
+
+
+def test_the_benchmark_of_stored_memories_runs_small(monkeypatch):
+    monkeypatch.setattr(stored_memories, "CASES", {(1, 20): 1e-9, (2, 12): 1e9})
+    rows = stored_memories.measure(1, cases=[(1, 20), (2, 12)], sizes=speed.SMALL_SIZES)
+    assert [(row["texts"], row["tokens"], row["beside"]) for row in rows] == [
+        (number, length, other) for number, length in ((1, 20), (2, 12)) for other in ("the same model", "Llama")
+    ]
+    for row in rows:
+        assert row["bytes"] > 0 and row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
+    report = json.loads(json.dumps(MACHINE | {"rows": rows}))
+    page = stored_memories.table(report)
+    assert page.count("\n| ") == 1 + 1 + len(rows) and len(stored_memories.cells(rows[0])) == len(
+        stored_memories.COLUMNS
+    )
+    assert "Met: 1 x 20 beside the same model (" in page and "Missed: 2 x 12 beside the same model (" in page
+
+
+def test_the_committed_report_of_stored_memories_fills_its_block():
+    report = json.loads((CLONE / "benchmarks" / "stored_memories.json").read_text(encoding="utf-8"))
+    assert {(row["texts"], row["tokens"]) for row in report["rows"]} == stored_memories.CASES.keys()
+    assert table_of("stored_memories") == stored_memories.table(report)
+
+
+@pytest.mark.parametrize("variant", ["mosaic", "mosaic v2"])
+def test_the_benchmark_of_searched_memories_runs_small(variant, monkeypatch):
+    monkeypatch.setattr(searched_memories, "PART_LENGTH", 25)
+    monkeypatch.setattr(searched_memories, "NUM_DECODED", 2)
+    monkeypatch.setattr(retrieval_memory_mosaic, "FEWEST_PAIRS", 10)
+    model, indexes = KINDS[variant].make(), ["clusters", "exact", "lsh"]
+    rows = searched_memories.measure(model, make_ids(75), make_ids(1, 4, seed=1), indexes, rounds=1)
+    num_tolerances, num_shares = len(searched_memories.TOLERANCES), len(searched_memories.SHARES)
+    assert [row["index"] for row in rows[:-num_shares]] == [name for name in indexes for _ in range(num_tolerances)]
+    assert [row["max_share"] for row in rows[-num_shares:]] == [*searched_memories.SHARES]
+    for row in rows:
+        assert row["made"] > 0 and 0 <= row["visited"] <= row.get("max_share", 1)
+        assert len(searched_memories.cells(row)) == len(searched_memories.COLUMNS)
+    page = searched_memories.table(json.loads(json.dumps(MACHINE | {"recipe": "none", "pairs": 75, "rows": rows})))
+    assert page.count("\n| ") == 1 + 1 + len(rows)
 
 
 def test_the_straight_line_of_decoding_is_found():

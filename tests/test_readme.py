@@ -79,6 +79,20 @@ def test_python_blocks_run_in_order_in_one_session(page, tmp_path):
     )
 
 
+def test_examples_keep_the_tokenizer_of_a_memory():
+    """Without it, a question by another tokenizer is not noticed."""
+    examples = {page: "\n".join(blocks(read(page), "python")) for page in SESSIONS}
+    folders = [CLONE / name for name in ("hub_cards/snippets", "hub_cards/space")]
+    examples |= {str(path): path.read_text(encoding="utf-8") for folder in folders for path in folder.glob("*.py")}
+    calls = [
+        {keyword.arg for keyword in node.keywords}
+        for code in examples.values()
+        for node in ast.walk(ast.parse(re.sub(r"{[{%].*?[%}]}", "x", code)))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "memorize"
+    ]
+    assert len(calls) >= 3 and all("tokenizer" in names for names in calls)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_exist(page):
     """Check targets of make, recipes and other files that a command names, and verbs of the command line."""

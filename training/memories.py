@@ -207,11 +207,12 @@ def ask(
     model = model.eval()
     memory = load_memory(folders, model)
     set_seed(seed)
-    prompt = memory.prompt(question, tokenizer, bandwidth=bandwidth)
+    reading: Any = {"bandwidth": bandwidth}
+    prompt = memory.prompt(question, tokenizer, **reading)
     length = prompt["input_ids"].shape[1]
     output = model.generate(**prompt, **options)
     answer = cast(str, tokenizer.decode(output[0, length:], skip_special_tokens=True))
-    totals = memory.explain(model, output).by_source()[length - 1 :].sum(0).tolist()
+    totals = memory.explain(model, output, **reading).by_source()[length - 1 :].sum(0).tolist()
     return answer, list(zip([*memory.sources, "the question and the answer"], totals, strict=True))
 
 

@@ -7,21 +7,28 @@ connections and refuse requests.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import pytest
+import transformers
 import yaml
+from huggingface_hub import constants
 
 
 TOKEN = "hf_" + "goodtoken" * 3
 TYPES = {"models": "model", "datasets": "dataset", "spaces": "space"}
+FILES = "/{repo_id}/resolve/{revision}/{filename}"
 LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cdla-sharing-1.0"}
 
 
@@ -56,7 +63,15 @@ class Repository:
 class Refusal(Exception):
     """An answer with the status of an error."""
 
-    def __init__(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str = "",
+        headers: dict[str, str] | None = None,
+        answer: dict[str, str] | None = None,
+    ):
+        self.answer = answer or {}
         self.status, self.message, self.headers = status, message, {"X-Error-Code": code, **(headers or {})}
 
 
@@ -91,6 +106,24 @@ class Hub(ThreadingHTTPServer):
         pass  # a client that has broken off is no fault here
 
 
+@contextlib.contextmanager
+def served(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+    """Let `huggingface_hub` in this process speak to a Hub on this machine, and keep what it fetches in `cache`."""
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + FILES)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        # transformers keeps a client of the first address that it met.
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+        huggingface_hub.utils.disable_progress_bars()
+        yield server
+    huggingface_hub.utils.enable_progress_bars()
+
+
 class Handler(BaseHTTPRequestHandler):
     """The endpoints; `ROUTES` has their methods and paths."""
 
@@ -117,6 +150,7 @@ class Handler(BaseHTTPRequestHandler):
             # The real Hub does not echo tokens. A proxy might.
             message = f"{refusal.message}, with {self.headers.get('Authorization')}"
             status, answer = refusal.status, {"error": message, "errors": [{"message": refusal.message}]}
+            answer |= refusal.answer
             headers = {**refusal.headers, "X-Error-Message": message}
         if self.server.drop_after(request):
             self.close_connection = True
@@ -159,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
     def validate(self):
         content = json.loads(self.body)["content"]
         metadata = yaml.safe_load(content.split("---")[1])
-        if metadata.get("license") not in LICENSES:
+        if metadata.get("license") not in {None, *LICENSES}:
             raise Refusal(400, f'"license" must be one of {sorted(LICENSES)}')
         return {"warnings": [], "errors": []}
 
@@ -167,9 +201,9 @@ class Handler(BaseHTTPRequestHandler):
         self._may_write()
         wanted = json.loads(self.body)
         repo_id = f"{wanted.get('organization', 'someone')}/{wanted['name']}"
-        key = (wanted.get("type", "model"), repo_id)
+        key = (wanted.get("type") or "model", repo_id)
         if key in self.server.repositories:
-            raise Refusal(409, "You already created this repo")
+            raise Refusal(409, "You already created this repo", answer={"url": f"{self.server.url}/{repo_id}"})
         private = wanted.get("private", wanted.get("visibility") == "private")
         repository = self.server.repositories[key] = Repository(bool(private))
         if key[0] == "space":

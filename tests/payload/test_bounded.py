@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
+from helpers.beams import beam_search
 from helpers.kinds import V2_KINDS, make_mosaic, make_v2
 from helpers.models import NARROWING, make_ids
 from transformers import DynamicCache, StaticCache
 
 from modeling_memory_mosaic import MosaicMemory, bounded, memory_from_state_dict, memory_state_dict
-from modeling_memory_mosaic.bounded_memory_mosaic import POLICIES, BoundedMemoryLayer
+from modeling_memory_mosaic.bounded_memory_mosaic import BOUNDED_LAYERS, POLICIES, BoundedMemoryLayer
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from modeling_memory_mosaic.naive_memory_mosaic import naive_logits
 from modeling_memory_mosaic.naive_memory_mosaic_v2 import naive_logits_v2
@@ -49,6 +50,57 @@ def test_what_is_left_is_read_as_the_oracle_reads_it(policy, max_pairs, model):
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-9)
     assert not torch.allclose(logits, model(ids).logits, atol=1e-3)
     assert cache.layers[0].keys.shape[2] == max_pairs and cache.get_seq_length() == 40
+
+
+@pytest.mark.parametrize("max_pairs", [5, 16, 33])
+def test_what_a_draw_leaves_is_read_as_the_oracle_reads_it(max_pairs, model):
+    """Pairs in the middle go too. Both draw by the number of the pair, so that they draw alike."""
+    ids, step = make_ids(1, 40), 5**0.5
+    expected = oracle_logits(model, ids[0], bound=(max_pairs, lambda pair: pair["born"] * step % 1))
+    with bounded(model, max_pairs, lambda layer: layer.counters["born"] * step % 1):
+        logits, cache = read(model, ids)
+    torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-9)
+    layer = cache.layers[0]
+    born = layer.counters["born"][0, 0, : int(layer.held)]
+    assert (born.diff() > 1).any() and (born.diff() > 0).all()
+
+
+def test_random_eviction_is_drawn_for_each_head_and_repeats_with_a_seed(model):
+    ids, born = make_ids(1, 40), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        with bounded(model, 8, "random"):
+            layer = read(model, ids)[1].layers[0]
+        born.append(layer.counters["born"][0, :, : int(layer.held)])
+    assert torch.equal(born[0], born[1]) and not torch.equal(born[0], born[2])
+    assert not torch.equal(born[0][0], born[0][1]) and (born[0].diff() > 1).any()
+
+
+@pytest.mark.parametrize("variant", ["mosaic", "mosaic v2"])
+def test_usage_does_not_favour_pairs_for_their_age(variant):
+    """An old pair that each of many tokens used a little goes before a new one that few tokens used much."""
+    model = make_mosaic({}) if variant == "mosaic" else make_v2(long_term_delay=1)
+    layer = BOUNDED_LAYERS[model.config.layer_types[0]](model.config, 3, "usage")
+    keys = torch.eye(4)  # of pairs named old, other, new and next
+    yes, no = torch.tensor([[True]]), torch.tensor([[False]])
+
+    def see(weights, completed=None):
+        query = torch.tensor([*weights, *(1e-9,) * (4 - len(weights))]).log()
+        key = keys[3] * 0 if completed is None else keys[completed]
+        parts = [part.view(1, 1, 1, 4) for part in (query, key, key)]
+        layer.read(*parts, yes, no if completed is None else yes, beta=lambda num_pairs: torch.ones(1, 1, 1, 1))
+
+    with torch.no_grad():
+        see((1.0,), completed=0)
+        see((0.3, 0.7), completed=1)
+        for _ in range(30):
+            see((0.3, 0.7))
+        see((0.05, 0.05, 0.9), completed=2)
+        see((0.05, 0.05, 0.9))
+        usage = layer.counters["usage"][0, 0]
+        assert usage[0] > 4 * usage[2]
+        see((0.25, 0.25, 0.25), completed=3)
+    assert torch.equal(layer.keys[0, 0], keys[1:])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -101,10 +153,9 @@ def test_generation_is_that_of_reading_token_by_token(beams, policy, model):
     ids = make_ids(2, 20)
     with bounded(model, 8, policy):
         texts = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=beams, **GREEDY)
-        if beams == 1:
-            for length in range(20, 26):
-                assert torch.equal(read(model, texts[:, :length])[0][:, -1].argmax(-1), texts[:, length])
-    assert texts.shape == (2, 26)
+        for row, text in enumerate(texts):
+            expected = beam_search(lambda whole: read(model, whole)[0][0, -1], ids[row : row + 1], beams, 6)
+            assert torch.equal(text, expected[0])
 
 
 def test_rows_are_reordered_repeated_and_chosen_with_their_counters(model):
@@ -123,19 +174,77 @@ def test_rows_are_reordered_repeated_and_chosen_with_their_counters(model):
         torch.testing.assert_close(read(model, ids, cache)[0], read(model, ids)[0], rtol=0, atol=1e-10)
 
 
+def joined(model, order=(0, 1, 2)):
+    """Return the memory of three texts of 8, 4 and 6 pairs, joined in an order."""
+    texts = [model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in (9, 5, 7)]
+    return MosaicMemory.union([texts[index] for index in order])
+
+
 @torch.no_grad()
 def test_joined_texts_are_bounded_when_a_question_is_read(model):
-    memory = MosaicMemory.union([model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in (9, 5)])
-    question = make_ids(1, 6, seed=3)
-    with bounded(model, 40):
-        logits = model(**memory.prompt(question)).logits
-    torch.testing.assert_close(logits, model(**memory.prompt(question)).logits, rtol=0, atol=1e-10)
-    with bounded(model, 5, "fifo"):
+    memory, question = joined(model), make_ids(1, 6, seed=3)
+    for policy in POLICIES:
+        with bounded(model, 40, policy):
+            logits = model(**memory.prompt(question)).logits
+        torch.testing.assert_close(logits, model(**memory.prompt(question)).logits, rtol=0, atol=1e-10)
+    with bounded(model, 5, "random"):
         arguments = memory.prompt(question)
         model(**arguments)
     assert arguments[MEMORY_NAME].layers[0].counters["born"].shape[-1] == 5
-    with bounded(model, 5):
+    with bounded(model, 5, "fifo"):
         assert model.generate(**memory.prompt(question), **GREEDY).shape[1] == 12
+
+
+@torch.no_grad()
+def test_of_joined_texts_first_in_first_out_keeps_those_joined_last(model):
+    """A question of one token completes no pair, so that what is left of the joined ones answers it."""
+    question = make_ids(1, 1, seed=3)
+    for order, kept in (((0, 1, 2), (0, 3, 6)), ((2, 0, 1), (0, 5, 4))):
+        memory = joined(model, order)
+        with bounded(model, 9, "fifo"):
+            logits = model(**memory.prompt(question)).logits
+        for name, number in zip(memory.sources[:], kept, strict=True):
+            num_pairs = int(name) - 1
+            memory.forget(name, tokens=slice(0, num_pairs - number)) if number < num_pairs else None
+        assert len(memory) == 9
+        torch.testing.assert_close(logits, model(**memory.prompt(question)).logits, rtol=0, atol=1e-10)
+
+
+def by_length(layer):
+    return layer.values.norm(dim=-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["lru", "usage", "surprise", by_length])
+def test_joined_pairs_are_not_chosen_among_by_what_is_not_known_of_them(policy, model):
+    """In any order: what they were used for, and how they surprised, was not kept."""
+    question = make_ids(1, 6, seed=3)
+    for order in ((0, 1, 2), (2, 1, 0)):
+        memory = joined(model, order)
+        with bounded(model, 17, policy), pytest.raises(ValueError, match=r"more pairs.* than the bound of 17.*fifo"):
+            model(**memory.prompt(question))
+    # A text that was read without a bound is no different.
+    _, cache = read(model, make_ids(1, 40))
+    with bounded(model, 17, policy), pytest.raises(ValueError, match="without a bound.* than the bound of 17"):
+        read(model, question, cache)
+    assert cache.get_seq_length() == 40 and not isinstance(cache.layers[0], BoundedMemoryLayer)
+    # The remedy of the message.
+    with bounded(model, 5, policy if isinstance(policy, str) else "lru"):
+        memory = joined(model)
+    with bounded(model, 17 + 18, policy):
+        model(**memory.prompt(question))
+
+
+@torch.no_grad()
+def test_joined_pairs_that_fit_are_chosen_among_by_the_use_that_a_question_makes_of_them(model):
+    """So the order of joining does not matter, but of pairs that are rated alike."""
+    question, answers = make_ids(1, 12, seed=3), []
+    for order in ((0, 1, 2), (2, 1, 0)):
+        with bounded(model, 18, "usage"):
+            answers.append(model(**joined(model, order).prompt(question)).logits)
+    torch.testing.assert_close(*answers, rtol=0, atol=1e-10)
+    whole = model(**joined(model).prompt(question)).logits
+    assert not torch.allclose(answers[0], whole, atol=1e-6)
 
 
 def test_a_function_may_rate_pairs(model):
@@ -240,7 +349,25 @@ def test_texts_are_memorized_within_a_bound(max_pairs, policy, model, tmp_path):
         torch.testing.assert_close(logits, model(**whole.prompt(question)).logits, rtol=0, atol=1e-10)
         assert memory.places.tolist() == [*range(1, 14), *range(1, 20)]
     else:
-        assert (memory.places == -1).all() and memory.verify(model) == {}
+        assert (memory.places == -1).all() and memory.incomplete_sources().keys() == {"0", "1"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", DETERMINISTIC)
+def test_a_text_memorized_within_a_bound_and_forgotten_was_never_joined(policy, model):
+    question = make_ids(1, 6, seed=3)
+    with bounded(model, 5, policy):
+        texts = [model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in (14, 20, 9)]
+    whole = model(**MosaicMemory.union(texts).prompt(question)).logits
+    for index, name in enumerate(("14", "20", "9")):
+        memory = MosaicMemory.union(texts).forget(name)
+        never_joined = MosaicMemory.union(texts[:index] + texts[index + 1 :])
+        logits = model(**memory.prompt(question)).logits
+        assert memory.sources == never_joined.sources and len(memory) == len(never_joined)
+        assert torch.equal(logits, model(**never_joined.prompt(question)).logits)
+        assert not torch.allclose(logits, whole, atol=1e-6)
+    with pytest.raises(ValueError, match="kept within a bound: forget the whole"):
+        MosaicMemory.union(texts).forget("20", tokens=slice(0, 2))
 
 
 @torch.no_grad()
@@ -287,16 +414,20 @@ def read_without_bound(model, ids):
 
 
 @torch.no_grad()
-def test_a_full_memory_forgets_when_a_pair_is_due_and_not_before():
-    """Behind joined texts, the first pair of a question is due after the delay."""
-    model = make_v2(dtype=torch.float64, long_term_delay=4)
-    memory, question = model.memorize(make_ids(1, 9), source="text"), make_ids(1, 6, seed=3)
+@pytest.mark.parametrize("delay", [None, 4], ids=["mosaic", "mosaic v2"])
+def test_a_full_memory_forgets_when_a_pair_is_due_and_not_before(delay):
+    """Behind joined texts, a question completes its first pair with its second token, of v2 due after the delay."""
+    options = {"dtype": torch.float64}
+    model = make_mosaic({}, **options) if delay is None else make_v2(**options, long_term_delay=delay)
+    memory, question, num_whole = model.memorize(make_ids(1, 9), source="text"), make_ids(1, 6, seed=3), delay or 1
+    # At the end of joined texts there may be slots without a pair.
+    memory = MosaicMemory.union([memory, model.memorize(make_ids(1, 1), source="of one token")])
     logits = model(**memory.prompt(question)).logits
     with bounded(model, len(memory), "fifo"):
         arguments = memory.prompt(question)
         within = model(**arguments).logits
-    torch.testing.assert_close(within[:, :4], logits[:, :4], rtol=0, atol=1e-10)
-    assert not torch.allclose(within[:, 4:], logits[:, 4:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(within[:, :num_whole], logits[:, :num_whole], rtol=0, atol=1e-10)
+    assert not torch.allclose(within[:, num_whole:], logits[:, num_whole:], rtol=0, atol=1e-6)
     assert int(arguments[MEMORY_NAME].layers[0].held) == len(memory)
 
 

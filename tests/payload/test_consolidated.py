@@ -126,7 +126,8 @@ def test_texts_stay_apart(model, tmp_path):
     with pytest.raises(ValueError, match="were merged by `consolidate`"):
         memory.forget("25", tokens=slice(0, 3))
     # Nothing is left to be compared with, and recall names the text alone.
-    assert memory.verify(model) == {}
+    with pytest.raises(ValueError, match="2 of 2 texts cannot be compared"):
+        memory.verify(model)
     with torch.no_grad():
         text = model.generate(**memory.prompt(make_ids(1, 4)), max_new_tokens=3, do_sample=False, pad_token_id=0)
     recall = memory.explain(model, text)

@@ -5,15 +5,27 @@ import itertools
 
 import pytest
 import torch
-from helpers.kinds import V2_KINDS, make_mosaic
+from helpers.beams import beam_search
+from helpers.kinds import KINDS, V2_KINDS, make_mosaic
 from helpers.models import NARROWING, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import pipeline
 
-from modeling_memory_mosaic import MosaicMemory, store_memory_mosaic, trace_tokens
+from modeling_memory_mosaic import (
+    MosaicMemory,
+    bounded,
+    inspect_units,
+    nearest,
+    retrieval_memory_mosaic,
+    store_memory_mosaic,
+    trace_tokens,
+)
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
+from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
 from modeling_memory_mosaic.naive_memory_mosaic import naive_logits
 from modeling_memory_mosaic.naive_memory_mosaic_v2 import naive_logits_v2
+from training.text.tokenizer import train_tokenizer
 
 
 LENGTHS = (5, 9, 1, 14)
@@ -45,17 +57,17 @@ def oracle_of(model):
     return naive_logits if model.config.model_type == "memory_mosaic" else naive_logits_v2
 
 
-def by_the_oracle(model, texts, question):
-    """Each text alone, then the question behind the pairs of all."""
+def by_the_oracle(model, texts, question, forgotten=None):
+    """Each text alone, then the question behind the pairs of all, but for those of `forgotten` tokens of each text."""
     joined: dict = {}
-    for text in texts:
+    for text, gone in zip(texts, forgotten or [()] * len(texts), strict=True):
         own: dict = {}
         oracle_of(model)(model.state_dict(), model.config, text[0], pairs=own)
         for name, heads in own.items():
             pairs = joined.setdefault(name, [([], []) for _ in heads])
-            for (keys, values), (more_keys, more_values) in zip(pairs, heads, strict=True):
-                keys += more_keys
-                values += more_values
+            for stored, more in zip(pairs, heads, strict=True):
+                for part, new in zip(stored, more, strict=True):
+                    part += [pair for token, pair in enumerate(new) if token not in gone]
     return oracle_of(model)(model.state_dict(), model.config, question[0], pairs=joined)[None]
 
 
@@ -66,6 +78,11 @@ def test_all_orders_of_joining_answer_as_the_oracle_does(model):
         logits = answer(model, MosaicMemory.union(order), question)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
     assert (expected - model(question).logits).abs().max() > 0.01
+    # A cache says how many tokens it holds: the library would read one of no tokens as empty.
+    cache = MosaicMemory.union(memories).to_cache()
+    assert cache.get_seq_length() == sum(LENGTHS)
+    model(question, **{MEMORY_NAME: cache})
+    assert cache.get_seq_length() == sum(LENGTHS) + question.shape[1]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -114,6 +131,27 @@ def test_pairs_of_tokens_are_forgotten(model):
         joined.forget("text 3", tokens=slice(2, 5))
 
 
+@settings(max_examples=15, deadline=None)
+@given(variant=st.sampled_from([{}, NARROWING, *V2_KINDS]), data=st.data())
+def test_any_pairs_may_be_forgotten(variant, data):
+    """What is left is read as the oracle reads it, wherever in their texts the forgotten pairs stood."""
+    model = make_mosaic(variant, dtype=torch.float64)
+    memory, forgotten = MosaicMemory.union(memorized(model)), []
+    for index, length in enumerate(LENGTHS):
+        tokens = range(length - 1)  # the last one completes a pair and owns none
+        places, steps = st.integers(0, length), st.sampled_from([None, 1, 3, -1, -2])
+        slices = data.draw(st.lists(st.builds(slice, places, places, steps), max_size=4))
+        gone: set[int] = set()
+        for one in slices:
+            if set(tokens[one]) - gone:
+                memory.forget(f"text {index}", tokens=one)
+            gone |= set(tokens[one])
+        forgotten.append(gone)
+    assert len(memory) == sum(LENGTHS) - len(LENGTHS) - sum(map(len, forgotten))
+    expected = by_the_oracle(model, make_texts(), question, forgotten)
+    torch.testing.assert_close(answer(model, memory, question), expected, rtol=0, atol=1e-10)
+
+
 def test_a_batch_of_padded_questions_is_each_alone(model):
     memory, questions = (
         MosaicMemory.union(memorized(model)),
@@ -122,8 +160,7 @@ def test_a_batch_of_padded_questions_is_each_alone(model):
     ids, mask = torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.long)
     for row, one in enumerate(questions):
         ids[row, 8 - one.shape[1] :], mask[row, 8 - one.shape[1] :] = one, 1
-    arguments = memory.prompt(ids)
-    arguments["attention_mask"][:, -8:] = mask
+    arguments = memory.prompt(ids, attention_mask=mask)
     logits = model(**arguments).logits
     following = model(make_ids(3, 2, seed=1), **{MEMORY_NAME: arguments[MEMORY_NAME]}).logits
     for row, one in enumerate(questions):
@@ -131,6 +168,34 @@ def test_a_batch_of_padded_questions_is_each_alone(model):
         expected = answer(model, memory, whole)[0]
         torch.testing.assert_close(logits[row, 8 - one.shape[1] :], expected[:-2], rtol=0, atol=1e-10)
         torch.testing.assert_close(following[row], expected[-2:], rtol=0, atol=1e-10)
+    booleans = memory.prompt(ids, attention_mask=mask.bool())
+    assert torch.equal(booleans["attention_mask"], memory.prompt(ids, attention_mask=mask)["attention_mask"])
+    for wrong in (mask[:, 1:], arguments["attention_mask"], mask[0]):
+        with pytest.raises(ValueError, match="must be that of the question's ids"):
+            memory.prompt(ids, attention_mask=wrong)
+    with pytest.raises(ValueError, match="attention_mask is for ids"):
+        memory.prompt("Who has the ball?", attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("variant", ["mosaic", *V2_KINDS, "classifier", "classifier v2", "memory model", "continuous"])
+def test_a_memory_itself_is_no_cache(variant, name):
+    """All that takes a cache refuses it with the remedy."""
+    kind = KINDS[variant]
+    model, memory = kind.make(), make_model().memorize(question, source="text")
+    readings = [lambda: model(**kind.inputs(model, 1, 7), **{name: memory})]
+    if kind.body == "model":
+        readings.append(lambda: model.model(question, **{name: memory}))
+    if model.can_generate():
+        readings.append(lambda: model.generate(question, **{name: memory}, max_new_tokens=2))
+        readings.append(lambda: model.generate(question, **{name: memory}, max_new_tokens=2, num_beams=2))
+    if variant in ("mosaic", *V2_KINDS):
+        tokenizer = train_tokenizer(["Who has the ball?"] * 3, vocab_size=270)
+        write = pipeline("text-generation", model=kind.make(vocab_size=300), tokenizer=tokenizer, device="cpu")
+        readings.append(lambda: write("Who?", max_new_tokens=2, **{name: memory}))
+    for read in readings:
+        with pytest.raises(ValueError, match=r"A MosaicMemory is not read itself.*memory\.prompt\(question"):
+            read()
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -138,11 +203,10 @@ def test_generation_behind_a_memory_is_that_without_a_cache(beams, model):
     memory = MosaicMemory.union(memorized(model))
     settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "eos_token_id": None, "pad_token_id": 61}
     texts = model.generate(**memory.prompt(question), **settings)
-    texts_again = model.generate(**memory.prompt(question), **settings)
-    assert torch.equal(texts, texts_again)
-    if beams == 1:
-        for length in range(question.shape[1], texts.shape[1]):
-            assert answer(model, memory, texts[:, :length])[0, -1].argmax() == texts[0, length]
+    expected = beam_search(lambda text: answer(model, memory, text)[0, -1], question, beams, 6)
+    assert torch.equal(texts, expected)
+    greedy = model.generate(**memory.prompt(question), **settings | {"num_beams": 1})
+    assert torch.equal(texts, greedy) == (beams == 1)
 
 
 @pytest.mark.parametrize("length", [1, 7, 25, 29, 40])
@@ -224,22 +288,23 @@ def test_texts_of_a_batch_are_read_alone(rows, data):
                 torch.testing.assert_close(part, expected, rtol=0, atol=1e-11)
 
 
-def test_kernels_grow_with_the_number_of_joined_pairs():
-    """As if the model had that exponent: what it wrote does not depend on it."""
-    model = make_model(dtype=torch.float64, max_position_embeddings=3)
-    memory = MosaicMemory.union(memorized(model))
-    narrowing = make_model(dtype=torch.float64, bandwidth_exponent=0.25, bandwidth_start=3)
-    first_layer_alone = [module.set_attn_implementation("eager") or module for module in (model, narrowing)]
-    memory_of_other = MosaicMemory.union(memorized(narrowing))
-    weights = [
-        module(**one.prompt(question, **growth), output_attentions=True).attentions[0]
-        for module, one, growth in (
-            (model, memory, {"bandwidth": 0.25}),
-            (narrowing, memory_of_other, {}),
-            (model, memory, {}),
-        )
-    ]
-    assert first_layer_alone
+# What the first model is read with, and the fields of the second, whose own growth it then has.
+GROWTHS = [
+    ({"max_position_embeddings": 3}, {"bandwidth": 0.25}, {"bandwidth_exponent": 0.25, "bandwidth_start": 3}),
+    ({}, {"bandwidth": 0.25, "bandwidth_start": 3}, {"bandwidth_exponent": 0.25, "bandwidth_start": 3}),
+    ({"bandwidth_exponent": 0.25}, {"bandwidth_start": 9}, {"bandwidth_exponent": 0.25, "bandwidth_start": 9}),
+]
+
+
+@pytest.mark.parametrize(("fields", "growth", "of_other"), GROWTHS, ids=["exponent", "both", "start"])
+def test_kernels_grow_with_the_number_of_joined_pairs(fields, growth, of_other):
+    """As if the model had that exponent: what the first layer writes does not depend on it."""
+    models = [make_model(dtype=torch.float64, **one) for one in (fields, of_other, fields)]
+    weights = []
+    for model, reading in zip(models, (growth, {}, {}), strict=True):
+        model.set_attn_implementation("eager")
+        prompt = MosaicMemory.union(memorized(model)).prompt(question, **reading)
+        weights.append(model(**prompt, output_attentions=True).attentions[0])
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-10)
     assert not torch.allclose(weights[0], weights[2], atol=1e-3)
 
@@ -313,6 +378,63 @@ def test_recall_shares_out_the_logit_of_each_token(model):
         memory.explain(model, question[:, :1])
 
 
+READINGS = [{}, {"max_cache_len": 60}, {"bandwidth": 0.5}, {"bandwidth": 0.5, "bandwidth_start": 3}]
+
+
+@pytest.mark.parametrize("reading", READINGS, ids=str)
+@pytest.mark.parametrize("variant", [{}, NARROWING, *V2_KINDS], ids=["fixed", "narrowing", "v2", "v2 otherwise"])
+def test_a_text_is_recalled_as_it_was_read(variant, reading):
+    """By kernels of the same width: `explain` and the trace take what `prompt` takes, and refuse what it refuses."""
+    model = make_mosaic(variant, dtype=torch.float64, max_position_embeddings=5)
+    memory, text = MosaicMemory.union(memorized(model)), make_ids(1, 9, seed=4)
+    if "bandwidth" in reading and isinstance(variant, str):
+        for read in (lambda: memory.prompt(text, **reading), lambda: memory.explain(model, text, **reading)):
+            with pytest.raises(ValueError, match="Kernels of v2"):
+                read()
+        return
+    logits = answer(model, memory, text, **reading)[:, :-1]
+    expected = logits.gather(-1, text[:, 1:, None])[..., 0] - logits.mean(-1)
+    trace = trace_tokens(model, text, memory=memory, **reading)
+    torch.testing.assert_close(trace.logit[:, :-1], expected, rtol=0, atol=1e-10)
+    total = trace.embedding + trace.biases + trace.contribution.sum(dim=(0, 1, 3))
+    torch.testing.assert_close(total[:, :-1], expected, rtol=0, atol=1e-10)
+    recall = memory.explain(model, text, **reading).contribution
+    torch.testing.assert_close(recall.sum(-1), trace.contribution[:, 0, 0].sum(dim=(0, 1))[:-1], rtol=0, atol=1e-10)
+    if "bandwidth" in reading:
+        assert (recall - memory.explain(model, text).contribution).abs().max() > 1e-3
+    with pytest.raises(TypeError, match="bandwidth is of reading behind a memory"):
+        trace_tokens(model, text, bandwidth=0.5)
+
+
+@pytest.mark.parametrize("variant", [{}, *V2_KINDS], ids=["mosaic", *V2_KINDS])
+def test_nothing_is_inspected_within_a_bound_and_all_pairs_within_a_search(variant, monkeypatch):
+    monkeypatch.setattr(retrieval_memory_mosaic, "FEWEST_PAIRS", 10)
+    model = make_mosaic(variant, dtype=torch.float64, vocab_size=300)
+    memory, text = MosaicMemory.union(memorized(model)), make_ids(1, 9, seed=4)
+    tokenizer = train_tokenizer(["Who has the ball?"] * 3, vocab_size=270)
+    readings = {
+        "explain": lambda: memory.explain(model, text).contribution,
+        "trace behind": lambda: trace_tokens(model, text, memory=memory).logit[:, :-1],
+        "trace": lambda: trace_tokens(model, text).logit[:, :-1],
+        "inspect": lambda: inspect_units(model, text).share[:, :, :, : model.config.num_attention_heads, :-1],
+        "measure": lambda: torch.tensor(measure_units(model, tokenizer, ["Who has the ball?"])["units"][0]["norm"]),
+        "verify": lambda: torch.tensor([*memory.verify(model).values()]),
+    }
+    for name, read in readings.items():
+        expected = read()
+        with nearest(model, tolerance=2.0):
+            torch.testing.assert_close(read(), expected, rtol=0, atol=0, equal_nan=True)
+        with bounded(model, 8), pytest.raises(ValueError, match="Within `bounded`, .*leave the bound"):
+            read()
+        assert expected.numel(), name
+    with nearest(model, tolerance=2.0):
+        assert not torch.equal(answer(model, memory, text), readings["trace behind"]())
+    # What was memorized within a bound is explained outside.
+    with bounded(model, 8):
+        memory = MosaicMemory.union(memorized(model))
+    assert memory.explain(model, text).by_source().isfinite().all()
+
+
 def test_weights_of_a_trace_are_those_of_the_model(model):
     memory = MosaicMemory.union(memorized(model))
     model.set_attn_implementation("eager")
@@ -324,11 +446,34 @@ def test_weights_of_a_trace_are_those_of_the_model(model):
 
 
 def test_a_memory_is_compared_with_the_texts_read_again(model):
-    memory = MosaicMemory.union(memorized(model)).forget("text 1", tokens=slice(0, 2))
+    memory = MosaicMemory.union(memorized(model))
     differences = memory.verify(model)
-    assert differences.keys() == {"text 0", "text 2", "text 3"} and max(differences.values()) < 1e-12
+    assert [*differences] == memory.sources and max(differences.values()) < 1e-12
     memory.keys[1][:, :, -1] += 1e-3
     assert memory.verify(model)["text 3"] == pytest.approx(1e-3)
+    assert memory.verify(model, sources=["text 0"]).keys() == {"text 0"}
+
+
+def test_texts_that_cannot_be_compared_are_named_with_the_reason(model):
+    memories = memorized(model)
+    memories[3].consolidate(4, model=model)
+    with bounded(model, 4):
+        memories += [model.memorize(make_ids(1, length), source=f"bounded {length}") for length in (4, 14)]
+    memory = MosaicMemory.union(memories).forget("text 1", tokens=slice(0, 2))
+    incomplete = memory.incomplete_sources()
+    assert [*incomplete] == ["text 1", "text 3", "bounded 4", "bounded 14"]
+    assert "forgotten" in incomplete["text 1"] and "merged" in incomplete["text 3"]
+    with pytest.raises(ValueError, match=r"4 of 6 texts cannot be compared .*'text 1': some of its tokens.*sources="):
+        memory.verify(model)
+    with pytest.raises(ValueError, match="1 of 1 texts cannot be compared"):
+        memory.verify(model, sources=["bounded 14"])
+    with pytest.raises(ValueError, match="no text named 'text 9'"):
+        memory.verify(model, sources=["text 9"])
+    whole = [name for name in memory.sources if name not in incomplete]
+    assert memory.verify(model, sources=whole).keys() == {"text 0", "text 2"}
+    # A text whose end was forgotten is compared as far as it goes.
+    cut = memories[0].clone().forget("text 0", tokens=slice(2, None))
+    assert cut.verify(model)["text 0"] < 1e-12
 
 
 def packed(texts, last):

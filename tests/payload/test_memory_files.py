@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
+from helpers.hub_server import served
 from helpers.kinds import make_mosaic
 from helpers.models import make_ids, make_model
 from safetensors.torch import load_file, save_file
 
 from modeling_memory_mosaic import MosaicMemory, files_memory_mosaic
-from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME, SETTINGS_NAME, read_settings
+from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME, PRECISIONS, SETTINGS_NAME, read_settings
 from training.text.tokenizer import train_tokenizer
 
 
@@ -18,10 +19,10 @@ TEXTS = ["Mia has the red ball in the park.", "Tom has a blue kite at home."]
 question = make_ids(1, 6, seed=9)
 
 
-PRECISIONS = [(fields, dtype) for fields in ({}, "mosaic v2 otherwise") for dtype in (torch.float32, torch.bfloat16)]
+MODELS = [(fields, dtype) for fields in ({}, "mosaic v2 otherwise") for dtype in (torch.float32, torch.bfloat16)]
 
 
-@pytest.fixture(params=[*PRECISIONS, ({}, torch.float64)], ids=str)
+@pytest.fixture(params=[*MODELS, ({}, torch.float64)], ids=str)
 def model(request):
     fields, dtype = request.param
     return make_mosaic(fields, dtype=dtype)
@@ -65,6 +66,58 @@ def test_a_memory_may_be_stored_in_fewer_bytes(dtype, error, tmp_path):
     loaded.save_pretrained(tmp_path / "again", dtype=dtype)
     again = MosaicMemory.from_pretrained(tmp_path / "again", model)
     assert torch.equal(answer(model, again), answer(model, loaded))
+
+
+def spoil(folder, source):
+    """Write NaN in place of all pairs of a text."""
+
+    def damage(tensors):
+        is_of_text = tensors["source_ids"] == read_settings(folder / FILE_NAME)["sources"].index(source)
+        scaled = {name.removesuffix(".scale") for name in tensors if name.endswith(".scale")}
+        for name, tensor in tensors.items():
+            if name.startswith("layers.") and name not in scaled:  # of codes, the scales
+                tensor[:, is_of_text] = torch.nan
+        return tensors
+
+    rewrite(folder, damage)
+
+
+@pytest.mark.parametrize("variant", [{}, "mosaic v2 otherwise"], ids=["mosaic", "mosaic v2"])
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("max_pairs", [None, 6])
+def test_of_chosen_texts_alone_the_pairs_are_read(max_pairs, dtype, variant, tmp_path):
+    """Whatever the pairs of the others are; and to the bit as if the whole had been loaded. Merged ones too."""
+    model = make_mosaic(variant, dtype=torch.float32)
+    memory = joined(model)
+    if max_pairs is not None:
+        memory.consolidate(max_pairs, model=model)
+    memory.save_pretrained(tmp_path, dtype=dtype)
+    whole = MosaicMemory.from_pretrained(tmp_path, model)
+    spoil(tmp_path, "text 9")
+    for names in (["text 5"], ["text 2", "text 5"], []):
+        chosen, expected = MosaicMemory.from_pretrained(tmp_path, model, sources=names), whole.select(names)
+        assert chosen.sources == expected.sources and torch.equal(chosen.source_ids, expected.source_ids)
+        assert torch.equal(chosen.input_ids, expected.input_ids) and torch.equal(chosen.places, expected.places)
+        for name in ("keys", "values", "slot_bias"):
+            assert all(map(torch.equal, getattr(chosen, name), getattr(expected, name)))
+        assert not names or torch.equal(answer(model, chosen), answer(model, expected))
+    for names in (None, ["text 9"], ["text 9", "text 2"]):
+        with pytest.raises(ValueError, match="not finite|slot_bias"):
+            MosaicMemory.from_pretrained(tmp_path, model, sources=names)
+    with pytest.raises(ValueError, match="no text named 'text 7'. It has 'text 5', 'text 9', 'text 2'"):
+        MosaicMemory.from_pretrained(tmp_path, model, sources=["text 7"])
+
+
+def test_texts_are_chosen_from_several_folders(tmp_path):
+    model, folders = make_model(), [tmp_path / "one", tmp_path / "other"]
+    memories = [model.memorize(make_ids(2, n, seed=n), source=[f"a {n}", f"b {n}"]) for n in (5, 8)]
+    for two, folder in zip(memories, folders, strict=True):
+        MosaicMemory.union(two).save_pretrained(folder)
+    spoil(folders[0], "a 5")
+    spoil(folders[1], "b 8")
+    loaded = MosaicMemory.from_pretrained(folders, model, sources=["a 8", "b 5"])
+    expected = MosaicMemory.union([memories[0][1], memories[1][0]])
+    assert loaded.sources == ["b 5", "a 8"] and torch.equal(answer(model, loaded), answer(model, expected))
 
 
 def test_a_memory_of_other_weights_is_refused(tmp_path):
@@ -206,3 +259,26 @@ def test_several_folders_are_joined_and_weights_compared_once(tmp_path, monkeypa
         MosaicMemory.from_pretrained(folders, model)
     with pytest.raises(ValueError, match="union of no memories"):
         MosaicMemory.from_pretrained([], model)
+
+
+# huggingface_hub 2.4 uploads large files by an argument that httpx2 deprecates.
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_memory_goes_to_the_hub_and_comes_back(model, tmp_path, monkeypatch):
+    """At each of its commits: what a reader pins stays."""
+    memory = joined(model)
+    expected = answer(model, memory)
+    with served(monkeypatch, tmp_path / "cache") as hub:
+        first = memory.push_to_hub("someone/texts", private=True)
+        memory.forget("text 9").push_to_hub("someone/texts")
+        assert FILE_NAME in hub.repositories["model", "someone/texts"].files()
+        assert hub.repositories["model", "someone/texts"].private
+        loaded = MosaicMemory.from_pretrained("someone/texts", model)
+        assert loaded.sources == ["text 5", "text 2"] and torch.equal(answer(model, loaded), answer(model, memory))
+        pinned = MosaicMemory.from_pretrained("someone/texts", model, revision=first.oid)
+        assert pinned.sources == ["text 5", "text 9", "text 2"] and torch.equal(answer(model, pinned), expected)
+        # Of a folder and a repository, together, and with texts chosen.
+        model.memorize(question, source="here").to(dtype=model.dtype).save_pretrained(tmp_path / "here")
+        both = MosaicMemory.from_pretrained([tmp_path / "here", "someone/texts"], model, sources=["here", "text 2"])
+        assert both.sources == ["here", "text 2"]
+        with pytest.raises(OSError, match="someone/nothing"):
+            MosaicMemory.from_pretrained("someone/nothing", model)

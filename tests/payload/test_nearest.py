@@ -151,6 +151,7 @@ def test_a_tolerance_that_cannot_be_met_is_refused(tolerance, model):
 
 
 INDEXES = ["exact", "lsh", "usearch", ExactIndex, lambda keys: Blind()]
+INDEX_NAMES = ["exact", "lsh", "usearch", "class", "blind"]
 
 
 class Blind:
@@ -160,7 +161,7 @@ class Blind:
         return torch.full((len(queries), k), -1)
 
 
-@pytest.mark.parametrize("index", INDEXES, ids=["exact", "lsh", "usearch", "class", "blind"])
+@pytest.mark.parametrize("index", INDEXES, ids=INDEX_NAMES)
 def test_any_index_keeps_the_tolerance(index, model):
     memory, question = many(model), make_ids(2, 3, seed=5)
     expected = answer(model, memory, question)
@@ -169,6 +170,51 @@ def test_any_index_keeps_the_tolerance(index, model):
             error = float((answer(model, memory, question) - expected).abs().max())
         assert error < largest and report.summary()["largest_bound"] <= 2 * tolerance
         assert all(0 <= share <= 1 for one in report.visited.values() for share in one)
+
+
+ALL_INDEXES = {"clusters": "clusters"} | dict(zip(INDEX_NAMES, INDEXES, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", ALL_INDEXES.values(), ids=ALL_INDEXES)
+def test_a_text_is_forgotten_after_its_pairs_were_clustered(index, model):
+    """No index and no cluster brings its pairs back, and a copy in a cache of before keeps them."""
+    memory, question = many(model), make_ids(1, 3, seed=5)
+    whole = answer(model, memory, question)
+    rest = MosaicMemory.union([model.memorize(make_ids(1, n, seed=n), source=str(n)) for n in (90, 75)])
+    expected = answer(model, rest, question)
+    with nearest(model, 1e-9, index) as report:
+        before = memory.prompt(question)
+        assert (answer(model, memory, question) - whole).abs().max() < 1e-7
+        assert all(memory.indexes[layer] for layer in memory.indexes)
+        memory.forget("60")
+        assert (answer(model, memory, question) - expected).abs().max() < 1e-7
+        clusters = next(iter(memory.indexes[0].values()))
+        assert {len(one.keys) for one in clusters} == {89 + 74}
+        assert (model(**before).logits - whole).abs().max() < 1e-7
+    assert report.summary()["largest_bound"] <= 2e-9 and (whole - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_fewer_clusters_are_wider_so_that_more_pairs_are_read(model):
+    question, visited = make_ids(1, 3, seed=5), []
+    for num_clusters in (60, 8, 1):
+        memory = many(model)
+        with nearest(model, 0.5, num_clusters=num_clusters) as report:
+            answer(model, memory, question)
+        visited.append(report.summary()["visited"])
+        for layer in memory.indexes.values():
+            ((name, clusters),) = layer.items()
+            assert name[0] == num_clusters and all(len(one.centres) <= num_clusters for one in clusters)
+            assert num_clusters == 1 or len(clusters[0].centres) > 1
+    assert visited[0] < visited[1] <= visited[2]
+
+
+def test_an_index_that_was_made_cannot_serve_several_heads(model):
+    """It has keys of one head: what makes indexes is asked for instead."""
+    made = ExactIndex(torch.zeros(3, 8))
+    with pytest.raises(ValueError, match=r"has `search`, but .* one head.*`index=lambda keys: ...`"):
+        nearest(model, index=made).__enter__()
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,9 +5,8 @@ import hashlib
 import json
 import traceback
 
-import huggingface_hub
 import pytest
-from helpers.hub_server import TOKEN, Hub, Refusal
+from helpers.hub_server import TOKEN, Refusal, served
 from huggingface_hub import constants
 
 from training.hub import Target, check_base_files, check_base_weights, download
@@ -23,22 +22,12 @@ RESULT = {
     "data": {"train": {"name": "embedded"}},
 }
 WEIGHTS = b"weights " * 1000
-FILES = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    with Hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + FILES)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
-        huggingface_hub.utils.disable_progress_bars()
+    with served(monkeypatch, tmp_path / "cache") as server:
         yield server
-    huggingface_hub.utils.enable_progress_bars()
 
 
 @pytest.fixture

@@ -196,13 +196,13 @@ def check_memory(folder: Path, base: Path) -> list[str]:
     model, tokenizer = load_model(base)
     result = read_result(folder)
     memory = load_memory(str(folder), model)  # raises if other weights wrote it
-    texts, chosen, read = stored_texts(folder, tokenizer), [], 0
+    texts, chosen, read, incomplete = stored_texts(folder, tokenizer), [], 0, memory.incomplete_sources()
     lengths = memory.source_ids.bincount(minlength=len(memory.sources)).tolist()
     for name, length in zip(memory.sources, lengths, strict=True):
-        if read + length <= MOST_READ:
+        if name not in incomplete and read + length <= MOST_READ:
             chosen.append(name)
             read += length
-    differences = memory.select(chosen).verify(model)
+    differences = memory.verify(model, sources=chosen)
     count, most = len(memory.sources), _most_difference(memory, result.memory.precision)
     if differences and not max(differences.values()) <= most:
         name = max(differences, key=differences.__getitem__)

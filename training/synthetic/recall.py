@@ -5,7 +5,7 @@ Three kinds of documents have one form:
 
 - `pairs`: keys and values, each key once in a row; the question names keys (multi-query associative recall, Zoology,
   arXiv 2312.04927, whose pairs are spread over documents here);
-- `facts`: sentences of `training.text.fact_writer`; the questions are in words;
+- `facts`: fact documents of `training.text.fact_writer`; the questions are in words;
 - `stories`: of `training.text.story_writer`; the question is one of them once more.
 
 A model learns this for 1 to `max_documents` documents, and is measured beyond.

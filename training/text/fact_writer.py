@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A seeded writer of short documents, each with one fact, and of questions with one answer each.
+"""A seeded writer of fact documents, each with one fact, and of questions with one answer each. They are no stories.
 
 A document says who has what, of which colour, and where, and says it from both sides, in any order: that Tom has the
 red ball, and that the red ball belongs to Tom. So each answer stands right behind words that its question has.
-Sentences of the story writer may stand between. Names, and things with their colours, differ within a row, so that a
+One line of the story writer may stand between. Names, and things with their colours, differ within a row, so that a
 question about any of its documents has one answer, which stands in that document alone.
 """
 
