@@ -7,8 +7,10 @@ documents alone keeps the last tokens of each document, or tokens at random.
 """
 
 import random
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 
@@ -16,15 +18,16 @@ from modeling_memory_mosaic import MosaicMemory, bounded
 from training.claims import Effects, mean_effect
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
+from training.experiments.bound import FORGOTTEN_BY
 from training.experiments.comparison import ComparisonRecipe, Trained, summary
-from training.figures import legend_below, new_figure, save_figure
+from training.figures import better, label_lines, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.synthetic.readings import Reading, model_inputs
 from training.synthetic.recall import RecallDataset
 from training.tables import markdown_table, mean_and_deviation
 from training.text.question_rows import Row, features, pad
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 ALL, LAST, AT_RANDOM = "all pairs", "last tokens", "random tokens"
 
@@ -145,20 +148,32 @@ def _table(recipe: Recipe, accuracy: dict[tuple[str, str, int], list[float]]) ->
     return markdown_table(columns, "ll" + "r" * (len(recipe.budgets) + 1), rows)
 
 
-def _draw(recipe: Recipe, accuracy: dict[tuple[str, str, int], list[float]]) -> None:
-    """Draw accuracy against the pairs that a document leaves."""
-    figure, axes = new_figure(1, 1, width=7, height=3.6)
-    axis = axes[0, 0]
-    ways = [(label, way) for label in recipe.runs for way in recipe.ways(label)]
-    for number, (label, way) in enumerate(ways):
-        means = [sum(accuracy[label, way, budget]) / len(recipe.seeds) for budget in recipe.budgets]
-        style = "-" if way in recipe.policies else "--"
-        axis.plot(recipe.budgets, means, style, color=f"C{number}", marker=".", label=f"{label}, {way}")
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw accuracy against the pairs that a document leaves.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    figure, ((axis,),) = new_figure(1, 1, height=4.2)
+    accuracy = {(one["label"], one["way"], one["budget"]): one["accuracy"] for one in measured["settings"]}
+    names = {
+        (label, way): f"forgets {FORGOTTEN_BY.get(way, way)}" if recipe.is_mosaic(label) else f"{label}: {way}"
+        for label in recipe.runs
+        for way in recipe.ways(label)
+    }
+    styles = styles_of(names.values())
+    for (label, way), name in names.items():
+        by_seed = np.array([accuracy[label, way, budget] for budget in recipe.budgets]).T
+        plot_seeds(axis, recipe.budgets, by_seed, label=name, marker=".", **styles[name])
     axis.set_xscale("log", base=2)
     axis.set_xticks(recipe.budgets, list(map(str, recipe.budgets)))
-    axis.set(xlabel="pairs that a document leaves in each head", ylabel="accuracy of answers", ylim=(-0.02, 1.02))
-    legend_below(figure, axes)
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+    axis.set(xlabel="pairs that a document leaves in each head", ylim=(-0.02, 1.02))
+    axis.set_ylabel(better("accuracy of answers", "higher"))
+    label_lines(axis)
+    note = seeds_note(len(recipe.seeds))
+    save_figure(figure, folder / f"{recipe.name}.png", "Answers from documents that leave few pairs", note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
@@ -172,7 +187,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         {"label": label, "way": way, "budget": budget, "accuracy": accuracy[label, way, budget]}
         for label, way, budget in recipe.settings
     ]
-    _draw(recipe, accuracy)
     return {"measured": {"settings": settings}, "table": _table(recipe, accuracy)}
 
 
