@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import EngFormatter
 from scipy.optimize import isotonic_regression
 
@@ -160,22 +161,17 @@ def seeds_note(num_seeds: int) -> str:
     return f"Lines: medians of {num_seeds} seeds. Bands: from the lowest to the highest seed."
 
 
-def label_lines(axis: Axes, wrap: int = 19) -> None:
-    """Write the label of each line at its right end, in a darker shade; labels move apart where lines meet.
-
-    Args:
-        axis: with lines that have labels. Give its limits and scale before.
-        wrap: characters of a line of text.
-    """
-    lines = [line for line in axis.get_lines() if not str(line.get_label()).startswith("_")]
-    if not lines:
-        return
-    texts = []
-    for line in lines:
-        place = (float(np.asarray(line.get_xdata())[-1]), float(np.asarray(line.get_ydata())[-1]))
+def _annotate_ends(axis: Axes) -> list[tuple[tuple[float, float], Annotation]]:
+    """Write the label of each line right of its axis, and return the ends of the lines with these texts."""
+    found = []
+    for line in axis.get_lines():
+        if str(line.get_label()).startswith("_"):
+            continue
+        end = (float(np.asarray(line.get_xdata())[-1]), float(np.asarray(line.get_ydata())[-1]))
+        thin = {"arrowstyle": "-", "color": line.get_color(), "lw": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 1}
         text = axis.annotate(
-            textwrap.fill(str(line.get_label()), wrap),
-            place,
+            textwrap.fill(str(line.get_label()), 19),
+            end,
             (1.04, 0.5),
             textcoords="axes fraction",
             # Light colours are hard to read as text.
@@ -184,24 +180,27 @@ def label_lines(axis: Axes, wrap: int = 19) -> None:
             va="center",
             linespacing=1.0,
             annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": line.get_color(),
-                "lw": 0.7,
-                "alpha": 0.6,
-                "shrinkA": 1,
-                "shrinkB": 1,
-                "relpos": (0, 0.5),
-            },
+            arrowprops=thin | {"relpos": (0, 0.5)},
         )
-        texts.append((place, text))
-    assert isinstance(axis.figure, Figure)
-    axis.figure.draw_without_rendering()
-    frame = axis.get_window_extent()
-    ends = np.array([(axis.transData.transform(place)[1] - frame.y0) / frame.height for place, _ in texts])
-    heights = np.array([super(type(text), text).get_window_extent().height for _, text in texts]) / frame.height
-    for (_, text), place in zip(texts, _spread(ends.clip(0, 1), 1.12 * heights), strict=True):
-        text.set_position((1.04, place))
+        found.append((end, text))
+    return found
+
+
+def label_lines(axes: np.ndarray) -> None:
+    """Write the label of each line at its right end, in a darker shade; labels move apart where lines meet.
+
+    Args:
+        axes: of one figure, whose lines have labels. Give their limits and scales before.
+    """
+    labelled = [(axis, ends) for axis in axes.flat if (ends := _annotate_ends(axis))]
+    axes.flat[0].figure.draw_without_rendering()
+    for axis, ends in labelled:
+        frame = axis.get_window_extent()
+        places = np.array([(axis.transData.transform(end)[1] - frame.y0) / frame.height for end, _ in ends])
+        # That of the text alone: the line from it has a box too.
+        heights = np.array([Text.get_window_extent(text).height for _, text in ends]) / frame.height
+        for (_, text), place in zip(ends, _spread(places.clip(0, 1), 1.12 * heights), strict=True):
+            text.set_position((1.04, place))
 
 
 def _spread(places: np.ndarray, heights: np.ndarray) -> np.ndarray:
@@ -209,7 +208,7 @@ def _spread(places: np.ndarray, heights: np.ndarray) -> np.ndarray:
     order = np.argsort(places, kind="stable")
     # Less the height of the boxes below, all may stand in one place: what is left is that their order stays.
     below = np.concatenate([[0], np.cumsum((heights[order][1:] + heights[order][:-1]) / 2)])
-    low, high = heights[order][0] / 2 - 0.08, 1.05 - heights[order][-1] / 2 - below[-1]
+    low, high = heights[order][0] / 2 - 0.01, 1.05 - heights[order][-1] / 2 - below[-1]
     if low > high:  # more than fit beside the axis
         low = high = (low + high) / 2
     found = np.empty_like(places)

@@ -45,8 +45,9 @@ def faults_of(figure: Figure) -> list[str]:
         box = _box(text).padded(-1)
         if box.x0 < 0 or box.y0 < 0 or box.x1 > figure.bbox.width or box.y1 > figure.bbox.height:
             faults.append(f"{text.get_text()!r} leaves the picture")
-    for one, other in itertools.combinations(texts, 2):
-        # Boxes have room above and below the letters.
-        if Bbox.intersection(_box(one).padded(-2), _box(other).padded(-2)) is not None:
-            faults.append(f"{one.get_text()!r} overlaps {other.get_text()!r}")
+    # Boxes have room above and below the letters.
+    boxes = [(text.get_text(), _box(text).padded(-2)) for text in texts]
+    for (one, box), (other, its) in itertools.combinations(boxes, 2):
+        if box.x0 < its.x1 and its.x0 < box.x1 and box.y0 < its.y1 and its.y0 < box.y1:
+            faults.append(f"{one!r} overlaps {other!r}")
     return faults

@@ -6,12 +6,25 @@ import itertools
 import numpy as np
 import pytest
 import yaml
+from helpers.made_up_results import TASKS as MADE_UP_TASKS
+from helpers.made_up_results import made_up
 from helpers.pictures import faults_of
 from matplotlib.figure import Figure
 
 from training import tables
-from training.figures import STYLE, better, label_lines, legend_below, new_figure, plot_seeds, save_figure, styles_of
+from training.figures import (
+    STYLE,
+    better,
+    draw_result,
+    label_lines,
+    legend_below,
+    new_figure,
+    plot_seeds,
+    save_figure,
+    styles_of,
+)
 from training.paths import CONFIGURATION, RESULTS
+from training.recipe import TASKS, load_recipe, task_module
 
 
 # Drawn from a model, which no result holds.
@@ -67,10 +80,11 @@ def test_seeds_are_a_median_and_a_band_from_the_lowest_to_the_highest():
 
 @pytest.mark.parametrize("ends", [[0.5] * 9, [0, 0, 0, 1, 1, 1], [0.2], list(np.linspace(0, 1, 7))])
 def test_labels_at_the_ends_of_lines_keep_apart_and_in_order(ends):
-    figure, ((axis,),) = new_figure(1, 1, height=3.4)
+    figure, axes = new_figure(1, 1, height=3.4)
+    axis = axes[0, 0]
     for number, end in enumerate(ends):
         axis.plot([0, 1], [1 - end, end], label=f"model {number}")
-    label_lines(axis)
+    label_lines(axes)
     assert faults_of(figure) == []
     places = [text.get_position()[1] for text in axis.texts]
     assert all(low < high for low, high in itertools.pairwise(places))
@@ -123,6 +137,38 @@ def test_every_committed_picture_is_drawn_from_its_numbers_and_no_other_is_commi
         assert figure.texts[0].get_text() and figure.texts[0].get_weight() == "bold"
         words = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
         assert not [word for word in words if "_" in word.replace("W_", "")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("attention_maps", "beyond_training_length", "bound", "bound_recall", "induction", "join_stories"),
+        *("memory_needles", "memory_reads", "memory_fidelity_hub", "reading", "regbench", "regbench_paper"),
+        *("regbench_search_paper", "regbench_search_start", "searching", "stories_tiny_tuning", "streaming"),
+        *("suite_mad_recall", "suite_needles_recurrent", "training_curves"),
+    ],
+)
+def test_pictures_of_todays_recipes_can_be_read(name, tmp_path, pictures):
+    """The numbers are made up, and models may meet in any place. The fixture `pictures` reads them."""
+    recipe = load_recipe(CONFIGURATION / "recipe" / f"{name}.yaml")
+    draw_result(recipe, made_up(recipe), tmp_path)
+    assert pictures and {path.parent for _, path in pictures} == {tmp_path}
+
+
+def test_every_task_that_draws_is_drawn_here():
+    drawing = {name for name in TASKS if hasattr(task_module(name), "draw")}
+    assert drawing == {*MADE_UP_TASKS, "three_moons"}
+
+
+def test_few_numbers_are_not_drawn(tmp_path, pictures):
+    for name in ("suite_mqar", "regbench_recurrent", "memory_capacity_tokens", "regbench_search"):
+        recipe = load_recipe(CONFIGURATION / "recipe" / f"{name}.yaml")
+        measured = made_up(recipe)
+        for part in measured.values():
+            if isinstance(part, list):
+                del part[3:]
+        draw_result(recipe, measured, tmp_path)
+    assert pictures == []
 
 
 def test_pictures_of_one_result_are_drawn_alone(monkeypatch, tmp_path, pictures):

@@ -217,8 +217,8 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(recipe.budgets, list(map(str, recipe.budgets)))
         axis.set(title=f"{mosaic}: {text}", ylabel=better("loss (nats per token)", "lower"))
-        label_lines(axis)
     axes[-1, 0].set_xlabel("pairs that a head may hold")
+    label_lines(axes)
     note = f"{seeds_note(len(recipe.seeds))} Dotted: the mosaic with all pairs."
     save_figure(figure, folder / f"{recipe.name}.png", "Loss behind a memory that holds few pairs", note)
 

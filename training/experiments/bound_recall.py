@@ -156,7 +156,8 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
         measured: of its result.
         folder: of the picture.
     """
-    figure, ((axis,),) = new_figure(1, 1, height=4.2)
+    figure, axes = new_figure(1, 1, height=4.2)
+    axis = axes[0, 0]
     accuracy = {(one["label"], one["way"], one["budget"]): one["accuracy"] for one in measured["settings"]}
     names = {
         (label, way): f"forgets {FORGOTTEN_BY.get(way, way)}" if recipe.is_mosaic(label) else f"{label}: {way}"
@@ -171,7 +172,7 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     axis.set_xticks(recipe.budgets, list(map(str, recipe.budgets)))
     axis.set(xlabel="pairs that a document leaves in each head", ylim=(-0.02, 1.02))
     axis.set_ylabel(better("accuracy of answers", "higher"))
-    label_lines(axis)
+    label_lines(axes)
     note = seeds_note(len(recipe.seeds))
     save_figure(figure, folder / f"{recipe.name}.png", "Answers from documents that leave few pairs", note)
 

@@ -84,7 +84,8 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     """
     curves = measured["validation_accuracy"]
     styles = styles_of(curves)
-    figure, ((axis,),) = new_figure(1, 1, height=3.6)
+    figure, axes = new_figure(1, 1, height=3.6)
+    axis = axes[0, 0]
     for label, of_seeds in curves.items():
         # All seeds are evaluated after the same steps.
         steps = [step for step, _ in of_seeds[0]]
@@ -94,7 +95,7 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     axis.axhline(informed, color="0.4", ls=":", lw=1.2)
     axis.set(xlabel="training steps", ylim=(0, 1.02))
     axis.set_ylabel(better("accuracy on triggers seen before", "higher"))
-    label_lines(axis)
+    label_lines(axes)
     num_seeds = len(next(iter(curves.values())))
     note = f"{seeds_note(num_seeds)} Dotted: a reader who knows the bigrams."
     save_figure(figure, folder / f"{recipe.name}.png", "“a b … a” is followed by b: who learns it, and when", note)

@@ -281,12 +281,12 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel(better("accuracy of answers", "higher"))
     for column in axes.T:
-        [axis for axis in column if axis.get_visible()][-1].set_xlabel("documents")
+        lowest = [axis for axis in column if axis.get_visible()][-1]
+        lowest.set_xlabel("documents")
+        lowest.tick_params(labelbottom=True)
     legend_below(figure, axes)
     note = f"{seeds_note(len(recipe.seeds))} Trainings had up to {most} documents (dotted line)."
-    save_figure(
-        figure, folder / f"{recipe.name}.png", "Answers from documents that were read alone or in sequence", note
-    )
+    save_figure(figure, folder / f"{recipe.name}.png", "Answers from documents read alone or in sequence", note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,6 @@ has the questions, this file has the recipe, the table and the picture that they
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from pydantic import model_validator
@@ -171,7 +170,8 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
         for one in models
     ]
     styles = styles_of(series.label for series in models)
-    figure, ((axis,),) = new_figure(1, 1, height=max(3.6, 0.52 * len(models)))
+    figure, axes = new_figure(1, 1, height=max(3.6, 0.52 * len(models)))
+    axis = axes[0, 0]
     if question.by_place:
         num_points = _draw_places(axis, models, styles)
     else:
@@ -183,9 +183,9 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
         note += " Dotted: a guess by the tokens' frequencies alone."
         axis.axhline(measured["unigram"]["accuracy"], color="0.4", ls=":", lw=1.2)
     if question.by_place:
-        legend_below(figure, np.array([[axis]]))  # at the last place all lines meet
+        legend_below(figure, axes)  # at the last place all lines meet
     else:
-        label_lines(axis)
+        label_lines(axes)
     save_figure(figure, folder / f"{recipe.name}.png", question.title, note)
 
 

@@ -192,8 +192,8 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
             plot_seeds(axis, places, by_seed, marker="o", ms=4, label=label, **styles[label])
         axis.set(title=needles_in_words(number), ylim=(-0.02, 1.02))
         axis.set_ylabel(better("share of numbers that are right", "higher"))
-        label_lines(axis)
     axes[-1, 0].set_xlabel("chunks between needle and question")
+    label_lines(axes)
     note = seeds_note(len(recipe.seeds))
     save_figure(figure, folder / f"{recipe.name}.png", "Numbers found by the distance of the question", note)
 

@@ -389,8 +389,7 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
         if rows == 2:
             pair[1].set_ylabel(better(f"less {labels[0]} (nats)", "lower"))
     if len(measured) == 1:
-        for axis in axes.flat:
-            label_lines(axis)
+        label_lines(axes)
     else:
         legend_below(figure, axes)
     note = "Bands: 95 % intervals for other seeds and documents."

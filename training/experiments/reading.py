@@ -190,7 +190,8 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     figure, axes = new_figure(2, 1, height=2.9, sharex=True, sharey=True)
     losses = {(one["label"], one["way"]): one["losses"] for one in measured["losses"]}
     styles = styles_of(recipe.runs)
-    for axis, how in zip(axes[:, 0], (IN_SEQUENCE, ALONE), strict=True):
+    titles = {IN_SEQUENCE: "read in sequence", ALONE: "read alone, in parts"}
+    for axis, (how, title) in zip(axes[:, 0], titles.items(), strict=True):
         for label in recipe.runs:
             by_seed = np.array([losses[label, f"{number:,} tokens {how}"] for number in recipe.num_tokens]).T
             plot_seeds(axis, recipe.num_tokens, by_seed, marker=".", label=label, **styles[label])
@@ -200,10 +201,9 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
                     axis.axhline(height, color=styles[label]["color"], ls=dashes, lw=1)
         axis.set_xscale("log", base=2)
         axis.set_xticks(recipe.num_tokens, [f"{number:,}" for number in recipe.num_tokens])
-        axis.set(title=f"read {how}", ylabel=better("loss on the other text (nats per token)", "lower"))
+        axis.set(title=title, ylabel=better("loss on the other text (nats)", "lower"))
     axes[-1, 0].set_xlabel("tokens read")
-    for axis in axes[:, 0]:
-        label_lines(axis)
+    label_lines(axes)
     note = f"{seeds_note(len(recipe.seeds))} Dotted: nothing read."
     note += " Dashes and dots: LoRA trained on the text." if recipe.adapted else ""
     save_figure(figure, folder / f"{recipe.name}.png", "Loss on a text after another was read", note)

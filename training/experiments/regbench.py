@@ -289,7 +289,8 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
         else:
             _draw_over_automata(axis, series, measure)
             axis.set_ylabel(quantity)
-            label_lines(axis)
+    if len(numbers) > 1:
+        label_lines(axes)
     num_seeds = len(series[0]["seeds"])
     title, note = "Reading automata that the training never showed", seeds_note(num_seeds)
     if len(numbers) == 1:

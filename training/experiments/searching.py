@@ -322,8 +322,7 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
         axis.minorticks_off()
         axis.set(title=found_by[index], ylabel=better("mean error (lengths of a value)", "lower"))
     axes[-1, 0].set_xlabel("share of the pairs that is read one by one")
-    for axis in axes[:, 0]:
-        label_lines(axis)
+    label_lines(axes)
     note = seeds_note(len(recipe.seeds))
     save_figure(figure, folder / f"{recipe.name}.png", "Error of reading a share of the pairs", note)
 

@@ -238,7 +238,8 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
         measured: of its result.
         folder: of the picture.
     """
-    figure, ((axis,),) = new_figure(1, 1, height=3.6)
+    figure, axes = new_figure(1, 1, height=3.6)
+    axis = axes[0, 0]
     losses = {(one["label"], one["way"]): np.array(one["losses"]) for one in measured["streams"]}
     tenth = recipe.num_tokens // recipe.stretch // TENTHS
     places = (np.arange(TENTHS) + 0.5) * tenth * recipe.stretch
@@ -254,7 +255,7 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     axis.axhline(0, color="black", lw=0.8)
     axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axis.set(xlabel="tokens of the stream", ylabel=better(f"loss less that of {PIECES} (nats)", "lower"))
-    label_lines(axis)
+    label_lines(axes)
     title = f"Reading {recipe.num_tokens:,} tokens without a break"
     note = f"A head holds {recipe.budget} pairs. {seeds_note(len(recipe.seeds))}"
     save_figure(figure, folder / f"{recipe.name}.png", title, note)

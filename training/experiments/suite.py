@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
@@ -188,7 +187,8 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     names, labels = (list(dict.fromkeys(name)) for name in zip(*rows, strict=True))
     if len(rows) < FEWEST_NUMBERS:
         return
-    figure, ((axis,),) = new_figure(1, 1, height=0.8 + len(names) * (0.2 + 0.16 * len(labels)))
+    figure, axes = new_figure(1, 1, height=0.8 + len(names) * (0.2 + 0.16 * len(labels)))
+    axis = axes[0, 0]
     styles, step = styles_of(labels), 0.8 / len(labels)
     for number, label in enumerate(labels):
         for place, name in enumerate(names):
@@ -202,7 +202,7 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     for place in range(1, len(names)):
         axis.axhline(place - 0.5, color="0.85", lw=0.8)
     axis.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.5, -0.5), xlabel=better("accuracy of answers", "higher"))
-    legend_below(figure, np.array([[axis]]))
+    legend_below(figure, axes)
     num_seeds = len(next(iter(rows.values())))
     note = (
         f"Marks: medians of {num_seeds} seeds. Bars: from the lowest to the highest seed."

@@ -321,8 +321,7 @@ def _draw_curves(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None
         axis.set(title=blocks(depth), ylabel=better("loss on the tuning split (nats)", "lower"))
         axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes[-1, 0].set_xlabel("training tokens")
-    for axis in axes[:, 0]:
-        label_lines(axis)
+    label_lines(axes)
     note = seeds_note(num_seeds) + _numbers_of_labels(recipe)
     save_figure(figure, folder / f"{recipe.name}.png", "Loss while the models were trained", note)
 
@@ -344,8 +343,8 @@ def _draw_tuning(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None
             axis.plot(rates[best], means[best], "o", ms=9, mfc="none", mew=1.5, color=styles[model]["color"])
         axis.set_xticks(every, [f"{rate:g}" for rate in every])
         axis.set(title=blocks(depth), ylabel=better("loss on the tuning split (nats)", "lower"))
-        label_lines(axis)
     axes[-1, 0].set_xlabel("learning rate")
+    label_lines(axes)
     title = "Loss by learning rate"
     save_figure(figure, folder / f"{recipe.name}.png", title, "A circle marks the best rate of each model.")
 
