@@ -28,7 +28,7 @@ RESULTS ?= three_moons induction induction_search regbench_search regbench_searc
 # Pages with tables that are made from result files.
 PAGES := README.md benchmarks/README.md modeling_memory_mosaic/README.md training/README.md training/results/README.md
 
-.PHONY: demo test test-slow test-oldest check bench results tables clean
+.PHONY: demo test test-slow test-oldest check bench results tables pictures clean
 
 demo: .venv/installed
 	$(BIN)/python -m training run configuration/recipe/demo.yaml
@@ -70,6 +70,10 @@ results: .venv/installed
 # Tables of the READMEs from the committed result files.
 tables: .venv/installed
 	$(BIN)/python -m training.tables tables $(PAGES)
+
+# Pictures of the committed results, without any training.
+pictures: .venv/installed
+	$(BIN)/python -m training.tables pictures
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -6,7 +6,6 @@ which turns an effect into one of three verdicts. The rule is a part of the reci
 carries. Results keep the effects, so that every verdict can be computed again.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pydantic import Field, model_validator
 from scipy.stats import binomtest, t
 from typing_extensions import Self
 
-from training.files import json_text
+from training.files import as_read
 from training.paths import nearest
 from training.recipe import BaseRecipe, Section, task_module
 
@@ -244,8 +243,7 @@ def judged(recipe: RecipeWithClaims, measured: dict[str, Any]) -> dict[str, Any]
         recipe: of the experiment.
         measured: the numbers of its result.
     """
-    # As a reader of the file gets them: names of JSON are strings, and numbers may be rounded.
-    effects = measured_effects(recipe.task, recipe, json.loads(json_text(measured)))
+    effects = measured_effects(recipe.task, recipe, as_read(measured))
     return {
         "effects": {name: effect._asdict() for name, effect in effects.items()},
         "claims": [claim.model_dump(exclude_none=True) | {"verdict": claim.judge(effects)} for claim in recipe.claims],

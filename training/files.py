@@ -66,6 +66,11 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
+def as_read(value: Any) -> Any:
+    """Return a value as a reader of its JSON gets it: names are strings, and tuples are lists."""
+    return json.loads(json_text(value))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all."""
     write_text(path, json_text(value))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markdown tables of results, and the blocks of READMEs that show them.
+"""Markdown tables of results, the blocks of READMEs that show them, and the pictures beside them.
 
 `python -m training.tables collect NAME` copies what an experiment left in `runs/NAME` to `training/results/NAME`.
+`python -m training.tables pictures` draws the pictures of all committed results again, without any training.
 `python -m training.tables tables README.md` rewrites each block of a file that stands between
 `<!-- [[[cog print(table_of("NAME")) ]]] -->` and `<!-- [[[end]]] -->` (`cog` is the program that finds the blocks).
 """
@@ -12,7 +13,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from cogapp import Cog
@@ -20,8 +21,9 @@ from pydantic import ValidationError
 from tabulate import DataRow, TableFormat, tabulate
 
 from training.claims import ClaimSection, Effect, Effects, measured_effects
+from training.figures import draw_result
 from training.files import read_json, staged_file
-from training.paths import CLONE, CONFIGURATION, RESULTS
+from training.paths import CLONE, CONFIGURATION, RESULTS, nearest
 from training.recipe import load_recipe, task_module
 from training.result import SHOWN, read_result
 
@@ -286,12 +288,38 @@ def collect(*names: str) -> None:
                 shutil.copyfile(path, staged)
 
 
+def draw_pictures(*names: str) -> None:
+    """Draw the pictures of committed results again, from their numbers alone.
+
+    Args:
+        names: of recipes; all of them if none is given.
+
+    Raises:
+        ValueError: there are no results of a recipe.
+    """
+    results = {result["name"]: result for result in committed_results() if "measured" in result}
+    if unknown := sorted(set(names) - results.keys()):
+        raise ValueError(f"there are no numbers of {unknown[0]!r} to draw{nearest(unknown[0], list(results))}")
+    for name in names or results:
+        result = results[name]
+        try:
+            recipe = task_module(result["task"]).Recipe.model_validate(result["recipe"])
+        except ValidationError:  # the form of the recipe has changed since
+            recipe = load_recipe(CONFIGURATION / "recipe" / f"{name}.yaml")
+        draw_result(recipe, result["measured"], RESULTS / name)
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command("collect")
 def _collect(names: list[str]) -> None:
     collect(*names)
+
+
+@app.command("pictures")
+def _pictures(names: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    draw_pictures(*names or [])
 
 
 @app.command("tables")

@@ -3,8 +3,24 @@
 
 import datasets
 import pytest
+from helpers.pictures import faults_of
+from matplotlib.figure import Figure
 
 from training.tasks import language_modeling
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch):
+    """Check every picture that a test draws; return a list of figures and their paths, to which each is added."""
+    drawn, savefig = [], Figure.savefig
+
+    def save(figure, path):
+        savefig(figure, path)
+        assert faults_of(figure) == [], path
+        drawn.append((figure, path))
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return drawn
 
 
 @pytest.fixture

@@ -82,7 +82,6 @@ def test_an_experiment_finds_and_tells_with_every_model(tmp_path, monkeypatch):
     assert list(result["effects"]) == recipe.effect_names
     for series in result["measured"]["series"]:
         assert all(0 <= series["seeds"][0][name] <= 1 for name in (FOUND, WRITTEN, COUNTS, PAIRS))
-    assert (recipe.folder / "memory_bank.png").stat().st_size > 10_000
     assert memory_bank.run(recipe) == result
     with pytest.raises(ValueError, match="raise common.data.validation.num_stories, or lower it"):
         memory_bank.run(small_recipe(tmp_path, num_texts=100_000, name="another"))

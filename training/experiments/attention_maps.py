@@ -8,7 +8,9 @@ transformer it is token t itself.
 """
 
 import functools
+import itertools
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,18 +26,21 @@ from training.claims import Effects, mean_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, blocks, plan, summary
 from training.experiments.position_loss import cut_windows
-from training.figures import legend_below, new_figure, save_figure
+from training.figures import FEWEST_NUMBERS, legend_below, new_figure, save_figure, styles_of
 from training.recipe import SourceSection
 from training.tables import markdown_table
 from training.text.sources import load_stories, source_provenance
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 # The level of a map is measured between the first and the newest positions, in bins.
 FIRST, NEWEST, BIN = 4, 32, 8
 # Measures of a map whose differences between models are effects.
 COMPARED = ("sink", "unevenness")
+
+# Of the heads of one block in the picture.
+_HEAD_STYLES = styles_of(f"head {head}" for head in range(30))
 
 # By label, length and seed: `(L, H, T)`.
 Maps = dict[tuple[str, int, int], np.ndarray]
@@ -236,50 +241,59 @@ def _table(recipe: Recipe, heads: list[dict[str, Any]]) -> str:
     return markdown_table(["model", "length", "seeds", *measures], "lrrrrrrr", rows)
 
 
-def _draw_maps(recipe: Recipe, maps: Maps) -> None:
-    """Draw the maps of the first seed: a row for each length, a column for each model."""
-    figure, axes = new_figure(len(recipe.lengths), len(recipe.runs), width=3.6, height=2.8, sharex="row")
-    seed = recipe.seeds[0]
-    for row, length in zip(axes, recipe.lengths, strict=True):
-        for axis, label in zip(row, recipe.runs, strict=True):
-            if (label, length, seed) not in maps:
-                axis.text(0.5, 0.5, "no positions beyond\nthe training length", ha="center", transform=axis.transAxes)
-                axis.set_axis_off()
-                continue
-            for head, weights in enumerate(maps[label, length, seed][0]):
+def _draw_maps(recipe: Recipe, maps: list[dict[str, Any]], path: Path) -> None:
+    """Draw the maps of one seed: a row for each model, a column for each length."""
+    labels = list(dict.fromkeys(one["label"] for one in maps))
+    figure, axes = new_figure(len(labels), len(recipe.lengths), height=1.9, sharex="col", sharey=True)
+    for row, label in zip(axes, labels, strict=True):
+        by_length = {one["length"]: one["bins"] for one in maps if one["label"] == label}
+        for axis, length in zip(row, recipe.lengths, strict=True):
+            for head, weights in enumerate(by_length.get(length, [])):
+                places = length - BIN * (np.arange(len(weights))[::-1] + 0.5)
+                name = f"head {head}"
                 # A weight of 0 would break the line: here it goes below the lower end of the axis.
-                axis.semilogy(np.maximum(weights, 1e-7), lw=0.8, label=f"head {head}")
+                axis.semilogy(places, np.maximum(weights, 1e-7), lw=1.2, label=name, **_HEAD_STYLES[name])
+            if length not in by_length:
+                where = {"ha": "center", "va": "center", "transform": axis.transAxes}
+                axis.text(0.5, 0.5, "cannot be read: no positions\nbeyond the training length", fontsize=10, **where)
             axis.set_ylim(1e-6, 1)
-            axis.set_title(f"{label}, {length} tokens", fontsize=9)
-        row[0].set_ylabel("weight of the last position")
-    axes[0, 0].legend()
+            axis.set_title(f"{label}, {length} tokens")
+        row[0].set_ylabel("weight")
     for axis in axes[-1]:
         axis.set_xlabel("position")
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
-
-
-def _draw_leaks(recipe: Recipe, deep_heads: list[dict[str, Any]]) -> None:
-    """Draw the width of the peak over the leak coefficient of each head of the deeper mosaics."""
-    figure, axes = new_figure(1, len(recipe.lengths), height=4.0)
-    markers = ["o", "s", "^", "D", "v", "P"]
-    for axis, length in zip(axes[0], recipe.lengths, strict=True):
-        for number, seed in enumerate(recipe.seeds):
-            for layer in range(recipe.heads_depth):
-                place = {"length": length, "seed": seed, "layer": layer}
-                chosen = [head for head in deep_heads if place.items() <= head.items()]
-                axis.scatter(
-                    [head["leak_coefficient"] for head in chosen],
-                    [head["peak_width"] for head in chosen],
-                    color=f"C{layer}",
-                    marker=markers[number % len(markers)],
-                    label=f"layer {layer}, seed {seed}",
-                    alpha=0.7,
-                )
-        axis.set_title(f"{length} tokens")
-        axis.set_xlabel("leak coefficient of the head")
-    axes[0, 0].set_ylabel("width of the peak (positions)")
     legend_below(figure, axes)
-    save_figure(figure, recipe.folder / f"{recipe.name}_leak.png")
+    note = f"One seed of one block. Means over {BIN} neighbouring positions and over windows."
+    save_figure(figure, path, "Where the last position looks, head by head", note)
+
+
+def _draw_leaks(recipe: Recipe, deep_heads: list[dict[str, Any]], path: Path) -> None:
+    """Draw the width of the peak over the leak coefficient of each head of the deeper mosaics."""
+    figure, axes = new_figure(len(recipe.lengths), 1, height=2.9, sharex=True)
+    layers = sorted({head["layer"] for head in deep_heads})
+    styles = styles_of(f"layer {layer}" for layer in layers)
+    for axis, length in zip(axes[:, 0], recipe.lengths, strict=True):
+        for layer, style, marker in zip(layers, styles.values(), itertools.cycle("os^Dv"), strict=False):
+            chosen = [head for head in deep_heads if (head["length"], head["layer"]) == (length, layer)]
+            leaks, widths = ([head[name] for head in chosen] for name in ("leak_coefficient", "peak_width"))
+            axis.scatter(leaks, widths, color=style["color"], marker=marker, label=f"layer {layer}", alpha=0.7)
+        axis.set(title=f"{length} tokens", ylabel="width of the peak (positions)")
+    axes[-1, 0].set_xlabel("leak coefficient: how much of its key a head keeps at each token")
+    legend_below(figure, axes)
+    save_figure(figure, path, "Width of a head's peak, by how slowly it forgets", "A mark for each head of each seed.")
+
+
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw the maps, and how peaks follow leaks.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the pictures.
+    """
+    _draw_maps(recipe, measured["maps"], folder / f"{recipe.name}.png")
+    deep_heads = measured.get("deep_heads", [])  # older results have none
+    if len(deep_heads) >= FEWEST_NUMBERS:
+        _draw_leaks(recipe, deep_heads, folder / f"{recipe.name}_leak.png")
 
 
 # All models
@@ -310,8 +324,6 @@ def _read_maps(recipe: Recipe, trainings: list[Trained]) -> tuple[Maps, list[dic
 def _measure(recipe: Recipe) -> dict[str, Any]:
     maps, heads, num_windows = _read_maps(recipe, recipe.trainings)
     _, deep_heads, _ = _read_maps(recipe, recipe.deep_trainings)
-    _draw_maps(recipe, maps)
-    _draw_leaks(recipe, deep_heads)
     binned = [
         {"label": label, "length": length, "seed": seed, "bins": [_rounded_bins(weights) for weights in head_maps]}
         for (label, length, seed), (head_maps,) in maps.items()

@@ -7,6 +7,7 @@ part of each text, where any of these bounds has been reached.
 """
 
 import itertools
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,17 +24,25 @@ from training.claims import Effect, Effects, crossed_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
 from training.experiments.position_loss import TextSection, cut_windows
-from training.figures import legend_below, new_figure, save_figure
+from training.figures import better, label_lines, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.recipe import SourceSection
 from training.tables import markdown_table
 from training.text.sources import load_stories, source_provenance
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 ALL = "all pairs"
 WINDOW, SINKS = "window", "window and sinks"
 NUM_SINKS = 4
+# Which pairs a policy forgets, in words.
+FORGOTTEN_BY = {
+    "fifo": "the oldest",
+    "lru": "the least recently used",
+    "usage": "the least used",
+    "surprise": "the least surprising",
+    "random": "at random",
+}
 # Tokens that a mosaic reads at a time.
 CHUNK_LENGTH = 512
 
@@ -184,28 +193,34 @@ def _table(recipe: Recipe, means: dict[str, list[dict[str, Any]]]) -> str:
     )
 
 
-def _draw(recipe: Recipe, means: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw the loss against the budget: a row for each mosaic, a column for each text, transformers in all of them."""
-    mosaics = [label for label in recipe.runs if recipe.ways(label) == recipe.policies]
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw the loss against the budget: a panel for each text and mosaic, transformers in all of them.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    mosaics = [label for label in recipe.runs if recipe.is_mosaic(label)]
     others = [label for label in recipe.runs if label not in mosaics]
-    figure, axes = new_figure(len(mosaics), len(means), width=5, height=3.8)
-    for column, (text, entries) in zip(axes.T, means.items(), strict=True):
-        losses = {(one["label"], one["way"], one["budget"]): one["loss"] for one in entries}
-        for axis, mosaic in zip(column, mosaics, strict=True):
-            for number, way in enumerate(recipe.policies):
-                own = [losses[mosaic, way, budget] for budget in recipe.budgets]
-                axis.plot(recipe.budgets, own, color=f"C{number}", marker=".", label=way)
-            for label, (way, style) in itertools.product(others, ((WINDOW, "--"), (SINKS, "-."))):
-                own = [losses[label, way, budget] for budget in recipe.budgets]
-                axis.plot(recipe.budgets, own, style, color="0.4", label=f"{label}, {way}")
-            axis.axhline(losses[mosaic, ALL, 0], color="black", lw=0.8, ls=":", label=ALL)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(recipe.budgets, list(map(str, recipe.budgets)))
-            axis.set(title=f"{mosaic}: {text}", xlabel="pairs that a head may hold")
-    for row in axes:
-        row[0].set_ylabel("loss (nats a token)")
-    legend_below(figure, axes)
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+    panels = list(itertools.product(measured["losses"], mosaics))
+    figure, axes = new_figure(len(panels), 1, height=3.3)
+    for axis, (text, mosaic) in zip(axes[:, 0], panels, strict=True):
+        seeds = {(one["label"], one["way"], one["budget"]): one["seeds"] for one in measured["losses"][text]}
+        names = {(mosaic, way): f"forgets {FORGOTTEN_BY.get(way, way)}" for way in recipe.policies}
+        names |= {(label, way): f"{label}, {way}" for label in others for way in (WINDOW, SINKS)}
+        styles = styles_of(names.values())
+        for (label, way), name in names.items():
+            by_seed = np.array([seeds[label, way, budget] for budget in recipe.budgets]).T
+            plot_seeds(axis, recipe.budgets, by_seed, label=name, marker=".", **styles[name])
+        axis.axhline(float(np.median(seeds[mosaic, ALL, 0])), color="#0072B2", lw=1.2, ls=":")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(recipe.budgets, list(map(str, recipe.budgets)))
+        axis.set(title=f"{mosaic}: {text}", ylabel=better("loss (nats per token)", "lower"))
+    axes[-1, 0].set_xlabel("pairs that a head may hold")
+    label_lines(axes)
+    note = f"{seeds_note(len(recipe.seeds))} Dotted: the mosaic with all pairs."
+    save_figure(figure, folder / f"{recipe.name}.png", "Loss behind a memory that holds few pairs", note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
@@ -224,7 +239,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         ]
         for one in recipe.contrasts:
             found[f"{name}: {one.name}"] = crossed_effect(losses[one.one] - losses[one.other], numbers, "nats")
-    _draw(recipe, means)
     measured = {"losses": means, "effects": {name: effect._asdict() for name, effect in found.items()}}
     return {"measured": measured, "table": _table(recipe, means)}
 

@@ -8,6 +8,7 @@ transformer that was trained to read documents alone keeps the last tokens of ea
 """
 
 import random
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,15 +20,16 @@ from modeling_memory_mosaic import MosaicMemory, bounded
 from training.claims import Effects, mean_effect
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
+from training.experiments.bound import FORGOTTEN_BY
 from training.experiments.comparison import ComparisonRecipe, Trained, summary
-from training.figures import legend_below, new_figure, save_figure
+from training.figures import better, legend_below, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.synthetic.readings import Reading, model_inputs
 from training.synthetic.recall import RecallDataset
 from training.tables import markdown_table, mean_and_deviation
 from training.text.question_rows import Row, features, pad
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 ALL, LAST, AT_RANDOM, SINKS = "all pairs", "last tokens", "random tokens", "first and last tokens"
 NUM_SINKS = 4
@@ -167,23 +169,33 @@ def _table(recipe: Recipe, accuracy: dict[tuple[str, str, int, int], list[float]
     return markdown_table(columns, "lrl" + "r" * (len(recipe.budgets) + 1), rows)
 
 
-def _draw(recipe: Recipe, accuracy: dict[tuple[str, str, int, int], list[float]]) -> None:
-    """Draw accuracy against the pairs that a document leaves: one panel for each number of documents."""
-    figure, axes = new_figure(1, len(recipe.num_documents), width=5, height=3.6, sharey=True)
-    ways = [(label, way) for label in recipe.runs for way in recipe.ways(label)]
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw accuracy against the pairs that a document leaves: a panel for each number of documents.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    figure, axes = new_figure(1, len(recipe.num_documents), height=3.6, sharey=True)
+    accuracy = {tuple(one[name] for name in PLACE): one["accuracy"] for one in measured["settings"]}
+    names = {
+        (label, way): f"forgets {FORGOTTEN_BY.get(way, way)}" if recipe.is_mosaic(label) else f"{label}: {way}"
+        for label in recipe.runs
+        for way in recipe.ways(label)
+    }
+    styles = styles_of(names.values())
     for axis, documents in zip(axes[0], recipe.num_documents, strict=True):
-        for number, (label, way) in enumerate(ways):
-            means = [np.mean(accuracy[label, way, budget, documents]) for budget in recipe.budgets]
-            style = "-" if way in recipe.policies else "--"
-            axis.plot(recipe.budgets, means, style, color=f"C{number}", marker=".", label=f"{label}, {way}")
+        for (label, way), name in names.items():
+            by_seed = np.array([accuracy[label, way, budget, documents] for budget in recipe.budgets]).T
+            plot_seeds(axis, recipe.budgets, by_seed, label=name, marker=".", **styles[name])
         axis.set_xscale("log", base=2)
         axis.set_xticks(recipe.budgets, list(map(str, recipe.budgets)))
-        axis.set(
-            title=f"{documents} documents", xlabel="pairs that a document leaves in each head", ylim=(-0.02, 1.02)
-        )
-    axes[0, 0].set_ylabel("accuracy of answers")
+        axis.set(title=f"{documents} documents", xlabel="pairs left of each, in a head", ylim=(-0.02, 1.02))
+    axes[0, 0].set_ylabel(better("accuracy of answers", "higher"))
     legend_below(figure, axes)
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+    note = seeds_note(len(recipe.seeds))
+    save_figure(figure, folder / f"{recipe.name}.png", "Answers from documents that leave few pairs", note)
 
 
 def _rows(recipe: Recipe, number: int) -> list[Row]:
@@ -198,7 +210,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         for place, value in _measure_training(recipe, training, rows).items():
             accuracy.setdefault(place, []).append(value)
     settings = [{**dict(zip(PLACE, one, strict=True)), "accuracy": accuracy[one]} for one in recipe.settings]
-    _draw(recipe, accuracy)
     return {"measured": {"settings": settings}, "table": _table(recipe, accuracy)}
 
 

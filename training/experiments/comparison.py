@@ -22,6 +22,7 @@ from typing_extensions import Self
 
 from training.claims import RecipeWithClaims, describe_claim, judged
 from training.evaluate import load_model
+from training.figures import draw_result
 from training.parallel import recipe_job, run_all
 from training.paths import CONFIGURATION
 from training.recipe import leaves, load_recipe, task_module
@@ -279,6 +280,7 @@ def _compare(
         return {}
     trainings = [_training_summary(training) for training in recipe.all_trainings]
     result = header(recipe) | {"data": data, "trainings": trainings} | measure(recipe)
+    draw_result(recipe, result["measured"], recipe.folder)
     return result | judged(recipe, result["measured"])
 
 
@@ -294,8 +296,8 @@ def run_comparison(
         recipe: of the experiment.
         restart: move what an earlier run of the experiment left aside; finished trainings stay and are used.
         data: provenance of what is measured on, by name.
-        measure: looks at the trained models, writes pictures and tables into `recipe.folder` and returns `measured`
-            (numbers, from which `effects` of the task's module computes the effects) and `table` (Markdown).
+        measure: looks at the trained models, and returns `measured` (numbers, from which the task's module computes
+            `effects` and draws its pictures) and `table` (Markdown). It may write other tables into `recipe.folder`.
 
     Returns:
         Content of `result.json`; of the earlier one, if the experiment was already finished.

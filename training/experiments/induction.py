@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The induction task (Memory Mosaics, footnote 5): one block of mosaic against two blocks of transformer."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from training.claims import Effects, mean_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, summary
-from training.figures import new_figure, save_figure
+from training.figures import better, label_lines, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.synthetic import bigrams
 from training.synthetic.bigrams import InformedReader
 from training.tables import markdown_table, mean_and_deviation
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 
 class Recipe(ComparisonRecipe):
@@ -73,23 +74,35 @@ def _table(recipe: Recipe, results: dict[str, list[dict[str, Any]]], informed: d
     return markdown_table(columns, "lrrrrrr", rows)
 
 
-def _draw(recipe: Recipe, results: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw the accuracy of each seed over training."""
-    figure, ((axis,),) = new_figure(1, 1, width=6.5, height=4.2)
-    for number, (label, runs) in enumerate(results.items()):
-        for index, result in enumerate(runs):
-            points = result["learning_curve"]
-            steps, accuracy = [p["step"] for p in points], [p["accuracy"] for p in points]
-            # The legend has one entry for all seeds of a model.
-            axis.plot(steps, accuracy, color=f"C{number}", lw=1.4, alpha=0.8, label=None if index else label)
-    axis.set(xlabel="step", ylabel="accuracy on triggers seen before (validation)", ylim=(0, 1))
-    axis.legend()
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw the accuracy over training.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    curves = measured["validation_accuracy"]
+    styles = styles_of(curves)
+    figure, axes = new_figure(1, 1, height=3.6)
+    axis = axes[0, 0]
+    for label, of_seeds in curves.items():
+        # All seeds are evaluated after the same steps.
+        steps = [step for step, _ in of_seeds[0]]
+        by_seed = [[accuracy for _, accuracy in points] for points in of_seeds]
+        plot_seeds(axis, steps, by_seed, label=label, **styles[label])
+    informed = measured["informed_reader"]["accuracy"]
+    axis.axhline(informed, color="0.4", ls=":", lw=1.2)
+    axis.set(xlabel="training steps", ylim=(0, 1.02))
+    axis.set_ylabel(better("accuracy on triggers seen before", "higher"))
+    label_lines(axes)
+    num_seeds = len(next(iter(curves.values())))
+    note = f"{seeds_note(num_seeds)} Dotted: a reader who knows the bigrams."
+    save_figure(figure, folder / f"{recipe.name}.png", "“a b … a” is followed by b: who learns it, and when", note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
     results = {label: [t.result() for t in recipe.trainings if t.label == label] for label in recipe.runs}
-    _draw(recipe, results)
     curves = {
         label: [[(point["step"], round(point["accuracy"], 4)) for point in run["learning_curve"]] for run in runs]
         for label, runs in results.items()

@@ -9,9 +9,11 @@ answers is compared with what `MosaicMemory.union` and `forget` give.
 
 import functools
 import itertools
+import math
+import textwrap
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 from transformers import PreTrainedModel
@@ -21,14 +23,14 @@ from training.claims import Effects, mean_effect
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, summary
-from training.figures import legend_below, new_figure, save_figure
+from training.figures import better, legend_below, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.synthetic.readings import Reading, model_inputs
 from training.synthetic.recall import RecallDataset, score_rows
 from training.tables import markdown_table, mean_and_deviation
 from training.text.question_rows import Row, features, pad
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 JOINED, SEQUENCE = "joined", "in sequence"
 ROTATED, STORED, ENCODED = "joined, keys rotated again", "joined as stored", "joined as stored, parallel encoding"
@@ -286,34 +288,44 @@ def _table(recipe: Recipe, models: dict[str, list[dict[str, Any]]]) -> str:
     return f"{accuracies}\n\nLoss in nats for each token of an answer:\n\n{losses}"
 
 
-def _draw(recipe: Recipe, models: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw accuracy against the number of documents: joined ones left, in sequence right.
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw accuracy against the number of documents: a panel for each way to read them.
 
-    A colour stands for a model, a line style for a way to join. Lines are means over seeds, bands their range.
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
     """
-    figure, axes = new_figure(1, 2, width=5, height=4, sharey=True)
-    joined, in_sequence = axes[0]
-    styles = {JOINED: "-", ROTATED: "--", STORED: ":", ENCODED: "-."}
-    for number, (label, of_seeds) in enumerate(models.items()):
-        joined.plot([], [], color=f"C{number}", label=label)
-        for reading in recipe.readings(label):
-            axis, style = (in_sequence, "-") if reading == SEQUENCE else (joined, styles[reading])
-            accuracy = np.array(
-                [[one["readings"][reading]["accuracy"][str(n)] for n in recipe.num_documents] for one in of_seeds]
-            )
-            axis.plot(recipe.num_documents, accuracy.mean(0), style, color=f"C{number}", lw=1.5)
-            axis.fill_between(recipe.num_documents, accuracy.min(0), accuracy.max(0), color=f"C{number}", alpha=0.12)
-    for reading, style in styles.items():
-        joined.plot([], [], style, color="0.3", label=reading)
+    models = measured["models"]
+    ways = [
+        way
+        for way in (JOINED, ROTATED, STORED, ENCODED, SEQUENCE)
+        if any(way in m[0]["readings"] for m in models.values())
+    ]
+    figure, axes = new_figure(math.ceil(len(ways) / 2), 2, height=2.5, sharex=True, sharey=True)
+    styles = styles_of(models)
     most = recipe.trainings[0].recipe.data.max_documents
-    for axis, title in ((joined, "documents joined"), (in_sequence, "documents read in sequence")):
-        axis.axvline(most, color="0.6", lw=0.8, label=f"trained with 1 to {most}")
+    for axis, way in zip(axes.flat, ways, strict=False):
+        for label, of_seeds in models.items():
+            if way in of_seeds[0]["readings"]:
+                of_way = [one["readings"][way]["accuracy"] for one in of_seeds]
+                by_seed = [[accuracy[str(number)] for number in recipe.num_documents] for accuracy in of_way]
+                plot_seeds(axis, recipe.num_documents, by_seed, label=label, **styles[label])
+        axis.axvline(most, color="0.3", ls=":", lw=1.2)
         axis.set_xscale("log", base=2)
-        axis.set(title=title, xlabel="documents", ylim=(-0.02, 1.02))
+        axis.set(ylim=(-0.02, 1.02), title=textwrap.fill(way, 30))
         axis.set_xticks(recipe.num_documents, list(map(str, recipe.num_documents)))
-    joined.set_ylabel("accuracy of answers (test)")
+    for axis in axes.flat[len(ways) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(better("accuracy of answers", "higher"))
+    for column in axes.T:
+        lowest = [axis for axis in column if axis.get_visible()][-1]
+        lowest.set_xlabel("documents")
+        lowest.tick_params(labelbottom=True)
     legend_below(figure, axes)
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+    note = f"{seeds_note(len(recipe.seeds))} Trainings had up to {most} documents (dotted line)."
+    save_figure(figure, folder / f"{recipe.name}.png", "Answers from documents read alone or in sequence", note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
@@ -322,7 +334,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         label: [_measure_model(recipe, one, rows, validation) for one in recipe.trainings if one.label == label]
         for label in recipe.runs
     }
-    _draw(recipe, models)
     return {"measured": {"models": models}, "table": _table(recipe, models)}
 
 

@@ -22,7 +22,6 @@ from training.claims import Effects, mean_effect
 from training.experiments import comparison, memory_models
 from training.experiments.comparison import Trained, summary
 from training.experiments.memory_models import MemoryModelComparison
-from training.figures import new_figure, save_figure
 from training.recipe import Section
 from training.tables import markdown_table, mean_and_deviation
 from training.text.sources import load_stories
@@ -218,15 +217,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     for label in recipe.runs:
         trainings = [training for training in recipe.trainings if training.label == label]
         series.append({"label": label, "seeds": [_measure_training(recipe, training) for training in trainings]})
-    figure, (panels,) = new_figure(1, 2, width=5.5, sharey=True)
-    for axes, measure in zip(panels, (FOUND, WRITTEN), strict=True):
-        for place, one in enumerate(series):
-            axes.plot([seed[measure] for seed in one["seeds"]], [place] * len(one["seeds"]), "o", color=f"C{place}")
-        axes.set_xlabel(measure)
-        axes.set_xlim(0, 1.02)
-    panels[0].set_yticks(range(len(series)), [one["label"] for one in series])
-    panels[0].invert_yaxis()
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
     rows = [
         [
             one["label"],

@@ -5,9 +5,11 @@ Each experiment compares trainings of `tasks/memory_model.py` and asks one `ques
 has the questions, this file has the recipe, the table and the picture that they share.
 """
 
-import statistics
+from pathlib import Path
 from typing import Any, Literal
 
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from pydantic import model_validator
 
 from training.claims import Effects
@@ -22,7 +24,17 @@ from training.experiments.memory_questions import (
     prepare_windows,
     probed_places,
 )
-from training.figures import new_figure, save_figure
+from training.figures import (
+    FEWEST_NUMBERS,
+    better,
+    label_lines,
+    legend_below,
+    new_figure,
+    plot_seeds,
+    save_figure,
+    seeds_note,
+    styles_of,
+)
 from training.parallel import recipe_job, run_all
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe
@@ -30,7 +42,7 @@ from training.tables import markdown_table, mean_and_deviation
 from training.tasks.memory_model import training_flops, unigram
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 
 class MemoryModelComparison(ComparisonRecipe):
@@ -109,43 +121,72 @@ def _table(
     return f"{table}\n\nA guess by the tokens' frequencies alone: {alone}."
 
 
-def _draw_places(axes: Any, question: Question, models: list[Series]) -> None:
-    """Draw the accuracy of the probe at each place of a chunk, the mean over seeds."""
-    for number, series in enumerate(models):
+def _draw_places(axis: Axes, models: list[Series], styles: dict[str, Any]) -> int:
+    """Draw the accuracy of the probe at each place of a chunk; return the number of places."""
+    num_places = 0
+    for series in models:
         lines = [line for result in series.results if (line := probed_places(result)) is not None]
-        mean = [statistics.mean(at) for at in zip(*lines, strict=True)]
-        axes.plot(range(1, len(mean) + 1), mean, color=f"C{number % 10}", lw=1)
-    axes.set_xlabel("place in the chunk")
-    axes.set_ylabel(question.points.name)
-    axes.set_ylim(0, 1.02)
+        if lines:
+            num_places = len(lines[0])
+            plot_seeds(axis, range(1, num_places + 1), lines, label=series.label, **styles[series.label])
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="place in the chunk", ylim=(0, 1.02))
+    axis.set_ylabel(better("share of tokens recovered", "higher"))
+    return num_places
 
 
-def _draw(recipe: Recipe, question: Question, models: list[Series], accuracy_of_guess: float) -> None:
-    """Draw the question's measure: for each model and seed, over training, and by place if the question asks."""
-    figure, ((points, curves, *more),) = new_figure(1, 3 if question.by_place else 2, width=6.5, height=4.4)
-    for place, series in enumerate(models):
-        color = f"C{place % 10}"
-        values = series.values(question.points.measure)
-        points.plot(values, [place] * len(values), "o", color=color)
-        for index, result in enumerate(series.results):
-            curve = series.curve(result, question.curve.measure)
-            # The legend has one entry for all seeds of a model.
-            label = series.label if index == 0 else None
-            curves.plot([x / 1e12 for x, _ in curve], [y for _, y in curve], color=color, lw=1, label=label)
-    points.set_yticks(range(len(models)), [series.label for series in models])
-    for axes in more:
-        _draw_places(axes, question, models)
-    # The first model on top, as in the table.
-    points.invert_yaxis()
-    points.axvline(accuracy_of_guess, color="grey", ls=":", label="frequencies alone")
-    points.set_xlabel(question.points.name)
-    # A little beyond 1, where a dot would be cut in half.
-    points.set_xlim(0, 1.02)
-    points.legend()
-    curves.set_xlabel("training so far ($10^{12}$ operations)")
-    curves.set_ylabel(question.curve.name)
-    curves.legend()
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+def _draw_over_training(axis: Axes, question: Question, models: list[Series], styles: dict[str, Any]) -> int:
+    """Draw the curves of the models; return the points of the longest one."""
+    num_points = 0
+    for series in models:
+        curves = [series.curve(result, question.curve.measure) for result in series.results]
+        if not curves[0]:  # a model without a memory copies nothing
+            continue
+        operations = [flops / 1e12 for flops, _ in curves[0]]
+        by_seed = [[value for _, value in curve] for curve in curves]
+        plot_seeds(axis, operations, by_seed, label=series.label, **styles[series.label])
+        num_points = max(num_points, len(operations))
+    axis.set_xlabel("training so far (10$^{12}$ operations)")
+    axis.set_ylabel(better(question.curve.name, question.curve.direction))
+    return num_points
+
+
+def _series_of(measured: dict[str, Any]) -> list[Series]:
+    return [Series(row["label"], row["seeds"], row.get("training_flops", [])) for row in measured["series"]]
+
+
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw the question's measure over training, and by place if the question asks; nothing of few numbers.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    question, models = QUESTIONS[recipe.question], _series_of(measured)
+    # Results from before `training_flops` have those of each stage.
+    models = [
+        one if one.flops else one._replace(flops=[stage["training_flops"] for stage in one.results[0]["stages"]])
+        for one in models
+    ]
+    styles = styles_of(series.label for series in models)
+    figure, axes = new_figure(1, 1, height=max(3.6, 0.52 * len(models)))
+    axis = axes[0, 0]
+    if question.by_place:
+        num_points = _draw_places(axis, models, styles)
+    else:
+        num_points = _draw_over_training(axis, question, models, styles)
+    if len(models) * num_points < 2 * FEWEST_NUMBERS or num_points < 3:
+        return
+    note = seeds_note(len(recipe.seeds))
+    if question.curve.direction == "higher" and "pretrained" not in models[0].results[0]:
+        note += " Dotted: a guess by the tokens' frequencies alone."
+        axis.axhline(measured["unigram"]["accuracy"], color="0.4", ls=":", lw=1.2)
+    if question.by_place:
+        legend_below(figure, axes)  # at the last place all lines meet
+    else:
+        label_lines(axes)
+    save_figure(figure, folder / f"{recipe.name}.png", question.title, note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
@@ -157,7 +198,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     question, first = QUESTIONS[recipe.question], recipe.trainings[0]
     guess = unigram(prepare_windows(first), first.recipe.build_config().vocab_size)
     measured = [_summarize(series) | {"more": question.more_columns(series, guess)} for series in models]
-    _draw(recipe, question, models, guess["accuracy"])
     return {
         "measured": {"unigram": guess, "series": measured},
         "table": _table(question, models, [numbers["more"] for numbers in measured], guess),
@@ -171,8 +211,7 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
         recipe: of the experiment.
         measured: as its result has it.
     """
-    models = [Series(row["label"], row["seeds"], row.get("training_flops", [])) for row in measured["series"]]
-    return effects_of(QUESTIONS[recipe.question].measures, models, measured["unigram"])
+    return effects_of(QUESTIONS[recipe.question].measures, _series_of(measured), measured["unigram"])
 
 
 def train_sources(recipe: MemoryModelComparison) -> None:

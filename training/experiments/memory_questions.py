@@ -19,7 +19,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -314,40 +314,34 @@ class Column(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A measure and what it is called at its axis."""
+    """A measure, what it is called at its axis, and which end of it is better."""
 
     measure: str
     name: str
+    direction: Literal["lower", "higher"] = "higher"
 
 
 class Question(NamedTuple):
     """How an experiment is reported.
 
     Args:
+        title: of its picture.
         columns: of its table, from the results.
         more_columns: of its table, from the trained models: their names and a value for each seed.
-        points: drawn for each model and seed.
-        curve: drawn over training.
+        curve: drawn over training, unless `by_place`.
         measures: of which there are effects.
-        by_place: whether the accuracy of the probe is drawn at each place of a chunk.
+        by_place: whether the accuracy of the probe is drawn, at each place of a chunk.
     """
 
+    title: str
     columns: tuple[Column, ...]
     more_columns: Callable[[Series, Guess], dict[str, list[float]]]
-    points: Plot
     curve: Plot
     measures: tuple[Measure, ...]
     by_place: bool = False
 
 
-_RECOVERED_NAME = "share of tokens recovered from the embedding"
-
-
-# A model that never saw blanks does not copy behind them, whatever its memories hold: a probe tells.
-_RECOVERED = Plot("recovered", _RECOVERED_NAME)
-
-
-_AUTOENCODING = Plot("autoencoding_accuracy", _RECOVERED_NAME)
+_AUTOENCODING = Plot("autoencoding_accuracy", "share of tokens recovered")
 
 
 _BLANK_COPY = Plot("blank_copy_accuracy", "share of tokens reproduced from memory (blank copy)")
@@ -370,60 +364,60 @@ _EMBEDDINGS_ALONE = (
 
 QUESTIONS = {
     "fidelity": Question(
+        title="What a new decoder recovers from an embedding",
         columns=(Column("recovered", "tokens recovered", 3),),
         more_columns=_entropy_and_characters,
-        points=_RECOVERED,
         curve=_AUTOENCODING,
         measures=(CHARACTERS, FIRST_HALF),
         by_place=True,
     ),
     "fidelity_hub": Question(
+        title="What a new decoder recovers from an embedding",
         columns=(Column("recovered", "tokens recovered", 3),),
         more_columns=_entropy_and_tokens,
-        points=_RECOVERED,
         curve=_AUTOENCODING,
         measures=(TOKENS, FIRST_HALF),
         by_place=True,
     ),
     "capacity": Question(
+        title="How much of a chunk its embedding holds",
         columns=_EMBEDDINGS_ALONE,
         more_columns=_storage,
-        points=_AUTOENCODING,
         curve=_AUTOENCODING,
         measures=(RECOVERED,),
     ),
     "objectives": Question(
+        title="When a memory model learns to write its memories",
         columns=(*_WHOLE_MODEL, Column("recovered", "recovered by a new decoder", 3)),
         more_columns=_no_columns,
-        points=_RECOVERED,
         curve=_BLANK_COPY,
         measures=(CAUSAL_LOSS, BLANK_COPY, CHARACTERS, OPERATIONS),
     ),
     "remedies": Question(
+        title="The next token's loss while memories are learnt",
         columns=_WHOLE_MODEL,
         more_columns=_no_columns,
-        points=_BLANK_COPY,
-        curve=Plot("causal_loss", "causal loss (nats)"),
+        curve=Plot("causal_loss", "causal loss (nats)", "lower"),
         measures=(CAUSAL_LOSS, BLANK_COPY),
     ),
     "reads": Question(
+        title="The next token's loss by how memories are read",
         columns=_WHOLE_MODEL,
         more_columns=_no_columns,
-        points=_BLANK_COPY,
-        curve=Plot("causal_loss", "causal loss (nats)"),
+        curve=Plot("causal_loss", "causal loss (nats)", "lower"),
         measures=(CAUSAL_LOSS, BLANK_COPY, COPY_ABOVE_CHANCE, OPERATIONS),
     ),
     "pretrained": Question(
+        title="The next token's loss while a trained decoder learns to read memories",
         columns=_WHOLE_MODEL,
         more_columns=_no_columns,
-        points=_BLANK_COPY,
-        curve=Plot("causal_loss", "causal loss (nats)"),
+        curve=Plot("causal_loss", "causal loss (nats)", "lower"),
         measures=(CAUSAL_LOSS, BLANK_COPY),
     ),
     "positions": Question(
+        title="How much of its memories a model writes, by what tells their order",
         columns=_WHOLE_MODEL,
         more_columns=_no_columns,
-        points=_BLANK_COPY,
         curve=_BLANK_COPY,
         measures=(CAUSAL_LOSS, COPY_ABOVE_CHANCE),
     ),

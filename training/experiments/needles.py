@@ -10,6 +10,7 @@ import itertools
 import random
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from training.claims import Effects, mean_effect
 from training.experiments import comparison, memory_models
 from training.experiments.comparison import Trained, summary
 from training.experiments.memory_models import MemoryModelComparison
-from training.figures import new_figure, save_figure
+from training.figures import better, label_lines, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.recipe import Section
 from training.synthetic.needles import NeedleRows, draw_rows
 from training.tables import markdown_table, mean_and_deviation
@@ -30,7 +31,7 @@ from training.text.sources import load_stories
 from training.text.windows import pack_windows
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 
 class ReaderSection(Section):
@@ -174,19 +175,27 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
     return found
 
 
-def _draw(recipe: Recipe, series: list[dict[str, Any]]) -> None:
-    figure, (panels,) = new_figure(1, len(recipe.num_needles), width=5.5, sharey=True)
-    for axes, number in zip(panels, recipe.num_needles, strict=True):
-        for one in series:
-            lines = [seed["exact_by_distance"][str(number)] for seed in one["seeds"]]
-            mean = [statistics.mean(at) for at in zip(*lines, strict=True)]
-            axes.plot(range(1, len(mean) + 1), mean, marker="o", lw=1, label=one["label"])
-        axes.set_title(needles_in_words(number))
-        axes.set_xlabel("chunks between needle and question")
-        axes.set_ylim(-0.02, 1.02)
-    panels[0].set_ylabel("share of numbers that are right")
-    panels[0].legend()
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw the share of right numbers at each distance: a panel for each number of needles.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    figure, axes = new_figure(len(recipe.num_needles), 1, height=3.4, sharex=True, sharey=True)
+    styles = styles_of(series["label"] for series in measured["series"])
+    for axis, number in zip(axes[:, 0], recipe.num_needles, strict=True):
+        for series in measured["series"]:
+            by_seed = [seed["exact_by_distance"][str(number)] for seed in series["seeds"]]
+            places, label = range(1, len(by_seed[0]) + 1), series["label"]
+            plot_seeds(axis, places, by_seed, marker="o", ms=4, label=label, **styles[label])
+        axis.set(title=needles_in_words(number), ylim=(-0.02, 1.02))
+        axis.set_ylabel(better("share of numbers that are right", "higher"))
+    axes[-1, 0].set_xlabel("chunks between needle and question")
+    label_lines(axes)
+    note = seeds_note(len(recipe.seeds))
+    save_figure(figure, folder / f"{recipe.name}.png", "Numbers found by the distance of the question", note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
@@ -194,7 +203,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     for label in recipe.runs:
         trainings = [training for training in recipe.trainings if training.label == label]
         series.append({"label": label, "seeds": [_measure_training(recipe, training) for training in trainings]})
-    _draw(recipe, series)
     columns, rows = measure_names(recipe), []
     for one in series:
         cells = [

@@ -8,9 +8,9 @@ Bands and effects are intervals for other seeds and other documents; where a win
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from training.claims import Effect, Effects, crossed_effect
 from training.evaluate import tokens_and_bytes
 from training.experiments import comparison
 from training.experiments.comparison import DepthComparisonRecipe, Trained, blocks, plan, summary
-from training.figures import legend_below, new_figure, save_figure, series_style
+from training.figures import better, label_lines, legend_below, new_figure, save_figure, styles_of
 from training.metrics.mean_loss import bits_per_byte_of_loss
 from training.recipe import SourceSection
 from training.tables import markdown_table
@@ -34,7 +34,7 @@ from training.text.sources import load_stories, source_provenance
 from training.text.windows import pack_windows
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 
 class TextSection(SourceSection):
@@ -327,46 +327,81 @@ def _table(recipe: Recipe, measured: dict[str, Any]) -> str:
     return markdown_table(columns, "ll" + "r" * (len(columns) - 2), rows) + seeds
 
 
-def _draw_bands(recipe: Recipe, axes: np.ndarray, text: dict[str, Any], depth: int) -> None:
+def _drawn_models(recipe: Recipe, text: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return label, depth and losses of the models of a text."""
+    if "models" in text:
+        models: list[dict[str, Any]] = text["models"]
+        return models
+    # Results from before `models`, in which names have the depth and differences are those of the first model.
+    models, first = [], next(iter(recipe.runs))
+    for name, loss in text["loss"].items():
+        label, _, depth = name.rpartition(", ")
+        less = text["differences"].get(f"{first}, {depth} - {name}")
+        turned = less and {
+            end: [-value for value in less[other]]
+            for end, other in (("mean", "mean"), ("low", "high"), ("high", "low"))
+        }
+        models.append({"label": label, "depth": int(depth.split()[0]), "loss": loss, "minus_first": turned})
+    return models
+
+
+def _draw_bands(
+    recipe: Recipe, axes: np.ndarray, positions: list[float], models: list[dict[str, Any]], styles: dict[str, Any]
+) -> None:
     """Draw the losses of one text and depth above, and the differences from the first model below."""
-    for model in text["models"]:
-        if model["depth"] != depth:
-            continue
-        style = series_style(list(recipe.runs).index(model["label"]))
+    for model in models:
+        style = styles[model["label"]]
         for axis, bands in zip(axes, (model["loss"], model["minus_first"]), strict=False):
             if bands is None:
                 continue
-            axis.plot(text["positions"], bands["mean"], **style, label=model["label"], lw=1.6)
+            axis.plot(positions, bands["mean"], **style, label=model["label"])
             if None not in bands["low"]:  # as with one seed
-                axis.fill_between(
-                    text["positions"], bands["low"], bands["high"], color=style["color"], alpha=0.15, lw=0
-                )
+                axis.fill_between(positions, bands["low"], bands["high"], color=style["color"], alpha=0.15, lw=0)
     for axis in axes:
         if recipe.context_length > recipe.training_length:
-            axis.axvline(recipe.training_length, color="black", ls=":", label="training length")
-    axes[-1].set_xlabel("position in the window (tokens)")
+            axis.axvline(recipe.training_length, color="0.3", ls=":", lw=1.2)
+    if len(axes) > 1:
+        axes[1].axhline(0, color="black", lw=0.8)
 
 
-def _draw(recipe: Recipe, measured: dict[str, Any]) -> None:
-    """Draw a column for each text and depth."""
-    columns = list(itertools.product(measured, recipe.depths))
-    rows = 2 if len(recipe.labels) > 1 else 1
-    figure, axes = new_figure(rows, len(columns), width=max(4.2, 8 / len(columns)), sharex=True)
-    for column, (name, depth) in zip(axes.T, columns, strict=True):
-        _draw_bands(recipe, column, measured[name], depth)
-        column[0].set_title(f"{name}, {blocks(depth)} ({measured[name]['num_windows']} windows)", fontsize=10)
-    axes[0, 0].set_ylabel("loss (nats per token)")
-    if rows == 2:
-        axes[1, 0].set_ylabel(f"minus {next(iter(recipe.runs))} (nats)")
-        for axis in axes[1]:
-            axis.axhline(0, color="black", lw=0.8)
-    legend_below(figure, axes)
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw a column for each text; for each depth losses, and below them differences from the first model.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    by_text = {name: _drawn_models(recipe, text) for name, text in measured.items()}
+    some = next(iter(by_text.values()))
+    labels, depths = (list(dict.fromkeys(model[key] for model in some)) for key in ("label", "depth"))
+    rows = 2 if len(labels) > 1 else 1
+    figure, axes = new_figure(rows * len(depths), len(measured), height=2.4, sharex=True)
+    styles = styles_of(labels)
+    for column, (name, models) in zip(axes.T, by_text.items(), strict=True):
+        for pair, depth in zip(column.reshape(-1, rows), depths, strict=True):
+            chosen = [model for model in models if model["depth"] == depth]
+            _draw_bands(recipe, pair, measured[name]["positions"], chosen, styles)
+            pair[0].set_title(f"{name}, {blocks(depth)}")
+        column[-1].set_xlabel("position in the window (tokens)")
+    for pair in axes[:, 0].reshape(-1, rows):
+        pair[0].set_ylabel(better("loss (nats per token)", "lower"))
+        if rows == 2:
+            pair[1].set_ylabel(better(f"less {labels[0]} (nats)", "lower"))
+    if len(measured) == 1:
+        label_lines(axes)
+    else:
+        legend_below(figure, axes)
+    note = "Bands: 95 % intervals for other seeds and documents."
+    title = "Loss by position in the window"
+    if recipe.context_length > recipe.training_length:
+        title = f"Loss beyond the training length of {recipe.training_length} tokens"
+        note += " The dotted line is the training length."
+    save_figure(figure, folder / f"{recipe.name}.png", title, note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
     measured = {name: _measure_text(recipe, name, text) for name, text in recipe.texts.items()}
-    _draw(recipe, measured)
     return {"measured": measured, "table": _table(recipe, measured)}
 
 

@@ -21,7 +21,7 @@ from training.claims import Effect, Effects, crossed_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
 from training.experiments.position_loss import TextSection, cut_windows
-from training.figures import legend_below, new_figure, save_figure
+from training.figures import better, label_lines, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.paths import CONFIGURATION
 from training.recipe import SourceSection, load_recipe
 from training.tables import markdown_table, mean_and_deviation
@@ -30,7 +30,7 @@ from training.text.sources import load_stories, source_provenance
 from training.text.windows import pack_windows
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 NOTHING, LORA = "nothing read", "LoRA"
 IN_SEQUENCE, ALONE = "in sequence", "in parts read alone"
@@ -185,23 +185,34 @@ def _table(recipe: Recipe, entries: list[dict[str, Any]]) -> str:
     return markdown_table(columns, "llrrr", rows)
 
 
-def _draw(recipe: Recipe, entries: list[dict[str, Any]]) -> None:
-    """Draw the loss against the tokens that were read: a colour for each model, a line style for how it read."""
-    figure, axes = new_figure(1, 1, width=7.5, height=4.2)
-    axis = axes[0, 0]
-    means = {(one["label"], one["way"]): float(np.mean(one["losses"])) for one in entries}
-    for index, label in enumerate(recipe.runs):
-        for how, style in ((IN_SEQUENCE, "--"), (ALONE, "-")):
-            losses = [means[label, f"{number:,} tokens {how}"] for number in recipe.num_tokens]
-            axis.plot(recipe.num_tokens, losses, style, color=f"C{index}", marker=".", label=f"{label}; {how}")
-        axis.axhline(means[label, NOTHING], color=f"C{index}", ls=":", lw=0.8)
-        if (label, LORA) in means:
-            axis.axhline(means[label, LORA], color=f"C{index}", ls="-.", lw=0.8, label=f"{label}; {LORA}")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(recipe.num_tokens, [f"{number:,}" for number in recipe.num_tokens])
-    axis.set(xlabel="tokens read (dotted: none)", ylabel="loss on the other text (nats a token)")
-    legend_below(figure, axes)
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw the loss against the tokens that were read: a panel for each way to read them.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    figure, axes = new_figure(2, 1, height=2.9, sharex=True, sharey=True)
+    losses = {(one["label"], one["way"]): one["losses"] for one in measured["losses"]}
+    styles = styles_of(recipe.runs)
+    titles = {IN_SEQUENCE: "read in sequence", ALONE: "read alone, in parts"}
+    for axis, (how, title) in zip(axes[:, 0], titles.items(), strict=True):
+        for label in recipe.runs:
+            by_seed = np.array([losses[label, f"{number:,} tokens {how}"] for number in recipe.num_tokens]).T
+            plot_seeds(axis, recipe.num_tokens, by_seed, marker=".", label=label, **styles[label])
+            for way, dashes in ((NOTHING, ":"), (LORA, "-.")):
+                if (label, way) in losses:
+                    height = float(np.median(losses[label, way]))
+                    axis.axhline(height, color=styles[label]["color"], ls=dashes, lw=1)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(recipe.num_tokens, [f"{number:,}" for number in recipe.num_tokens])
+        axis.set(title=title, ylabel=better("loss on the other text (nats)", "lower"))
+    axes[-1, 0].set_xlabel("tokens read")
+    label_lines(axes)
+    note = f"{seeds_note(len(recipe.seeds))} Dotted: nothing read."
+    note += " Dashes and dots: LoRA trained on the text." if recipe.adapted else ""
+    save_figure(figure, folder / f"{recipe.name}.png", "Loss on a text after another was read", note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
@@ -232,7 +243,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         name: crossed_effect(np.stack(losses[one]) - np.stack(losses[other]), numbers, "nats")._asdict()
         for name, (one, other) in recipe.contrasts.items()
     }
-    _draw(recipe, entries)
     return {"measured": {"losses": entries, "effects": found_effects}, "table": _table(recipe, entries)}
 
 

@@ -6,7 +6,9 @@ distribution) and on new sequences of the training automata (in distribution).
 """
 
 import statistics
+import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -19,15 +21,26 @@ from training.claims import Effect, Effects, crossed_effect, mean_effect
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, summary
-from training.figures import draw_units, new_figure, save_figure
+from training.figures import (
+    FEWEST_NUMBERS,
+    SMALLEST_TEXT,
+    better,
+    draw_units,
+    label_lines,
+    new_figure,
+    plot_seeds,
+    save_figure,
+    seeds_note,
+    styles_of,
+)
 from training.synthetic import automata
 from training.tables import markdown_table, mean_and_deviation
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 # Test sequences whose units are measured, and tokens of the first that are drawn.
-NUM_INSPECTED, NUM_DRAWN = 20, 80
+NUM_INSPECTED, NUM_DRAWN = 20, 30
 # How the tokens are written in the picture.
 SYMBOLS = "abcdefghijklmnopqr|."
 # Names of effects by the measure in a result. `fitted_tvd` is the distance with a fitted temperature.
@@ -217,63 +230,80 @@ def _table(series: list[Series]) -> str:
     return markdown_table(columns, "l" + "r" * (len(columns) - 1), rows)
 
 
-def _draw_bars(axis: Axes, series: list[Series], measure: str) -> None:
+def _draw_bars(axis: Axes, series: list[dict[str, Any]], measure: str) -> None:
     """Draw a measure of each model, out of and in distribution, for one number of automata."""
+    styles = styles_of(one["label"] for one in series)
     # At these shifts two bars of height 0.4 touch.
-    for shift, split, name in ((-0.2, "test", "new automata"), (0.2, "test_iid", "training automata")):
-        places = [number + shift for number in range(len(series))]
-        by_model = [one.values(split, measure) for one in series]
-        axis.barh(places, [statistics.mean(values) for values in by_model], height=0.4, label=name, alpha=0.7)
-        for place, values in zip(places, by_model, strict=True):
-            axis.plot(values, [place] * len(values), "k.", ms=3)
-    axis.set_yticks(range(len(series)), [one.label for one in series], fontsize=8)
+    for shift, split, alpha in ((-0.2, "test", 1.0), (0.2, "test_iid", 0.4)):
+        for number, one in enumerate(series):
+            values = [seed[split][measure] for seed in one["seeds"]]
+            middle, place = statistics.median(values), number + shift
+            axis.barh(place, middle, height=0.4, color=styles[one["label"]]["color"], alpha=alpha)
+            axis.plot([min(values), max(values)], [place, place], color="black", lw=1.2)
+            axis.text(max(values) + 0.01, place, f"{middle:.2f}", va="center", fontsize=SMALLEST_TEXT)
+    axis.set_yticks(range(len(series)), [textwrap.fill(one["label"], 16) for one in series])
+    axis.set_xlim(0, 1.1)
+    axis.grid(False, axis="y")
     axis.invert_yaxis()
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=2)
 
 
-def _draw_over_automata(recipe: Recipe, axis: Axes, series: list[Series], measure: str) -> None:
+def _draw_over_automata(axis: Axes, series: list[dict[str, Any]], measure: str) -> None:
     """Draw a measure of each model, out of distribution, over the number of automata."""
-    for number, label in enumerate(recipe.runs):
-        of_label = [one for one in series if one.label == label]
-        means = [statistics.mean(one.values("test", measure)) for one in of_label]
-        axis.semilogx([one.num_automata for one in of_label], means, "o-", color=f"C{number}", label=label)
-        for one in of_label:
-            values = one.values("test", measure)
-            axis.plot([one.num_automata] * len(values), values, ".", color=f"C{number}", alpha=0.4)
-    axis.set_xlabel("training automata")
-    axis.set_xticks(recipe.num_automata, [f"{number:,}" for number in recipe.num_automata])
+    styles = styles_of(one["label"] for one in series)
+    numbers = sorted({one["num_automata"] for one in series})
+    for label, style in styles.items():
+        of_label = {one["num_automata"]: one["seeds"] for one in series if one["label"] == label}
+        by_seed = np.array([[seed["test"][measure] for seed in of_label[number]] for number in numbers]).T
+        plot_seeds(axis, numbers, by_seed, marker="o", label=label, **style)
+    axis.set_xscale("log")
+    axis.set_xticks(numbers, [f"{number:,}" for number in numbers])
     # A logarithmic axis would put more labels between these.
     axis.minorticks_off()
-    axis.legend()
+    axis.set_xlabel("training automata")
 
 
-def _draw(recipe: Recipe, series: list[Series]) -> None:
-    """Draw accuracy and distance of the finished models, and the accuracy of each seed over training."""
-    figure, ((accuracy_axis, tvd_axis, curves),) = new_figure(1, 3, width=4.6)
-    for axis, measure, title in (
-        (accuracy_axis, "accuracy", "accuracy"),
-        (tvd_axis, "fitted_tvd", "total variation distance, fitted temperature"),
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw accuracy and distance of the finished models.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    series = measured["series"]
+    numbers = {one["num_automata"] for one in series}
+    if 2 * len(series) < FEWEST_NUMBERS:
+        return
+    # Older results have distances of unscaled logits alone.
+    distance = "fitted_tvd" if "fitted_tvd" in series[0]["seeds"][0]["test"] else "tvd"
+    figure, axes = new_figure(2, 1, height=0.7 + 0.5 * len(series) if len(numbers) == 1 else 2.8)
+    for axis, (measure, name, direction) in zip(
+        axes[:, 0],
+        (("accuracy", "accuracy", "higher"), (distance, "total variation distance", "lower")),
+        strict=True,
     ):
-        axis.set_title(title)
-        if len(recipe.num_automata) == 1:
+        quantity = better(name, cast(Literal["lower", "higher"], direction))
+        if len(numbers) == 1:
             _draw_bars(axis, series, measure)
+            axis.set_xlabel(quantity)
         else:
-            _draw_over_automata(recipe, axis, series, measure)
-    for number, one in enumerate(series):
-        label = one.label if len(recipe.num_automata) == 1 else f"{one.label}, {one.num_automata}"
-        for index, result in enumerate(one.results):
-            points = result["learning_curve"]
-            steps, accuracy = [p["step"] for p in points], [p["accuracy"] for p in points]
-            # The legend has one entry for all seeds of a model.
-            curves.plot(steps, accuracy, color=f"C{number}", lw=1, alpha=0.7, label=None if index else label)
-    curves.set(xlabel="step", ylabel="validation accuracy", title="while training")
-    curves.legend()
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+            _draw_over_automata(axis, series, measure)
+            axis.set_ylabel(quantity)
+    if len(numbers) > 1:
+        label_lines(axes)
+    num_seeds = len(series[0]["seeds"])
+    title, note = "Reading automata that the training never showed", seeds_note(num_seeds)
+    if len(numbers) == 1:
+        title = "Reading new automata, and those of the training"
+        note = (
+            f"Medians of {num_seeds} seeds; black: from the lowest to the highest. " if num_seeds > 1 else "One seed. "
+        )
+        note += f"Full colour: new automata. Pale: the {min(numbers):,} of the training."
+    save_figure(figure, folder / f"{recipe.name}.png", title, note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
     series = _series(recipe, recipe.trainings)
-    _draw(recipe, series)
     measured = {
         # All models are tested on the same sequences.
         "test_positions": series[0].results[0]["test_sequences"]["num_positions"],

@@ -9,6 +9,7 @@ of its values differ, so that the largest of them is the unit of its errors.
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,14 +25,14 @@ from modeling_memory_mosaic.retrieval_memory_mosaic import INDEXES, Clusters, Se
 from training.claims import Effects, mean_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
-from training.figures import legend_below, new_figure, save_figure
+from training.figures import better, label_lines, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.recipe import SourceSection
 from training.tables import markdown_table, mean_and_deviation
 from training.text.sources import load_stories, source_provenance
 from training.text.windows import pack_windows
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 MEASURES = ("share of pairs read", "mass of the others at most", "largest error", "largest bound")
 MARGIN = "smallest bound less error"
@@ -299,24 +300,31 @@ def _concentration_table(concentration: dict[str, list[list[float]]]) -> str:
     return f"\n\nHow many pairs matter:\n\n{table}"
 
 
-def _draw(recipe: Recipe, shares: list[dict[str, Any]]) -> None:
-    """Draw the mean error against the share of pairs that is read: a colour for each model, a style for each index."""
-    figure, axes = new_figure(1, 1, width=6.5, height=3.8)
-    axis = axes[0, 0]
-    for number, label in enumerate(recipe.runs):
-        for index, style in zip(SHARE_INDEXES, ("--", "-"), strict=True):
-            own = [one for one in shares if (one["label"], one["index"]) == (label, index)]
-            places = [one["share"] for one in own]
-            errors = np.array([[seed[ERRORS[0]] for seed in one["seeds"]] for one in own])
-            found = "found by the centres of clusters" if index == "clusters" else "the nearest"
-            axis.plot(places, errors.mean(1), style, color=f"C{number}", marker=".", label=f"{label}, {found}")
-            axis.fill_between(places, errors.min(1), errors.max(1), color=f"C{number}", alpha=0.12)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xticks(recipe.shares, [f"{share:.0%}" for share in recipe.shares])
-    axis.set(xlabel="pairs that are read one by one", ylabel="mean error (lengths of a value)")
-    legend_below(figure, axes)
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw the mean error against the share of pairs that is read: a panel for each index.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    figure, axes = new_figure(2, 1, height=2.9, sharex=True, sharey=True)
+    found_by = {"clusters": "pairs found by the centres of clusters", "exact": "the nearest pairs"}
+    styles = styles_of(recipe.runs)
+    for axis, index in zip(axes[:, 0], SHARE_INDEXES, strict=True):
+        for label in recipe.runs:
+            own = [one for one in measured["shares"] if (one["label"], one["index"]) == (label, index)]
+            errors = np.array([[seed[ERRORS[0]] for seed in one["seeds"]] for one in own]).T
+            plot_seeds(axis, [one["share"] for one in own], errors, marker=".", label=label, **styles[label])
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(recipe.shares, [f"{share:.0%}" for share in recipe.shares])
+        axis.minorticks_off()
+        axis.set(title=found_by[index], ylabel=better("mean error (lengths of a value)", "lower"))
+    axes[-1, 0].set_xlabel("share of the pairs that is read one by one")
+    label_lines(axes)
+    note = seeds_note(len(recipe.seeds))
+    save_figure(figure, folder / f"{recipe.name}.png", "Error of reading a share of the pairs", note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
@@ -333,7 +341,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         for label, index, share in itertools.product(recipe.runs, SHARE_INDEXES, recipe.shares)
     ]
     concentration = {label: seeds[label, MASS, 0.99] for label in recipe.runs}
-    _draw(recipe, shares)
     measured = {"settings": settings, "shares": shares, "concentration": concentration}
     return {"measured": measured, "table": _table(recipe, settings, shares) + _concentration_table(concentration)}
 

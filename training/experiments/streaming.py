@@ -7,10 +7,12 @@ stands the same model on the same text in pieces of the training length, each of
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from matplotlib.ticker import EngFormatter
 from pydantic import PositiveInt, model_validator
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -22,17 +24,17 @@ from modeling_memory_mosaic import bounded
 from training.baselines.windowed import NAME, windowed_arguments
 from training.claims import Effects, mean_effect
 from training.experiments import comparison
-from training.experiments.bound import NUM_SINKS, SINKS, WINDOW
+from training.experiments.bound import FORGOTTEN_BY, NUM_SINKS, SINKS, WINDOW
 from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
 from training.experiments.position_loss import token_losses
-from training.figures import legend_below, new_figure, save_figure, series_style
+from training.figures import better, label_lines, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.recipe import SourceSection
 from training.tables import markdown_table
 from training.text.sources import load_stories, source_provenance
 from training.text.windows import pack_windows
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 PIECES = "pieces read from nothing"
 # Tokens that are read at a time.
@@ -243,25 +245,36 @@ def _table(recipe: Recipe, streams: list[dict[str, Any]]) -> str:
     return markdown_table(columns, "llrrrrr", rows)
 
 
-def _draw(recipe: Recipe, streams: list[dict[str, Any]]) -> None:
-    """Draw the loss along the stream, less that of pieces on the same tokens: one line for each way."""
-    figure, axes = new_figure(1, 1, width=7, height=4)
-    axis, losses = axes[0, 0], {(one["label"], one["way"]): _mean_losses(one) for one in streams}
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw the loss along the stream, less that of pieces on the same tokens: a line for each way to forget.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    figure, axes = new_figure(1, 1, height=3.6)
+    axis = axes[0, 0]
+    losses = {(one["label"], one["way"]): np.array(one["losses"], dtype=float) for one in measured["streams"]}
     tenth = recipe.num_tokens // recipe.stretch // TENTHS
     places = (np.arange(TENTHS) + 0.5) * tenth * recipe.stretch
-    for number, (label, way) in enumerate(recipe.settings):
-        apart = (losses[label, way] - losses[label, PIECES]).reshape(TENTHS, tenth).mean(1)
-        known = ~np.isnan(apart)
-        style = {"marker": "o", "markersize": 3, **series_style(number)}
-        axis.plot(places[known], apart[known], label=f"{label}, {way}", **style)
+    names = {
+        (label, way): f"{label}, forgets {FORGOTTEN_BY[way]}" if way in FORGOTTEN_BY else f"{label}, {way}"
+        for label, way in recipe.settings
+    }
+    styles = styles_of(names.values())
+    for (label, way), name in names.items():
+        apart = losses[label, way] - losses[label, PIECES]
+        by_tenth = apart.reshape(len(apart), TENTHS, tenth).mean(2)
+        known = ~np.isnan(by_tenth[0])
+        plot_seeds(axis, places[known].tolist(), by_tenth[:, known], label=name, marker=".", **styles[name])
     axis.axhline(0, color="black", lw=0.8)
-    axis.set(
-        xlabel="tokens of the stream",
-        ylabel=f"loss less that of {PIECES} (nats)",
-        title=f"{recipe.num_tokens:,} tokens behind {recipe.budget} pairs a head",
-    )
-    legend_below(figure, axes)
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axis.set(xlabel="tokens of the stream", ylabel=better(f"loss less that of {PIECES} (nats)", "lower"))
+    label_lines(axes)
+    title = f"Reading {recipe.num_tokens:,} tokens without a break"
+    note = f"A head holds {recipe.budget} pairs. {seeds_note(len(recipe.seeds))}"
+    save_figure(figure, folder / f"{recipe.name}.png", title, note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
@@ -271,7 +284,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
             read = [_read(recipe, one, way, ids) for one in recipe.trainings if one.label == label]
             losses, sizes = [loss for loss, _ in read], [size for _, size in read if size]
             streams.append({"label": label, "way": way, "losses": losses, "bytes": sizes})
-    _draw(recipe, streams)
     return {"measured": {"streams": streams}, "table": _table(recipe, streams)}
 
 

@@ -8,7 +8,10 @@ place, which is a task or a test or both.
 
 import functools
 import itertools
+import statistics
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -17,12 +20,16 @@ from typing_extensions import Self
 from training.claims import Effect, Effects, mean_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, merged, summary
-from training.figures import legend_below, new_figure, save_figure
+from training.figures import FEWEST_NUMBERS, better, legend_below, new_figure, save_figure, styles_of
 from training.paths import nearest
 from training.tables import markdown_table
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
+
+
+# Marks of models in the picture, whose colours alone not all readers tell apart.
+MARKERS = "osD^vP"
 
 
 class Place(NamedTuple):
@@ -168,22 +175,41 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(columns, "llrrrrr", cells)
 
 
-def _draw(recipe: Recipe, rows: list[dict[str, Any]]) -> None:
-    """Draw the accuracy of each seed, and their mean as a bar, for each place and model."""
-    names = [place.name for place in recipe.places]
-    figure, axes = new_figure(1, 1, width=max(6.5, 1.3 * len(names)), height=4)
-    axis, width = axes[0, 0], 0.8 / len(recipe.runs)
-    for number, label in enumerate(recipe.runs):
-        places = [index + (number - (len(recipe.runs) - 1) / 2) * width for index in range(len(names))]
-        values = [next(r["accuracy"] for r in rows if (r["label"], r["place"]) == (label, name)) for name in names]
-        means = [sum(seeds) / len(seeds) for seeds in values]
-        axis.bar(places, means, width=width, color=f"C{number}", alpha=0.6, label=label)
-        for place, seeds in zip(places, values, strict=True):
-            axis.plot([place] * len(seeds), seeds, ".", color="black", ms=3)
-    axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
-    axis.set(ylabel="accuracy of answers", ylim=(0, 1.02))
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw the median over seeds and their range, for each place and model.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    rows = {(row["place"], row["label"]): row["accuracy"] for row in measured["accuracies"]}
+    names, labels = (list(dict.fromkeys(name)) for name in zip(*rows, strict=True))
+    if len(rows) < FEWEST_NUMBERS:
+        return
+    figure, axes = new_figure(1, 1, height=0.8 + len(names) * (0.2 + 0.16 * len(labels)))
+    axis = axes[0, 0]
+    styles, step = styles_of(labels), 0.8 / len(labels)
+    for number, label in enumerate(labels):
+        for place, name in enumerate(names):
+            values, height = rows[name, label], place + (number - (len(labels) - 1) / 2) * step
+            axis.plot([min(values), max(values)], [height, height], color=styles[label]["color"], lw=4, alpha=0.35)
+            marker, color = MARKERS[number % len(MARKERS)], styles[label]["color"]
+            middle = statistics.median(values)
+            axis.plot(middle, height, marker, color=color, ms=6, label=None if place else label)
+    axis.set_yticks(range(len(names)), [textwrap.fill(name, 22) for name in names])
+    axis.grid(False, axis="y")
+    for place in range(1, len(names)):
+        axis.axhline(place - 0.5, color="0.85", lw=0.8)
+    axis.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.5, -0.5), xlabel=better("accuracy of answers", "higher"))
     legend_below(figure, axes)
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
+    num_seeds = len(next(iter(rows.values())))
+    note = (
+        f"Marks: medians of {num_seeds} seeds. Bars: from the lowest to the highest seed."
+        if num_seeds > 1
+        else "One seed."
+    )
+    save_figure(figure, folder / f"{recipe.name}.png", "Accuracy by task and model", note)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
@@ -204,7 +230,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         for label in recipe.runs
         for trained in [results[place.task, label]]
     ]
-    _draw(recipe, rows)
     curves = [
         {
             "task": task,

@@ -22,7 +22,6 @@ from modeling_memory_mosaic import inspect_units
 from training.claims import Effects, mean_effect
 from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
-from training.figures import new_figure, save_figure
 from training.recipe import SourceSection
 from training.tables import markdown_table, mean_and_deviation
 from training.text.sources import load_stories, source_provenance
@@ -178,19 +177,6 @@ def _rows(recipe: Recipe, models: dict[str, list[dict[str, Any]]]) -> list[tuple
     ]
 
 
-def _draw(recipe: Recipe, models: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw the area of each score, a panel for each thing to be found."""
-    figure, (axes,) = new_figure(1, 2, width=6, height=3.6)
-    for axis, what in zip(axes, (BORDERS, ODD_WORDS), strict=True):
-        rows = [row for row in _rows(recipe, models) if row[0] == what][::-1]
-        for place, (_, _, _, values) in enumerate(rows):
-            axis.plot(values, [place] * len(values), "o", color=f"C{place}", ms=4)
-        axis.set_yticks(range(len(rows)), [f"{label}; {score}" for _, label, score, _ in rows], fontsize=7)
-        axis.axvline(0.5, color="0.7", lw=0.8)
-        axis.set(title=what, xlabel="area under the ROC curve (0.5: chance), each seed")
-    save_figure(figure, recipe.folder / f"{recipe.name}.png")
-
-
 def _measure(recipe: Recipe) -> dict[str, Any]:
     _, tokenizer = recipe.trainings[0].load()
     texts = {split: _texts(recipe, getattr(recipe, split), tokenizer, split) for split in ("validation", "test")}
@@ -201,7 +187,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     rows = [
         (what, label, score, mean_and_deviation(values, 3)) for what, label, score, values in _rows(recipe, models)
     ]
-    _draw(recipe, models)
     table = markdown_table(["found", "model", "by", "area under the ROC curve"], "lllr", rows)
     return {"measured": {"models": models}, "table": table}
 

@@ -26,13 +26,8 @@ from training.claims import (
     share_effect,
 )
 from training.experiments.comparison import summary
-from training.experiments.moon_figures import (
-    draw_curves,
-    draw_units,
-    draw_weights,
-    rounded_landmarks,
-    with_heads,
-)
+from training.experiments.moon_figures import draw_curves, draw_units, draw_weights, with_heads
+from training.figures import draw_result
 from training.parallel import Job, run_all
 from training.result import header, read_result
 from training.run_folder import run_once
@@ -52,7 +47,7 @@ from training.tasks.moon_model import (
 )
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 IDENTITY_BETAS = (5000.0, 50.0)  # a kernel with nearly no blur, and the kernel of the trained models
 FALL = 0.9  # a deviation falls if it is at most this share of the one before
@@ -280,6 +275,19 @@ def _table(recipe: Recipe, trained: list[dict[str, Any]], identities: list[dict[
     return f"{counts}\n\n{deviations}"
 
 
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw predictions, matrices, and which head predicts which moon.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the pictures.
+    """
+    draw_curves(measured, folder / f"{recipe.name}.png", recipe.horizon)
+    draw_weights(measured, folder / f"{recipe.name}_weights.png")
+    draw_units(measured, folder / f"{recipe.name}_units.png")
+
+
 def _read_part(folder: Path) -> dict[str, Any]:
     part = read_result(folder, PART)
     if part is None:
@@ -305,15 +313,17 @@ def _results(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
     run_all(jobs, recipe.workers)
     parts = [_read_part(folder) for folder in recipe.parts.values()]
     identities = _identities(recipe)
-    draw_curves(recipe, parts, identities)
-    draw_weights(recipe, parts)
-    draw_units(recipe, parts)
     measured = {
         "context_lengths": context_lengths(recipe),
-        "landmarks": {name: rounded_landmarks(recipe, name) for name in SYSTEMS},
+        # The periods of a system and the common one, in observations.
+        "landmarks": {
+            name: [round(mark, 1) for mark in moons.landmarks(periods, recipe.length)]
+            for name, periods in SYSTEMS.items()
+        },
         "trained": parts,
         "identity": identities,
     }
+    draw_result(recipe, measured, recipe.folder)
     measures = {"measured": measured, "table": _table(recipe, parts, identities)}
     return header(recipe) | {"data": data} | measures | judged(recipe, measured)
 

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+from matplotlib.ticker import EngFormatter
 from pydantic import PositiveInt, model_validator
 from tqdm import tqdm
+from transformers.utils.generic import flatten_dict
 from typing_extensions import Self
 
 from training.claims import Effect, Effects, mean_effect
@@ -26,7 +27,7 @@ from training.cost import flops_per_token, training_step_seconds
 from training.evaluate import mean_loss, tokens_and_bytes
 from training.experiments import comparison
 from training.experiments.comparison import DepthComparisonRecipe, Trained, blocks, plan, summary
-from training.figures import legend_below, new_figure, save_figure, series_style
+from training.figures import better, in_words, label_lines, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.metrics.mean_loss import bits_per_byte_of_loss, perplexity
 from training.recipe import SourceSection
 from training.tables import markdown_table, mean_and_deviation
@@ -34,7 +35,7 @@ from training.text.sources import load_stories, source_provenance
 from training.text.windows import pack_windows
 
 
-__all__ = ["Recipe", "effects", "plan", "run", "summary"]
+__all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 # Losses of one training each, by label, depth and seed.
 Losses = dict[tuple[str, int, int], float]
@@ -293,51 +294,70 @@ def _tuning_table(recipe: Recipe, measured: dict[str, Any]) -> str:
 # Pictures
 
 
-def _draw(recipe: Recipe, measured: dict[str, Any], path: Path) -> None:
-    """Draw the curve of each seed faint and the mean over the seeds strong, one column for each depth."""
-    figure, axes = new_figure(1, len(recipe.depths), height=4.2, sharey=True)
-    for column, depth in zip(axes[0], recipe.depths, strict=True):
-        for number, label in enumerate(recipe.runs):
+def _numbers_of_labels(recipe: Recipe) -> str:
+    """Return a sentence on what the number at the end of a label is, as of `GPT-2, 0.02`; nothing without one."""
+    for label, settings in recipe.run_settings.items():
+        for key, value in flatten_dict(settings, delimiter=".").items():
+            if not isinstance(value, str) and label.endswith(f", {value}"):
+                return f" The number is the {in_words(key)}."
+    return ""
+
+
+def _draw_curves(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw the loss over training, a row for each depth."""
+    depths, labels = (list(dict.fromkeys(curve[key] for curve in measured["curves"])) for key in ("depth", "label"))
+    figure, axes = new_figure(len(depths), 1, height=3.3, sharex=True)
+    styles, num_seeds = styles_of(labels), 0
+    for axis, depth in zip(axes[:, 0], depths, strict=True):
+        for label in labels:
             chosen = [
                 one["validation"] for one in measured["curves"] if (one["label"], one["depth"]) == (label, depth)
             ]
-            style = series_style(number)
-            for points in chosen:
-                column.plot(*_coordinates(points), **style, alpha=0.35, lw=0.8)
+            num_seeds = max(num_seeds, len(chosen))
             # All seeds are evaluated after the same numbers of tokens.
-            tokens, losses = zip(*map(_coordinates, chosen), strict=True)
-            column.plot(tokens[0], np.mean(losses, axis=0), **style, label=label, lw=1.8)
-        column.set_title(blocks(depth))
-        column.set_xlabel("training tokens")
-    axes[0, 0].set_ylabel("loss on the tuning split (nats per token)")
-    legend_below(figure, axes)
-    save_figure(figure, path)
+            tokens = [point["tokens"] for point in chosen[0]]
+            losses = [[point["loss"] for point in points] for points in chosen]
+            plot_seeds(axis, tokens, losses, label=label, **styles[label])
+        axis.set(title=blocks(depth), ylabel=better("loss on the tuning split (nats)", "lower"))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes[-1, 0].set_xlabel("training tokens")
+    label_lines(axes)
+    note = seeds_note(num_seeds) + _numbers_of_labels(recipe)
+    save_figure(figure, folder / f"{recipe.name}.png", "Loss while the models were trained", note)
 
 
-def _coordinates(points: list[dict[str, float]]) -> tuple[list[float], list[float]]:
-    return [point["tokens"] for point in points], [point["loss"] for point in points]
+def _draw_tuning(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw losses over learning rates, a line for each model and a row for each depth."""
+    by_rate: dict[tuple[int, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in measured["runs"]:
+        by_rate[run["depth"], _tuned(run["label"])][run["learning_rate"]].append(run["validation_loss"])
+    depths, models = (list(dict.fromkeys(key)) for key in zip(*by_rate, strict=True))
+    styles, every = styles_of(models), sorted({run["learning_rate"] for run in measured["runs"]})
+    figure, axes = new_figure(len(depths), 1, height=5.4)
+    for axis, depth in zip(axes[:, 0], depths, strict=True):
+        for model in models:
+            rates = sorted(by_rate[depth, model])
+            means = [statistics.mean(by_rate[depth, model][rate]) for rate in rates]
+            axis.semilogx(rates, means, marker="o", ms=4, label=model, base=2, **styles[model])
+            best = min(range(len(rates)), key=means.__getitem__)
+            axis.plot(rates[best], means[best], "o", ms=9, mfc="none", mew=1.5, color=styles[model]["color"])
+        axis.set_xticks(every, [f"{rate:g}" for rate in every])
+        axis.set(title=blocks(depth), ylabel=better("loss on the tuning split (nats)", "lower"))
+    axes[-1, 0].set_xlabel("learning rate")
+    label_lines(axes)
+    title = "Loss by learning rate"
+    save_figure(figure, folder / f"{recipe.name}.png", title, "A circle marks the best rate of each model.")
 
 
-def _draw_tuning(recipe: Recipe, measured: dict[str, Any], path: Path) -> None:
-    """Draw losses over learning rates, a line for each model and a column for each depth."""
-    figure, axes = new_figure(1, len(recipe.depths), width=7.0, height=4.2, sharey=True)
-    models = list(dict.fromkeys(_tuned(label) for label in recipe.runs))
-    for column, depth in zip(axes[0], recipe.depths, strict=True):
-        for number, model in enumerate(models):
-            by_rate: dict[float, list[float]] = defaultdict(list)
-            for run in measured["runs"]:
-                if (_tuned(run["label"]), run["depth"]) == (model, depth):
-                    by_rate[run["learning_rate"]].append(run["validation_loss"])
-            rates = sorted(by_rate)
-            means = [statistics.mean(by_rate[rate]) for rate in rates]
-            column.semilogx(rates, means, **series_style(number), marker="o", label=model, base=2)
-        every = sorted({run["learning_rate"] for run in measured["runs"]})
-        column.set_xticks(every, [f"{rate:g}" for rate in every])
-        column.set_title(blocks(depth))
-        column.set_xlabel("learning rate")
-    axes[0, 0].set_ylabel("loss on the tuning split (nats per token)")
-    legend_below(figure, axes)
-    save_figure(figure, path)
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw the curves, or of a tuning the losses by learning rate.
+
+    Args:
+        recipe: of the experiment.
+        measured: of its result.
+        folder: of the picture.
+    """
+    (_draw_tuning if recipe.tuning else _draw_curves)(recipe, measured, folder)
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
@@ -351,8 +371,7 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         measured["costs"] = _costs(recipe)
     if recipe.tuning:
         measured["best"] = _best(recipe, measured["runs"])
-    draw, table = (_draw_tuning, _tuning_table) if recipe.tuning else (_draw, _table)
-    draw(recipe, measured, recipe.folder / f"{recipe.name}.png")
+    table = _tuning_table if recipe.tuning else _table
     return {"measured": measured, "table": table(recipe, measured)}
 
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers.utils.generic import flatten_dict
 from typing_extensions import Self
 
-from training.figures import new_figure, save_figure
+from training.figures import FEWEST_NUMBERS, better, draw_result, in_words, new_figure, save_figure
 from training.files import checksum, read_sealed, sealed, set_aside, write_text
 from training.parallel import recipe_job, run_logged, start_workers
 from training.paths import CONFIGURATION, nearest
@@ -421,8 +421,18 @@ def _table(recipe: Recipe, ranking: list[dict[str, Any]], trials: list[dict[str,
     return "\n".join([table, "", note])
 
 
-def _draw(recipe: Recipe, ranking: list[dict[str, Any]], path: Path) -> None:
-    columns = min(3, len(recipe.space))
+def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
+    """Draw the metric of every trial by each setting; nothing of few trials, which the table has.
+
+    Args:
+        recipe: of the search.
+        measured: of its result.
+        folder: of the picture.
+    """
+    ranking = _ranking(recipe, measured["trials"])
+    if len(ranking) < FEWEST_NUMBERS:
+        return
+    columns = min(2, len(recipe.space))
     figure, axes = new_figure(math.ceil(len(recipe.space) / columns), columns, sharey=True)
     for axis in axes.flat[len(recipe.space) :]:
         axis.set_axis_off()
@@ -433,14 +443,18 @@ def _draw(recipe: Recipe, ranking: list[dict[str, Any]], path: Path) -> None:
             axis.set_xscale("log" if values.log else "linear")
         else:
             tried = [values.index(value) for value in tried]
-            axis.set_xticks(range(len(values)), [str(value) for value in values])
-        axis.scatter(tried, metrics, alpha=0.6)
-        axis.scatter(tried[:1], metrics[:1], marker="*", s=150, color="C1", label="best")
-        axis.set_xlabel(key)
+            axis.set_xticks(range(len(values)), [_format_value(value) for value in values])
+            axis.set_xlim(-0.5, len(values) - 0.5)
+            if sum(len(_format_value(value)) for value in values) > 24:
+                axis.tick_params("x", rotation=90)
+        axis.scatter(tried, metrics, alpha=0.6, color="#0072B2")
+        axis.scatter(tried[:1], metrics[:1], marker="*", s=150, color="#D55E00")
+        axis.set_xlabel(in_words(key))
+    metric = " ".join(part.replace("_", " ") for part in recipe.metric.removeprefix("metrics.").split("."))
     for axis in axes[:, 0]:
-        axis.set_ylabel(recipe.metric)
-    axes[0, -1].legend()
-    save_figure(figure, path)
+        axis.set_ylabel(better(metric, "lower" if recipe.direction == "minimize" else "higher"))
+    title = f"{metric[0].upper()}{metric[1:]} of each trial, by setting"
+    save_figure(figure, folder / f"{recipe.name}.png", title, "A star marks the best trial.")
 
 
 # The search
@@ -479,11 +493,12 @@ def _search(recipe: Recipe) -> dict[str, Any]:
         raise ValueError(
             f"all {len(trials)} trials failed, the first with: {trials[0]['error']} (mend it and start with --restart)"
         )
-    _draw(recipe, ranking, recipe.folder / f"{recipe.name}.png")
+    measured = {"best": ranking[0], "trials": trials}
+    draw_result(recipe, measured, recipe.folder)
     return {
         **header(recipe),
         "data": _data(recipe, ranking),
-        "measured": {"best": ranking[0], "trials": trials},
+        "measured": measured,
         "table": _table(recipe, ranking, trials),
         "claims": [],
     }
@@ -525,6 +540,6 @@ def summary(result: dict[str, Any], folder: Path) -> str:
             "",
             *failed,
             f"best: {_format_settings(best['settings'])} ({result['recipe']['metric']} {best['metric']:.6g})",
-            f"its run is in {folder / best['folder']}; result.json and {result['name']}.png are in {folder}",
+            f"its run is in {folder / best['folder']}; result.json is in {folder}",
         ]
     )
