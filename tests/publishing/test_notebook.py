@@ -35,7 +35,7 @@ def test_every_cell_runs_on_a_model_where_make_demo_puts_its_own(run, tmp_path, 
     assert float(re.search("largest difference of a logit: (.*)", text)[1]) < 1e-3
     losses = [float(loss) for loss in re.findall(r"step +\d+: (.*) nats", text)]
     assert len(losses) == 4 and losses == sorted(losses, reverse=True)
-    assert "lily.txt" in text and "contextual" in text and "deprecated" not in text
+    assert "lily.txt" in text and "contextual" in text and "Warning" not in text
 
 
 def test_what_is_committed_is_small_and_without_a_trace_of_a_machine():

@@ -14,8 +14,9 @@ import pytest
 from helpers.runs import short_recipe
 from helpers.stories import END
 
+from training.evaluate import load_model
 from training.paths import CLONE
-from training.publishing import publish
+from training.publishing import publish, trials
 from training.recipe import load_recipe
 from training.tasks import language_modeling
 from training.text.sources import load_stories, source_provenance, split_provenance
@@ -127,9 +128,11 @@ def test_a_run_is_refused_and_its_remedy_works(tmp_path, without_clean_process):
     with pytest.raises(ValueError, match="hold a part out, as the recipe my_text does"):
         language_modeling.run(short_recipe(tmp_path / "a", *both))
     remedy = [f"data.{split}.validation_fraction=0.2" for split in ("train", "validation")]
-    result = language_modeling.run(
-        short_recipe(tmp_path / "b", *both, *remedy, "data.num_windows.validation=2", "tokens=512")
-    )
+    recipe = short_recipe(tmp_path / "b", *both, *remedy, "data.num_windows.validation=2", "tokens=512")
+    result = language_modeling.run(recipe)
+    # On the same windows of the same part, as publishing measures it.
+    line = trials.check_loss(result, lambda: load_model(recipe.folder / "model"))
+    assert line.startswith("ok: validation_loss measured again")
     assert result["data"]["validation"]["validation_fraction"] == 0.2
     assert result["data"]["validation"]["split"] == "validation"
 
