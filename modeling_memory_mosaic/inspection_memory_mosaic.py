@@ -436,13 +436,30 @@ def inspect_units(
     return MemoryMosaicUnits(error, **stacked, levels=_levels(model))
 
 
-def summarize_units(units: MemoryMosaicUnits) -> list[dict[str, int | str | float | None]]:
+class UnitsTable(list[dict[str, Any]]):
+    """Rows of [`summarize_units`], as dictionaries; printed, a table."""
+
+    def __str__(self) -> str:
+        names = list(dict.fromkeys(name for row in self for name in row))
+        cells = [names, *([_cell(row.get(name)) for name in names] for row in self)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+        return "\n".join(lines)
+
+
+def _cell(value: int | str | float | None) -> str:
+    if value is None or value != value:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def summarize_units(units: MemoryMosaicUnits) -> UnitsTable:
     """Return means of each unit over all tokens that have something stored to read.
 
     Returns:
-        `list[dict]`: per unit its `layer`, `kind` and `head`, of v2 also its `level`, and the means of `error` (`None`
-            for persistent units),
-        `entropy`, `effective_pairs`, `share` and `norm`. A mean over nothing is NaN.
+        `UnitsTable`, a list of dictionaries that prints as a table: per unit its `layer`, `kind` and `head`, of v2
+            also its `level`, and the means of `error` (`None` for persistent units), `entropy`, `effective_pairs`,
+            `share` and `norm`. A mean over nothing is NaN.
     """
     known = units.entropy.isnan().logical_not()
     # A unit without slots, the dense memory of v2, has no entropy at all.
@@ -450,7 +467,7 @@ def summarize_units(units: MemoryMosaicUnits) -> list[dict[str, int | str | floa
     measures = {name: getattr(units, name) for name in ("entropy", "effective_pairs", "share", "norm")}
     means = {name: numbers.where(known, torch.nan).nanmean(dim=(2, 4)) for name, numbers in measures.items()}
     error = units.error.where(known[:, 0], torch.nan).nanmean(dim=(1, 3))
-    table: list[dict[str, int | str | float | None]] = []
+    table = UnitsTable()
     num_layers, _, num_heads = means["share"].shape
     levels = [level for level, number in units.levels.items() for _ in range(number)]
     of_kind = [[level for level in levels if (level == KINDS[1]) == (kind == KINDS[1])] for kind in KINDS]

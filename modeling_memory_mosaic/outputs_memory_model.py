@@ -27,6 +27,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from .cache_memory_mosaic import MEMORY_NAME
 from .layout_memory_model import take
 
 
@@ -77,8 +78,11 @@ class MemoryModelOutput(ModelOutput):
     autoencoding_loss: torch.Tensor | None = None
     copy_loss: torch.Tensor | None = None
     blank_copy_loss: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    cache: Cache | None = None
+    # Under one name: transformers 5.24 warns of the other wherever it is set.
+    if MEMORY_NAME == "cache":
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None
     memories: torch.Tensor | None = None
     memory_mask: torch.Tensor | None = None
     hidden_states: LayerStates | None = None

@@ -3,6 +3,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,3 +59,11 @@ def test_words_are_plain():
     for path in (*pages, *CLONE.glob("*.md"), *CLONE.glob("*.toml")):
         if path != Path(__file__).resolve() and path.parent.parent.name != "results":  # stories are quoted there
             assert not (found := ARCHAIC.search(path.read_text(encoding="utf-8"))), f"{path}: {found}"
+
+
+def test_what_is_installed_beside_the_models_imports_nothing_of_the_clone():
+    allowed = {*sys.stdlib_module_names, "typer", "torch", "transformers", "modeling_memory_mosaic"}
+    folder = CLONE / "training" / "commands"
+    own = {path.stem for path in folder.glob("*.py")} | {"loading"}
+    names = {name.split(".")[0] for path in folder.glob("*.py") for name in imported_names(path)}
+    assert names <= allowed | own, names - allowed - own

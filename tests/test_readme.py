@@ -77,6 +77,8 @@ def test_python_blocks_run_in_order_in_one_session(page, tmp_path):
     assert "Do you wish to run the custom code" not in process.stdout, (
         "a question to the user in the middle of a block"
     )
+    # What a user reads who has done nothing wrong.
+    assert not re.search(r"past_key_values|cache_params|model of type|\bnan\b", process.stdout + process.stderr)
 
 
 def test_examples_keep_the_tokenizer_of_a_memory():
@@ -97,6 +99,7 @@ def test_examples_keep_the_tokenizer_of_a_memory():
 def test_commands_exist(page):
     """Check targets of make, recipes and other files that a command names, and verbs of the command line."""
     from training.__main__ import app
+    from training.commands import VERBS
 
     targets = set(re.findall(r"^([\w-]+):", read("Makefile"), flags=re.MULTILINE))
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
@@ -108,6 +111,8 @@ def test_commands_exist(page):
             assert {word for word in words[1:] if "=" not in word} <= targets, command
         if "training" in words[:-1]:
             assert words[words.index("training") + 1] in verbs, command
+        if words[:1] == ["memory-mosaic"]:
+            assert words[1] in {verb.__name__ for verb in VERBS}, command
         for word in words:
             if word.startswith(("configuration/", "hub_cards/", "benchmarks/")):
                 assert (CLONE / word).is_file(), command

@@ -6,6 +6,7 @@ origin of the data, limits) stand in `hub_cards/about/NAME.yaml`, one file a rec
 `load_about` raises it for a fact, `render` for a place in a template.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,22 @@ PAPERS = {"memory_mosaic": "2405.06394", "memory_mosaic_v2": "2507.03285", "memo
 
 # The library that loads a memory, for the Hub, which offers no snippet of its own for it.
 MEMORY_LIBRARY = "modeling-memory-mosaic"
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a card rendered from a template in `hub_cards`; `ValueError` if the template uses a value not given."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["thousands"] = "{:,}".format
+    try:
+        return environment.get_template(template).render(**values)
+    except (jinja2.UndefinedError, TypeError) as error:  # a filter that gets no value raises a TypeError
+        raise ValueError(f"the card {template} lacks a value: {error}") from None
 
 
 class DataAbout(Section):
@@ -62,7 +79,9 @@ def load_about(name: str, path: Path | None = None) -> About:
     path = path or ABOUT / f"{name}.yaml"
     fields = ", ".join(About.model_fields)
     if not path.is_file():
-        raise ValueError(f"the card lacks what no result knows ({fields}): write it in {path}, like its neighbours")
+        raise ValueError(
+            f"the card lacks what no result knows ({fields}): write it in {path}, which `publish RUN --init` begins"
+        )
     try:
         return About.model_validate(parse_yaml(path.read_text(encoding="utf-8"), path))
     except ValidationError as error:
@@ -70,20 +89,49 @@ def load_about(name: str, path: Path | None = None) -> About:
         raise ValueError("\n".join([f"the card needs these fields of {path}:", *problems])) from None
 
 
-def check_data(about: About, result: dict[str, Any]) -> None:
-    """Raise `ValueError` if a run has read other data than those that are described."""
+def _identities(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield what identifies the data of each split of a run, by the name of a file or of the split."""
     # A memory has read files, and was not trained on them.
     for split in ("read",) if "read" in result["data"] else ("train", "validation"):
         source = result["data"][split]
         # A local file may have any name, so its checksum identifies it. Other sources have names of their own.
         files = {} if source["kind"] in ("embedded", "hub") else source["files"]
-        identities = files or {split: source["name"].partition("@")[0]}
+        yield split, files or {split: source["name"].partition("@")[0]}
+
+
+def check_data(about: About, result: dict[str, Any]) -> None:
+    """Raise `ValueError` if a run has read other data than those that are described."""
+    for split, identities in _identities(result):
         unknown = [f"{identity} ({n})" for n, identity in identities.items() if identity not in about.data.sources]
         if unknown:
             raise ValueError(
                 f"the run's {split} data are {', '.join(unknown)}, of which data.origin and data.license say "
                 "nothing: describe them, with that among data.sources, and give the file as --about"
             )
+
+
+def write_about(result: dict[str, Any], path: Path | None = None) -> Path:
+    """Write the file that `load_about` reads with what the result knows, its data, and empty places for the rest.
+
+    Args:
+        result: content of the run's `result.json`.
+        path: the YAML file; by default `hub_cards/about/NAME.yaml`.
+
+    Raises:
+        ValueError: there is such a file already.
+    """
+    path = path or ABOUT / f"{result['name']}.yaml"
+    named = {identity: name for _, identities in _identities(result) for name, identity in identities.items()}
+    on_hub = {source["name"].partition("@")[0] for source in result["data"].values() if source["kind"] == "hub"}
+    text = render("about.yaml.jinja", name=result["name"], sources=named, datasets=sorted(on_hub))
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ValueError(
+            f"{path} exists already and stays as it is: fill its fields in, or name another file by --about"
+        ) from None
+    return path
 
 
 def _evaluations(result: dict[str, Any], about: About) -> list[EvalResult]:
@@ -152,19 +200,3 @@ def memory_metadata(result: dict[str, Any], about: About, base: str) -> str:
         model_name=about.title,
     )
     return data.to_yaml()
-
-
-def render(template: str, **values: Any) -> str:
-    """Return a card rendered from a template in `hub_cards`; `ValueError` if the template uses a value not given."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["thousands"] = "{:,}".format
-    try:
-        return environment.get_template(template).render(**values)
-    except (jinja2.UndefinedError, TypeError) as error:  # a filter that gets no value raises a TypeError
-        raise ValueError(f"the card {template} lacks a value: {error}") from None

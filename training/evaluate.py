@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoModelForCausalLM)
+from training.commands.loading import model_folder
 from training.files import refuse_damage
 from training.metrics.mean_loss import bits_per_byte_of_loss, perplexity
-from training.paths import model_folder
 from training.recipe import SourceSection
 from training.text.sources import load_stories, source_provenance
 from training.text.tokenizer import load_tokenizer

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memories of files: what `memorize`, `ask`, `forget` and `info` of the command line do."""
+"""Memories of files: what `memorize`, `forget` and `info` of `python -m training` do.
 
-import hashlib
+Texts are read as by the installed command (`commands/texts.py`). Here a memory also gets a result, by which it can be
+published.
+"""
+
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import set_seed
 
 from modeling_memory_mosaic import MosaicMemory
 from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME, read_settings, read_slots
+from training.commands.texts import memorize_texts, new_folder, read_files
 from training.evaluate import load_model
 from training.files import CHECKSUMS, staged_folder, weights_checksums
 from training.result import environment, moment, read_result, write_result
@@ -28,31 +31,6 @@ RESULT, PUBLISHED = "result.json", "published"
 def load_memory(folder: str | Sequence[str], model: Any) -> MosaicMemory:
     memory: MosaicMemory = MosaicMemory.from_pretrained(folder, model)
     return memory
-
-
-def _named_files(files: Sequence[Path]) -> dict[str, Path]:
-    """Return files by the names that a memory gives their texts; `ValueError` if two would have one name."""
-    named: dict[str, Path] = {}
-    for path in files:
-        # A memory may be published: no name in it is a path of this machine.
-        leads_out = path.is_absolute() or ".." in path.parts
-        name = path.name if leads_out else path.as_posix()
-        if name in named:
-            raise ValueError(
-                f"{named[name]} and {path} would both be named {name!r}: call the command in a folder that holds "
-                "both, and give their paths within it"
-            )
-        named[name] = path
-    return named
-
-
-def _read_text(path: Path) -> tuple[str, str]:
-    """Return the text of a file, with the ends of its lines as they are, and the sha256 of the file."""
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8"), hashlib.sha256(content).hexdigest()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}): convert it, or leave it out") from None
 
 
 def _record(name: str, model_folder: Path, memory: MosaicMemory, files: dict[str, str]) -> dict[str, Any]:
@@ -114,24 +92,14 @@ def memorize_files(model_folder: Path, files: Sequence[Path], output: Path, dtyp
     """Let a model read files, each alone, and write what it has read into a folder, with a `result.json` of it.
 
     Args:
-        files: texts in UTF-8; a memory names each by its path as given, or by its last part if that path is absolute
-            or leads up.
+        files: as of `commands.texts.read_files`.
         dtype: of the stored pairs, see `MosaicMemory.save_pretrained`.
     """
-    if output.exists():
-        raise ValueError(f"{output} exists already: remove it, or choose another folder")
-    texts = {name: _read_text(path) for name, path in _named_files(files).items()}
-    loaded, tokenizer = load_model(model_folder)
-    model: Any = loaded.eval()
-    if not hasattr(model, "memorize"):
-        raise ValueError(f"{model_folder} holds a {model.config.model_type}: only Memory Mosaics memorize texts")
-    memories = []
-    for name, (text, _) in texts.items():
-        ids = tokenizer(text, return_tensors="pt", split_special_tokens=True)["input_ids"]
-        if ids.shape[1] < 2:
-            raise ValueError(f"{name} has {ids.shape[1]} tokens: a text of fewer than two leaves no pair")
-        memories.append(model.memorize(ids.to(model.device), source=name, tokenizer=tokenizer))
-    memory = MosaicMemory.union(memories)
+    new_folder(output)
+    texts = read_files(files)
+    model, tokenizer = load_model(model_folder)
+    memories = memorize_texts(model, tokenizer, {name: text for name, (text, _) in texts.items()})
+    memory: MosaicMemory = MosaicMemory.union(memories)
     record = _record(
         output.resolve().name, model_folder, memory, {name: digest for name, (_, digest) in texts.items()}
     )
@@ -182,38 +150,6 @@ def stored_texts(folder: Path, tokenizer: Any) -> dict[str, str]:
         # With special tokens, and spaces as they are: what stood in the file.
         texts[name] = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return texts
-
-
-def ask(
-    model_folder: Path,
-    folders: Sequence[str],
-    question: str,
-    seed: int = 0,
-    bandwidth: float | None = None,
-    **options: Any,
-) -> tuple[str, list[tuple[str, float]]]:
-    """Continue a question behind the memories of some folders.
-
-    Args:
-        folders: that `memorize_files` or `MosaicMemory.save_pretrained` wrote, or repositories on the Hub.
-        seed: of the sampling.
-        bandwidth: see `MosaicMemory.to_cache`.
-        **options: arguments of `generate`.
-
-    Returns:
-        The answer, and what each text and last the question with the answer itself added to its logits, in nats.
-    """
-    model, tokenizer = load_model(model_folder)
-    model = model.eval()
-    memory = load_memory(folders, model)
-    set_seed(seed)
-    reading: Any = {"bandwidth": bandwidth}
-    prompt = memory.prompt(question, tokenizer, **reading)
-    length = prompt["input_ids"].shape[1]
-    output = model.generate(**prompt, **options)
-    answer = cast(str, tokenizer.decode(output[0, length:], skip_special_tokens=True))
-    totals = memory.explain(model, output, **reading).by_source()[length - 1 :].sum(0).tolist()
-    return answer, list(zip([*memory.sources, "the question and the answer"], totals, strict=True))
 
 
 def forget_source(model_folder: Path, folder: Path, source: str) -> MosaicMemory:

@@ -114,17 +114,3 @@ def recipe_file(name: str | Path) -> Path:
             "configuration/recipe"
         )
     return found
-
-
-def model_folder(name: str | Path) -> Path:
-    """Return the folder of a model: the folder itself, an exported one or a checkpoint, or `model` in that of a run.
-
-    Raises:
-        ValueError: neither has a `config.json`.
-    """
-    folder = Path(name)
-    for place in (folder, folder / "model"):
-        if (place / "config.json").is_file():
-            return place
-    state = "has no config.json" if folder.is_dir() else "is no folder"
-    raise ValueError(f"{str(folder)!r} {state}: name an exported folder, a checkpoint, or that of a finished run")

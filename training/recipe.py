@@ -108,6 +108,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def without_unset(values: dict[str, Any], *later: str) -> dict[str, Any]:
+    """Return what a section holds without those later fields that are not set.
+
+    So recipes without them keep the text and the hash of before.
+    """
+    return {name: value for name, value in values.items() if value or name not in later}
+
+
 class SourceSection(Section):
     """Where stories come from; the fields are the arguments of `training.text.sources.load_stories`."""
 
@@ -117,6 +125,18 @@ class SourceSection(Section):
     separator: str = "<|endoftext|>"
     num_stories: PositiveInt | None = None
     seed: int = 0
+    validation_fraction: float | None = Field(default=None, gt=0, lt=1)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset(serialize(self), "validation_fraction")
+
+
+class WindowsSection(Section):
+    """How many windows are taken of a text at most, spread evenly over it; by default all."""
+
+    train: PositiveInt | None = None
+    validation: PositiveInt | None = None
 
 
 class FactsSection(Section):
@@ -140,6 +160,7 @@ class DataSection(Section):
     context_length: int = Field(ge=2)
     num_proc: PositiveInt | None = None
     streaming: bool = False
+    num_windows: WindowsSection | None = None
     facts: FactsSection | None = None
 
     @model_validator(mode="after")
@@ -150,11 +171,7 @@ class DataSection(Section):
 
     @model_serializer(mode="wrap")
     def _leave_out_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes without a later field keep the text and the hash of before."""
-        values: dict[str, Any] = serialize(self)
-        if not values.get("facts"):
-            values.pop("facts", None)
-        return values
+        return without_unset(serialize(self), "num_windows", "facts")
 
 
 class TokenizerSection(Section):
@@ -346,11 +363,7 @@ class TextRecipe(TrainingRecipe):
 
     @model_serializer(mode="wrap")
     def _leave_out_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes without a later field keep the text and the hash of before."""
-        values: dict[str, Any] = serialize(self)
-        if not values.get("chunked_loss"):
-            values.pop("chunked_loss", None)
-        return values
+        return without_unset(serialize(self), "chunked_loss")
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

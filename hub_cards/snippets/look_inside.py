@@ -6,5 +6,4 @@ tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision)
 model = AutoModelForCausalLM.from_pretrained(repo, revision=revision)
 
 units = inspect_units(model, **tokenizer("Lily had a red ball. The red ball", return_tensors="pt"))
-for row in summarize_units(units):
-    print(row)
+print(summarize_units(units))  # means over the tokens, a row for each unit

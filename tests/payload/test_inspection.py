@@ -373,6 +373,18 @@ def test_summaries_are_means_over_tokens_that_have_something_to_read():
         assert sum(shares) == pytest.approx(1, rel=1e-5)
 
 
+def test_a_summary_prints_as_a_table_and_stays_a_list(model):
+    table = summarize_units(inspect_units(model, make_ids(1, 8)))
+    header, *lines = str(table).splitlines()
+    assert (
+        isinstance(table, list) and len(lines) == len(table) > 1 and len({len(line) for line in (header, *lines)}) == 1
+    )
+    assert header.split() == list(table[0])
+    shown = [line.split() for line in lines if "contextual" in line]
+    assert [row[3] for row in shown] == [f"{row['error']:.3f}" for row in table if row["kind"] == "contextual"]
+    assert "nan" not in str(table).lower() and "None" not in str(table)
+
+
 def following_logits(model, ids):
     """Return relative logit and log probability of the token that follows each, `(B, T - 1)`."""
     with torch.no_grad():

@@ -373,7 +373,7 @@ def test_texts_are_named_by_paths_that_say_nothing_of_the_machine(run, tmp_path,
 def test_a_model_that_keeps_no_pairs_is_refused(run, tmp_path, monkeypatch):
     model = GPT2LMHeadModel(GPT2Config(n_embd=4, n_layer=1, n_head=1, vocab_size=512))
     monkeypatch.setattr(memories, "load_model", lambda folder: (model, load_model(run / "model")[1]))
-    with pytest.raises(ValueError, match="holds a gpt2: only Memory Mosaics memorize texts"):
+    with pytest.raises(ValueError, match="the model is a gpt2: only Memory Mosaics memorize texts"):
         memorize(tmp_path / "texts", tmp_path, a="Once upon a time.")
 
 

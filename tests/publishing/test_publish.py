@@ -96,8 +96,9 @@ def test_what_cannot_be_published_is_refused_at_once(run, about, options, messag
         (["--revision", "v2", "--repo-id", "someone/x"], "--revision is 'v2', which is for --verify-only"),
         (["--verify-only", "--revision", "v2"], "is a folder: leave out --revision"),
         ([], "give --repo-id user/name"),
+        (["--init", "--public", "--what", "model"], "--init writes one file: leave out --public, --what"),
     ],
-    ids=["verify", "revision", "folder", "nowhere"],
+    ids=["verify", "revision", "folder", "nowhere", "init"],
 )
 def test_options_without_a_meaning_are_refused(run, options, message):
     process = CliRunner().invoke(app, ["publish", str(run), *options])

@@ -29,11 +29,11 @@ from transformers import (
 from hub_cards.space import app
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
 from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
+from training.commands.texts import answer, continue_texts
 from training.evaluate import load_model, tokens_and_bytes
 from training.experiments import cloze, continuations, position_loss, samples, surprise
 from training.export import export_model
-from training.generate import generate_texts
-from training.memories import ask, load_memory, memorize_files
+from training.memories import load_memory, memorize_files
 from training.paths import CLONE, CONFIGURATION
 from training.recipe import load_recipe
 from training.tasks import fine_tuning, language_modeling
@@ -93,7 +93,7 @@ def read(monkeypatch):
 
 
 def by_the_command(folder):
-    generate_texts(folder, [TEXT], max_new_tokens=2, do_sample=False)
+    continue_texts(*load_model(folder), [TEXT], max_new_tokens=2, do_sample=False)
 
 
 def by_a_pipeline(folder):
@@ -157,7 +157,7 @@ def test_memorized_files_and_questions_are_read_as_they_stand(run, read, tmp_pat
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
     memorize_files(run.folder / "model", [tmp_path / "a.txt"], tmp_path / "memory")
     assert load_memory(str(tmp_path / "memory"), load_model(run.folder / "model")[0]).input_ids.tolist() == PLAIN
-    ask(run.folder / "model", [str(tmp_path / "memory")], TEXT, max_new_tokens=1)
+    answer(*load_model(run.folder / "model"), [str(tmp_path / "memory")], TEXT, max_new_tokens=1)
     assert read[0] == [PLAIN]
 
 
@@ -240,8 +240,8 @@ def test_a_tokenizer_that_adds_nothing_is_left_as_it_is(tmp_path, caplog):
 WALKED = {
     *("training/text/windows.py", "training/evaluate.py", "training/text/tokenizer.py"),
     *("training/text/generator.py", "training/text/story_selection.py", "training/experiments/position_loss.py"),
-    *("training/chat.py", "training/synthetic/needles.py"),
-    *("training/memories.py", "training/text/question_rows.py", "training/experiments/surprise.py"),
+    *("training/commands/chat.py", "training/synthetic/needles.py"),
+    *("training/commands/texts.py", "training/text/question_rows.py", "training/experiments/surprise.py"),
     *("training/experiments/samples.py", "training/experiments/cloze.py", "training/experiments/continuations.py"),
     "hub_cards/space/shared.py",
     "modeling_memory_mosaic/inspection_memory_mosaic.py",

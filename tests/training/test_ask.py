@@ -7,9 +7,10 @@ from helpers.models import make_model
 from typer.testing import CliRunner
 
 from training.__main__ import app
+from training.commands.texts import answer
 from training.evaluate import load_model
 from training.export import export_model
-from training.memories import ask, load_memory, memorize_files
+from training.memories import load_memory, memorize_files
 from training.text.tokenizer import train_tokenizer
 
 
@@ -32,12 +33,12 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("bandwidth", [None, 0.5])
 def test_an_answer_is_explained_by_the_kernels_that_wrote_it(bandwidth, folders):
-    answer, totals = ask(folders[0], [str(folders[1])], QUESTION, bandwidth=bandwidth, **GREEDY)
     model, tokenizer = load_model(folders[0])
-    memory = load_memory(str(folders[1]), model.eval())
+    text, totals = answer(model, tokenizer, [str(folders[1])], QUESTION, bandwidth=bandwidth, **GREEDY)
+    memory = load_memory(str(folders[1]), model)
     prompt = memory.prompt(QUESTION, tokenizer, bandwidth=bandwidth)
     length, output = prompt["input_ids"].shape[1], model.generate(**prompt, **GREEDY)
-    assert answer == tokenizer.decode(output[0, length:], skip_special_tokens=True)
+    assert text == tokenizer.decode(output[0, length:], skip_special_tokens=True)
     sums, of_others = (
         memory.explain(model, output, bandwidth=exponent).by_source()[length - 1 :].sum(0)
         for exponent in (bandwidth, 0.25)
@@ -54,7 +55,7 @@ def test_the_command_line_passes_the_bandwidth_on(folders):
         options = ["--memory", str(folders[1]), "--bandwidth", str(exponent), "--max-new-tokens", "6"]
         result = runner.invoke(app, ["ask", str(folders[0]), QUESTION, *options])
         assert result.exit_code == 0, result.output
-        totals = ask(folders[0], [str(folders[1])], QUESTION, bandwidth=exponent, **GREEDY)[1]
+        _, totals = answer(*load_model(folders[0]), [str(folders[1])], QUESTION, bandwidth=exponent, **GREEDY)
         lines = [f"{nats:9.2f}  {name}" for name, nats in totals]
         assert all(line in result.output for line in lines)
         shown.append(result.output)

@@ -7,7 +7,8 @@ from helpers.models import make_model
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from modeling_memory_mosaic import MosaicMemory
-from training.chat import HELP, Chat, talk
+from training.commands.chat import HELP, Chat, talk
+from training.evaluate import load_model
 from training.text.tokenizer import train_tokenizer
 
 
@@ -29,7 +30,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["mosaic", "llama"])
 def test_each_turn_goes_on_behind_all_that_was_written(folders, kind, capsys):
-    chat = Chat(folders[kind], max_new_tokens=5, temperature=0, seed=0)
+    chat = Chat(*load_model(folders[kind]), max_new_tokens=5, temperature=0, seed=0)
     for line in ("once upon", " a time", " there"):
         before = chat.ids
         answer = chat.answer(line)
@@ -41,7 +42,7 @@ def test_each_turn_goes_on_behind_all_that_was_written(folders, kind, capsys):
 
 
 def test_a_stored_text_is_what_the_model_reads_in_it(folders, tmp_path):
-    chat = Chat(folders["mosaic"], max_new_tokens=5, temperature=0.8, seed=0)
+    chat = Chat(*load_model(folders["mosaic"]), max_new_tokens=5, temperature=0.8, seed=0)
     assert "no memory yet" in str(pytest.raises(ValueError, chat.do, "/memory").value)
     chat.answer("once upon a time")
     assert chat.do("/memory").startswith(f"{chat.ids.shape[1]} tokens, {chat.ids.shape[1] - 1} pairs in each head")
@@ -54,14 +55,14 @@ def test_a_stored_text_is_what_the_model_reads_in_it(folders, tmp_path):
 
 
 def test_special_tokens_that_are_typed_are_text(folders):
-    chat = Chat(folders["mosaic"], max_new_tokens=2, temperature=0, seed=0)
+    chat = Chat(*load_model(folders["mosaic"]), max_new_tokens=2, temperature=0, seed=0)
     chat.answer("<|endoftext|>")
     typed = chat.ids[0, :-2].tolist()
     assert len(typed) > 1 and chat.tokenizer.eos_token_id not in typed
 
 
 def test_a_seed_gives_the_same_text(folders):
-    texts = [Chat(folders["mosaic"], 8, 1.0, seed).answer("once") for seed in (1, 1, 2)]
+    texts = [Chat(*load_model(folders["mosaic"]), 8, 1.0, seed).answer("once") for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -77,7 +78,7 @@ def test_lines_are_read_until_the_end(folders, capsys):
 
         return read_line
 
-    chat = Chat(folders["llama"], 3, 0, 0)
+    chat = Chat(*load_model(folders["llama"]), 3, 0, 0)
     talk(chat, typed("once upon", "", "/memory", "/what", "/new now"))
     printed = capsys.readouterr()
     assert "the model is a llama: only Memory Mosaics have a memory to keep" in printed.err

@@ -39,6 +39,7 @@ SURFACE = {
     },
     "generate": {"folder", "prompts", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed"},
     "chat": {"folder", "--max-new-tokens", "--temperature", "--seed"},
+    "inspect": {"folder", "text"},
     "memorize": {"folder", "files", "--output", "--dtype"},
     "ask": {
         "folder",
@@ -58,6 +59,7 @@ SURFACE = {
         "--what",
         "--base",
         "--about",
+        "--init",
         "--public",
         "--create-pr",
         "--dry-run",

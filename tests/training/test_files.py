@@ -6,7 +6,9 @@ import shutil
 import pytest
 from helpers.damage import flip
 from helpers.runs import assert_same_run, short_recipe
+from typer.testing import CliRunner
 
+from training.__main__ import app
 from training.evaluate import load_causal_lm, load_model
 from training.files import (
     CHECKSUMS,
@@ -19,7 +21,6 @@ from training.files import (
     write_checksums,
     write_json,
 )
-from training.generate import generate_texts
 from training.result import read_result, write_result
 from training.tasks import language_modeling
 
@@ -190,7 +191,12 @@ def test_a_changed_hash_in_run_json_is_another_recipe(copied):
         language_modeling.run(copied)
 
 
-@pytest.mark.parametrize("use", [load_causal_lm, load_model, lambda folder: generate_texts(folder, ["Once"])])
+def generate(folder):
+    arguments = ["--debug", "generate", str(folder), "Once"]
+    return CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("use", [load_causal_lm, load_model, generate])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "modeling_memory_mosaic.py"])
 def test_a_changed_model_is_not_loaded(use, name, copied, tmp_path):
     flip(copied.folder / "model" / name)

@@ -28,10 +28,10 @@ from helpers.runs import (
 from transformers import AutoTokenizer, set_seed
 
 from training import loop
+from training.commands.texts import continue_texts
 from training.evaluate import evaluate_folder, load_model
 from training.export import export_model, verify_export
 from training.files import CHECKSUMS, faults, staged_folder, write_text
-from training.generate import generate_texts
 from training.loop import LanguageModelTrainer
 from training.paths import CONFIGURATION
 from training.recipe import SourceSection, load_recipe
@@ -428,11 +428,11 @@ def test_damaged_folders_are_named(tmp_path):
     recipe = load_recipe(SMOKE, SHORT)
     tokenizer = train_tokenizer(["once upon a time"] * 9, 260)
     export_model(language_modeling.build_model(recipe, tokenizer), tokenizer, tmp_path / "model")
-    assert generate_texts(tmp_path / "model", ["once"], seed=3, max_new_tokens=4) == generate_texts(
-        tmp_path / "model", ["once"], seed=3, max_new_tokens=4
-    )
+    loaded = load_model(tmp_path / "model")
+    first, again = (continue_texts(*loaded, ["once"], seed=3, max_new_tokens=4) for _ in range(2))
+    assert first == again
     with pytest.raises(ValueError, match="a prompt is empty"):
-        generate_texts(tmp_path / "model", [""])
+        continue_texts(*loaded, [""])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no config.json"):
         load_model(tmp_path / "empty")

@@ -123,7 +123,7 @@ MISTAKES = {
     "latin.txt": (f"one\n{END}\ntwo\nthree\nnaïve".encode("latin-1"), r":5: not UTF-8"),
     "cut.txt.gz": (gzip.compress(END.join(STORIES * 50).encode())[:-20], r": the compressed data are damaged or cut"),
     "not.jsonl.gz": (GOOD_LINE, r": the compressed data are damaged or cut off"),
-    "table.csv": (b"text\ngood", r": not one of the known forms .jsonl, .jsonl.gz, .txt, .txt.gz"),
+    "table.csv": (b"text\ngood", r": not one of the known forms .jsonl, .jsonl.gz, .txt, .txt.gz, .md, .md.gz"),
     "nothing.jsonl": (b"", "empty corpus: there is no story in"),
     "nothing.txt": (b" \n\n", "empty corpus: there is no story in"),
     "separators.txt": (f"{END}\n{END}".encode(), "empty corpus: there is no story in"),

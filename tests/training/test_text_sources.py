@@ -76,12 +76,12 @@ def test_an_unchanged_file_is_not_read_again_and_an_edited_one_is(tmp_path, monk
         ({"source": "missing/stories.jsonl"}, "'missing/stories.jsonl' does not exist"),
         ({"source": "{folder}"}, "empty corpus: folder .* has no file of the forms"),
         ({"source": "{folder}", "split": "validation"}, "has no split 'validation'.*name the file"),
-        ({"source": "{folder}/a.md"}, "a.md: not one of the known forms"),
+        ({"source": "{folder}/a.csv"}, "a.csv: not one of the known forms.*name it .txt"),
         ({"source": "{folder}/b", "separator": ""}, "separator is empty"),
     ],
 )
 def test_mistakes_in_arguments_are_explained(tmp_path, arguments, message):
-    (tmp_path / "a.md").write_text("x")
+    (tmp_path / "a.csv").write_text("x")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "c.txt").write_text("x")
     arguments = arguments | {"source": arguments["source"].replace("{folder}", str(tmp_path))}

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from modeling_memory_mosaic import bounded
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME, memory_kwargs
 from training.baselines.windowed import NAME, windowed_arguments
 from training.claims import Effect, Effects, crossed_effect
 from training.experiments import comparison
@@ -126,8 +127,8 @@ def _mosaic_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     losses, cache = [], None
     for start in range(0, ids.shape[1], CHUNK_LENGTH):
         chunk, following = ids[:, start : start + CHUNK_LENGTH], ids[:, start + 1 : start + CHUNK_LENGTH + 1]
-        output: Any = model(chunk, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output: Any = model(chunk, use_cache=True, **memory_kwargs(cache))
+        cache = output[MEMORY_NAME]
         logits = output.logits[:, : following.shape[1]].float()
         losses.append(cross_entropy(logits.transpose(1, 2), following, reduction="none"))
     return torch.cat(losses, dim=1)

@@ -31,7 +31,7 @@ from training.metrics.mean_loss import bits_per_byte_of_loss
 from training.recipe import SourceSection
 from training.tables import markdown_table
 from training.text.sources import load_stories, source_provenance
-from training.text.windows import pack_windows
+from training.text.windows import pack_windows, spread_evenly
 
 
 __all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
@@ -198,7 +198,7 @@ def cut_windows(
             f"none of the {len(documents)} documents has {context_length} tokens: lower `context_length`, or cut this "
             "text with `windows: stream`"
         )
-    chosen = np.unique(np.linspace(0, len(windows) - 1, min(num_windows, len(windows))).round().astype(int))
+    chosen = spread_evenly(len(windows), num_windows)
     ids = torch.tensor([list(windows[index][1]) for index in chosen], dtype=torch.int64)
     return ids, [windows[index][0] for index in chosen]
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from typing_extensions import Self
 
 from modeling_memory_mosaic import bounded
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME, memory_kwargs
 from training.baselines.windowed import NAME, windowed_arguments
 from training.claims import Effects, mean_effect
 from training.experiments import comparison
@@ -149,8 +150,8 @@ def mosaic_stream(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[tuple[t
     cache: Any = None
     before = torch.full((1, model.config.vocab_size), torch.nan, device=model.device)
     for chunk in ids.split(CHUNK_LENGTH):
-        output: Any = model(chunk[None], past_key_values=cache, use_cache=True)
-        cache, logits = output.past_key_values, output.logits[0].float()
+        output: Any = model(chunk[None], use_cache=True, **memory_kwargs(cache))
+        cache, logits = output[MEMORY_NAME], output.logits[0].float()
         losses = cross_entropy(torch.cat([before, logits[:-1]]), chunk, reduction="none")
         before = logits[-1:]
         yield losses, memory_bytes(cache)

@@ -75,18 +75,23 @@ def _pin_base(base: str, what: str) -> PinnedRepo:
     return PinnedRepo(name, revision)
 
 
-def prepare(
-    run: Path, repo_id: str, what: str | None = None, about: Path | None = None, base: str | None = None
-) -> Publication:
-    """Check what can be checked before any work; arguments and errors as of `publish`."""
-    _check_repo_id(repo_id)
+def _finished_result(run: Path) -> dict[str, Any]:
+    """Return the result of a run or a memory; `ValueError` if it has none, or a file of it has changed."""
     is_memory = (run / MARKERS["memory"]).is_file()
     if not (run / RESULT).is_file():
         first = "memorize the texts again" if is_memory else "name the folder of a run, and run its recipe to the end"
         raise ValueError(f"{run} has no result.json: {first} first")
     # A figure or a result edited by hand is not what the run has made.
     refuse_change(run, *(["`memorize` the texts again"] if is_memory else []))
-    result = read_portable_result(run / RESULT)
+    return read_portable_result(run / RESULT)
+
+
+def prepare(
+    run: Path, repo_id: str, what: str | None = None, about: Path | None = None, base: str | None = None
+) -> Publication:
+    """Check what can be checked before any work; arguments and errors as of `publish`."""
+    _check_repo_id(repo_id)
+    result = _finished_result(run)
     what = _choose_artifact(run, result, what)
     if what != "dataset" and result["architecture"]["model_type"] not in card.PAPERS:
         raise ValueError(
@@ -141,6 +146,22 @@ def _list_files(folder: Path) -> str:
 
 def _version() -> str:
     return importlib.metadata.version("modeling-memory-mosaic")
+
+
+def init(run: Path, about: Path | None = None) -> Path:
+    """Begin the file of what no result knows of a run, with what the result does know; return its path.
+
+    Args:
+        run: the folder of a finished run, or of a memory.
+        about: the file; by default `hub_cards/about/NAME.yaml`. One that is there is never replaced.
+
+    Raises:
+        ValueError: the run is not finished, makes nothing that needs such a file, or the file is there.
+    """
+    result = _finished_result(run)
+    if _choose_artifact(run, result, None) == "dataset":
+        raise ValueError(f"{run} has made a data set, whose card comes from its run: there is nothing to write")
+    return card.write_about(result, about)
 
 
 def publish(

@@ -24,11 +24,11 @@ from training.export import run_isolated, verify_export
 from training.files import checksum_of_text
 from training.memories import load_memory, stored_texts
 from training.publishing.memory_checks import read_result
-from training.recipe import SourceSection
+from training.recipe import SourceSection, WindowsSection
 from training.secrecy import masked
 from training.text.sources import EMBEDDED, load_stories, source_provenance
 from training.text.story_selection import STORIES_FILE
-from training.text.windows import pack_windows
+from training.text.windows import pack_windows, some_windows
 
 
 # By task, the loss that is measured again.
@@ -104,6 +104,7 @@ def check_loss(result: dict[str, Any], load: Callable[[], tuple[Any, Any]], is_l
     try:
         data = result["recipe"]["data"]
         source, context_length = SourceSection.model_validate(data["validation"]), data["context_length"]
+        limits = WindowsSection.model_validate(data.get("num_windows") or {})
         name = LOSSES[result["task"]]
         stated = result["metrics"][name]
         is_small = (source.num_stories or 0) <= MOST_STORIES and 2 <= context_length <= MOST_CONTEXT
@@ -118,7 +119,8 @@ def check_loss(result: dict[str, Any], load: Callable[[], tuple[Any, Any]], is_l
     except (ValueError, OSError) as error:
         return f"{not_checked}, as the data are not at hand ({masked(error)})"
     model, tokenizer = load()
-    measured = _measure_loss(name, model, pack_windows(stories, tokenizer, context_length))
+    windows = some_windows(pack_windows(stories, tokenizer, context_length), limits.validation)
+    measured = _measure_loss(name, model, windows)
     if not isinstance(stated, float) or not abs(measured - stated) <= LOSS_TOLERANCE:
         raise ValueError(f"`{name}` in result.json is {stated!r}, but measured again it is {measured:.4f}")
     return f"ok: {name} measured again is {measured:.4f}, stated {stated:.4f} (within {LOSS_TOLERANCE} nats)"

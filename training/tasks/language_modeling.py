@@ -47,9 +47,9 @@ from training.run_folder import run_once
 from training.synthetic.readings import Reading, labelled_batch
 from training.synthetic.recall import score_rows
 from training.text.question_rows import IGNORED, FactRows, fact_texts, window_features
-from training.text.sources import load_stories, source_provenance
+from training.text.sources import load_stories, split_provenance
 from training.text.tokenizer import load_tokenizer, train_tokenizer
-from training.text.windows import collate_windows, pack_windows
+from training.text.windows import collate_windows, pack_windows, some_windows
 
 
 class ReadsText(Protocol):
@@ -232,6 +232,7 @@ def prepare_windows(
             streaming = data.streaming and split == "train"
             stories = load_stories(**source.model_dump(), streaming=streaming)
             windows[split] = pack_windows(stories, tokenizer, data.context_length, data.num_proc)
+            windows[split] = some_windows(windows[split], getattr(data.num_windows, split, None))
             if streaming:
                 windows[split] = windows[split].repeat(None)  # the budget ends the run, not the stream
     return windows
@@ -450,10 +451,9 @@ def _identity(recipe: TextRecipe, state: PartialState) -> dict[str, Any]:
         "num_processes": state.num_processes,  # with another number, a resumed run would not continue exactly
         "recipe": recipe.model_dump(exclude={"output_dir"}),
         "architecture": recipe.architecture,
-        "data": {
-            "train": source_provenance(**recipe.data.train.model_dump(), streaming=recipe.data.streaming),
-            "validation": source_provenance(**recipe.data.validation.model_dump()),
-        },
+        "data": split_provenance(
+            recipe.data.train.model_dump(), recipe.data.validation.model_dump(), recipe.data.streaming
+        ),
     }
 
 

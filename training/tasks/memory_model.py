@@ -62,7 +62,7 @@ from training.tasks.memory_parts import (
     with_adapters,
     without_adapters,
 )
-from training.text.sources import load_stories, source_provenance
+from training.text.sources import load_stories, split_provenance
 from training.text.tokenizer import load_tokenizer
 from training.text.windows import collate_windows
 
@@ -495,9 +495,7 @@ def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
         "hash": recipe.hash,
         "num_processes": state.num_processes,
         "recipe": recipe.content(),
-        "data": {
-            name: source_provenance(**getattr(recipe.data, name).model_dump()) for name in ("train", "validation")
-        },
+        "data": split_provenance(recipe.data.train.model_dump(), recipe.data.validation.model_dump()),
     } | pretrained_provenance(recipe)
 
 

@@ -7,7 +7,7 @@ reads any of them; unless they are streamed, stories are in the cache of `datase
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ import pyarrow.compute
 from datasets import Dataset, Features, IterableDataset, Value
 
 from training.files import checksum
-from training.text import story_files, story_writer
+from training.text import held_out, story_files, story_writer
 from training.text.archive import archive_volumes, find_archives, is_archive_name, unpack_split
 from training.text.cache import cached_rows, check_unchanged, fingerprint
+from training.text.held_out import read_part
 from training.text.story_files import FILE_FORMS, quoted_names, read_story_files
 from training.text.story_writer import WORDS_FILE, stories_identity, write_stories
 
@@ -31,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 def _visible_story_files(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(FILE_FORMS) and file.is_file())
-    return [file for file in files if not file.name.startswith(".")]
+    # A README.md describes what else is in its folder.
+    return [file for file in files if not file.name.startswith(".") and file.name.lower() != "readme.md"]
 
 
 def _is_archive(path: Path) -> bool:
@@ -89,8 +91,13 @@ def _load_embedded(split: str, num_stories: int | None, seed: int, streaming: bo
 # Stories in local files
 
 
-def local_files(source: str, split: str) -> list[Path]:
+def local_files(source: str, split: str, is_parted: bool = False) -> list[Path]:
     """Return the files that hold the stories of a local source; an archive is unpacked for it, once.
+
+    Args:
+        source: a file or folder.
+        split: which file of an archive.
+        is_parted: whether both splits are parts of all files.
 
     Raises:
         ValueError: the file is of no known form, the folder has no split or no file with stories, or the archive is
@@ -102,12 +109,15 @@ def local_files(source: str, split: str) -> list[Path]:
         return [unpack_split(volumes, [checksum(volume) for volume in volumes], split, FILE_FORMS)]
     if path.is_file():
         if not path.name.lower().endswith(FILE_FORMS):
-            raise ValueError(f"{source}: not one of the known forms {', '.join(FILE_FORMS)}, .7z, .7z.001")
+            raise ValueError(
+                f"{source}: not one of the known forms {', '.join(FILE_FORMS)}, .7z, .7z.001; if it is plain text, "
+                "name it .txt"
+            )
         return [path]
-    if split != "train":
+    if split != "train" and not is_parted:
         raise ValueError(
             f"folder {source!r} has no split {split!r}, it is always read whole: name the file that holds that split, "
-            "or leave out the split (give 'train') to read all files"
+            "leave out the split (give 'train') to read all files, or hold a part out (`validation_fraction`)"
         )
     files = _visible_story_files(path)
     if not files:
@@ -116,21 +126,27 @@ def local_files(source: str, split: str) -> list[Path]:
 
 
 def _load_local(
-    source: str, split: str, text_field: str, separator: str, streaming: bool
+    source: str, split: str, text_field: str, separator: str, fraction: float | None, streaming: bool
 ) -> Dataset | IterableDataset:
     if not separator:
         raise ValueError("separator is empty: give what stands between the stories of a .txt file")
-    files = local_files(source, split)
-    paths = [str(file) for file in files]
-    arguments: dict[str, Any] = {"paths": paths, "text_field": text_field, "separator": separator}
-    if next(read_story_files(**arguments), None) is None:
-        raise ValueError(f"empty corpus: there is no story in {source!r}")
+    files = local_files(source, split, fraction is not None)
+    arguments: dict[str, Any] = {"paths": [str(file) for file in files], "text_field": text_field}
+    arguments |= {"separator": separator}
+    read: Callable[..., Iterator[dict[str, str]]] = read_story_files
+    part: tuple[Any, ...] = ()
+    if fraction is not None:
+        read, part = read_part, (checksum(Path(held_out.__file__)), split, fraction)
+        # Not as a list, of which a stream would give each file to a reader of its own, with a part of its own.
+        arguments |= {"paths": tuple(arguments["paths"]), "split": split, "fraction": fraction}
+    if next(read(**arguments), None) is None:
+        raise ValueError(f"empty corpus: there is no story in {source!r}{' for ' + split if part else ''}")
     if streaming:
-        return IterableDataset.from_generator(read_story_files, features=STORY_FEATURES, gen_kwargs=arguments)
+        return IterableDataset.from_generator(read, features=STORY_FEATURES, gen_kwargs=arguments)
     # Content and name (whose ending gives the form), not place and time: a copy is known, and an edited file is new.
     contents = [(file.name, checksum(file)) for file in files]
-    name = fingerprint(story_files.__file__, contents, text_field, separator)
-    return cached_rows(read_story_files, arguments, STORY_FEATURES, name)
+    name = fingerprint(story_files.__file__, contents, text_field, separator, *part)
+    return cached_rows(read, arguments, STORY_FEATURES, name)
 
 
 # Stories on the Hub
@@ -191,6 +207,19 @@ def _load_from_hub(name: str, split: str, text_field: str, streaming: bool) -> D
 # Any source
 
 
+def _source_type(source: str, split: str, fraction: float | None) -> str:
+    """Return what a source is; `ValueError` for a part of one that has splits, and for a part that there is not."""
+    kind = source_type(source)
+    if fraction is None:
+        return kind
+    if kind != "files":
+        remedy = {"hub": "name a part of it as datasets does, such as split='train[:5%]'"}.get(kind, "name the split")
+        raise ValueError(f"validation_fraction is {fraction}, but {source!r} has splits: leave it out, and {remedy}")
+    if split not in ("train", "validation"):
+        raise ValueError(f"split is {split!r}: of a text with a validation_fraction give 'train' or 'validation'")
+    return kind
+
+
 def load_stories(
     source: str,
     *,
@@ -199,6 +228,7 @@ def load_stories(
     separator: str = "<|endoftext|>",
     num_stories: int | None = None,
     seed: int = 0,
+    validation_fraction: float | None = None,
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
     """Load stories from the embedded writer, from local files or from the Hub, as a data set with one column `text`.
@@ -214,11 +244,13 @@ def load_stories(
             volumes, the first.
         split (`str`): of a data set on the Hub, or the file in an archive (`"train"` or `"validation"`). The embedded
             writer has other stories for each split. A local file is read whole whatever the split; so is a folder,
-            which has no other split than `"train"`.
+            which has no other split than `"train"`; unless there is a `validation_fraction`.
         text_field (`str`): where the story is in a `.jsonl` file or a data set on the Hub.
         separator (`str`): what stands between stories in a `.txt` file.
         num_stories (`int`, *optional*): take only the first ones; required by the embedded writer.
         seed (`int`): for the embedded writer.
+        validation_fraction (`float`, *optional*): of a local file or folder, the share of its text that is the split
+            `"validation"`; the rest is `"train"`, see `held_out.py`.
         streaming (`bool`): read while iterating, without a cache; mistakes in the data are then found while iterating.
 
     Raises:
@@ -228,13 +260,13 @@ def load_stories(
     """
     if num_stories is not None and num_stories < 1:
         raise ValueError(f"num_stories is {num_stories}: ask for at least one story, or leave it out for all")
-    match source_type(source):
+    match _source_type(source, split, validation_fraction):
         case "embedded":
             stories = _load_embedded(split, num_stories, seed, streaming)
         case "hub":
             stories = _load_from_hub(source, split, text_field, streaming)
         case _:
-            stories = _load_local(source, split, text_field, separator, streaming)
+            stories = _load_local(source, split, text_field, separator, validation_fraction, streaming)
     if num_stories is None:
         return stories
     if not isinstance(stories, IterableDataset) and len(stories) < num_stories:
@@ -250,6 +282,7 @@ def source_provenance(
     separator: str = "<|endoftext|>",
     num_stories: int | None = None,
     seed: int = 0,
+    validation_fraction: float | None = None,
     streaming: bool = False,
 ) -> dict[str, Any]:
     """Return what the stories of `load_stories` with the same arguments depend on, fit for JSON and other machines.
@@ -257,10 +290,10 @@ def source_provenance(
     Returns:
         `dict`: `kind` (as of `source_type`), `name` (never a path), `files` (sha256 by file name; of an archive, its
         volumes; of the embedded writer, the identity of its stories; none for the Hub), and the arguments,
-        `text_field` and `separator` only if they matter to this type. `streaming` never does: the stories are the
-        same.
+        `text_field`, `separator` and `validation_fraction` only if they matter to this type. `streaming` never does:
+        the stories are the same.
     """
-    kind = source_type(source)
+    kind = _source_type(source, split, validation_fraction)
     provenance: dict[str, Any] = {"kind": kind, "name": source, "files": {}}
     provenance |= {"split": split, "num_stories": num_stories, "seed": seed}
     if kind == "embedded":
@@ -269,7 +302,49 @@ def source_provenance(
     if kind == "hub":
         return provenance | {"text_field": text_field}
     path = Path(source).expanduser()
-    files = archive_volumes(path) if kind == "archive" else local_files(source, split)
-    checksums = {file.name: checksum(file) for file in files}
-    name = path.resolve().name
-    return provenance | {"name": name, "files": checksums, "text_field": text_field, "separator": separator}
+    files = archive_volumes(path) if kind == "archive" else local_files(source, split, validation_fraction is not None)
+    provenance |= {"name": path.resolve().name, "files": {file.name: checksum(file) for file in files}}
+    provenance |= {"text_field": text_field, "separator": separator}
+    return provenance if validation_fraction is None else provenance | {"validation_fraction": validation_fraction}
+
+
+def _shares_text(train: dict[str, Any], validation: dict[str, Any]) -> bool:
+    """Return whether two sources have text in common, by their provenance."""
+    kind = train["kind"]
+    if kind == "files":  # whatever the files are called, and whatever is taken of them
+        parts = ("validation_fraction", "text_field", "separator", "files")
+        is_parted = all(train.get(name) == validation.get(name) for name in parts) and "validation_fraction" in train
+        shared = {*train["files"].values()} & {*validation["files"].values()}
+        return bool(shared) and not (is_parted and train["split"] != validation["split"])
+    names = ("kind", "files", "split", "seed")
+    named = [source["name"].partition("@")[0] for source in (train, validation)]
+    return named[0] == named[1] and all(train[name] == validation[name] for name in names)
+
+
+def split_provenance(train: dict[str, Any], validation: dict[str, Any], streaming: bool = False) -> dict[str, Any]:
+    """Return the `source_provenance` of both sources of a training, `train` and `validation`.
+
+    Args:
+        train: arguments of `load_stories`.
+        validation: likewise.
+        streaming: whether the training stories are streamed.
+
+    Raises:
+        ValueError: what is validated on is trained on.
+    """
+    found = {
+        "train": source_provenance(**train, streaming=streaming),
+        "validation": source_provenance(**validation),
+    }
+    if _shares_text(found["train"], found["validation"]):
+        remedy = "another split of it"
+        if found["train"]["kind"] == "files":
+            remedy = (
+                "hold a part out, as the recipe my_text does: with the same validation_fraction for both sources, "
+            )
+            remedy += "such as 0.05, and split=validation for the second"
+        raise ValueError(
+            f"the validation text {validation['source']!r} is among the training text, so that its loss would show "
+            f"what was learnt by heart: name a text that is not trained on, or {remedy}"
+        )
+    return found

@@ -3,8 +3,8 @@
 
 A `.jsonl` file has one object a line. A `.txt` file has either one JSON string a line (as BabiStories does; the first
 line that is not empty decides) or plain stories with a separator between them, on a line of its own or not (as
-TinyStories does); there, space around a story is dropped and line ends become `\\n`. Either may be compressed (`.gz`).
-Empty lines and empty stories are skipped.
+TinyStories does); there, space around a story is dropped and line ends become `\\n`. A `.md` file is read like a
+`.txt` file. Each may be compressed (`.gz`). Empty lines and empty stories are skipped.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from training.untrusted import open_packed, parse_json
 
 
-FILE_FORMS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+FILE_FORMS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".md", ".md.gz")
 # In bytes, of a line of JSON and of a story between separators. Something longer is no story: the separator is wrong,
 # or the file is made to fill the memory.
 LARGEST_STORY = 16 * 2**20

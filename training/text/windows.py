@@ -122,6 +122,22 @@ def pack_windows(
     return cached_rows(_cut_windows, arguments, features, fingerprint(__file__, tokens_name, context_length))
 
 
+def spread_evenly(total: int, most: int | None) -> np.ndarray:
+    """Return at most `most` of the numbers 0 to `total - 1`, in order and spread evenly; all of them for None."""
+    if most is None or total <= most:
+        return np.arange(total)
+    return np.unique(np.linspace(0, total - 1, most).round().astype(int))
+
+
+def some_windows(windows: Dataset | IterableDataset, most: int | None) -> Dataset | IterableDataset:
+    """Return at most `most` windows, spread evenly; of a stream the first ones; all of them for None."""
+    if most is None:
+        return windows
+    if isinstance(windows, IterableDataset):
+        return windows.take(most)
+    return windows.select(spread_evenly(len(windows), most))
+
+
 def collate_windows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stack windows into a batch of `input_ids`, `attention_mask` and `labels`, each int64 of shape `(B, T)`.
 

@@ -14,7 +14,6 @@ from transformers import TextStreamer, set_seed
 
 from modeling_memory_mosaic import MosaicMemory
 from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
-from training.evaluate import load_model
 
 
 HELP = """/memory          what the model holds
@@ -27,15 +26,15 @@ class Chat:
     """A text that a person and a model write in turns, and the memory of it.
 
     Args:
-        folder: of the model.
+        model: any causal language model.
+        tokenizer: its tokenizer.
         max_new_tokens: of a turn of the model.
         temperature: of the sampling; 0 takes the likeliest token.
         seed: of the sampling.
     """
 
-    def __init__(self, folder: Path, max_new_tokens: int, temperature: float, seed: int):
-        self.model: Any
-        self.model, self.tokenizer = load_model(folder)
+    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, seed: int):
+        self.model, self.tokenizer = model, tokenizer
         self.is_mosaic = hasattr(self.model, "memorize")
         self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         self.options |= {"temperature": temperature} if temperature > 0 else {}

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model is, by its name on the command line, and how the installed command loads it and keeps its memories."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def model_folder(name: str | Path) -> Path:
+    """Return the folder of a model: the folder itself, an exported one or a checkpoint, or `model` in that of a run.
+
+    Raises:
+        ValueError: neither has a `config.json`.
+    """
+    folder = Path(name)
+    for place in (folder, folder / "model"):
+        if (place / "config.json").is_file():
+            return place
+    state = "has no config.json" if folder.is_dir() else "is no folder"
+    raise ValueError(f"{str(folder)!r} {state}: name an exported folder, a checkpoint, or that of a finished run")
+
+
+def find(name: str) -> str | Path:
+    """Return the folder of a model, or `USER/NAME` if it is no folder here: a name on the Hub."""
+    is_on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
+    return name if is_on_hub else model_folder(name)
+
+
+def load(place: str | Path) -> tuple[Any, Any]:
+    """Return the model of a folder or of the Hub, on the accelerator if there is one, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import modeling_memory_mosaic  # noqa: F401  (registers the models, so that no code of the folder runs)
+
+    model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False).eval()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device), AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+
+
+def memorize(place: str | Path, files: Sequence[Path], output: Path, dtype: str | None) -> Any:
+    """Let a model read files, each alone, write what it has read into a folder, and return it."""
+    from modeling_memory_mosaic import MosaicMemory
+
+    from .texts import memorize_texts, new_folder, read_files
+
+    new_folder(output)
+    texts = {name: text for name, (text, _) in read_files(files).items()}
+    model, tokenizer = load(place)
+    memory = MosaicMemory.union(memorize_texts(model, tokenizer, texts))
+    memory.save_pretrained(output, dtype=dtype)
+    return memory
