@@ -62,7 +62,8 @@ def small(workplace, monkeypatch):
 def run(recipe):
     result = task_module(recipe.task).run(recipe)
     assert result["effects"].keys() == set(recipe.effect_names)
-    assert (recipe.folder / f"{recipe.name}.png").stat().st_size > 10_000
+    draws = hasattr(task_module(recipe.task), "draw")
+    assert (recipe.folder / f"{recipe.name}.png").is_file() == draws
     assert all(
         "finished" in line for line in task_module(recipe.task).plan(recipe).values() if "parameters" in str(line)
     )

@@ -266,7 +266,7 @@ def test_a_comparison_of_public_encoders_has_a_guess_for_each_tokenizer(folders,
     guesses = [series["seeds"][0]["unigram"] for series in result["measured"]["series"]]
     assert guesses[0] == guesses[1] != guesses[2]
     assert "| entropy ratio of frequencies |" in result["table"] and "A guess by" not in result["table"]
-    assert (recipe.folder / "memory_fidelity_hub.png").stat().st_size > 10_000
+    assert not list(recipe.folder.glob("*.png"))  # of three models and four places: the table has them
     read = result["measured"]["series"][2]["seeds"][0]
     places = read["stages"][-1]["metrics"]["autoencoding_by_place"]
     above = sum((place - guesses[2]["accuracy"]) / (1 - guesses[2]["accuracy"]) for place in places)

@@ -30,8 +30,10 @@ def _numbers_of_heads(measured: dict[str, Any]) -> list[int]:
 
 
 def _mark_periods(axis: Axes, marks: list[float]) -> None:
-    """Draw a vertical line at each period and at the common one."""
-    for name, mark in zip(("p1", "p2", "p3", "all"), marks, strict=True):
+    """Draw a vertical line at each period and at the common one that lies within the axis."""
+    low, high = axis.get_xlim()
+    named = dict(zip(("p1", "p2", "p3", "all"), marks, strict=True))
+    for name, mark in ((name, mark) for name, mark in named.items() if low <= mark <= high):
         axis.axvline(mark, color="grey", lw=0.8, alpha=0.7)
         axis.text(mark, 1.01, name, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=10)
 
@@ -47,9 +49,9 @@ def _draw_panel(axis: Axes, measured: dict[str, Any], system: str, heads: int) -
     ):
         label = f"identity matrices, beta {identity['beta']:g}"
         axis.plot(lengths, identity["curves"][system], dashes, lw=1.2, color=_IDENTITY, label=label)
-    _mark_periods(axis, measured["landmarks"][system])
     axis.set_xscale("log")
     axis.set_xlim(_FIRST, lengths[-1])
+    _mark_periods(axis, measured["landmarks"][system])
     axis.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
     axis.minorticks_off()
     axis.set_ylim(0, moons.AMPLITUDE)  # diverging predictions leave the panel

@@ -383,7 +383,7 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
             chosen = [model for model in models if model["depth"] == depth]
             _draw_bands(recipe, pair, measured[name]["positions"], chosen, styles)
             pair[0].set_title(f"{name}, {blocks(depth)}")
-        column[-1].set_xlabel("position in the window (tokens)")
+        column[-1].set_xlabel("position (tokens)")
     for pair in axes[:, 0].reshape(-1, rows):
         pair[0].set_ylabel(better("loss (nats per token)", "lower"))
         if rows == 2:
