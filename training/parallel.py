@@ -153,14 +153,16 @@ def _received(messages: Any) -> Iterator[tuple[str, float]]:
             yield messages.get_nowait()
 
 
-def _run_in_order(jobs: Sequence[Job]) -> None:
+def _run_in_order(jobs: Sequence[Job]) -> list[Any]:
+    results = []
     for job in jobs:
         PartialState().print(f"{job.folder}:", flush=True)
-        job.function(*job.arguments)
+        results.append(job.function(*job.arguments))
+    return results
 
 
-def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -> None:
-    """Do every job, several at once.
+def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -> list[Any]:
+    """Do every job, several at once, and return their results in order.
 
     Args:
         jobs: in different folders.
@@ -172,10 +174,9 @@ def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -
         Exception: the first one that a job raised; jobs that had begun are finished before, others are not begun.
     """
     if workers == 1 or len(jobs) < 2 or PartialState().num_processes > 1:
-        _run_in_order(jobs)
-        return
+        return _run_in_order(jobs)
     messages = multiprocessing.get_context("spawn").Queue()
-    waiting = list(jobs)
+    waiting, futures = list(jobs), []
     running: dict[Future, Executor] = {}
     failure: BaseException | None = None
     bar_format = "{desc}: {n:.2f} of {total} |{bar}| {elapsed}<{remaining}"
@@ -185,7 +186,8 @@ def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -
         while waiting or running:
             while waiting and idle:
                 worker = idle.pop()
-                running[worker.submit(run_logged, waiting.pop(0))] = worker
+                futures.append(worker.submit(run_logged, waiting.pop(0)))
+                running[futures[-1]] = worker
             for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
                 idle.append(running.pop(future))
                 failure = failure or future.exception()
@@ -196,3 +198,4 @@ def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -
             bar.refresh()
     if failure is not None:
         raise failure
+    return [future.result() for future in futures]

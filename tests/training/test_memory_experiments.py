@@ -11,7 +11,7 @@ from helpers.models import make_ids, make_model
 from helpers.runs import short_recipe
 
 from modeling_memory_mosaic import MosaicMemory
-from training.experiments import bound, bound_recall, join, reading, searching, streaming, surprise
+from training.experiments import bound, bound_recall, comparison, join, reading, searching, streaming, surprise
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe, task_module
 from training.synthetic.readings import Reading
@@ -87,6 +87,15 @@ def test_losses_of_bounded_memories_are_compared_with_all_pairs_and_with_windows
     ids, _ = bound.cut_windows(documents, tokenizer, 96, "stream", 3)
     expected = bound.text_losses(model, ids, "usage", 8)[:, 47:].mean()
     assert losses["Memory Mosaic", "usage", 8] == pytest.approx(float(expected), abs=1e-5)
+    # Several at once, in processes of their own, measure the same in the same order.
+    alone, beside = (
+        comparison.measure_all(recipe.model_copy(update={"workers": workers}), bound._losses_of, ids)
+        for workers in (1, 2)
+    )
+    assert [training.name for training, _ in beside] == [training.name for training in recipe.trainings]
+    for (_, one), (_, other) in zip(alone, beside, strict=True):
+        assert one.keys() == other.keys() and all(one[place] == pytest.approx(other[place], abs=1e-6) for place in one)
+    assert len(list((recipe.folder / "measures").glob("*.log"))) == len(recipe.trainings)
 
 
 def test_a_stream_is_measured_in_stretches_beside_pieces(small):
@@ -121,7 +130,7 @@ def test_a_stream_that_is_too_short_or_cut_askew_is_refused(small):
 
 def test_losses_behind_what_was_read_are_those_of_its_memory(small):
     settings = {"tokens": 2_048, "data": {"context_length": 64}, "generation": {"prompts": []}}
-    settings["data"] |= {split: STORIES for split in ("train", "validation")}
+    settings["data"] |= {split: STORIES | {"split": split} for split in ("train", "validation")}
     settings["training"] = {"per_device_train_batch_size": 4, "eval_steps": 100, "save_steps": 100}
     runs = MOSAIC | {"sharper": {"model": "mosaic-smoke", "evaluation": {"bandwidth_exponent": 0.25}}}
     recipe = small(
@@ -234,9 +243,9 @@ def small_join(tmp_path, monkeypatch, name="join_pairs", kind="pairs"):
     sizes = {"hidden_size": 16, "num_attention_heads": 2}
     values["runs"] = {label: {"model_args": sizes, **one} for label, one in values["runs"].items()}
     values |= {"seeds": [0], "workers": 1, "num_rows": 4, "claims": []}
-    sizes = {"num_documents": [2, 4]} if name == "join_pairs" else {"budgets": [2, 6], "policies": ["fifo", "usage"]}
+    values |= {"num_documents": [2, 4]}
+    values |= {"budgets": [2, 6], "policies": ["fifo", "usage"]} if name == "bound_recall" else {}
     path = tmp_path / f"{name}.yaml"
-    values |= sizes
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return load_recipe(path)
 
@@ -247,9 +256,14 @@ def test_models_answer_behind_joined_documents_in_every_reading(tmp_path, monkey
     for label, (one,) in result["measured"]["models"].items():
         assert list(one["readings"]) == recipe.readings(label)
         for name, measured in one["readings"].items():
-            assert measured["accuracy"].keys() == {"2", "4"} and len(measured["accuracy by order"]) == 4
+            assert measured["accuracy"].keys() == measured["loss"].keys() == {"2", "4"}
             if name in (join.JOINED, join.STORED, join.ENCODED):
-                assert measured["largest difference of orders"] < 1e-5, (label, name)
+                assert measured[join.OF_ORDERS] < 1e-5, (label, name)
+            assert measured.get(join.OF_OBJECTS, 0) < 1e-5
+            assert (join.OF_OBJECTS in measured) == (name == join.JOINED)
+    rows = join.draw_rows(recipe, "test")
+    documents = [tuple(map(tuple, some[0].documents)) for some in rows.orders]
+    assert len(set(documents)) == len(documents) == 6 and len({frozenset(one) for one in documents}) == 1
     first = recipe.trainings[0]
     model = join.load_causal_lm(first.recipe.folder / "best")
     dataset = join.RecallDataset(first.recipe.data, 4, "test", 4)
@@ -260,7 +274,7 @@ def test_models_answer_behind_joined_documents_in_every_reading(tmp_path, monkey
 def test_documents_leave_few_pairs(tmp_path, monkeypatch):
     recipe = small_join(tmp_path, monkeypatch, "bound_recall", kind="facts")
     result = run(recipe)
-    assert len(result["measured"]["settings"]) == len(recipe.settings) == 2 * (1 + 2 * 2)
+    assert len(result["measured"]["settings"]) == len(recipe.settings) == 2 * (1 + 2 * 2) + 2 * (1 + 3 * 2)
     row = bound_recall.RecallDataset(recipe.trainings[0].recipe.data, 1, "test", 3).row(0)
     readers = (bound_recall.mosaic_logits, bound_recall.transformer_logits)
     for training, logits_of in zip(recipe.trainings, readers, strict=True):
@@ -268,7 +282,10 @@ def test_documents_leave_few_pairs(tmp_path, monkeypatch):
         whole = logits_of(model, row, bound_recall.ALL, 0)
         assert whole.shape == (len(row.question), 1024)
         torch.testing.assert_close(logits_of(model, row, way, 100), whole, rtol=0, atol=1e-5)
-        assert (logits_of(model, row, way, 2) - whole).abs().max() > 1e-6
+        for way in recipe.ways(training.label):
+            assert (logits_of(model, row, way, 2) - whole).abs().max() > 1e-6
+    places = [bound_recall._kept_places(way, 4, 9, random.Random(0)) for way in recipe.ways(training.label)]
+    assert places[:2] == [{5, 6, 7, 8}, {0, 1, 7, 8}] and len(places[2]) == 4
     right = torch.nn.functional.one_hot(torch.tensor([*row.question[1:], 0]), 1024)
     assert bound_recall._num_right(right, row) == (len(row.asked), len(row.asked))
     right[row.answers.index(0) - 1] = torch.nn.functional.one_hot(torch.tensor(0), 1024) * 2

@@ -175,8 +175,8 @@ def _measure_text(recipe: Recipe, text: TextSection) -> tuple[dict[tuple[str, st
     documents = load_stories(**text.model_dump(include=set(SourceSection.model_fields)))
     ids, numbers = cut_windows(documents, tokenizer, recipe.context_length, text.windows, text.num_windows)
     losses: dict[tuple[str, str, int], list[np.ndarray]] = {}
-    for training in recipe.trainings:
-        for place, values in _losses_of(recipe, training, ids).items():
+    for training, found in comparison.measure_all(recipe, _losses_of, ids):
+        for place, values in found.items():
             losses.setdefault((training.label, *place), []).append(values)
     return {place: np.stack(values) for place, values in losses.items()}, numbers
 

@@ -206,8 +206,8 @@ def _rows(recipe: Recipe, number: int) -> list[Row]:
 def _measure(recipe: Recipe) -> dict[str, Any]:
     rows = {number: _rows(recipe, number) for number in recipe.num_documents}
     accuracy: dict[tuple[str, str, int, int], list[float]] = {}
-    for training in recipe.trainings:
-        for place, value in _measure_training(recipe, training, rows).items():
+    for _, found in comparison.measure_all(recipe, _measure_training, rows):
+        for place, value in found.items():
             accuracy.setdefault(place, []).append(value)
     settings = [{**dict(zip(PLACE, one, strict=True)), "accuracy": accuracy[one]} for one in recipe.settings]
     return {"measured": {"settings": settings}, "table": _table(recipe, accuracy)}

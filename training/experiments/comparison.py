@@ -23,7 +23,7 @@ from typing_extensions import Self
 from training.claims import RecipeWithClaims, describe_claim, judged
 from training.evaluate import load_model
 from training.figures import draw_result
-from training.parallel import recipe_job, run_all
+from training.parallel import Job, recipe_job, run_all
 from training.paths import CONFIGURATION
 from training.recipe import leaves, load_recipe, task_module
 from training.result import SHOWN, header, read_result
@@ -282,6 +282,25 @@ def _compare(
     result = header(recipe) | {"data": data, "trainings": trainings} | measure(recipe)
     draw_result(recipe, result["measured"], recipe.folder)
     return result | judged(recipe, result["measured"])
+
+
+def measure_all(recipe: ComparisonRecipe, measure: Callable[..., Any], *arguments: Any) -> list[tuple[Trained, Any]]:
+    """Measure each training, several at once in processes of their own, whose output goes to `measures/`.
+
+    Args:
+        recipe: of the experiment; it names the trainings, and says how many are measured at once.
+        measure: a function of a module, called with the recipe, a training and the arguments.
+        arguments: that it takes besides.
+
+    Returns:
+        Each training, in the recipe's order, with what was returned for it.
+    """
+    folder = recipe.folder / "measures"
+    jobs = [
+        Job(folder / f"{number}-{training.recipe.folder.name}", measure, (recipe, training, *arguments))
+        for number, training in enumerate(recipe.trainings)
+    ]
+    return list(zip(recipe.trainings, run_all(jobs, recipe.workers, "measurements"), strict=True))
 
 
 def run_comparison(

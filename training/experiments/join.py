@@ -330,10 +330,8 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
     rows, validation = draw_rows(recipe, "test"), draw_rows(recipe, "validation").whole
-    models = {
-        label: [_measure_model(recipe, one, rows, validation) for one in recipe.trainings if one.label == label]
-        for label in recipe.runs
-    }
+    found = comparison.measure_all(recipe, _measure_model, rows, validation)
+    models = {label: [one for training, one in found if training.label == label] for label in recipe.runs}
     return {"measured": {"models": models}, "table": _table(recipe, models)}
 
 

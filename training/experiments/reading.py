@@ -222,8 +222,7 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     windows, numbers = cut_windows(documents, tokenizer, recipe.context_length, text.windows, text.num_windows)
     losses: dict[tuple[str, str], list[np.ndarray]] = {}
     costs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for training in recipe.trainings:
-        found, spent = _measure_training(recipe, training, windows)
+    for training, (found, spent) in comparison.measure_all(recipe, _measure_training, windows):
         for way, values in found.items():
             losses.setdefault((training.label, way), []).append(values)
             costs.setdefault((training.label, way), []).append(spent[way])

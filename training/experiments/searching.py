@@ -329,8 +329,8 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
     seeds: dict[tuple[str, str, float], list[Any]] = {}
-    for training in recipe.trainings:
-        for (index, tolerance), one in _measure_training(recipe, training).items():
+    for training, found in comparison.measure_all(recipe, _measure_training):
+        for (index, tolerance), one in found.items():
             seeds.setdefault((training.label, index, tolerance), []).append(one)
     settings = [
         {"label": label, "index": index, "tolerance": tolerance, "seeds": seeds[label, index, tolerance]}

@@ -278,11 +278,17 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     save_figure(figure, folder / f"{recipe.name}.png", title, note)
 
 
+def _read_in_all_ways(
+    recipe: Recipe, training: Trained, ids: torch.Tensor
+) -> dict[str, tuple[list[float | None], list[int]]]:
+    return {way: _read(recipe, training, way, ids) for way in [PIECES, *recipe.ways(training.label)]}
+
+
 def _measure(recipe: Recipe) -> dict[str, Any]:
-    ids, streams = _stream_ids(recipe), []
+    found, streams = comparison.measure_all(recipe, _read_in_all_ways, _stream_ids(recipe)), []
     for label in recipe.runs:
         for way in [PIECES, *recipe.ways(label)]:
-            read = [_read(recipe, one, way, ids) for one in recipe.trainings if one.label == label]
+            read = [by_way[way] for training, by_way in found if training.label == label]
             losses, sizes = [loss for loss, _ in read], [size for _, size in read if size]
             streams.append({"label": label, "way": way, "losses": losses, "bytes": sizes})
     return {"measured": {"streams": streams}, "table": _table(recipe, streams)}

@@ -142,7 +142,7 @@ def _scored(model: Any, texts: list[MarkedText]) -> tuple[dict[str, np.ndarray],
     return scores, marks
 
 
-def _measure_training(training: Trained, texts: dict[str, list[MarkedText]]) -> dict[str, Any]:
+def _measure_training(recipe: Recipe, training: Trained, texts: dict[str, list[MarkedText]]) -> dict[str, Any]:
     model, _ = training.load()
     scores, marks = _scored(model, texts["test"])
     found: dict[str, Any] = {"seed": training.seed}
@@ -180,10 +180,8 @@ def _rows(recipe: Recipe, models: dict[str, list[dict[str, Any]]]) -> list[tuple
 def _measure(recipe: Recipe) -> dict[str, Any]:
     _, tokenizer = recipe.trainings[0].load()
     texts = {split: _texts(recipe, getattr(recipe, split), tokenizer, split) for split in ("validation", "test")}
-    models = {
-        label: [_measure_training(one, texts) for one in recipe.trainings if one.label == label]
-        for label in recipe.runs
-    }
+    found = comparison.measure_all(recipe, _measure_training, texts)
+    models = {label: [one for training, one in found if training.label == label] for label in recipe.runs}
     rows = [
         (what, label, score, mean_and_deviation(values, 3)) for what, label, score, values in _rows(recipe, models)
     ]
