@@ -387,6 +387,7 @@ def test_no_outdated_name_is_used_within(model, monkeypatch):
         assert "past_key_values" in [*answer] or "cache" in [*answer]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [{}, "mosaic v2 otherwise"], indirect=True, ids=["fixed", "v2 otherwise"])
 def test_a_saved_memory_continues_in_a_new_process(model, tmp_path):
     model.float()  # where loaded weights begin in memory moves the last bit in float64

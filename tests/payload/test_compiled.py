@@ -171,6 +171,7 @@ def test_other_models_are_exported(kind):
         torch.testing.assert_close(*answers, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec:FutureWarning")  # torch 2.13's exporter and its own pytree
 @pytest.mark.parametrize("variant", [NARROWING | {"bandwidth_start": 64}, "mosaic v2"], ids=["v1", "v2"])
 def test_onnx_serves_other_batches_and_lengths(variant, tmp_path):

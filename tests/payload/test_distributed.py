@@ -27,6 +27,9 @@ sys.path.insert(0, tests)
 from helpers.kinds import KINDS
 
 
+pytestmark = pytest.mark.slow
+
+
 def check(kind, folder):
     options = {"dtype": torch.float64}  # in float32 the order of sums moves gradients by 1e-4 of their size
     whole = kind.auto.from_pretrained(folder, **options).eval()

@@ -421,6 +421,7 @@ def text_to_learn(kind, model, seed):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+@pytest.mark.slow
 @for_kinds()
 def test_training_in_bfloat16_loses_little(kind):
     """Autocast is Trainer's `bf16=True`."""

@@ -188,6 +188,7 @@ def test_packed_gradients_under_checkpointing(use_reentrant, bandwidth):
         torch.testing.assert_close(gradient, gradients[False][name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [{}, "mosaic v2"], ids=["v1", "v2"])
 def test_compiled_documents_behind_a_memory_are_refused(variant):
     """A graph that cannot branch on values holds an assertion, or refuses the call for what it might mean."""

@@ -200,6 +200,7 @@ def log_likelihood(model, tokenizer, context, text):
     return log_probs.gather(-1, ids[:, begin:, None]).sum().item()
 
 
+@pytest.mark.slow
 @for_kinds("mosaic", "mosaic v2", "memory model")
 def test_harness_scores_are_the_models_whatever_the_batch_size(kind, folder, tasks, tokenizer):
     one, eight = (harness(folder, tasks, batch_size) for batch_size in (1, 8))

@@ -89,6 +89,7 @@ def test_an_upload_through_xet(hub, folder, monkeypatch):
     assert not hub.blobs and any("/cas/" in request for request in hub.requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_connection_may_break_at_any_request(hub, folder, tmp_path, moment):
     """After any break, `main` is as it was or whole, and the same upload again completes it."""

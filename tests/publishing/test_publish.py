@@ -26,6 +26,7 @@ def call(*arguments, **environment):
     return processes.call("-m", "training", *map(str, arguments), HF_HUB_OFFLINE="0", **environment)
 
 
+@pytest.mark.slow
 def test_a_run_is_published_and_verified_by_a_stranger(run, about, tmp_path):
     """The stranger has an empty cache and nothing but the address."""
     with Hub() as server:

@@ -273,6 +273,7 @@ def test_what_is_no_memory_mosaic_is_refused(tmp_path, kind, message):
         app.load(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_app_refuses_in_one_line(tmp_path):
     save_other("GPT-2", tmp_path)
     with pytest.raises(RuntimeError, match=f"\n{tmp_path}: GPT2LMHeadModel of type gpt2 was found there") as refused:

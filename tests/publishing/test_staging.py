@@ -75,6 +75,7 @@ def space(run, about):
     return stage(run, "someone/space", "space", about, f"someone/smoke@{COMMIT}")
 
 
+@pytest.mark.slow
 def test_a_space_runs_by_what_lies_in_it(run, about):
     lines = []
     folder = stage(run, "someone/space", "space", about, f"someone/smoke@{COMMIT}", lines=lines)

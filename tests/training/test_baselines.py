@@ -168,6 +168,7 @@ def test_a_padded_text_is_read_as_if_alone(name, side):
         assert torch.equal(model.generate(together, attention_mask=mask, **options)[:1, 4:], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shifted_gpt_neox", "all"])
 def test_an_export_loads_and_writes_in_a_clean_process(name, tmp_path):
     model = make(name, vocab_size=300, bos_token_id=0, eos_token_id=0, pad_token_id=1)

@@ -174,6 +174,7 @@ def run_on_one_and_on_several(configuration, tmp_path, processes):
     return command, second
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr("training.tasks.language_modeling.verify_export", lambda folder, prompts, **options: prompts)
     run_on_one_and_on_several("ddp", tmp_path, processes=2)

@@ -123,6 +123,7 @@ def test_settings_at_a_depth_are_those_of_that_depth_alone():
     assert again.hash == at_one.hash and again.trainings == at_one.trainings
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_test_split_and_a_second_call_shows_them(small, monkeypatch):
     claims = [
         {"claim": "it is better", "paper": "not asked", "effects": ["GPT-2 - Memory Mosaic, 1 block"], "above": 0}
@@ -313,6 +314,6 @@ def test_mistakes_in_an_experiment_are_named(name, override, message):
 
 def test_every_task_has_what_the_command_line_calls():
     for path in COMPARISONS:
-        module = task_module(load_recipe(path).task)
+        module = task_module(yaml.safe_load(path.read_text(encoding="utf-8"))["task"])
         assert all(callable(getattr(module, name)) for name in ("run", "plan", "summary"))
     assert len(COMPARISONS) >= 6

@@ -121,6 +121,7 @@ def test_titles_and_notes_stand_above_the_axes_which_keep_their_height(tmp_path)
     assert heights[0] == pytest.approx(heights[1], rel=0.02)
 
 
+@pytest.mark.slow
 def test_every_committed_picture_is_drawn_from_its_numbers_and_no_other_is_committed(monkeypatch, tmp_path, pictures):
     """The fixture `pictures` reads them as a phone shows them."""
     results = tables.committed_results()

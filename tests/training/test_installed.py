@@ -17,6 +17,9 @@ from training.paths import CLONE
 from training.text.tokenizer import train_tokenizer
 
 
+pytestmark = pytest.mark.slow
+
+
 TEXT = "once upon a time there was a little cat, and the cat had a red ball"
 
 

@@ -156,6 +156,7 @@ def test_resume_of_a_stream_is_bitwise(tmp_path, monkeypatch, without_clean_proc
     assert_same_run(recipes[0].folder, recipes[1].folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop", "repeated"), [(8, False), (18, True)])
 def test_resume_of_a_stream_of_files_is_bitwise(stop, repeated, tmp_path, monkeypatch, without_clean_process):
     """Stopped in the middle of the second file, in the first pass over the corpus and in the second."""
@@ -212,6 +213,7 @@ app(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "code"), [("kill", -signal.SIGKILL), ("full disk", 1)])
 def test_saving_goes_wrong(fault, code, tmp_path, without_clean_process):
     straight, broken = short_recipe(tmp_path / "straight"), short_recipe(tmp_path / "broken")

@@ -250,6 +250,7 @@ def small_join(tmp_path, monkeypatch, name="join_pairs", kind="pairs"):
     return load_recipe(path)
 
 
+@pytest.mark.slow
 def test_models_answer_behind_joined_documents_in_every_reading(tmp_path, monkeypatch):
     recipe = small_join(tmp_path, monkeypatch)
     result = run(recipe)
@@ -271,6 +272,7 @@ def test_models_answer_behind_joined_documents_in_every_reading(tmp_path, monkey
     assert result["measured"]["models"]["Memory Mosaic"][0]["readings"]["joined"]["accuracy"]["4"] == expected
 
 
+@pytest.mark.slow
 def test_documents_leave_few_pairs(tmp_path, monkeypatch):
     recipe = small_join(tmp_path, monkeypatch, "bound_recall", kind="facts")
     result = run(recipe)

@@ -232,6 +232,7 @@ COMPARISONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_a_comparison_tells_what_was_measured(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -174,6 +174,7 @@ def test_a_misspelt_effect_is_refused():
         load_recipe(CONFIGURATION / "recipe" / "memory_capacity.yaml", settings=[{"claims": [claim]}])
 
 
+@pytest.mark.slow
 def test_comparisons_that_share_a_folder_share_the_training():
     """Folders are named by labels: one label must not stand for two trainings."""
     hashes: dict[Any, tuple[str, str]] = {}

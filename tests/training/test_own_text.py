@@ -144,6 +144,7 @@ def test_windows_are_bounded_by_their_number():
     assert recipe.data.num_windows.validation == 400 and recipe.data.num_windows.train is None
 
 
+@pytest.mark.slow
 def test_the_pages_commands_train_on_a_text_and_begin_its_description(tmp_path):
     """As they stand there, but for the length of the training and the place of the description."""
     section = (CLONE / "configuration" / "README.md").read_text(encoding="utf-8").split("## Text of your own")[1]

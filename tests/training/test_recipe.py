@@ -19,6 +19,7 @@ from training.tasks.language_modeling import plan
 
 
 RECIPES = sorted((CONFIGURATION / "recipe").glob("*.yaml"))
+COMPARISONS = [path for path in RECIPES if "\nruns:" in path.read_text(encoding="utf-8")]
 TRAININGS = [path for path in RECIPES if "task: language_modeling" in path.read_text(encoding="utf-8")]
 MODELS = sorted((CONFIGURATION / "model").glob("*.json"))
 SMOKE = CONFIGURATION / "recipe" / "smoke.yaml"
@@ -51,7 +52,11 @@ def test_dry_run_of_a_training_counts_what_it_takes(path):
         assert result["tokens"] == result["steps"] * result["tokens_per_step"]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    # A comparison resolves each of its trainings.
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path in COMPARISONS else []) for path in RECIPES],
+)
 def test_resolved_recipe_is_a_recipe_of_the_same_hash(path, tmp_path):
     recipe = load_recipe(path, ["output_dir=elsewhere"])
     (tmp_path / "again.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

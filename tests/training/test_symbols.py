@@ -210,6 +210,7 @@ def test_the_comparison_at_the_papers_size_can_be_planned():
         assert training.recipe.training.eval_strategy == "epoch" and training.recipe.training.num_train_epochs == 200
 
 
+@pytest.mark.slow
 def test_the_induction_comparison_runs(tmp_path):
     recipe = small_comparison(tmp_path, "induction", seeds=[0, 1], workers=1)
     result = task_module("induction").run(recipe)
@@ -251,6 +252,7 @@ def test_a_training_without_a_temperature_is_refused(tmp_path, monkeypatch):
         regbench._series(recipe, recipe.trainings)
 
 
+@pytest.mark.slow
 def test_a_failed_training_stops_those_not_begun_and_is_reported(tmp_path):
     fine, bad = small(output_dir="fine"), small(output_dir="bad", seed=1)
     (tmp_path / "bad").mkdir()

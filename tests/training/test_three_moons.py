@@ -303,6 +303,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tiny, tmp_path):
         train_part(tiny("learning_rate=1e30", "loss_clip=null"), 3, 0, tmp_path / "part")
 
 
+@pytest.mark.slow
 def test_the_experiment_runs_and_a_second_call_shows_it(tiny, monkeypatch):
     recipe = tiny()
     assert "to be trained" in three_moons.plan(recipe)["3 heads, seed 1"]
