@@ -281,11 +281,17 @@ def test_documents_leave_few_pairs(tmp_path, monkeypatch):
     readers = (bound_recall.mosaic_logits, bound_recall.transformer_logits)
     for training, logits_of in zip(recipe.trainings, readers, strict=True):
         model, (way, *_) = join.load_causal_lm(training.recipe.folder / "best"), recipe.ways(training.label)
-        whole = logits_of(model, row, bound_recall.ALL, 0)
+        other = bound_recall.RecallDataset(training.recipe.data, 2, "test", 2).row(1)
+        whole, behind = logits_of(model, [row, other], bound_recall.ALL, 0)
+        torch.testing.assert_close(behind, logits_of(model, [other], bound_recall.ALL, 0)[0], rtol=0, atol=1e-5)
         assert whole.shape == (len(row.question), 1024)
-        torch.testing.assert_close(logits_of(model, row, way, 100), whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits_of(model, [row], way, 100)[0], whole, rtol=0, atol=1e-5)
         for way in recipe.ways(training.label):
-            assert (logits_of(model, row, way, 2) - whole).abs().max() > 1e-6
+            assert (logits_of(model, [row], way, 2)[0] - whole).abs().max() > 1e-6
+            # Rows are read together as each alone.
+            if way not in ("random", bound_recall.AT_RANDOM):
+                _, beside = logits_of(model, [row, other], way, 2)
+                torch.testing.assert_close(beside, logits_of(model, [other], way, 2)[0], rtol=0, atol=1e-5)
     places = [bound_recall._kept_places(way, 4, 9, random.Random(0)) for way in recipe.ways(training.label)]
     assert places[:2] == [{5, 6, 7, 8}, {0, 1, 7, 8}] and len(places[2]) == 4
     right = torch.nn.functional.one_hot(torch.tensor([*row.question[1:], 0]), 1024)

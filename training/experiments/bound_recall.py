@@ -7,6 +7,8 @@ transformer that was trained to read documents alone keeps the last tokens of ea
 (attention sinks), or tokens at random.
 """
 
+import contextlib
+import itertools
 import random
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +35,8 @@ __all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 ALL, LAST, AT_RANDOM, SINKS = "all pairs", "last tokens", "random tokens", "first and last tokens"
 NUM_SINKS = 4
+# Documents that are memorized at a time.
+BATCH_SIZE = 200
 # What tells a measurement from others.
 PLACE = ("label", "way", "budget", "documents")
 
@@ -96,25 +100,27 @@ def _num_right(logits: torch.Tensor, row: Row) -> tuple[int, int]:
     return num_answers - len(wrong), num_answers
 
 
-@torch.no_grad()
-def mosaic_logits(model: Any, row: Row, way: str, budget: int) -> torch.Tensor:
-    """Return the logits `(Q, V)` behind a question, of documents that were memorized within a bound."""
-
-    ids = pad_sequence([torch.tensor(one) for one in row.documents], batch_first=True)
-    lengths = torch.tensor([len(one) for one in row.documents])
+def _memorize(model: Any, documents: list[list[int]], names: list[str]) -> list[MosaicMemory]:
+    ids = pad_sequence([torch.tensor(one) for one in documents], batch_first=True)
+    lengths = torch.tensor([len(one) for one in documents])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    names = [str(number) for number in range(len(ids))]
+    memories: list[MosaicMemory] = model.memorize(ids, attention_mask=mask, source=names)
+    return memories
 
-    def memorize() -> list[MosaicMemory]:
-        memories: list[MosaicMemory] = model.memorize(ids, attention_mask=mask, source=names)
-        return memories
 
-    if way == ALL:
-        memories = memorize()
-    else:
-        with bounded(model, max_pairs=budget, policy=way):
-            memories = memorize()
-    logits: torch.Tensor = model(**MosaicMemory.union(memories).prompt(torch.tensor([row.question]))).logits[0]
+@torch.no_grad()
+def mosaic_logits(model: Any, rows: list[Row], way: str, budget: int) -> list[torch.Tensor]:
+    """Return the logits `(Q, V)` behind each question, of documents that were memorized within a bound."""
+    documents = {str(number): ids for number, ids in enumerate(ids for row in rows for ids in row.documents)}
+    names, memories = list(documents), []
+    with contextlib.nullcontext() if way == ALL else bounded(model, max_pairs=budget, policy=way):
+        for start in range(0, len(names), BATCH_SIZE):
+            batch = names[start : start + BATCH_SIZE]
+            memories += _memorize(model, [documents[name] for name in batch], batch)
+    logits, rest = [], iter(memories)
+    for row in rows:
+        memory = MosaicMemory.union(list(itertools.islice(rest, len(row.documents))))
+        logits.append(model(**memory.prompt(torch.tensor([row.question]))).logits[0])
     return logits
 
 
@@ -126,21 +132,27 @@ def _kept_places(way: str, budget: int, length: int, rng: random.Random) -> set[
     return {*places[:sinks], *places[sinks - budget :]}
 
 
+def _seen(row: Row, way: str, budget: int) -> torch.Tensor:
+    """Return which tokens of a row `(T,)` its question may see."""
+    is_kept, rng = [], random.Random(str(row.question))
+    for document in row.documents:
+        chosen = _kept_places(way, budget, len(document), rng)
+        is_kept += [place in chosen for place in range(len(document))]
+    return torch.tensor(is_kept + [True] * len(row.question))
+
+
 @torch.no_grad()
-def transformer_logits(model: Any, row: Row, way: str, budget: int) -> torch.Tensor:
-    """Do as [`mosaic_logits`]: the question sees few tokens of each document, and itself."""
-    batch = pad([features(row)])
-    arguments = model_inputs(model.config, batch, Reading(True, "own"))
-    if way != ALL:
-        is_kept, rng = [], random.Random(str(row.question))
-        for document in row.documents:
-            chosen = _kept_places(way, budget, len(document), rng)
-            is_kept += [place in chosen for place in range(len(document))]
-        is_seen = torch.tensor(is_kept + [True] * len(row.question))
-        is_question = batch["is_question"][:, None, :, None]
-        arguments["attention_mask"] = arguments["attention_mask"] & (is_seen | ~is_question)
-    logits: torch.Tensor = model(**arguments).logits[0]
-    return logits[batch["is_question"][0]]
+def transformer_logits(model: Any, rows: list[Row], way: str, budget: int) -> list[torch.Tensor]:
+    """Do as [`mosaic_logits`]: questions see few tokens of each document, and themselves."""
+    logits = []
+    for row in rows:
+        batch = pad([features(row)])
+        arguments = model_inputs(model.config, batch, Reading(True, "own"))
+        if way != ALL:
+            is_question = batch["is_question"][:, None, :, None]
+            arguments["attention_mask"] = arguments["attention_mask"] & (_seen(row, way, budget) | ~is_question)
+        logits.append(model(**arguments).logits[0][batch["is_question"][0]])
+    return logits
 
 
 def _measure_training(
@@ -152,7 +164,8 @@ def _measure_training(
     for label, way, budget, number in recipe.settings:
         if label == training.label:
             torch.manual_seed(0)  # of a policy that draws
-            counts = [_num_right(logits_of(model, row, way, budget), row) for row in rows[number]]
+            answers = logits_of(model, rows[number], way, budget)
+            counts = [_num_right(logits, row) for logits, row in zip(answers, rows[number], strict=True)]
             found[label, way, budget, number] = sum(right for right, _ in counts) / sum(number for _, number in counts)
     return found
 
