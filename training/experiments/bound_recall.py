@@ -22,7 +22,7 @@ from modeling_memory_mosaic import MosaicMemory, bounded
 from training.claims import Effects, mean_effect
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
-from training.experiments.bound import FORGOTTEN_BY
+from training.experiments.bound import FORGOTTEN_BY, NUM_SINKS
 from training.experiments.comparison import ComparisonRecipe, Trained, summary
 from training.figures import better, legend_below, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.synthetic.readings import Reading, model_inputs
@@ -34,7 +34,6 @@ from training.text.question_rows import Row, features, pad
 __all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 ALL, LAST, AT_RANDOM, SINKS = "all pairs", "last tokens", "random tokens", "first and last tokens"
-NUM_SINKS = 4
 # Documents that are memorized at a time.
 BATCH_SIZE = 200
 # What tells a measurement from others.
@@ -211,13 +210,9 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     save_figure(figure, folder / f"{recipe.name}.png", "Answers from documents that leave few pairs", note)
 
 
-def _rows(recipe: Recipe, number: int) -> list[Row]:
-    dataset = RecallDataset(recipe.trainings[0].recipe.data, recipe.num_rows, "test", number)
-    return [dataset.row(index) for index in range(len(dataset))]
-
-
 def _measure(recipe: Recipe) -> dict[str, Any]:
-    rows = {number: _rows(recipe, number) for number in recipe.num_documents}
+    section = recipe.trainings[0].recipe.data
+    rows = {n: RecallDataset(section, recipe.num_rows, "test", n).rows() for n in recipe.num_documents}
     accuracy: dict[tuple[str, str, int, int], list[float]] = {}
     for _, found in comparison.measure_all(recipe, _measure_training, rows):
         for place, value in found.items():

@@ -176,16 +176,13 @@ def draw_rows(recipe: Recipe, split: str) -> Rows:
     """Return the rows of a split."""
     section = recipe.trainings[0].recipe.data
 
-    def rows(number: int) -> list[Row]:
-        dataset = RecallDataset(section, recipe.num_rows, split, number)
-        return [dataset.row(index) for index in range(len(dataset))]
+    def rows(number: int, num_rows: int = recipe.num_rows) -> list[Row]:
+        return RecallDataset(section, num_rows, split, number).rows()
 
+    num_ordered = min(NUM_ORDERED, section.max_documents)
+    few = rows(num_ordered, recipe.batch_size)
+    orders = [[reordered(row, list(order)) for row in few] for order in itertools.permutations(range(num_ordered))]
     by_number = {number: rows(number) for number in recipe.num_documents}
-    ordered = RecallDataset(section, recipe.batch_size, split, min(NUM_ORDERED, section.max_documents))
-    orders = [
-        [reordered(ordered.row(index), list(order)) for index in range(len(ordered))]
-        for order in itertools.permutations(range(min(NUM_ORDERED, section.max_documents)))
-    ]
     return Rows(by_number, orders, rows(section.max_documents))
 
 

@@ -116,6 +116,9 @@ class RecallDataset(Dataset):
         num_documents = self.num_documents or 1 + int(rng.random() * self.section.max_documents)
         return WRITERS[self.section.kind](self.section, rng, num_documents)
 
+    def rows(self) -> list[Row]:
+        return [self.row(index) for index in range(self.num_rows)]
+
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return features(self.row(index))
 
@@ -160,7 +163,7 @@ def score_rows(model: PreTrainedModel, rows: list[Row], batch_size: int, reading
 def score(model: PreTrainedModel, split: RecallDataset, batch_size: int = 32) -> dict[str, float]:
     """Measure how a model answers in the reading of its training, see [`score_rows`]."""
     reading = Reading(split.section.joined, split.section.positions)
-    return score_rows(model, [split.row(index) for index in range(len(split))], batch_size, reading)
+    return score_rows(model, split.rows(), batch_size, reading)
 
 
 def report(
