@@ -314,10 +314,10 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
             f"keeps {kept}, or 'random'."
         )
 
-    def kept_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values `(1, H, pairs, D)` of a memory of one row, of all pairs that a new text may read."""
-        held = int(self.held)
-        return self.keys[:, :, :held], self.values[:, :, :held]
+    def kept_pairs(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values `(1, H, pairs, D)` of a row, of all pairs that a new text may read."""
+        held = int(self.held[row])
+        return self.keys[row, None, :, :held].clone(), self.values[row, None, :, :held].clone()
 
     def named_numbers(self) -> dict[str, torch.Tensor]:
         """Return what a bounded memory is saved with besides, by name."""

@@ -119,10 +119,10 @@ class MemoryMosaicV2BoundedLayer(WindowStates, BoundedMemoryLayer):
             num_pairs = num_pairs + due.num_waiting
         return at_least_float32(queries) * beta(num_pairs)
 
-    def kept_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values `(1, H, pairs, D)` of one row: a new text may read the waiting ones too."""
-        held = super().kept_pairs()
-        line = (self.waiting[name][:, :, self.is_waiting[0]] for name in WAITING_NAMES[:2])
+    def kept_pairs(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values `(1, H, pairs, D)` of a row: a new text may read the waiting ones too."""
+        held = super().kept_pairs(row)
+        line = (self.waiting[name][row, None, :, self.is_waiting[row]] for name in WAITING_NAMES[:2])
         keys, values = (torch.cat(parts, dim=2) for parts in zip(held, line, strict=True))
         return keys, values
 

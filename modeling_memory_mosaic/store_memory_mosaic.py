@@ -42,6 +42,8 @@ from .ops_memory_mosaic import at_least_float32, k_means
 
 # Tokens that are read at a time, so that reading needs little memory besides the pairs.
 CHUNK_LENGTH = 1024
+# Tokens of texts of one length that are read together, each in a row of its own.
+BATCH_TOKENS = 8192
 # Token and place of a slot that stands for several pairs.
 MERGED = -1
 
@@ -618,27 +620,44 @@ class MemorizingMixin:
         names = [f"text {_hash(text)}" for text in texts] if names is None else list(names)
         if len(names) != len(texts):
             raise ValueError(f"{len(names)} names for {len(texts)} texts: pass one `source` for each text.")
-        memories = [self._read_alone(text, name) for text, name in zip(texts, names, strict=True)]
+        by_number = self._read(texts, names)
+        memories = [by_number[number] for number in range(len(texts))]
         for memory in memories:
             memory.tokenizer = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
         return memories[0] if len(memories) == 1 and len(input_ids) == 1 else memories
 
-    def _read_alone(self, ids: torch.Tensor, source: str) -> MosaicMemory:
-        cache = DynamicCache(config=self.config)
-        for chunk in ids.split(CHUNK_LENGTH):
-            self.base_model(chunk[None], use_cache=True, **memory_kwargs(cache))
-        layers: list[Any] = [memory_layer(cache, index) for index in range(len(cache.layers))]
-        keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
+    def _read(self, texts: list[torch.Tensor], names: list[str]) -> dict[int, MosaicMemory]:
+        """Return the memory of each text by its number. Texts of one length are rows of a batch without padding."""
+        memories: dict[int, MosaicMemory] = {}
+        numbers_of: dict[int, list[int]] = {}
+        for number, text in enumerate(texts):
+            numbers_of.setdefault(len(text), []).append(number)
+        for length, numbers in numbers_of.items():
+            num_rows = max(1, BATCH_TOKENS // length)
+            for start in range(0, len(numbers), num_rows):
+                batch = numbers[start : start + num_rows]
+                cache = DynamicCache(config=self.config)
+                for chunk in torch.stack([texts[number] for number in batch]).split(CHUNK_LENGTH, dim=1):
+                    self.base_model(chunk, use_cache=True, **memory_kwargs(cache))
+                layers = [memory_layer(cache, index) for index in range(len(cache.layers))]
+                for row, number in enumerate(batch):
+                    memories[number] = self._memory_of(layers, row, texts[number], names[number])
+        return memories
+
+    def _memory_of(self, layers: list[Any], row: int, ids: torch.Tensor, source: str) -> MosaicMemory:
+        """Return the memory of a row of a cache that has read ids `(T,)` of a text."""
         places = torch.arange(len(ids), device=ids.device)
         bias = torch.zeros(1, 1, len(ids), device=ids.device)
         if self.base_model.bound is None:
             bias[:, :, 0] = -torch.inf
+            pairs = [tuple(_own(states, row) for states in (layer.keys, layer.values)) for layer in layers]
         else:  # slots have no empty one in front, and if some were forgotten, pairs of other tokens in each head
-            keys, values = (list(parts) for parts in zip(*(layer.kept_pairs() for layer in layers), strict=True))
-            held = keys[0].shape[2]
+            pairs = [layer.kept_pairs(row) for layer in layers]
+            held = pairs[0][0].shape[2]
             is_whole = held == len(ids) - 1
             ids, places = (part[1:] if is_whole else part.new_full((held,), MERGED) for part in (ids, places))
             bias = bias[:, :, :held]
+        keys, values = (list(parts) for parts in zip(*pairs, strict=True))
         return MosaicMemory(
             config=self.config,
             writer=layers[0].writer,
@@ -650,6 +669,11 @@ class MemorizingMixin:
             places=places,
             sources=[source],
         )
+
+
+def _own(states: torch.Tensor, row: int) -> torch.Tensor:
+    """Return a row `(1, ...)` that does not keep the memory of the others."""
+    return states if len(states) == 1 else states[row, None].clone()
 
 
 def _hash(ids: torch.Tensor) -> str:

@@ -487,7 +487,7 @@ def test_what_a_soft_prompt_cannot_precede_is_refused():
     adapted = soft_prompt("PROMPT_TUNING")
     config = adapted.get_base_model().config
     read_before = write(adapted)
-    memory = getattr(read_before, "past_key_values", None) or read_before.cache
+    memory = read_before.get(MEMORY_NAME)
     ids = torch.cat([read_before.sequences, make_ids(3, 3)], dim=1)
     mask = torch.nn.functional.pad(padded_batch()["attention_mask"], (0, 7), value=1)
     whole = torch.ones(3, memory.get_seq_length() + 1, dtype=torch.long)

@@ -340,7 +340,7 @@ def test_texts_are_memorized_within_a_bound(max_pairs, policy, model, tmp_path):
     assert len(memory) <= 2 * (max_pairs + num_waiting) and memory.sources == ["0", "1"]
     logits = model(**memory.prompt(question)).logits
     for index, keys in enumerate(memory.keys):
-        parts = [cache.layers[index].kept_pairs()[0] for cache in caches]
+        parts = [cache.layers[index].kept_pairs(0)[0] for cache in caches]
         assert torch.equal(keys, torch.cat(parts, dim=2))
     memory.save_pretrained(tmp_path)
     assert torch.equal(model(**MosaicMemory.from_pretrained(tmp_path, model).prompt(question)).logits, logits)
@@ -350,6 +350,22 @@ def test_texts_are_memorized_within_a_bound(max_pairs, policy, model, tmp_path):
         assert memory.places.tolist() == [*range(1, 14), *range(1, 20)]
     else:
         assert (memory.places == -1).all() and memory.incomplete_sources().keys() == {"0", "1"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", DETERMINISTIC)
+def test_texts_of_a_batch_leave_the_pairs_that_each_leaves_alone(policy, model):
+    lengths = [14, 9, 14, 3, 14, 9]
+    ids, mask = make_ids(6, 14), (torch.arange(14) < torch.tensor(lengths)[:, None]).long()
+    names = [f"text {number}" for number in range(6)]
+    with bounded(model, 5, policy):
+        memories = model.memorize(ids, mask, names)
+        alone = [model.memorize(ids[n : n + 1, : lengths[n]], source=names[n]) for n in range(6)]
+    for memory, expected in zip(memories, alone, strict=True):
+        assert memory.sources == expected.sources and torch.equal(memory.places, expected.places)
+        for part, other in zip(memory.keys + memory.values, expected.keys + expected.values, strict=True):
+            torch.testing.assert_close(part, other, rtol=0, atol=1e-11)
+            assert len(part.untyped_storage()) == part.nbytes
 
 
 @torch.no_grad()

@@ -266,7 +266,7 @@ def test_a_memory_that_was_offloaded_between_tokens_answers_alike(model):
 @given(rows=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=3), min_size=1, max_size=3), data=st.data())
 def test_texts_of_a_batch_are_read_alone(rows, data):
     """With padding before, between, after and within texts, several to a row, in chunks of any length."""
-    model = make_model(dtype=torch.float64)
+    model = make_mosaic(data.draw(st.sampled_from([{}, *V2_KINDS])), dtype=torch.float64)
     length = max(map(sum, rows)) + data.draw(st.integers(0, 4))
     ids, positions, mask = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
     texts = []
@@ -277,7 +277,8 @@ def test_texts_of_a_batch_are_read_alone(rows, data):
         texts += ids[index, places].split(lengths)
     whole = [model.memorize(text[None], source=f"text {index}") for index, text in enumerate(texts)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_memory_mosaic, "CHUNK_LENGTH", data.draw(st.integers(1, 20)))
+        for name in ("CHUNK_LENGTH", "BATCH_TOKENS"):
+            patch.setattr(store_memory_mosaic, name, data.draw(st.integers(1, 20)))
         names = [f"text {index}" for index in range(len(texts))]
         memories = model.memorize(ids, mask, names, position_ids=positions)
     memories = [memories] if isinstance(memories, MosaicMemory) else memories

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache
 
 from modeling_memory_mosaic import MemoryModelCache, MemoryModelConfig, MemoryMosaicConfig
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 from modeling_memory_mosaic.rounding_memory_mosaic import quantize_vectors
 from modeling_memory_mosaic.store_memory_model import fake_quantize
@@ -114,7 +115,7 @@ def test_a_text_read_in_pieces_is_the_text_read_at_once(model, pieces):
     for piece in pieces:
         outputs = model(ids[:, read : read + piece], past_key_values=cache, use_cache=True)
         torch.testing.assert_close(outputs.logits, expected[:, read : read + piece], rtol=1e-9, atol=1e-9)
-        cache, read = outputs.past_key_values or outputs.cache, read + piece
+        cache, read = outputs.get(MEMORY_NAME), read + piece
 
 
 @pytest.mark.parametrize("side", ["left", "right", "within"])
@@ -136,7 +137,7 @@ def test_a_padded_row_is_the_row_alone(model, side, cached):
     for begin, end in itertools.pairwise(cuts):
         part = {"input_ids": ids[:, begin:end], "attention_mask": mask[:, :end]}
         outputs = model(**part, past_key_values=cache, use_cache=cached)
-        cache = outputs.past_key_values or outputs.cache
+        cache = outputs.get(MEMORY_NAME)
         pieces.append(outputs.logits)
     logits = torch.cat(pieces, dim=1)
     for number, row in enumerate(rows):
@@ -430,7 +431,7 @@ def test_a_cache_is_not_read_on_by_other_rows_or_with_other_memories():
     model = make_memory_model()
     ids = make_ids(2, 12, vocab_size=VOCAB_SIZE)
     outputs = model(ids, use_cache=True)
-    cache = outputs.past_key_values or outputs.cache
+    cache = outputs.get(MEMORY_NAME)
     with pytest.raises(ValueError, match="holds 2 rows, but 1 are passed"):
         model(ids[:1, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="give them at first"):

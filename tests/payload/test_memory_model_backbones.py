@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfi
 
 from modeling_memory_mosaic import MemoryModelForCausalLM
 from modeling_memory_mosaic.backbones_memory_model import build_decoder
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from training.text.tokenizer import train_tokenizer
 
 
@@ -69,7 +70,7 @@ def test_rows_of_a_ragged_batch_are_the_rows_alone_in_any_pieces(families, read)
     cache, pieces = None, []
     for begin, end in ((0, 7), (7, 8), (8, 15), (15, 20)):
         outputs = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-        cache = outputs.past_key_values or outputs.cache
+        cache = outputs.get(MEMORY_NAME)
         pieces.append(outputs.logits)
     for logits in (whole, torch.cat(pieces, dim=1)):
         for number, row in enumerate(rows):

@@ -34,8 +34,6 @@ from training.text.question_rows import Row, features, pad
 __all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 
 ALL, LAST, AT_RANDOM, SINKS = "all pairs", "last tokens", "random tokens", "first and last tokens"
-# Documents that are memorized at a time.
-BATCH_SIZE = 200
 # What tells a measurement from others.
 PLACE = ("label", "way", "budget", "documents")
 
@@ -99,23 +97,19 @@ def _num_right(logits: torch.Tensor, row: Row) -> tuple[int, int]:
     return num_answers - len(wrong), num_answers
 
 
-def _memorize(model: Any, documents: list[list[int]], names: list[str]) -> list[MosaicMemory]:
+def _memorize(model: Any, documents: list[list[int]]) -> list[MosaicMemory]:
     ids = pad_sequence([torch.tensor(one) for one in documents], batch_first=True)
     lengths = torch.tensor([len(one) for one in documents])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    memories: list[MosaicMemory] = model.memorize(ids, attention_mask=mask, source=names)
+    memories: list[MosaicMemory] = model.memorize(ids, mask, source=list(map(str, range(len(ids)))))
     return memories
 
 
 @torch.no_grad()
 def mosaic_logits(model: Any, rows: list[Row], way: str, budget: int) -> list[torch.Tensor]:
     """Return the logits `(Q, V)` behind each question, of documents that were memorized within a bound."""
-    documents = {str(number): ids for number, ids in enumerate(ids for row in rows for ids in row.documents)}
-    names, memories = list(documents), []
     with contextlib.nullcontext() if way == ALL else bounded(model, max_pairs=budget, policy=way):
-        for start in range(0, len(names), BATCH_SIZE):
-            batch = names[start : start + BATCH_SIZE]
-            memories += _memorize(model, [documents[name] for name in batch], batch)
+        memories = _memorize(model, [ids for row in rows for ids in row.documents])
     logits, rest = [], iter(memories)
     for row in rows:
         memory = MosaicMemory.union(list(itertools.islice(rest, len(row.documents))))
