@@ -16,6 +16,7 @@ import typer
 
 from benchmarks.speed import compare, machine
 from modeling_memory_mosaic import MosaicMemory, nearest
+from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME, memory_kwargs
 from modeling_memory_mosaic.retrieval_memory_mosaic import INDEXES, SearchReport
 from training.evaluate import load_model
 from training.files import write_json
@@ -74,7 +75,7 @@ def decoding(model: Any, memory: MosaicMemory, question: torch.Tensor, **search:
         start = time.perf_counter()
         for _ in range(NUM_DECODED):
             token = output.logits[:, -1:].argmax(-1)
-            output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            output = model(token, use_cache=True, **memory_kwargs(output[MEMORY_NAME]))
         return (time.perf_counter() - start) / NUM_DECODED
 
     def run() -> float:
@@ -93,11 +94,11 @@ def preparing(model: Any, memory: MosaicMemory, question: torch.Tensor, **search
         model(**memory.prompt(question), logits_to_keep=1)
     seconds = time.perf_counter() - start
     with nearest(model, **search) as report, torch.no_grad():
-        cache = model(**memory.prompt(question), logits_to_keep=1)
+        output = model(**memory.prompt(question), logits_to_keep=1)
         report.visited.clear()
         for _ in range(NUM_DECODED):
-            token = cache.logits[:, -1:].argmax(-1)
-            cache = model(token, past_key_values=cache.past_key_values, use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+            output = model(token, use_cache=True, **memory_kwargs(output[MEMORY_NAME]))
     return seconds, report
 
 
