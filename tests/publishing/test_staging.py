@@ -127,7 +127,7 @@ def test_stories_are_published_as_a_data_set(tmp_path):
     folder = stage(stories_run(tmp_path / "stories"), "someone/stories")
     card = DatasetCard.load(folder / "README.md")
     assert card.data.license == "cc-by-4.0" and "someone/stories" in card.text
-    assert set(published_files(folder)) == {"README.md", "SHA256SUMS", "result.json", "stories.jsonl.gz"}
+    assert set(published_files(folder)) == {"README.md", "SHA256SUMS", "result.json", "stories.jsonl.gz", "words.png"}
 
 
 def test_stories_without_a_licence_or_with_another_number_are_refused(tmp_path):
