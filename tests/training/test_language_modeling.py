@@ -472,9 +472,8 @@ def test_tensorboard_on_request(tmp_path, without_clean_process):
     language_modeling.run(recipe)
     events = EventAccumulator(str(next(recipe.folder.rglob("events.out.tfevents.*")).parent)).Reload()
     losses = [event.value for event in events.Scalars("eval/loss")]
-    assert losses == pytest.approx(
-        [point["loss"] for point in read_result(recipe.folder)["learning_curve"]["validation"]]
-    )
+    curve = read_result(recipe.folder)["learning_curve"]["validation"]
+    assert losses == pytest.approx([point["loss"] for point in curve])
 
 
 def test_a_recipe_reports_to_several_places(tmp_path):

@@ -66,11 +66,8 @@ def cached_rows(
 
     def write(staged: Path) -> None:
         with ArrowWriter(path=str(staged / "rows.arrow"), features=features) as writer:
-            rows, bar = (
-                generate(**arguments),
-                {"desc": "Writing to the cache", "unit": " rows", "disable": not has_bar},
-            )
-            for row in tqdm(rows, total=total, **bar):
+            rows, label = generate(**arguments), "Writing to the cache"
+            for row in tqdm(rows, total=total, desc=label, unit=" rows", disable=not has_bar):
                 writer.write(row)
             writer.finalize()
 
