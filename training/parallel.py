@@ -185,7 +185,7 @@ def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -
     bar_format = "{desc}: {n:.2f} of {total} |{bar}| {elapsed}<{remaining}"
     bar = tqdm(total=len(jobs), desc=description, bar_format=bar_format)
     with bar, start_workers(min(workers, len(jobs)), messages) as idle:
-        shares: dict[str, float] = {}
+        shares = {str(job.folder): 0.0 for job in jobs}
         while waiting or running:
             while waiting and idle:
                 worker = idle.pop()
@@ -196,7 +196,8 @@ def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -
                 failure = failure or future.exception()
             if failure is not None:
                 waiting.clear()
-            shares.update(_received(messages))
+            # A job may train something in a folder of its own besides, which is no part of it to count.
+            shares.update((folder, share) for folder, share in _received(messages) if folder in shares)
             bar.n = sum(shares.values())
             bar.refresh()
     if failure is not None:

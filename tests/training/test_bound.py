@@ -9,6 +9,7 @@ from helpers.models import make_ids, make_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, set_seed
 
 from modeling_memory_mosaic import bounded
+from training.baselines import windowed
 from training.baselines.shifted_rope import ShiftedGPTNeoXConfig, ShiftedGPTNeoXForCausalLM
 from training.baselines.windowed import NAME, windowed_arguments
 from training.experiments import bound, streaming
@@ -38,14 +39,22 @@ def logits_of(model, ids, max_pairs, sinks):
     return logits
 
 
+@pytest.fixture(params=[1, 64], ids=["many blocks", "one block"])
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(windowed, "SHORTEST_BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("length", [2, 12])
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("kind", ["rope", "shift"])
-def test_a_window_that_holds_all_is_plain_attention(kind, sinks):
-    model, ids = transformer(kind), make_ids(2, 12)
+def test_a_window_that_holds_all_is_plain_attention(kind, sinks, length):
+    model, ids = transformer(kind), make_ids(2, length)
     expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(logits_of(model, ids, 12, sinks), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("max_pairs", [3, 5, 8])
 def test_one_block_sees_the_last_tokens_alone(max_pairs):
     model, ids = transformer(num_hidden_layers=1), make_ids(1, 20)
@@ -55,6 +64,7 @@ def test_one_block_sees_the_last_tokens_alone(max_pairs):
         torch.testing.assert_close(logits[:, place], alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("max_pairs", [4, 7])
 def test_sinks_stand_just_before_the_window(max_pairs):
     sinks, model, ids = 2, transformer(num_hidden_layers=1), make_ids(1, 20)

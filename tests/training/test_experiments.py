@@ -61,6 +61,16 @@ def small(workplace, monkeypatch):
     return read
 
 
+@pytest.mark.slow
+def test_experiments_share_the_folder_of_a_training_only_if_it_is_the_same():
+    folders = {}
+    for path in COMPARISONS:
+        for training in load_recipe(path).all_trainings:
+            first = folders.setdefault(training.recipe.folder, (training.recipe.hash, path.stem))
+            assert first[0] == training.recipe.hash, f"{first[1]} and {path.stem} differ in {training.recipe.folder}"
+    assert len(folders) > 500
+
+
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_trainings_of_a_comparison_differ_only_in_the_compared_settings(path):
     recipe = load_recipe(path)

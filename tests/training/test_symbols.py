@@ -262,6 +262,16 @@ def test_a_failed_training_stops_those_not_begun_and_is_reported(tmp_path):
     assert (tmp_path / "bad" / "a file of the user").exists()
 
 
+@pytest.mark.slow
+def test_the_bar_counts_jobs_and_not_what_they_train_besides(tmp_path, capfd):
+    jobs = [
+        parallel.Job(tmp_path / name, parallel.report_progress, (tmp_path / f"{name}-adapter", 1.0)) for name in "abc"
+    ]
+    parallel.run_all(jobs, workers=2)
+    bar = capfd.readouterr().err
+    assert "trainings: 3.00 of 3 |" in bar and "of None" not in bar
+
+
 def test_automata_default_to_the_sizes_of_regbench():
     section = AutomataSection(language="automata")
     assert section.model_dump(exclude={"language", "seed", "num_automata"}) == {

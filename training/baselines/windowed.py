@@ -15,6 +15,8 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 
 NAME = "windowed"
+# Tokens of a block, if the window is shorter.
+SHORTEST_BLOCK = 64
 
 
 def windowed_attention(
@@ -28,27 +30,29 @@ def windowed_attention(
     sinks: int,
     turn: tuple[torch.Tensor, torch.Tensor],
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, None]:
     """Attend `(B, H, T, D)`: each token to the last `window` with its own, and to the first `sinks`.
 
     Args:
         turn: cosines and sines `(1, T, D)` that turn the query of each token to where it stands for the first tokens.
 
     Returns:
-        the read-out `(B, T, H, D)` and the weights `(B, H, T, T)`.
+        the read-out `(B, T, H, D)`, and no weights.
     """
-    length = query.shape[2]
-    places = torch.arange(length, device=query.device)
-    distance = places[:, None] - places
-    scores = query @ key.transpose(-1, -2) * scaling
-    if sinks:
-        turned, _ = apply_rotary_pos_emb(query, query, *turn)
-        to_sinks = turned @ key[:, :, :sinks].transpose(-1, -2) * scaling
-        is_far = (distance[:, :sinks] >= window)[None, None]
-        scores = torch.cat([torch.where(is_far, to_sinks, scores[..., :sinks]), scores[..., sinks:]], dim=-1)
-    is_seen = (distance >= 0) & ((distance < window) | (places < sinks))
-    weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
-    return (weights @ value).transpose(1, 2), weights
+    queries, keys, sinks = query * scaling, key.transpose(-1, -2), min(sinks, key.shape[2])
+    turned = apply_rotary_pos_emb(queries, queries, *turn)[0]
+    places, read_outs = torch.arange(query.shape[2], device=query.device), []
+    # A block sees few keys before it, so that the scores of all tokens with all others need not be computed.
+    for block in places.split(max(window, SHORTEST_BLOCK)):
+        first, start, end = max(0, int(block[0]) - window + 1), int(block[0]), int(block[-1]) + 1
+        distance = block[:, None] - places[first:end]
+        is_hidden = (distance < 0) | (distance >= window)
+        near = (queries[:, :, start:end] @ keys[..., first:end]).masked_fill(is_hidden, -torch.inf)
+        is_near = block[:, None] - places[:sinks] < window
+        far = (turned[:, :, start:end] @ keys[..., :sinks]).masked_fill(is_near, -torch.inf)
+        weights = torch.cat([far, near], dim=-1).softmax(-1)
+        read_outs.append(weights[..., :sinks] @ value[:, :, :sinks] + weights[..., sinks:] @ value[:, :, first:end])
+    return torch.cat(read_outs, dim=2).transpose(1, 2), None
 
 
 def windowed_arguments(model: Any, num_tokens: int, max_pairs: int, sinks: int) -> dict[str, Any]:
