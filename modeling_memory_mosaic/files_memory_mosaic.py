@@ -19,6 +19,8 @@ Shapes use H heads, S slots of a memory, D head width.
 
 import json
 import os
+import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import CommitInfo, HfApi, ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import PushToHubMixin, cached_file
+from transformers.utils import cached_file
 
 from .identity_memory_mosaic import MemoryWriter, unwrapped, weights_fingerprint
 from .rounding_memory_mosaic import CODE_DTYPES, check_codes, dequantize_vectors, quantize_vectors
@@ -39,6 +42,50 @@ FILE_NAME = "memory.safetensors"
 # Where the header has the settings, as JSON.
 SETTINGS_NAME = "memory"
 FORMAT = 1
+CARD_NAME = "README.md"
+# In cards that `push_to_hub` writes. A card without it, and without that of the library's cards, is somebody's own.
+CARD_MARK = "<!-- Written by MosaicMemory.push_to_hub. Without this line, the next push leaves the card as it is. -->"
+LIBRARY_CARD_MARK = "This model card has been automatically generated."
+PAPERS = {"memory_mosaic": "2405.06394", "memory_mosaic_v2": "2507.03285"}
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+What a Memory Mosaic ([arXiv {paper}](https://arxiv.org/abs/{paper})) has read, as an object:
+{pairs:,} key-value pairs in each head, from {count}. The model that has read
+{them}{base} answers behind it without reading {them} again.
+
+## Use
+
+```python
+from modeling_memory_mosaic import MosaicMemory
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+model = AutoModelForCausalLM.from_pretrained("{place}")
+memory = MosaicMemory.from_pretrained("{repo_id}", model)
+answer = model.generate(**memory.prompt("Once upon a time", tokenizer), max_new_tokens=40)
+print(tokenizer.decode(answer[0], skip_special_tokens=True))
+```
+
+Other weights than those that wrote the memory are refused. It holds numbers and no code.
+
+## What was read
+
+| text | tokens |
+| --- | ---: |
+{rows}
+
+## Limits
+
+The memory holds the tokens of its texts: with the tokenizer, anybody can read them. A text that is forgotten
+stays in earlier commits of this repository. No licence, no origin of the texts and no measure stands here:
+`python -m training publish` of the project `modeling-memory-mosaic` writes a card with them.
+
+{mark}
+"""
 # Precisions that pairs are stored in, by the names of `save_pretrained(dtype=...)`.
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, **CODE_DTYPES}
 
@@ -262,7 +309,41 @@ def read_bias(
     return bias[None]
 
 
-class MemoryFilesMixin(PushToHubMixin):
+def memory_card(memory: Any, repo_id: str, tags: Sequence[str] = ()) -> str:
+    """Return the card of a [`MosaicMemory`] in a repository, with the metadata that the Hub reads."""
+    paper, count = PAPERS[memory.config.model_type], len(memory.sources)
+    # A folder of this machine stays out of the card.
+    name = str(getattr(memory.config, "_name_or_path", ""))
+    base = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name) else None
+    own = ["memory", "associative-memory", f"arxiv:{paper}"]
+    data = ModelCardData(
+        library_name="modeling-memory-mosaic", tags=[*own, *(tag for tag in tags if tag not in own)], base_model=base
+    )
+    lengths = memory.source_ids.bincount(minlength=count).tolist()
+    return CARD.format(
+        metadata=data.to_yaml(),
+        title=repo_id.rpartition("/")[2],
+        paper=paper,
+        pairs=len(memory),
+        count=f"{count:,} texts" if count != 1 else "one text",
+        them="them" if count != 1 else "it",
+        base="" if base is None else f", [{base}](https://huggingface.co/{base}),",
+        place=base or "FOLDER_OR_REPOSITORY_OF_THE_MODEL",
+        repo_id=repo_id,
+        rows="\n".join(f"| `{text}` | {length:,} |" for text, length in zip(memory.sources, lengths, strict=True)),
+        mark=CARD_MARK,
+    )
+
+
+def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether a repository has a card that neither [`MemoryFilesMixin.push_to_hub`] nor the library has written."""
+    if not api.file_exists(repo_id, CARD_NAME, revision=revision):
+        return False
+    text = Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)).read_text(encoding="utf-8")
+    return CARD_MARK not in text and LIBRARY_CARD_MARK not in text
+
+
+class MemoryFilesMixin:
     """`save_pretrained`, `from_pretrained` and `push_to_hub` of a [`MosaicMemory`]."""
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None, **kwargs: Any) -> None:
@@ -272,9 +353,58 @@ class MemoryFilesMixin(PushToHubMixin):
             folder: is made if it is not there; an older memory in it is replaced.
             dtype (`str`, *optional*): `float32`, `bfloat16`, or one byte a number, `int8` or `fp8`; the memory's own
                 precision when absent.
-            kwargs: of `PushToHubMixin.push_to_hub`, which change nothing.
+            kwargs: of the library's `save_pretrained`, which change nothing.
         """
         save_memory(self, Path(folder), dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        dtype: str | None = None,
+        commit_message: str = "Upload MosaicMemory",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: Sequence[str] = (),
+    ) -> CommitInfo:
+        """Write the memory into a repository of the Hub in one commit, with a card that says what it holds.
+
+        A card of your own stays. One that this method has written is written again, so that it does not name texts
+        that were forgotten since. `python -m training publish` of the project writes a fuller card, with licence,
+        origin and measures, and checks what it publishes.
+
+        Args:
+            repo_id: `user/name`, or a name of yours; is made if it is not there.
+            dtype (`str`, *optional*): as of `save_pretrained`.
+            commit_message, commit_description (*optional*): of the commit.
+            private (`bool`, *optional*): whether a new repository is private; the account's default when absent.
+            token (*optional*): of the Hub; the stored one when absent.
+            revision (*optional*): the branch; `main` when absent.
+            create_pr (`bool`): propose it in a pull request.
+            tags: of the card, beside its own.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: the commit, whose `oid` a reader can pin.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, dtype)
+            if not _has_own_card(api, repo_id, revision):
+                (Path(folder) / CARD_NAME).write_text(memory_card(self, repo_id, tags), encoding="utf-8")
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     @classmethod
     def from_pretrained(

@@ -8,7 +8,7 @@ origin of the data, limits) stand in `hub_cards/about/NAME.yaml`, one file a rec
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
@@ -23,8 +23,55 @@ TEMPLATES = CLONE / "hub_cards"
 ABOUT = TEMPLATES / "about"
 # The `configs` of a data set's card: `datasets` loads these files.
 STORIES = [{"config_name": "default", "data_files": "stories.jsonl.gz"}]
-# On arXiv, by model type. Only models of these types are published.
-PAPERS = {"memory_mosaic": "2405.06394", "memory_mosaic_v2": "2507.03285", "memory_model": "2602.13466"}
+
+
+class Paper(NamedTuple):
+    """The paper that a model comes from, as its card names and cites it.
+
+    Args:
+        family: what a model of the paper is called.
+        arxiv: number on arXiv.
+        key: of the citation.
+        title: of the paper.
+        authors: in the form of BibTeX.
+        year: of its first version.
+    """
+
+    family: str
+    arxiv: str
+    key: str
+    title: str
+    authors: str
+    year: int
+
+
+# By model type. Only models of these types are published.
+PAPERS = {
+    "memory_mosaic": Paper(
+        "Memory Mosaic",
+        "2405.06394",
+        "zhang2024memorymosaics",
+        "Memory Mosaics",
+        r"Jianyu Zhang and Niklas Nolte and Ranajoy Sadhukhan and Beidi Chen and L{\'e}on Bottou",
+        2024,
+    ),
+    "memory_mosaic_v2": Paper(
+        "Memory Mosaic v2",
+        "2507.03285",
+        "zhang2025memorymosaics",
+        "Memory Mosaics at scale",
+        r"Jianyu Zhang and L{\'e}on Bottou",
+        2025,
+    ),
+    "memory_model": Paper(
+        "memory model",
+        "2602.13466",
+        "memorymodels2026",
+        "Language Model Memory and Memory Models for Language",
+        "Badger",
+        2026,
+    ),
+}
 
 # The library that loads a memory, for the Hub, which offers no snippet of its own for it.
 MEMORY_LIBRARY = "modeling-memory-mosaic"
@@ -174,7 +221,7 @@ def model_metadata(result: dict[str, Any], about: About, base: str | None = None
         tags=[
             model_type.replace("_", "-"),
             "associative-memory",
-            f"arxiv:{PAPERS[model_type]}",
+            f"arxiv:{PAPERS[model_type].arxiv}",
             "lora" if adapter else "custom_code",  # the Hub marks models by it that need `trust_remote_code`
         ],
         datasets=about.data.datasets or None,
@@ -194,7 +241,7 @@ def memory_metadata(result: dict[str, Any], about: About, base: str) -> str:
         license=about.license,
         language=about.language,
         library_name=MEMORY_LIBRARY,
-        tags=["memory", "associative-memory", f"arxiv:{PAPERS[result['architecture']['model_type']]}"],
+        tags=["memory", "associative-memory", f"arxiv:{PAPERS[result['architecture']['model_type']].arxiv}"],
         datasets=about.data.datasets or None,
         base_model=base,
         model_name=about.title,

@@ -15,6 +15,7 @@ import modeling_memory_mosaic  # noqa: F401  (registers the model type with Auto
 from training.commands.loading import model_folder
 from training.files import refuse_damage
 from training.metrics.mean_loss import bits_per_byte_of_loss, perplexity
+from training.progress import progress
 from training.recipe import SourceSection
 from training.text.sources import load_stories, source_provenance
 from training.text.tokenizer import load_tokenizer
@@ -73,7 +74,7 @@ def mean_loss(model: PreTrainedModel, windows: Dataset, batch_size: int) -> floa
     """Return the mean loss over all predicted tokens of the windows, in nats a token."""
     model.eval()
     total, predicted = 0.0, 0
-    for start in range(0, len(windows), batch_size):
+    for start in progress(range(0, len(windows), batch_size), "loss", "batch"):
         rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
         batch = {name: tensor.to(model.device) for name, tensor in collate_windows(rows).items()}
         count = int((batch["labels"][:, 1:] != -100).sum())  # nothing predicts the first token
@@ -86,7 +87,8 @@ def mean_loss(model: PreTrainedModel, windows: Dataset, batch_size: int) -> floa
 def tokens_and_bytes(stories: Dataset, tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
     """Count the tokens of all stories, each with its end-of-text token, and their UTF-8 bytes without separators."""
     num_tokens = num_bytes = 0
-    for batch in stories.iter(batch_size=1000):
+    total = -(-len(stories) // 1000)
+    for batch in progress(stories.iter(batch_size=1000), "bytes", "thousand stories", total):
         # As in the windows: a special token that is written out in a story is text.
         encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
         num_tokens += sum(len(ids) + 1 for ids in encoded)

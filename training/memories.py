@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 from modeling_memory_mosaic import MosaicMemory
@@ -18,6 +19,7 @@ from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME, read_settings,
 from training.commands.texts import memorize_texts, new_folder, read_files
 from training.evaluate import load_model
 from training.files import CHECKSUMS, staged_folder, weights_checksums
+from training.progress import progress
 from training.result import environment, moment, read_result, write_result
 from training.run_folder import RUN_LOCK, locked
 
@@ -26,6 +28,8 @@ from training.run_folder import RUN_LOCK, locked
 TASK = "memorize"
 # In the folder of a memory: its result, and what was staged of it.
 RESULT, PUBLISHED = "result.json", "published"
+# Texts, and tokens of each, on which it is measured what a memory gives back, so that it takes seconds.
+MOST_RECALLED, RECALLED_LENGTH = 16, 64
 
 
 def load_memory(folder: str | Sequence[str], model: Any) -> MosaicMemory:
@@ -156,6 +160,48 @@ def forget_source(model_folder: Path, folder: Path, source: str) -> MosaicMemory
     """Forget a text of a stored memory, in its folder, where no file names it afterwards."""
     model, _ = load_model(model_folder)
     return replace_memory(folder, lambda memory: memory.forget(source), model.eval())
+
+
+@torch.no_grad()
+def _losses(model: Any, ids: torch.Tensor, reading: dict[str, Any]) -> torch.Tensor:
+    """Return the loss at tokens 2 to T of a text `(T,)`, as a row of T - 1 in nats."""
+    logits = model(**reading).logits[0, :-1].float()
+    return F.cross_entropy(logits, ids[1:], reduction="none").cpu()
+
+
+def measure_recall(memory: MosaicMemory, model: Any) -> dict[str, Any] | None:
+    """Measure how well a memory gives its texts back: the loss on the beginnings of those that are whole.
+
+    Args:
+        memory: of the model.
+        model: that has read it.
+
+    Returns:
+        `num_texts`; `length`, the most tokens of a text; and by the way of reading a text, `behind` the memory, behind
+        the memory without that text (`forgotten`, of several texts alone) and `alone`: `loss`, the mean over tokens,
+        and `by_place`, a list of means over texts. None if no text is whole.
+    """
+    incomplete = memory.incomplete_sources()
+    names = [name for name in memory.sources if name not in incomplete][:MOST_RECALLED]
+    rows: dict[str, list[torch.Tensor]] = {}
+    for name in progress(names, "loss on the texts", "text"):
+        ids = memory.select([name]).input_ids[:RECALLED_LENGTH]
+        others = [other for other in memory.sources if other != name]
+        readings: dict[str, Any] = {"behind": memory.prompt(ids[None]), "alone": {"input_ids": ids[None]}}
+        if others:
+            readings["forgotten"] = memory.select(others).prompt(ids[None])
+        for way, reading in readings.items():
+            rows.setdefault(way, []).append(_losses(model, ids, reading))
+    if not rows:
+        return None
+    # NaN where a text has ended.
+    tables = {way: torch.nn.utils.rnn.pad_sequence(of_way, True, torch.nan) for way, of_way in rows.items()}
+    return {
+        "num_texts": len(names),
+        "length": 1 + tables["alone"].shape[1],
+        "loss": {way: float(table.nanmean()) for way, table in tables.items()},
+        "by_place": {way: table.nanmean(0).tolist() for way, table in tables.items()},
+    }
 
 
 def describe(folder: Path) -> dict[str, Any]:

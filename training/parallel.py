@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from training.progress import TimeLeft
 from training.recipe import BaseRecipe, task_module
 
 
@@ -153,11 +154,13 @@ def _received(messages: Any) -> Iterator[tuple[str, float]]:
             yield messages.get_nowait()
 
 
-def _run_in_order(jobs: Sequence[Job]) -> list[Any]:
-    results = []
-    for job in jobs:
-        PartialState().print(f"{job.folder}:", flush=True)
+def _run_in_order(jobs: Sequence[Job], description: str) -> list[Any]:
+    results, left = [], TimeLeft(len(jobs))
+    for number, job in enumerate(jobs, 1):
+        time_left = f", {left}" if len(jobs) > 1 else ""
+        PartialState().print(f"{description}, {number} of {len(jobs)}{time_left}: {job.folder}", flush=True)
         results.append(job.function(*job.arguments))
+        left.done()
     return results
 
 
@@ -168,13 +171,13 @@ def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -
         jobs: in different folders.
         workers: processes at once; each gets its share of the threads. With 1, and under `accelerate launch`, whose
             processes do each job together, the jobs are done one after the other.
-        description: what the bar calls them.
+        description: what the bar, or the line before each of them, calls them.
 
     Raises:
         Exception: the first one that a job raised; jobs that had begun are finished before, others are not begun.
     """
     if workers == 1 or len(jobs) < 2 or PartialState().num_processes > 1:
-        return _run_in_order(jobs)
+        return _run_in_order(jobs, description)
     messages = multiprocessing.get_context("spawn").Queue()
     waiting, futures = list(jobs), []
     running: dict[Future, Executor] = {}

@@ -1,9 +1,5 @@
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import pipeline
 
 repo, revision = "{{ repo_id }}", "{{ revision }}"
-tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, trust_remote_code=True)
-
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-text = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperature=0.8)
-print(tokenizer.decode(text[0], skip_special_tokens=True))
+storyteller = pipeline("text-generation", model=repo, revision=revision, trust_remote_code=True)
+print(storyteller("Once upon a time", max_new_tokens=40)[0]["generated_text"])

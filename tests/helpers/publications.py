@@ -39,6 +39,16 @@ def smoke(folder: Path) -> BaseRecipe:
     return load_recipe(CONFIGURATION / "recipe" / "smoke.yaml", settings=[SHORT, {"output_dir": str(folder)}])
 
 
+def smoke_v2(folder: Path) -> BaseRecipe:
+    """A recipe that trains a small Memory Mosaic v2 in seconds."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    sizes |= {"intermediate_size": 48, "short_term_window": 8, "long_term_delay": 4}
+    sizes |= {"long_term_delay_range": [4, 8]}
+    settings = {"name": "smoke_v2", "model": "mosaic-v2-micro", "model_args": sizes}
+    recipe = CONFIGURATION / "recipe" / "smoke.yaml"
+    return load_recipe(recipe, settings=[SHORT, settings, {"output_dir": str(folder)}])
+
+
 def lora(folder: Path, base: Path) -> BaseRecipe:
     """A recipe that adapts an exported model by LoRA in seconds."""
     settings = {

@@ -8,10 +8,11 @@ import torch
 from helpers.hub_server import served
 from helpers.kinds import make_mosaic
 from helpers.models import make_ids, make_model
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 
 from modeling_memory_mosaic import MosaicMemory, files_memory_mosaic
-from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME, PRECISIONS, SETTINGS_NAME, read_settings
+from modeling_memory_mosaic.files_memory_mosaic import CARD_NAME, FILE_NAME, PRECISIONS, SETTINGS_NAME, read_settings
 from training.text.tokenizer import train_tokenizer
 
 
@@ -282,3 +283,32 @@ def test_a_memory_goes_to_the_hub_and_comes_back(model, tmp_path, monkeypatch):
         assert both.sources == ["here", "text 2"]
         with pytest.raises(OSError, match="someone/nothing"):
             MosaicMemory.from_pretrained("someone/nothing", model)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+@pytest.mark.parametrize("fields", [{}, "mosaic v2 otherwise"], ids=str)
+def test_a_memory_goes_to_the_hub_with_a_card_that_forgets_too(fields, tmp_path, monkeypatch):
+    model = make_mosaic(fields)
+    memory = joined(model)
+    memory.config._name_or_path = "someone/base"
+    arxiv = "2507.03285" if fields else "2405.06394"
+    with served(monkeypatch, tmp_path / "cache") as hub:
+        memory.push_to_hub("someone/texts", dtype="bfloat16", tags=["letters"])
+        files = hub.repositories["model", "someone/texts"].files
+        card = ModelCard(files()[CARD_NAME].decode())
+        metadata = card.data.to_dict()
+        assert metadata["library_name"] == "modeling-memory-mosaic" and metadata["base_model"] == "someone/base"
+        assert metadata["tags"] == ["memory", "associative-memory", f"arxiv:{arxiv}", "letters"]
+        assert f"{len(memory)} key-value pairs in each head, from 3 texts." in card.text
+        assert "| `text 9` | 9 |" in card.text and 'from_pretrained("someone/base")' in card.text
+        # A folder of this machine is no base, and a text that was forgotten is named no more.
+        memory.config._name_or_path = str(tmp_path)
+        memory.forget("text 9").push_to_hub("someone/texts")
+        card = files()[CARD_NAME].decode()
+        assert "text 9" not in card and str(tmp_path) not in card and "base_model" not in card
+        # A card of one's own stays.
+        HfApi().upload_file(
+            path_or_fileobj=b"---\nlicense: mit\n---\nMine.", path_in_repo=CARD_NAME, repo_id="someone/texts"
+        )
+        memory.push_to_hub("someone/texts")
+        assert files()[CARD_NAME].endswith(b"Mine.")

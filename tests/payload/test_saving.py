@@ -261,7 +261,7 @@ def test_the_payload_imports_only_what_every_user_has(request, name):
 
 
 # It saves and loads memories when it is asked to, and is the only one to touch files.
-OF_FILES = {"files_memory_mosaic.py": {"os", "pathlib", "safetensors"}}
+OF_FILES = {"files_memory_mosaic.py": {"os", "pathlib", "safetensors", "tempfile"}}
 # Takes paths for `from_pretrained`. A pure one touches no file.
 OF_FILES["backbones_memory_model.py"] = {"pathlib"}
 
@@ -285,6 +285,7 @@ def test_the_payload_touches_neither_files_nor_network_nor_processes(request, na
         "itertools",
         "json",
         "math",
+        "re",
         "threading",
         "typing",
         "warnings",

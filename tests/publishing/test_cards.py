@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cards: every number is one of the result, every field is filled, and the data that were read are described."""
 
+import dataclasses
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from helpers.publications import ABOUT_SMOKE, prepare
 from huggingface_hub import ModelCard
 
 from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
-from training.card import ABOUT, TEMPLATES, load_about, model_metadata
+from training.card import ABOUT, PAPERS, TEMPLATES, load_about, model_metadata
 from training.evaluate import load_model
 from training.paths import CONFIGURATION, RESULTS
 from training.publishing.folder import read_sums
@@ -38,8 +39,86 @@ def test_a_card_says_what_its_result_says(staged):
         assert f"| {version} |" in card.text
     listed = dict(map(reversed, re.findall(r"^([0-9a-f]{64})  (.+)$", card.text, flags=re.MULTILINE)))
     assert listed.items() <= read_sums(staged).items() and len(listed) == len(PAYLOAD) + 4
-    assert card.text.index(listed["model.safetensors"]) < card.text.index("trust_remote_code=True")
     assert "No baseline was trained by this recipe" in card.text
+
+
+# By the kind of card: the type of model whose paper it names and cites, if any, and words that it has to have.
+CARDS = {
+    "mosaic": ("memory_mosaic", "with 134 learnt pairs each."),
+    "mosaic v2": ("memory_mosaic_v2", "the last 7 tokens and 2 long-term memories of all tokens 4 or more before"),
+    "adapter": ("memory_mosaic", "`persistent_memory.slot_values`."),
+    "merged": ("memory_mosaic", "fine-tuned by LoRA, with the adapters merged."),
+    "memory": ("memory_mosaic", "41 key-value pairs in each head"),
+    "memory of v2": ("memory_mosaic_v2", "key-value pairs in each long-term head, from 1 text that"),
+    "stories": ("memory_mosaic", "2 stories for small children"),
+    "automata": (None, "3 random automata"),
+}
+# Headings in their order; those of a card without them are left out.
+ORDER = ("Use", "Results", "Statistics", "Limits", "More ways to use it", "Training", "Licence", "Citation")
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_card_begins_with_a_picture_and_five_lines_and_ends_with_checksums(folder_of, kind):
+    folder = folder_of(kind)
+    text = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).text
+    picture = re.search(r"!\[.+?\]\((\S+\.png)\)", text)
+    assert (folder / picture[1]).read_bytes().startswith(b"\x89PNG")
+    headings = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+    assert headings[0] == "Use" and picture.start() < text.index("## Use")
+    assert [name for name in headings if name in ORDER] == [name for name in ORDER if name in headings]
+    first = re.search(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)[1]
+    lines = [line for line in first.splitlines() if line and not line.startswith(("from ", "import "))]
+    assert len(lines) <= 5 and text.index(first) < text.index("\n## ", text.index("## Use") + 1)
+    assert headings[-1] == "Check the files"
+    used, checked = text.split("## Check the files")
+    assert not re.search(r"\b[0-9a-f]{64}\b", used) and re.search(r"\b[0-9a-f]{64}\b", checked)
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_card_names_its_own_paper(folder_of, kind):
+    card, (model_type, words) = ModelCard.load(folder_of(kind) / "README.md", ignore_metadata_errors=True), CARDS[kind]
+    assert words in card.text
+    named = {tag for tag in card.data.tags if tag.startswith("arxiv:")}
+    assert named == ({f"arxiv:{PAPERS[model_type].arxiv}"} if model_type else set())
+    cited = "".join(re.search(r"```bibtex\n(.*?)```", card.text, flags=re.DOTALL)[1])
+    if model_type:
+        paper = PAPERS[model_type]
+        assert f"eprint = {{{paper.arxiv}}}" in cited and f"author = {{{paper.authors}}}" in cited
+    for other in {paper.arxiv for paper in PAPERS.values()} - {model_type and PAPERS[model_type].arxiv, "2405.06394"}:
+        assert other not in card.text
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (model_type, _) in CARDS.items() if model_type and kind != "stories"])
+def test_results_stand_beside_baselines(folder_of, kind):
+    """A card without a baseline says so."""
+    folder = folder_of(kind)
+    text = ModelCard.load(folder / "README.md").text
+    results = text[text.index("## Results") : text.index("## Limits")]
+    if kind in ("adapter", "merged"):
+        assert "| the base | 0 |" in results
+    elif kind.startswith("memory"):
+        recall = json.loads((folder / "result.json").read_text(encoding="utf-8"))["recall"]
+        for way, words in (("behind", "behind this memory"), ("alone", "behind nothing")):
+            assert f"| {words} | {recall['loss'][way]:.4f} |" in results
+        assert ("without that text" in results) == (recall["num_texts"] > 1)
+    else:
+        assert "No baseline was trained by this recipe" in results
+
+
+def test_units_of_a_v2_model_are_numbers_or_nothing(folder_of):
+    folder = folder_of("mosaic v2")
+    units = json.loads((folder / "units.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert [row["effective_pairs"] is None for row in units["layers"]] == [False, True] * 2
+    assert "nan" not in ModelCard.load(folder / "README.md").text
+
+
+def test_answers_of_all_models_of_a_recipe_are_on_the_card(run, about):
+    publication = prepare(run, about)
+    metrics = publication.result["metrics"] | {"answer_accuracy": 0.75, "num_answers": 1200}
+    publication = dataclasses.replace(publication, result=publication.result | {"metrics": metrics})
+    folder = run / "published" / "model"
+    text = publication.artifact.card(publication, folder, "0" * 40)
+    assert "(1,200 of them)" in text and "| mosaic-smoke | 0 | 75.0 % |" in text
 
 
 def test_the_models_index_has_the_results_metrics():

@@ -47,7 +47,8 @@ def test_a_run_is_published_and_verified_by_a_stranger(run, about, tmp_path):
         assert "checksums hold" in process.stdout and "byte for byte" in process.stdout
 
         server.repositories["model", "someone/smoke"].private = False
-        snippet = "\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[:2])  # its check, and how to load it
+        blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        snippet = f"{blocks[-1]}\n{blocks[0]}"  # its check, and how to load it
         environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "stranger")}
         code = f"import os\nos.environ.update({environment!r})\nos.environ.pop('HF_HUB_OFFLINE')\n{snippet}"
         process = run_isolated(["-c", code])

@@ -11,7 +11,17 @@ import torch
 import yaml
 from helpers.memory_recipes import read_memory_recipe
 from helpers.payload import PAYLOAD
-from helpers.publications import ABOUT_SMOKE, COMMIT, edit, list_again, put, stage, stories_run
+from helpers.publications import (
+    ABOUT_SMOKE,
+    COMMIT,
+    edit,
+    list_again,
+    memorize,
+    put,
+    stage,
+    stage_memory,
+    stories_run,
+)
 from huggingface_hub import DatasetCard, ModelCard, RepoCard
 from safetensors.torch import load_file, save_file
 
@@ -68,6 +78,19 @@ def test_a_memory_model_is_published(tmp_path, about):
     assert f"| {result['metrics']['causal_loss']:.3f} | {result['unigram']['loss']:.3f} |" in card.text
     assert f"{result['metrics']['autoencoding_accuracy']:.4f}" in card.text
     assert (folder / "stages.png").is_file() and "3 snippets of the card run" in "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_a_v2_model_and_its_memory_are_published(run_v2, about, tmp_path):
+    lines = []
+    stage(run_v2, "someone/smoke", about=about, lines=lines)
+    memory = memorize(tmp_path / "texts", run_v2 / "model", lily="Lily has the red ball.", tom="Tom had a blue kite.")
+    folder = stage_memory(memory, lines=lines)
+    log = "\n".join(lines)
+    assert "ok: 5 snippets of the card run" in log and "ok: 3 snippets of the card run" in log
+    assert "ok: loads in a clean offline process, with equal logits" in log
+    assert "ok: 2 of 2 texts, read again by the base" in log
+    assert (folder / "recall.png").is_file()
 
 
 @pytest.fixture
@@ -127,7 +150,7 @@ def test_stories_are_published_as_a_data_set(tmp_path):
     folder = stage(stories_run(tmp_path / "stories"), "someone/stories")
     card = DatasetCard.load(folder / "README.md")
     assert card.data.license == "cc-by-4.0" and "someone/stories" in card.text
-    assert set(published_files(folder)) == {"README.md", "SHA256SUMS", "result.json", "stories.jsonl.gz"}
+    assert set(published_files(folder)) == {"README.md", "SHA256SUMS", "result.json", "stories.jsonl.gz", "words.png"}
 
 
 def test_stories_without_a_licence_or_with_another_number_are_refused(tmp_path):

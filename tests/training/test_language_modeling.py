@@ -25,6 +25,7 @@ from helpers.runs import (
     short_recipe,
     weights,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, set_seed
 
 from training import loop
@@ -35,6 +36,7 @@ from training.files import CHECKSUMS, faults, staged_folder, write_text
 from training.loop import LanguageModelTrainer
 from training.paths import CONFIGURATION
 from training.recipe import SourceSection, load_recipe
+from training.result import read_result
 from training.run_folder import only_run_in
 from training.tables import results_table
 from training.tasks import language_modeling
@@ -468,7 +470,16 @@ def test_result_and_its_tables(tmp_path, without_clean_process):
 def test_tensorboard_on_request(tmp_path, without_clean_process):
     recipe = short_recipe(tmp_path / "run", "training.report_to=tensorboard", "tokens=1_280")
     language_modeling.run(recipe)
-    assert list(recipe.folder.rglob("events.out.tfevents.*"))
+    events = EventAccumulator(str(next(recipe.folder.rglob("events.out.tfevents.*")).parent)).Reload()
+    losses = [event.value for event in events.Scalars("eval/loss")]
+    curve = read_result(recipe.folder)["learning_curve"]["validation"]
+    assert losses == pytest.approx([point["loss"] for point in curve])
+
+
+def test_a_recipe_reports_to_several_places(tmp_path):
+    """The README's setting; W&B itself is not installed here."""
+    recipe = short_recipe(tmp_path / "run", "training.report_to=[tensorboard,wandb]")
+    assert language_modeling.training_arguments(recipe).report_to == ["tensorboard", "wandb"]
 
 
 def test_a_chunked_loss_trains_as_the_whole_one_does(tmp_path, without_clean_process):

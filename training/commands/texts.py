@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from transformers import TextStreamer, pipeline, set_seed
+from transformers.utils import logging
 
 from modeling_memory_mosaic import MosaicMemory, inspect_units, summarize_units
 
@@ -88,12 +89,20 @@ def memorize_texts(model: Any, tokenizer: Any, texts: Mapping[str, str]) -> list
     """Let a Memory Mosaic read texts, each alone; return the memory of each, whose source is its name."""
     if not hasattr(model, "memorize"):
         raise ValueError(f"the model is a {model.config.model_type}: only Memory Mosaics memorize texts")
-    memories = []
-    for name, text in texts.items():
-        ids = tokenizer(text, return_tensors="pt", split_special_tokens=True)["input_ids"]
-        if ids.shape[1] < 2:
-            raise ValueError(f"{name} has {ids.shape[1]} tokens: a text of fewer than two leaves no pair")
-        memories.append(model.memorize(ids.to(model.device), source=name, tokenizer=tokenizer))
+    ids_of = {}
+    for name, text in logging.tqdm(texts.items(), desc="tokenizing", unit="text", delay=2, leave=False):
+        ids_of[name] = tokenizer(text, return_tensors="pt", split_special_tokens=True)["input_ids"]
+        if ids_of[name].shape[1] < 2:
+            raise ValueError(f"{name} has {ids_of[name].shape[1]} tokens: a text of fewer than two leaves no pair")
+    memories, total = [], sum(ids.shape[1] for ids in ids_of.values())
+    with logging.tqdm(total=total, desc="memorizing", unit="token", delay=2, leave=False) as bar:
+        # A text is read in chunks: with each, the bar moves on within the text.
+        hook = model.base_model.register_forward_hook(lambda _, read, __: bar.update(read[0].shape[1]))
+        try:
+            for name, ids in ids_of.items():
+                memories.append(model.memorize(ids.to(model.device), source=name, tokenizer=tokenizer))
+        finally:
+            hook.remove()
     return memories
 
 

@@ -22,6 +22,7 @@ from training.claims import Effects, mean_effect
 from training.experiments import comparison, memory_models
 from training.experiments.comparison import Trained, summary
 from training.experiments.memory_models import MemoryModelComparison
+from training.progress import progress
 from training.recipe import Section
 from training.tables import markdown_table, mean_and_deviation
 from training.text.sources import load_stories
@@ -216,7 +217,8 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     series: list[dict[str, Any]] = []
     for label in recipe.runs:
         trainings = [training for training in recipe.trainings if training.label == label]
-        series.append({"label": label, "seeds": [_measure_training(recipe, training) for training in trainings]})
+        seeds = [_measure_training(recipe, training) for training in progress(trainings, label, "training")]
+        series.append({"label": label, "seeds": seeds})
     rows = [
         [
             one["label"],

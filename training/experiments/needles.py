@@ -24,6 +24,7 @@ from training.experiments import comparison, memory_models
 from training.experiments.comparison import Trained, summary
 from training.experiments.memory_models import MemoryModelComparison
 from training.figures import better, label_lines, new_figure, plot_seeds, save_figure, seeds_note, styles_of
+from training.progress import progress
 from training.recipe import Section
 from training.synthetic.needles import NeedleRows, draw_rows
 from training.tables import markdown_table, mean_and_deviation
@@ -202,7 +203,8 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
     series: list[dict[str, Any]] = []
     for label in recipe.runs:
         trainings = [training for training in recipe.trainings if training.label == label]
-        series.append({"label": label, "seeds": [_measure_training(recipe, training) for training in trainings]})
+        seeds = [_measure_training(recipe, training) for training in progress(trainings, label, "training")]
+        series.append({"label": label, "seeds": seeds})
     columns, rows = measure_names(recipe), []
     for one in series:
         cells = [

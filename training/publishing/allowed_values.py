@@ -26,13 +26,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from training.card import MEMORY_LIBRARY, STORIES, render
 from training.hub import COMMIT, REPO_ID
+from training.progress import progress
 from training.publishing.folder import CARD
 from training.publishing.memory_checks import read_result
 from training.untrusted import parse_yaml, read_object, walk
 
 
 # Models that are published with their code: `save_pretrained` writes it beside the weights.
-MODEL_TYPES = ("memory_mosaic", "memory_model")
+MODEL_TYPES = ("memory_mosaic", "memory_mosaic_v2", "memory_model")
 # By these settings, at any depth, a library fetches or runs something that is not in the folder.
 CODE_LOADING_KEYS = {
     *("auto_map", "custom_pipelines", "custom_generate", "transformers_weights", "trust_remote_code"),
@@ -411,7 +412,7 @@ def check_finite(files: list[Path]) -> str:
     count = 0
     for path in files:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            for name in progress(list(file.keys()), "finite numbers", "tensor"):
                 dtype = file.get_slice(name).get_dtype()  # from the header, before the tensor is read
                 if dtype not in DTYPES:
                     raise ValueError(

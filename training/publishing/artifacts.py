@@ -4,6 +4,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,22 +12,25 @@ from typing import Any, NamedTuple, cast
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
 from training import card, hub, secrecy
 from training.evaluate import load_model
 from training.files import weights_checksums, write_json, write_text
-from training.memories import TASK, stored_texts
+from training.memories import TASK, load_memory, measure_recall, stored_texts
 from training.paths import CLONE
+from training.progress import in_steps
 from training.publishing import checks, trials
 from training.publishing.allowed_values import package_requirements
 from training.publishing.folder import CARD, LICENSE, MARKERS, NO_COMMIT, RESULT, read_sums
+from training.publishing.pictures import ALTERNATIVES, RECALL, WORDS, draw_recall, draw_words
 from training.publishing.portable_results import comparable_results
 from training.tables import TABLES
 from training.tasks import babistories
+from training.text.sources import load_stories
+from training.text.story_filters import words
 from training.text.story_selection import REJECTED_FILE, STORIES_FILE
-from training.text.tokenizer import load_tokenizer
 from training.untrusted import read_object
 
 
@@ -34,6 +38,8 @@ from training.untrusted import read_object
 # tokenizer. No model here is trained on chats, and a template is a program.
 _NOT_PUBLISHED = (CARD, "chat_template.jinja")
 _DEFAULT_PROMPT = "Once upon a time"
+# Model types whose units are measured for the card.
+UNITS_OF = ("memory_mosaic", "memory_mosaic_v2")
 
 
 class PinnedRepo(NamedTuple):
@@ -136,15 +142,24 @@ def _stage_results(publication: Publication, staged: Path) -> None:
         write_json(staged / "results" / name, result)
 
 
+def _without_nan(value: Any) -> Any:
+    """Return a value for JSON, which has no NaN: None stands where nothing was measured."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _stage_model(publication: Publication, staged: Path) -> None:
     folder = publication.source_folder
     checks.check_formats(folder)  # before a pickle could be copied
     shutil.copytree(folder, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_NOT_PUBLISHED))
     _stage_results(publication, staged)
-    if publication.result["architecture"]["model_type"] == "memory_mosaic":
+    if publication.result["architecture"]["model_type"] in UNITS_OF:
         model, tokenizer = publication.load()
         texts = [sample["text"] for sample in publication.result["samples"]] or [_DEFAULT_PROMPT]
-        write_json(staged / "units.json", measure_units(model, tokenizer, texts))
+        write_json(staged / "units.json", _without_nan(measure_units(model, tokenizer, texts)))
 
 
 def _stage_adapter(publication: Publication, staged: Path) -> None:
@@ -171,10 +186,13 @@ def _stage_memory(publication: Publication, staged: Path) -> None:
     checks.check_formats(publication.run)
     shutil.copyfile(publication.run / MARKERS["memory"], staged / MARKERS["memory"])
     # Its tokens are numbers, in which a search of the file finds no secret.
-    tokenizer = load_tokenizer(str(publication.base_folder))
+    model, tokenizer = load_model(publication.base_folder)
     secrecy.refuse_secrets_in_texts(stored_texts(staged, tokenizer))
     base = publication.result["base"] | publication.pinned_base._asdict()
-    write_json(staged / RESULT, publication.result | {"base": base})
+    recall = measure_recall(load_memory(str(staged), model), model)
+    write_json(staged / RESULT, publication.result | {"base": base, "recall": recall})
+    if recall is not None:
+        draw_recall(recall, staged / RECALL)
 
 
 def _stage_stories(publication: Publication, staged: Path) -> None:
@@ -182,6 +200,9 @@ def _stage_stories(publication: Publication, staged: Path) -> None:
         if (publication.run / name).is_file():
             shutil.copyfile(publication.run / name, staged / name)
     write_json(staged / RESULT, publication.result)
+    stories = load_stories(str(staged / STORIES_FILE), streaming=True)
+    if counts := [len(words(story["text"])) for story in stories]:
+        draw_words(counts, staged / WORDS)
 
 
 def _required_versions() -> dict[str, str]:
@@ -189,6 +210,29 @@ def _required_versions() -> dict[str, str]:
     # The requirements of extras have a marker.
     required = [requirement for requirement in package_requirements() if requirement.marker is None]
     return {requirement.name: str(requirement.specifier) for requirement in required}
+
+
+def _pictures(folder: Path) -> dict[str, str]:
+    """Return what a card says of each picture of a staged folder, by its file."""
+    return {path.name: ALTERNATIVES.get(path.name, path.stem) for path in sorted(folder.glob("*.png"))}
+
+
+def _common(publication: Publication, folder: Path, revision: str) -> dict[str, Any]:
+    """Return the values that the cards of models, adapters and memories have in common."""
+    architecture = publication.result["architecture"]
+    return {
+        "about": publication.about,
+        "result": publication.result,
+        # A recipe leaves out sizes that follow from others.
+        "sizes": AutoConfig.for_model(**architecture).to_dict(),
+        "paper": card.PAPERS[architecture["model_type"]],
+        "repo_id": publication.repo_id,
+        "revision": revision,
+        "base": publication.base and publication.base._asdict(),
+        "files": read_sums(folder),
+        "pictures": _pictures(folder),
+        "ranges": _required_versions(),
+    }
 
 
 def _model_card(template: str) -> Callable[[Publication, Path, str], str]:
@@ -201,17 +245,12 @@ def _model_card(template: str) -> Callable[[Publication, Path, str], str]:
         is_adapter = publication.what == "adapter"
         text = card.render(
             template,
+            **_common(publication, folder, revision),
             metadata=card.model_metadata(result, about, base and base.repo_id, is_adapter),
-            about=about,
-            result=result,
-            repo_id=publication.repo_id,
-            revision=revision,
-            base=base and base._asdict(),
             table=TABLES[result["task"]](compared) if result["task"] in TABLES else None,
             other_models=len({other["model"] for other in compared}) > 1,
-            files=read_sums(folder),
+            answers=[other for other in compared if "answer_accuracy" in other["metrics"]],
             units=read_object(folder / "units.json") if (folder / "units.json").is_file() else None,
-            ranges=_required_versions(),
         )
         return str(ModelCard(text))  # raises if the metadata cannot be parsed
 
@@ -220,6 +259,7 @@ def _model_card(template: str) -> Callable[[Publication, Path, str], str]:
 
 def _stories_card(publication: Publication, folder: Path, revision: str) -> str:
     place = {"repo_id": publication.repo_id, "revision": revision, "files": read_sums(folder)}
+    place["pictures"] = _pictures(folder)
     return babistories.card(publication.result, place)
 
 
@@ -228,14 +268,9 @@ def _memory_card(publication: Publication, folder: Path, revision: str) -> str:
     assert about is not None  # only a data set has none
     text = card.render(
         "memory_card.md.jinja",
+        **_common(publication, folder, revision),
         metadata=card.memory_metadata(result, about, base.repo_id),
-        about=about,
-        result=result,
-        repo_id=publication.repo_id,
-        revision=revision,
-        base=base._asdict(),
-        files=read_sums(folder),
-        ranges=_required_versions(),
+        recall=read_object(folder / RESULT)["recall"],
     )
     return str(ModelCard(text))  # raises if the metadata cannot be parsed
 
@@ -261,11 +296,12 @@ def _try_model(publication: Publication, staged: Path) -> list[str]:
     if base is not None:
         repositories[publication.pinned_base] = base
     text = (staged / CARD).read_text(encoding="utf-8")
-    return [
-        *([trials.check_lint(staged)] if base is None else []),  # an adapter has no code
-        trials.check_loads(staged, prompts, base, publication.load()[0]),
-        trials.check_snippets(text, repositories),
+    steps = [] if base is not None else [("linter", lambda: trials.check_lint(staged))]  # an adapter has no code
+    steps += [
+        ("clean process", lambda: trials.check_loads(staged, prompts, base, publication.load()[0])),
+        ("snippets", lambda: trials.check_snippets(text, repositories)),
     ]
+    return list(in_steps("trials", steps))
 
 
 def _try_stories(publication: Publication, staged: Path) -> list[str]:
@@ -280,7 +316,11 @@ def _try_memory(publication: Publication, staged: Path) -> list[str]:
     base = publication.base_folder
     repositories = {(publication.repo_id, NO_COMMIT): staged, publication.pinned_base: base}
     text = (staged / CARD).read_text(encoding="utf-8")
-    return [*trials.check_memory(staged, base), trials.check_snippets(text, repositories)]
+    steps: list[tuple[str, Callable[[], list[str]]]] = [
+        ("texts", lambda: trials.check_memory(staged, base)),
+        ("snippets", lambda: [trials.check_snippets(text, repositories)]),
+    ]
+    return [line for lines in in_steps("trials", steps) for line in lines]
 
 
 # By task and name; the first artifact of a task is its default.

@@ -9,6 +9,7 @@ has a licence. The checks cannot tell who wrote the folder.
 
 import codecs
 import fnmatch
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from training.files import checksum
 from training.paths import CLONE
+from training.progress import in_steps, progress
 from training.publishing import allowed_values, memory_checks
 from training.publishing.allowed_values import MODEL_TYPES
 from training.publishing.folder import (
@@ -168,7 +170,7 @@ def check_sums(folder: Path) -> str:
     missing, unlisted = sorted(listed.keys() - set(present)), sorted(set(present) - listed.keys())
     if missing or unlisted:
         raise ValueError(f"{SUMS} does not fit {folder}: missing files {missing}, files it does not list {unlisted}")
-    changed = [name for name in present if checksum(folder / name) != listed[name]]
+    changed = [name for name in progress(present, "checksums", "file") if checksum(folder / name) != listed[name]]
     if changed:
         raise ValueError(f"changed since they were published, by their sha256: {', '.join(changed)}")
     return f"{len(listed)} checksums hold"
@@ -284,4 +286,6 @@ def check_folder(folder: Path) -> list[str]:
     """
     # Files first, because all others read them.
     checks = (check_files, check_sums, check_code, check_settings, check_weights, check_license)
-    return [check(folder) for check in checks]
+    # By the names of the functions: `check_files` is files.
+    steps = [(check.__name__.removeprefix("check_"), functools.partial(check, folder)) for check in checks]
+    return list(in_steps("checks", steps))

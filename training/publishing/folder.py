@@ -6,6 +6,7 @@ from pathlib import Path
 
 from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME
 from training.files import checksum
+from training.progress import progress
 from training.text.story_selection import STORIES_FILE
 
 
@@ -66,7 +67,7 @@ def summed_files(folder: Path) -> list[str]:
 
 def write_sums(folder: Path) -> None:
     """Write `SHA256SUMS` in the format of the command `sha256sum`."""
-    lines = [f"{checksum(folder / name)}  {name}\n" for name in summed_files(folder)]
+    lines = [f"{checksum(folder / name)}  {name}\n" for name in progress(summed_files(folder), "checksums", "file")]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 

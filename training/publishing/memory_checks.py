@@ -39,7 +39,7 @@ class Settings(Section):
     """The header of a memory's file, as `MosaicMemory.save_pretrained` writes it."""
 
     format: Literal[1]
-    model_type: Literal["memory_mosaic"]
+    model_type: Literal["memory_mosaic", "memory_mosaic_v2"]
     fingerprint: Sha256
     tokenizer: Sha256
     precision: Literal["float64", "float32", "bfloat16", "int8", "fp8"]
@@ -85,9 +85,10 @@ class _Partial(Section):
 class Architecture(_Partial):
     """The sizes of the model that determine those of its memories."""
 
-    model_type: Literal["memory_mosaic"]
+    model_type: Literal["memory_mosaic", "memory_mosaic_v2"]
     num_hidden_layers: int = Field(ge=1, le=MOST_LAYERS)
     num_attention_heads: PositiveInt
+    num_long_term_heads: PositiveInt | None = None  # of v2, whose long-term pairs alone are kept
     head_dim: PositiveInt
     vocab_size: PositiveInt
 
@@ -104,6 +105,12 @@ class Data(_Partial):
     read: Read
 
 
+class Recall(_Partial):
+    """How well a memory gives its texts back: the losses that its card states, by the way of reading."""
+
+    loss: dict[Literal["behind", "forgotten", "alone"], float]
+
+
 class Result(_Partial):
     """What `result.json` of a published memory says."""
 
@@ -112,6 +119,7 @@ class Result(_Partial):
     base: Base
     data: Data
     memory: Content
+    recall: Recall | None = None
 
 
 def _parsed(name: str, section: Callable[[Any], _Parsed], content: Any) -> _Parsed:
@@ -168,7 +176,7 @@ def _check_tensors(file: Any, settings: dict[str, Any], sizes: Architecture) -> 
     slots = read_slots(file, settings)
     if (slots["input_ids"] >= sizes.vocab_size).any():
         raise ValueError(f"input_ids of {FILE_NAME} are not below {sizes.vocab_size}, the tokens of its model")
-    shape = (sizes.num_attention_heads, settings["num_slots"], sizes.head_dim)
+    shape = (sizes.num_long_term_heads or sizes.num_attention_heads, settings["num_slots"], sizes.head_dim)
     dtype = torch.float64 if precision == "float64" else torch.float32
     for name in parts:
         read_pairs(file, name, shape, precision, dtype)  # raises for another shape, and for what is not finite

@@ -126,6 +126,10 @@ def _stage(publication: Publication, staged: Path, log: Log) -> None:
     """Fill a folder with all files to be published, check it and try it."""
     artifact = publication.artifact
     artifact.stage(publication, staged)
+    if (publication.result["task"], publication.what) == ("language_modeling", "model"):
+        if not (staged / "results").is_dir():
+            recipe = publication.result["name"]
+            log(f"no baseline on the card: train one by the same recipe, `run {recipe} model=...`, and publish again")
     write_sums(staged)
     # After the checksums, which the card shows.
     write_text(staged / CARD, artifact.card(publication, staged, NO_COMMIT))

@@ -22,8 +22,9 @@ from modeling_memory_mosaic import MosaicMemory
 from training.evaluate import load_causal_lm, load_model, mean_loss
 from training.export import run_isolated, verify_export
 from training.files import checksum_of_text
-from training.memories import load_memory, stored_texts
-from training.publishing.memory_checks import read_result
+from training.memories import load_memory, measure_recall, stored_texts
+from training.progress import progress
+from training.publishing.memory_checks import Recall, read_result
 from training.recipe import SourceSection, WindowsSection
 from training.secrecy import masked
 from training.text.sources import EMBEDDED, load_stories, source_provenance
@@ -180,6 +181,17 @@ def _most_difference(memory: MosaicMemory, precision: str) -> float:
     return share * max(float(part.abs().max()) for part in (*memory.keys, *memory.values))
 
 
+def _check_recall(memory: MosaicMemory, model: PreTrainedModel, stated: Recall | None) -> str:
+    """Measure again how well a memory gives its texts back; `ValueError` if that differs from what is stated."""
+    if stated is None:
+        return "not checked: the loss on its texts, as result.json states none"
+    measured = (measure_recall(memory, model) or {"loss": {}})["loss"]
+    is_same = measured.keys() == stated.loss.keys()
+    if not is_same or not all(abs(measured[way] - loss) <= LOSS_TOLERANCE for way, loss in stated.loss.items()):
+        raise ValueError(f"`recall` in result.json is {stated.loss}, but measured again it is {measured}")
+    return f"the loss on its texts, measured again, is {measured['behind']:.4f} (within {LOSS_TOLERANCE} nats)"
+
+
 def check_memory(folder: Path, base: Path) -> list[str]:
     """Check that a memory is what its base reads in the texts that it holds.
 
@@ -204,7 +216,9 @@ def check_memory(folder: Path, base: Path) -> list[str]:
         if name not in incomplete and read + length <= MOST_READ:
             chosen.append(name)
             read += length
-    differences = memory.verify(model, sources=chosen)
+    differences: dict[str, float] = {}
+    for name in progress(chosen, "texts read again", "text"):
+        differences |= memory.verify(model, sources=[name])
     count, most = len(memory.sources), _most_difference(memory, result.memory.precision)
     if differences and not max(differences.values()) <= most:
         name = max(differences, key=differences.__getitem__)
@@ -220,6 +234,7 @@ def check_memory(folder: Path, base: Path) -> list[str]:
         f"{same} of {count} texts, put back from their tokens, have the sha256 that result.json states"
         if same
         else "not checked: the sha256 of the texts, which their tokens do not give back",
+        _check_recall(memory, model, result.recall),
     ]
 
 

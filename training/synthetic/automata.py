@@ -23,7 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from training.card import render
+from training.figures import new_figure, save_figure
 from training.files import checksum, make_once
+from training.progress import progress
 from training.recipe import Section
 
 
@@ -37,6 +39,8 @@ TRAIN, VALIDATION, TEST, TEST_IID = range(4)
 SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST, "test_iid": TEST_IID}
 # A training keeps the model of the best evaluation by each of these measures.
 CHOSEN_BY = ("accuracy", "loss")
+# Of the data set: its first automaton.
+PICTURE = "automaton.png"
 FEATURES = Features(
     {
         "automaton": Value("int64"),
@@ -169,7 +173,7 @@ def draw_split(section: AutomataSection, split: int) -> Dataset:
     is_iid = split == TEST_IID
     count = section.num_automata if split == TRAIN else section.num_test // 2
     rows = []
-    for index in range(count):
+    for index in progress(range(count), "automata", "sequence"):
         # The test may have more sequences than there are training automata: it goes through them again.
         number = index % section.num_automata if is_iid else index
         rng = np.random.default_rng([section.seed, TRAIN if is_iid else split, number])
@@ -367,7 +371,7 @@ def data_folder(section: AutomataSection) -> Path:
     return Path(f"runs/automata-{hashlib.sha256(settings.encode()).hexdigest()[:12]}")
 
 
-def _card(section: AutomataSection, splits: DatasetDict) -> str:
+def _card(section: AutomataSection, splits: DatasetDict, checksums: dict[str, str]) -> str:
     about = {
         "train": "one sequence each",
         "validation": "others, one sequence each",
@@ -391,17 +395,34 @@ def _card(section: AutomataSection, splits: DatasetDict) -> str:
         metadata=metadata.to_yaml(),
         section=section,
         splits=rows,
+        checksums=checksums,
+        picture=PICTURE,
         num_symbols=NUM_SYMBOLS,
         separator=SEPARATOR,
         padding=PADDING,
     )
 
 
+def _draw_automaton(transitions: list[list[int]], path: Path) -> None:
+    """Draw an automaton as a PNG: a row for each state, with the state that follows each symbol."""
+    figure, ((axis,),) = new_figure(1, 1, height=0.7 + 0.27 * len(transitions))
+    table = np.array(transitions)
+    axis.imshow(table >= 0, cmap="Blues", vmin=0, vmax=4, aspect="auto")
+    for state, symbol in zip(*(table >= 0).nonzero(), strict=True):
+        axis.text(symbol, state, str(table[state, symbol]), fontsize=10, ha="center", va="center")
+    axis.grid(False)
+    axis.set(xlabel="symbol", ylabel="state", xticks=range(NUM_SYMBOLS), yticks=range(len(table)))
+    note = "Each number is the state that follows; a symbol without one may not come in that state."
+    save_figure(figure, path, "The first automaton", note)
+
+
 def save_splits(section: AutomataSection, splits: DatasetDict, folder: Path) -> None:
-    """Fill a folder with a data set in the form of the Hub: a Parquet file for each split, and its card."""
+    """Fill a folder with a data set in the form of the Hub: Parquet files, a picture, and its card."""
     for name, split in splits.items():
         split.to_parquet(folder / f"{name}.parquet")
-    (folder / "README.md").write_text(_card(section, splits), encoding="utf-8")
+    _draw_automaton(splits["train"][0]["transitions"], folder / PICTURE)
+    files = {f"{name}.parquet": checksum(folder / f"{name}.parquet") for name in splits}
+    (folder / "README.md").write_text(_card(section, splits, files), encoding="utf-8")
 
 
 def _draw_once(section: AutomataSection) -> Path:

@@ -24,7 +24,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import Self
 
-from training.card import STORIES, render
+from training.card import PAPERS, STORIES, render
 from training.files import checksum, remove_leftovers, write_json, write_text
 from training.recipe import BaseRecipe, Section
 from training.result import header
@@ -209,22 +209,24 @@ def card(result: dict[str, Any], published: dict[str, Any] | None = None) -> str
 
     Args:
         result: content of the run's `result.json`.
-        published: the `repo_id` and `revision` where a reader finds it, and the sha256 of its `files`; None if it is
-            not published.
+        published: the `repo_id` and `revision` where a reader finds it, the sha256 of its `files`, and its `pictures`,
+            with what is said of each; None if it is not published.
 
     Raises:
         ValueError: its metadata are not valid.
     """
+    paper = PAPERS["memory_mosaic"]
     data = DatasetCardData(
         language="en",
         license=result["recipe"]["license"],
         task_categories=["text-generation"],
         size_categories=size_category(result["metrics"]["kept"]),
-        tags=["synthetic", "stories", "babistories", "memory-mosaics", "arxiv:2405.06394"],
+        tags=["synthetic", "stories", "babistories", "memory-mosaics", f"arxiv:{paper.arxiv}"],
         pretty_name=result["name"],
         configs=STORIES,
     )
     values = {"result": result, "metrics": result["metrics"], "recipe": result["recipe"]}
+    values["paper"] = paper
     return str(DatasetCard(render("dataset_card.md.jinja", metadata=data.to_yaml(), published=published, **values)))
 
 

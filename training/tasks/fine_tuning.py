@@ -153,6 +153,12 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel
     base = load_causal_lm(recipe.base_folder)
     base.loss_type = "ForCausalLM"  # as for a new model: not every class name says it
     set_seed(recipe.seed)  # after the base is loaded, which must not change what the adapters draw
+    names = [name for name, _ in base.named_parameters()]
+    for target in recipe.lora.target_parameters:
+        if not any(f".{name}".endswith(f".{target}") for name in names):  # PEFT would adapt the rest without a word
+            raise ValueError(
+                f"`lora.target_parameters` has {target!r}, which {recipe.base_folder} has no parameter of"
+            )
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()))
 
 

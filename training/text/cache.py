@@ -46,13 +46,28 @@ def cached_files(write: Callable[[Path], None], name: str) -> Dataset:
 
 
 def cached_rows(
-    generate: Callable[..., Iterator[dict[str, Any]]], arguments: dict[str, Any], features: Features, name: str
+    generate: Callable[..., Iterator[dict[str, Any]]],
+    arguments: dict[str, Any],
+    features: Features,
+    name: str,
+    total: int | None = None,
+    has_bar: bool = True,
 ) -> Dataset:
-    """Return the data set of the rows that `generate(**arguments)` yields, from the cache if they are there."""
+    """Return the data set of the rows that `generate(**arguments)` yields, from the cache if they are there.
+
+    Args:
+        generate: yields the rows.
+        arguments: of `generate`.
+        features: of the data set.
+        name: as of `fingerprint`.
+        total: how many rows are expected, for the bar; without it, the bar counts them and knows no time left.
+        has_bar: whether a bar is shown; not where `generate` shows one.
+    """
 
     def write(staged: Path) -> None:
         with ArrowWriter(path=str(staged / "rows.arrow"), features=features) as writer:
-            for row in tqdm(generate(**arguments), desc="Writing to the cache", unit=" rows"):
+            rows, label = generate(**arguments), "Writing to the cache"
+            for row in tqdm(rows, total=total, desc=label, unit=" rows", disable=not has_bar):
                 writer.write(row)
             writer.finalize()
 

@@ -85,7 +85,7 @@ def _load_embedded(split: str, num_stories: int | None, seed: int, streaming: bo
     if streaming:
         return IterableDataset.from_generator(_generate_embedded, features=STORY_FEATURES, gen_kwargs=arguments)
     name = fingerprint(story_writer.__file__, checksum(WORDS_FILE), arguments)
-    return cached_rows(_generate_embedded, arguments, STORY_FEATURES, name)
+    return cached_rows(_generate_embedded, arguments, STORY_FEATURES, name, total=num_stories)
 
 
 # Stories in local files

@@ -11,6 +11,7 @@ its training text.
 
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         min_frequency=2,
         special_tokens=[END_OF_TEXT, PAD],
         initial_alphabet=sorted(alphabet),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     backend.train_from_iterator(texts, trainer)
     if backend.get_vocab_size() == smallest < vocab_size:

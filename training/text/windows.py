@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From stories to windows of tokens: tokenize, join by end-of-text, cut, and collate into batches."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from training.progress import progress
 from training.text.cache import cached_files, cached_rows, fingerprint
 
 
@@ -64,7 +66,10 @@ def _cut_windows(
     tokenized = _tokenize(stories, backend, eos_token_id, num_proc, tokens_name).with_format("arrow")
     rest, num_tokens = np.empty(0, np.int32), 0
     # `iter`, as in a worker of a DataLoader a plain loop over a stream would take only a share of its files.
-    for batch in tokenized.iter(batch_size=1000):
+    batches = tokenized.iter(batch_size=1000)
+    if isinstance(tokenized, Dataset):
+        batches = iter(progress(batches, "windows", "thousand stories", math.ceil(len(tokenized) / 1000)))
+    for batch in batches:
         tokens = pyarrow.compute.list_flatten(batch["input_ids"]).to_numpy()
         num_tokens += len(tokens)
         tokens = np.concatenate([rest, tokens])
@@ -119,7 +124,8 @@ def pack_windows(
         return IterableDataset.from_generator(_cut_windows, features=features, gen_kwargs=arguments)
     tokens_name = fingerprint(__file__, stories._fingerprint, backend.to_str(), tokenizer.eos_token_id)
     arguments |= {"num_proc": num_proc, "tokens_name": tokens_name}
-    return cached_rows(_cut_windows, arguments, features, fingerprint(__file__, tokens_name, context_length))
+    name = fingerprint(__file__, tokens_name, context_length)
+    return cached_rows(_cut_windows, arguments, features, name, has_bar=False)
 
 
 def spread_evenly(total: int, most: int | None) -> np.ndarray:
