@@ -28,7 +28,11 @@ RESULTS ?= three_moons induction induction_search regbench_search regbench_searc
 # Pages with tables that are made from result files.
 PAGES := README.md benchmarks/README.md modeling_memory_mosaic/README.md training/README.md training/results/README.md
 
-.PHONY: demo test test-slow test-oldest check bench results tables pictures clean
+# Models of the pictures of the Space: that of `make demo`, and one of stories for the first tab.
+DEMO_MODEL := runs/demo/mosaic-demo-seed0/model
+STORIES_MODEL ?= $(DEMO_MODEL)
+
+.PHONY: demo test test-slow test-oldest check bench results tables pictures screenshots clean
 
 demo: .venv/installed
 	$(BIN)/python -m training run configuration/recipe/demo.yaml
@@ -74,6 +78,10 @@ tables: .venv/installed
 # Pictures of the committed results, without any training.
 pictures: .venv/installed
 	$(BIN)/python -m training.tables pictures
+
+# Pictures of the Space, in a browser.
+screenshots: .venv/installed-for-tests
+	$(BIN)/python hub_cards/space/screenshot.py $(STORIES_MODEL) $(DEMO_MODEL)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -18,27 +18,37 @@ import gradio as gr
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from marked import (
+    CHOSEN,
+    GIVEN,
+    MARKS,
+    OCHRES,
+    Mark,
+    choosable_text,
+    chosen_box,
+    coloured,
+    label_of,
+    make_announced,
+    make_choosable,
+    marked_text,
+    pair_name,
+    pieces,
+    token_names,
+    visible,
+)
 from modeling_memory_mosaic import MemoryMosaicForCausalLM, MosaicMemory, weights_fingerprint
 from modeling_memory_mosaic.store_memory_mosaic import MemoryRecall
 from shared import (
-    CHOSEN,
-    GIVEN,
     KEPT_SECONDS,
-    MARKS,
     MOST_CHARACTERS,
     NOT_FINITE,
-    OCHRES,
     ONE_AT_A_TIME,
     check_kept,
     check_text,
     generation_settings,
-    label_of,
-    pair_name,
     paragraph,
     place_among,
-    shown_tokens,
     tokenize_end,
-    visible,
 )
 
 
@@ -73,9 +83,10 @@ EXAMPLES = {
 }
 
 COLOURS = dict(zip((*NAMES, OWN), ("#2f86d9", "#ee7410", "#1a9e77", "#c9b3ec"), strict=True))
-END = "(end)"
 AGAINST = "below -0.1"
 NATS = {"0.1 to 0.5": 0.5, "0.5 to 1": 1.0, "1 to 2": 2.0, "over 2": math.inf}
+ANSWER_COLOURS = {GIVEN: MARKS[GIVEN], **COLOURS, CHOSEN: MARKS[CHOSEN]}
+PLACE_COLOURS = {AGAINST: "#9aa5b1", **dict(zip(NATS, OCHRES, strict=True))}
 
 
 @dataclasses.dataclass
@@ -85,13 +96,15 @@ class Document:
     Args:
         key: the weights that read it, and its text.
         memory: its pairs.
-        tokens: its tokens as the page shows them.
+        tokens: its tokens, each by its name.
+        pieces: its text as the page shows it, and the place of the last token of each piece.
         notice: for the visitor, if it was cut.
     """
 
     key: tuple[bytes, str]
     memory: MosaicMemory
     tokens: list[str]
+    pieces: list[tuple[str, int]]
     notice: str
 
 
@@ -103,7 +116,8 @@ class Answer:
         question: its text.
         text: of the answer.
         ids: of question and answer, `(1, T)`.
-        tokens: the T tokens as the page shows them.
+        tokens: the T tokens, each by its name.
+        pieces: question and answer as the page shows them, and the place of the last token of each piece.
         num_given: how many are of the question.
         recall: from where each token came.
     """
@@ -112,6 +126,7 @@ class Answer:
     text: str
     ids: torch.Tensor
     tokens: list[str]
+    pieces: list[tuple[str, int]]
     num_given: int
     recall: MemoryRecall
 
@@ -157,7 +172,8 @@ def read_document(
     if ids.shape[1] < 2:
         raise ValueError(f"{name} has one token, which makes no pair: write a sentence.")
     memory = cast(MosaicMemory, model.memorize(ids, source=name, tokenizer=tokenizer))
-    return Document(key, memory, shown_tokens(tokenizer, ids[0].tolist()), notice)
+    read = ids[0].tolist()
+    return Document(key, memory, token_names(tokenizer, read), pieces(tokenizer, read), notice)
 
 
 def read_documents(
@@ -201,10 +217,12 @@ def answer_question(
         raise ValueError(NOT_FINITE)
     written = output[0, ids.shape[1] :].tolist()
     text = str(tokenizer.decode(written, skip_special_tokens=True)).strip()
-    tokens = shown_tokens(tokenizer, ids[0].tolist()) + shown_tokens(tokenizer, written)
-    if written[-1] in torch.tensor(settings.eos_token_id).flatten().tolist():  # one number, or several
-        tokens[-1] = END
-    return Answer(question, text, output, tokens, ids.shape[1], recall), notice
+    num_given, all_ids = ids.shape[1], output[0].tolist()
+    tokens = token_names(tokenizer, all_ids)
+    # A character belongs to the question or to the answer.
+    shown = pieces(tokenizer, all_ids[:num_given])
+    shown += [(piece, num_given + place) for piece, place in pieces(tokenizer, written)]
+    return Answer(question, text, output, tokens, shown, num_given, recall), notice
 
 
 def answer_all(
@@ -346,30 +364,31 @@ def parts_of_token(answer: Answer, position: int) -> dict[str, float]:
     return dict(zip((*answer.recall.sources, OWN), answer.recall.by_source()[position - 1].tolist(), strict=True))
 
 
-def coloured_answers(visit: Visit, number: int, position: int) -> list[tuple[str, str | None]]:
-    """Return the tokens of all questions and answers, labelled by what adds most; one of them is chosen."""
-    entries: list[tuple[str, str | None]] = []
+def coloured_answers(visit: Visit, number: int, position: int) -> list[Mark]:
+    """Return the pieces of all questions and answers, labelled by what adds most; one of them is chosen.
+
+    The label of a character of several tokens is that of the last one.
+    """
+    marks = []
     for place, answer in enumerate(visit.answers):
-        labels = [GIVEN] * answer.num_given
-        for token in range(answer.num_given, len(answer.tokens)):
-            parts = parts_of_token(answer, token)
-            labels.append(max(parts, key=lambda name: parts[name]))
-        if place == number:
-            labels[position] = CHOSEN
-        entries += zip(map(visible, answer.tokens), labels, strict=True)
-        entries.append(("\n", None))
-    return entries
+        begin = 0
+        for text, last in answer.pieces:
+            label = GIVEN
+            if place == number and begin <= position <= last:
+                label = CHOSEN
+            elif last >= answer.num_given:
+                parts = parts_of_token(answer, last)
+                label = max(parts, key=lambda name: parts[name])
+            marks.append(Mark(visible(text), label))
+            begin = last + 1
+        marks.append(Mark("\n"))
+    return marks
 
 
 def place_of(visit: Visit, index: Any) -> tuple[int, int]:
-    """Return the number of the answer and the token that an entry of `coloured_answers` shows."""
-    lengths = [len(answer.tokens) + 1 for answer in visit.answers]
-    index = place_among(index, sum(lengths))
-    number = 0
-    while index >= lengths[number]:
-        index -= lengths[number]
-        number += 1
-    return number, min(index, lengths[number] - 2)  # behind the last token stands the end of the line
+    """Return the number of the answer and the token of a piece, counted over all questions and answers."""
+    places = [(number, last) for number, answer in enumerate(visit.answers) for _, last in answer.pieces]
+    return places[place_among(index, len(places))]
 
 
 def token_table(visit: Visit, number: int, position: int) -> str:
@@ -383,19 +402,20 @@ def token_table(visit: Visit, number: int, position: int) -> str:
         row = ""
         for name in names:
             value = f"{parts[name]:+.2f}" if name in parts else "forgotten"
-            # At half strength, as Gradio shows colours.
-            style = f' class="most" style="background:{COLOURS[name]}80"' if name == most else ""
+            style = f' class="most mark"{coloured(COLOURS, name)}' if name == most else ""
             row += f"<td{style}>{value}</td>"
-        mark = ' class="chosen"' if token == position else ""
-        rows += f'<tr><th scope="row"><span{mark}>{html.escape(visible(answer.tokens[token]))}</span></th>{row}</tr>'
+        shown = html.escape(visible(answer.tokens[token]))
+        shown = chosen_box(answer.tokens[token]) if token == position else f"<span>{shown}</span>"
+        rows += f'<tr><th scope="row">{shown}</th>{row}</tr>'
     caption = f"Nats that each document adds to each token of the answer to <q>{html.escape(answer.question)}</q>"
-    return f"<table><caption>{caption}</caption><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    head = f'<thead><tr><th scope="col">Token</th>{head}</tr></thead>'
+    return f"<table><caption>{caption}</caption>{head}<tbody>{rows}</tbody></table>"
 
 
 def strongest_places(visit: Visit, number: int, position: int) -> str:
     """Return, as an HTML list, the pairs that add most to the logit of a token."""
     answer = visit.answers[number]
-    token = f'<b class="chosen">{html.escape(visible(answer.tokens[position]))}</b>'
+    token = chosen_box(answer.tokens[position])
     if position == 0:
         return f"<p>{token} is the first token of a question. Nothing predicted it: choose another.</p>"
     rows = ""
@@ -409,35 +429,48 @@ def strongest_places(visit: Visit, number: int, position: int) -> str:
     return f"<p>The pairs that add most to {token}, in nats:</p><ol>{rows}</ol>"
 
 
-def weighted_tokens(tokens: list[str], numbers: list[float]) -> list[tuple[str, str | None]]:
-    """Return tokens, labelled by the nats of the pairs that they completed."""
-    entries: list[tuple[str, str | None]] = []
-    for token, number in zip(tokens, numbers, strict=True):
+def weighted_pieces(shown: Sequence[tuple[str, int]], numbers: Sequence[float]) -> list[Mark]:
+    """Return pieces, labelled by the nats of the pairs that their tokens completed."""
+    marks, begin = [], 0
+    for text, place in shown:
+        number = sum(numbers[begin : place + 1])
         label = label_of(number, NATS) if number >= 0.1 else AGAINST if number <= -0.1 else None
-        entries.append((visible(token), label))
-    return entries
+        marks += [Mark(visible(text), label), *[Mark("\n")] * text.count("\n")]
+        begin = place + 1
+    return marks
 
 
-def coloured_documents(visit: Visit, number: int, position: int) -> list[tuple[str, str | None]]:
+def coloured_documents(visit: Visit, number: int, position: int) -> list[Mark]:
     """Return the documents, then question and answer, labelled by what their pairs add to the logit of a token."""
     if position == 0:
         return []
     answer = visit.answers[number]
-    recall, entries = answer.recall, []
+    recall, marks = answer.recall, []
     numbers = recall.contribution[position - 1]
     for name in visit.documents:
         if name in recall.sources:
             is_of_document = recall.source_ids == recall.sources.index(name)
             joined = numbers[: len(is_of_document)][is_of_document].tolist()
-            entries += [(f"{name}: ", None), *weighted_tokens(visit.documents[name].tokens, joined), ("\n", None)]
+            marks += [Mark(f"{name}: "), *weighted_pieces(visit.documents[name].pieces, joined), Mark("\n")]
     own = numbers[len(recall.source_ids) :][:position].tolist()
-    return [*entries, (f"{OWN.capitalize()}: ", None), *weighted_tokens(answer.tokens[:position], own)]
+    shown = [(text, place) for text, place in answer.pieces if place < position]
+    # Of a character that is not complete there are bytes.
+    shown += [(answer.tokens[place], place) for place in range(shown[-1][1] + 1 if shown else 0, position)]
+    return [*marks, Mark(f"{OWN.capitalize()}: "), *weighted_pieces(shown, own)]
 
 
-def show_token(visit: Visit, number: int, position: int) -> tuple[Any, ...]:
+def show_token(visit: Visit, number: int, position: int) -> tuple[str, ...]:
     """Return the values of all views of a token, in the order of `Views` without the report."""
     chosen = visit, number, position
-    return coloured_answers(*chosen), token_table(*chosen), strongest_places(*chosen), coloured_documents(*chosen)
+    answers = choosable_text(
+        "1. Choose a token. Its colour tells what adds most to its logit.", coloured_answers(*chosen), ANSWER_COLOURS
+    )
+    documents = marked_text(
+        "2. See which places of the documents add to the chosen token, in nats.",
+        coloured_documents(*chosen),
+        PLACE_COLOURS,
+    )
+    return answers, token_table(*chosen), strongest_places(*chosen), documents
 
 
 def choose_word(visit: Visit | None, event: gr.SelectData) -> tuple[Any, ...]:
@@ -447,10 +480,10 @@ def choose_word(visit: Visit | None, event: gr.SelectData) -> tuple[Any, ...]:
 
 
 HEADING = """
-<p>The model reads each document <b>alone</b> and once. Its pairs are a set without positions: the page joins the sets
-in any order and answers the questions from them. Untick a document, and it is <b>forgotten</b>: its answers go, the
-others stay. A model answers so only if it was trained to. <code>make demo</code> trains a small one on such sentences,
-which makes mistakes.</p>
+<p>The model reads each document <b>alone</b> and once. What it has read is a set of pairs without positions. The page
+joins the sets in any order and answers the questions from them. Untick a document, and the model <b>forgets</b> it:
+answers from this document go, and the others stay. Only a model that was trained on such questions answers them; even
+then it makes mistakes. <code>make demo</code> trains a small one.</p>
 """
 
 
@@ -463,16 +496,17 @@ class Inputs(NamedTuple):
     button: gr.Button
     other_order: gr.Button
     notice: gr.HTML
+    examples: gr.Examples
 
 
 class Views(NamedTuple):
     """The components of the right column."""
 
     report: gr.HTML
-    answers: gr.HighlightedText
+    answers: gr.HTML
     table: gr.HTML
     places: gr.HTML
-    documents: gr.HighlightedText
+    documents: gr.HTML
 
 
 def make_buttons() -> tuple[gr.Button, gr.Button]:
@@ -487,50 +521,37 @@ def make_inputs() -> Inputs:
     *first, questions = next(iter(EXAMPLES.values()))
     texts, ticks = [], []
     for name, text in zip(NAMES, first, strict=True):
-        with gr.Group(elem_id=name.replace(" ", "-")):
+        with gr.Group(elem_classes=name.replace(" ", "-")):
             texts.append(gr.Textbox(text, label=name, lines=1, max_lines=3, max_length=MOST_CHARACTERS))
             ticks.append(gr.Checkbox(True, label=f"{name} is remembered"))
-    inputs = Inputs(
-        texts,
-        ticks,
-        gr.Textbox(
-            questions,
-            label=f"Questions, one a line, {MOST_QUESTIONS} at most",
-            lines=3,
-            max_lines=4,
-            max_length=MOST_CHARACTERS,
-            elem_id="questions",
-        ),
-        *make_buttons(),
-        gr.HTML(elem_id="memory-note", elem_classes="note"),
+    asked = gr.Textbox(
+        questions,
+        label=f"Questions, one a line, {MOST_QUESTIONS} at most",
+        lines=3,
+        max_lines=4,
+        max_length=MOST_CHARACTERS,
+        elem_id="questions",
     )
+    button, other_order = make_buttons()
+    notice = make_announced("memory-note", elem_classes="note")
     # The names of the examples are shown: the columns of their texts would be too wide.
-    gr.Examples(
+    examples = gr.Examples(
         [list(example) for example in EXAMPLES.values()],
-        [*texts, inputs.questions],
-        label="Documents to try",
+        [*texts, asked],
+        label="Choose documents: the model reads them and answers.",
         example_labels=list(EXAMPLES),
+        elem_id="document-sets",
     )
-    return inputs
+    return Inputs(texts, ticks, asked, button, other_order, notice, examples)
 
 
 def make_views() -> Views:
     return Views(
-        report=gr.HTML(elem_id="report"),
-        answers=gr.HighlightedText(
-            label="1. Choose a token. Its colour says what adds most to it.",
-            color_map={GIVEN: MARKS[GIVEN], **COLOURS, CHOSEN: MARKS[CHOSEN]},
-            show_legend=True,
-            elem_id="answers",
-        ),
+        report=make_announced("report"),
+        answers=make_choosable("answers"),
         table=gr.HTML(elem_id="sources"),
-        places=gr.HTML(elem_id="strongest"),
-        documents=gr.HighlightedText(
-            label="2. What the pair that each token completed adds to the chosen token, in nats",
-            color_map={AGAINST: "#9aa5b1", **dict(zip(NATS, OCHRES, strict=True))},
-            show_legend=True,
-            elem_id="documents",
-        ),
+        places=make_announced("strongest"),
+        documents=gr.HTML(elem_id="documents", elem_classes="view"),
     )
 
 
@@ -575,7 +596,7 @@ def make_tab(tab: gr.Tab, model: MemoryMosaicForCausalLM, tokenizer: PreTrainedT
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):
             inputs = make_inputs()
-        with gr.Column(scale=3, min_width=600):
+        with gr.Column(scale=3, min_width=320):
             views = make_views()
     ask, ask_in_other_order = (asker(model, tokenizer, is_other) for is_other in (False, True))
 
@@ -590,5 +611,9 @@ def make_tab(tab: gr.Tab, model: MemoryMosaicForCausalLM, tokenizer: PreTrainedT
     asked = [inputs.button.click, inputs.questions.submit, *ticked]
     gr.on(asked, ask, given, shown, api_name="ask", **ONE_AT_A_TIME)
     gr.on([inputs.other_order.click], ask_in_other_order, given, shown, api_name="ask_in_other_order", **ONE_AT_A_TIME)
+    examples = inputs.examples.load_input_event
+    # A visitor who chooses other documents wants answers from all of them.
+    everything = examples.then(lambda: [True] * len(NAMES), None, inputs.ticks, api_visibility="private")
+    everything.then(ask, given, shown, api_visibility="private", **ONE_AT_A_TIME)
     gr.on([tab.select], first_visit, given, shown, api_visibility="private", **ONE_AT_A_TIME)
     views.answers.select(choose_word, visit, list(views[1:]))

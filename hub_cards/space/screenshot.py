@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page in a browser, for a picture and for tests.
+"""The page in a browser, for pictures and for tests.
 
-    python hub_cards/space/screenshot.py runs/stories_tiny/mosaic-tiny-seed0/model screenshot.png --token 26
-    python hub_cards/space/screenshot.py runs/demo/mosaic-demo-seed0/model memories.png --tab memories --token 6
+    python hub_cards/space/screenshot.py runs/stories_tiny/mosaic-tiny-seed0/model runs/demo/mosaic-demo-seed0/model
 
-It needs Chromium and its driver. It works without a network: the browser reaches no machine but this one.
+takes all pictures again: each tab, on a desktop and on a phone. It needs Chromium and its driver. It works without a
+network: the browser reaches no machine but this one.
 """
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -30,10 +32,11 @@ from selenium.webdriver.support.ui import WebDriverWait
 APP = Path(__file__).with_name("app.py")
 WINDOW = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+DEVICES = {"desktop": (1280, 900), "phone": (390, 844)}
 SECONDS_TO_START = 60
 # Of each tab, its name on the page, the tokens to choose from, and what is there when all is.
 TABS = {
-    "text": ("A text", "#text .token", "#pairs .token"),
+    "text": ("A text", "#text .token", "#recalled .token"),
     "memories": ("Memories", "#answers .token", "#documents .token"),
 }
 
@@ -125,7 +128,8 @@ def find(driver: webdriver.Chrome, selector: str) -> list[Any]:
 def open_tab(driver: webdriver.Chrome, name: str) -> None:
     """Show a tab of `TABS`, and wait until its first example is there."""
     label, _, shown = TABS[name]
-    wait_for(driver, lambda: find(driver, "#pairs .token"))
+    wait_for(driver, lambda: find(driver, "#recalled .token"))
+    wait_for(driver, lambda: find(driver, "button[role=tab]"))
     next(button for button in find(driver, "button[role=tab]") if button.text == label).click()
     wait_for(driver, lambda: find(driver, shown))
 
@@ -137,20 +141,42 @@ def requested(driver: webdriver.Chrome) -> set[str]:
     return {message["params"]["request"]["url"] for message in sent}
 
 
+def look_at(driver: webdriver.Chrome, width: int, height: int, is_dark: bool = False) -> None:
+    """Load the page again in a window of this size, on a phone if it is narrow, as a light or a dark page."""
+    window = WINDOW | {"width": width, "height": height, "mobile": width < 600}
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    driver.refresh()
+
+
+def save_small(png: bytes, path: Path) -> None:
+    """Save a picture with 256 colours, which takes half of the room."""
+    with Image.open(io.BytesIO(png)) as picture:
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Take a picture of the page with the example of the first visit.")
-    parser.add_argument("folder", help="of a model")
-    parser.add_argument("output", help="the PNG")
-    parser.add_argument("--tab", choices=TABS, default="text", help="by default the first")
-    parser.add_argument("--token", type=int, default=-1, help="number of the token to choose; by default the last")
+    parser = argparse.ArgumentParser(description="Take a picture of each tab on a desktop and on a phone.")
+    parser.add_argument("text_model", help="folder of the model for the first tab")
+    parser.add_argument("memory_model", help="folder of the model for the tab on memories, as `make demo` trains one")
+    parser.add_argument("--output", type=Path, default=APP.parent, help="folder; by default that of this file")
+    parser.add_argument("--dark", action="store_true", help="as a visitor sees it who likes pages dark")
     arguments = parser.parse_args()
     if BROWSER is None or DRIVER is None:
         raise SystemExit("Chromium and its driver are needed: install `chromium` and `chromium-driver`.")
-    with serve(arguments.folder) as address, browse(address) as driver:
-        open_tab(driver, arguments.tab)
-        find(driver, TABS[arguments.tab][1])[arguments.token].click()
-        time.sleep(2)  # until nothing moves
-        driver.save_screenshot(arguments.output)
+    for tab, folder in zip(TABS, (arguments.text_model, arguments.memory_model), strict=True):
+        with serve(folder) as address, browse(address) as driver:
+            for device, size in DEVICES.items():
+                look_at(driver, *size, arguments.dark)
+                open_tab(driver, tab)
+                time.sleep(2)  # until nothing moves
+                height = driver.execute_script("return document.querySelector('.gradio-container').scrollHeight")
+                driver.execute_cdp_cmd(
+                    "Emulation.setDeviceMetricsOverride", WINDOW | {"width": size[0], "height": height}
+                )
+                time.sleep(1)
+                save_small(driver.get_screenshot_as_png(), arguments.output / f"screenshot_{tab}_{device}.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tabs of the page share: their limits, their colours, and how they show tokens and numbers."""
+"""What the tabs of the page share: limits, checks and what they show of numbers."""
 
 import html
 from typing import Any, TypeVar
@@ -20,11 +20,6 @@ KEPT_SECONDS = 3600
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 
 NOT_FINITE = "What the model computes is not finite: its weights are damaged, or too large for this text."
-
-# Each token has a label, and each label a colour. Gradio shows colours at half strength, below black letters.
-GIVEN, CHOSEN = "given", "chosen"
-MARKS = {GIVEN: "#dcdce0", CHOSEN: "#ff5fa2"}
-OCHRES = ("#fdeed2", "#fcd391", "#f9ab3d", "#ee7410")
 
 
 def check_text(text: Any, name: str, remedy: str) -> None:
@@ -65,40 +60,6 @@ def generation_settings(
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return GenerationConfig(max_new_tokens=num_tokens, **sampling, **ends)
-
-
-def shown_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Return the text of each token. If several tokens make one character, the last of them shows it."""
-    tokens, begins = [], 0
-    for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[begins:end]))
-        # A character has at most four bytes. Four tokens that make none are shown as they are.
-        is_open = text.endswith("\ufffd") and end < len(ids) and end - begins < 4
-        tokens.append("" if is_open else text)
-        begins = begins if is_open else end
-    return tokens
-
-
-def visible(token: str) -> str:
-    """Return a token with signs for characters that cannot be seen. Its box shows a space beside letters."""
-    token = token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
-    return token if token.strip() else token.replace(" ", "␣") or "∅"
-
-
-def label_of(number: float, upper_bounds: dict[str, float]) -> str:
-    """Return the first label whose bound lies above the number."""
-    return next(label for label, bound in upper_bounds.items() if number < bound)
-
-
-def boxed(token: str) -> str:
-    """Return a token as HTML, in a box that shows its spaces."""
-    return f"<u>{html.escape(visible(token))}</u>"
-
-
-def pair_name(tokens: list[str], place: int) -> str:
-    """Return, as HTML, the pair that a token completed: its place, what came before, the tokens of key and value."""
-    before = html.escape("".join(visible(token) for token in tokens[max(0, place - 3) : place - 1]))
-    return f"{place}: <s>{before}</s>{boxed(tokens[place - 1])} → {boxed(tokens[place])}"
 
 
 def bar(name: str, value: float, longest: float) -> str:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from helpers.models import make_model
@@ -14,6 +15,10 @@ from training.text.tokenizer import train_tokenizer
 
 
 STORIES = ["Once upon a time there was a cat. One day, the cat saw a <b>ball</b> & a dog.\nThe end."] * 3
+
+
+# Of the model in the Space, as its card names it.
+REPOSITORY = "someone/some-mosaic"
 
 
 def make_parts() -> tuple[Any, Any]:
@@ -30,6 +35,7 @@ def write_space(parts: tuple[Any, Any], folder: Path) -> Path:
     shutil.copytree(PACKAGE, folder / PACKAGE.name)
     for part in parts:
         part.save_pretrained(folder / "model")
+    (folder / "README.md").write_text(f"---\nmodels:\n  - {REPOSITORY}\n---\n", encoding="utf-8")
     return folder / "app.py"
 
 
@@ -58,13 +64,75 @@ class Visitor:
         self.click("#continue")
 
     def tokens(self):
-        return self.texts("#text .token")
+        """Return the tokens of the text; a space alone is shown as a sign."""
+        return [token.get_attribute("textContent").replace("␣", " ") for token in find(self.browser, "#text .token")]
+
+    def press(self, *keys):
+        """Press keys, wherever the focus is."""
+        ActionChains(self.browser).send_keys(*keys).perform()
+
+    def focused(self):
+        """Return the element that has the focus."""
+        return self.browser.switch_to.active_element
 
     def colours(self):
-        """Return the colours of the text that a memory read, once they have stopped changing."""
+        """Return the colours of the text that a memory recalls, once they have stopped changing."""
         seen = [None]
         self.wait_for(lambda: seen.append(self.colours_now()) or seen[-1] and seen[-1] == seen[-2])
         return seen[-1]
 
     def colours_now(self):
-        return [token.value_of_css_property("background-color") for token in find(self.browser, "#pairs .token")]
+        return [token.value_of_css_property("background-color") for token in find(self.browser, "#recalled .token")]
+
+
+# What a visitor may not be able to use
+
+
+def outside(browser, width):
+    """Return the elements with text that reach beyond a width."""
+    return browser.execute_script(
+        """return [...document.querySelectorAll('p, h1, h2, li, td, th, button, label, textarea, mark, .token, .part')]
+        .filter(e => e.checkVisibility() && !e.closest('.spoken'))
+        .filter(e => e.getBoundingClientRect().right > arguments[0] + 0.5)
+        .map(e => e.outerHTML.slice(0, 90));""",
+        width,
+    )
+
+
+def nameless(browser):
+    """Return the controls that can be seen and have no name for a screen reader."""
+    controls = [e for e in find(browser, "button, input, textarea, a, [role=tab]") if e.is_displayed()]
+    # Gradio has a hidden copy of the tabs, by which it measures them.
+    controls = [e for e in controls if not browser.execute_script("return !!arguments[0].closest('[aria-hidden]')", e)]
+    return [control.get_attribute("outerHTML")[:90] for control in controls if not control.accessible_name.strip()]
+
+
+def low_contrast(browser):
+    """Return the texts of the page whose contrast with their ground is below 4.5, as WCAG 2 counts it."""
+    return browser.execute_script(
+        """
+        const context = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+        const read = colour => {
+            context.clearRect(0, 0, 1, 1);
+            context.fillStyle = colour;
+            context.fillRect(0, 0, 1, 1);
+            return [...context.getImageData(0, 0, 1, 1).data];
+        };
+        const light = colour => colour.slice(0, 3).map(c => c / 255)
+            .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+        const ground = element => {
+            for (let e = element; e; e = e.parentElement) {
+                const colour = read(getComputedStyle(e).backgroundColor);
+                if (colour[3] > 250) return colour;
+            }
+            return [255, 255, 255, 255];
+        };
+        const views = document.querySelectorAll('.html-container *');
+        return [...views].filter(e => e.checkVisibility() && !e.matches('.spoken') &&
+            [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).filter(e => {
+                const [a, b] = [light(read(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => y - x);
+                return (a + 0.05) / (b + 0.05) < 4.5;
+            }).map(e => e.outerHTML.slice(0, 90));
+        """
+    )

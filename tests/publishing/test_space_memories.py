@@ -10,11 +10,13 @@ import gradio
 import gradio_client
 import pytest
 import torch
-from helpers.space import Visitor, make_parts
+from helpers.space import Visitor, low_contrast, make_parts, nameless, outside
+from selenium.webdriver.common.keys import Keys
 
+import marked
 import memories
 import shared
-from hub_cards.space.screenshot import browse, find, open_tab, requested
+from hub_cards.space.screenshot import browse, find, look_at, open_tab, requested
 from modeling_memory_mosaic import MosaicMemory
 from training.text.fact_writer import COLOURS, FACTS, NAMES, NOUNS, QUESTIONS
 from training.text.story_writer import PLACES
@@ -210,22 +212,35 @@ def test_numbers_that_are_not_finite_give_no_answer(number, name):
 
 
 def test_colours_name_what_adds_most(visit):
-    entries = memories.coloured_answers(visit, 1, visit.answers[1].num_given)
-    places = [memories.place_of(visit, index) for index in range(len(entries))]
-    assert [label for _, label in entries].count(memories.CHOSEN) == 1
-    for (token, label), (number, position) in zip(entries, places, strict=True):
+    chosen = visit.answers[1].num_given
+    marks = [mark for mark in memories.coloured_answers(visit, 1, chosen) if mark.text != "\n"]
+    places = [memories.place_of(visit, index) for index in range(len(marks))]
+    assert [label for _, label in marks].count(marked.CHOSEN) == 1
+    for (text, label), (number, position) in zip(marks, places, strict=True):
         answer = visit.answers[number]
-        if token == "\n":
-            assert label is None and position == len(answer.tokens) - 1
-            continue
-        assert token == shared.visible(answer.tokens[position])
-        if (number, position) == (1, answer.num_given):
-            assert label == memories.CHOSEN
+        piece = next(piece for piece, place in answer.pieces if place == position)
+        assert text == marked.visible(piece)
+        if number == 1 and text and label == marked.CHOSEN:
+            assert position >= chosen
         elif position < answer.num_given:
-            assert label == memories.GIVEN
+            assert label == marked.GIVEN
         else:
             parts = memories.parts_of_token(answer, position)
             assert parts[label] == max(parts.values()) and label in memories.COLOURS
+
+
+def test_a_character_of_several_tokens_is_one_piece_of_question_answer_and_documents(parts):
+    visit = ask(parts, texts=("the cat 🤗", "日本 cat", ""), questions="the 🤗 cat")
+    answer = visit.answers[0]
+    assert "🤗" in [mark.text for mark in memories.coloured_answers(visit, 0, 0)]
+    shown = [mark.text for mark in memories.coloured_documents(visit, 0, answer.num_given)]
+    assert {"🤗", "日", "本"} <= set(shown) and not any("\ufffd" in text for text in shown)
+    # Of a character that is chosen in its middle, the bytes before it are shown.
+    middle = next(place for text, place in answer.pieces if text == "🤗") - 1
+    assert memories.coloured_documents(visit, 0, middle)[-1].text == "<9F>"
+    assert "<9F>" in answer.tokens and "&lt;F0&gt;" in memories.strongest_places(visit, 0, middle - 2) + marked.boxed(
+        answer.tokens[middle - 2]
+    )
 
 
 def test_the_table_has_the_nats_of_each_document(visit):
@@ -234,8 +249,8 @@ def test_the_table_has_the_nats_of_each_document(visit):
     cells = [float(cell) for cell in re.findall(r"<td[^>]*>([-+]\d+\.\d\d)</td>", table)]
     expected = answer.recall.by_source()[answer.num_given - 1 :].flatten().tolist()
     assert cells == pytest.approx(expected, abs=0.006)
-    assert table.count('class="most"') == len(answer.tokens) - answer.num_given and table.count("chosen") == 1
-    assert re.findall(r'<th scope="col">(.*?)</th>', table) == ["A", "B", "C", memories.OWN]
+    assert table.count('class="most mark"') == len(answer.tokens) - answer.num_given and table.count(" chosen") == 1
+    assert re.findall(r'<th scope="col">(.*?)</th>', table) == ["Token", "A", "B", "C", memories.OWN]
 
 
 def test_the_strongest_places_are_pairs_of_their_texts(visit):
@@ -246,7 +261,7 @@ def test_the_strongest_places_are_pairs_of_their_texts(visit):
     assert rows and len(rows) == len(strongest)
     for row, (name, place, value) in zip(rows, strongest, strict=True):
         tokens = visit.documents[name].tokens if name else answer.tokens
-        pair = " → ".join(map(shared.boxed, tokens[place - 1 : place + 1]))
+        pair = " → ".join(map(marked.boxed, tokens[place - 1 : place + 1]))
         assert f"<b>{value:+.2f}</b> {name or memories.OWN}, {place}: " in row and row.endswith(f"{pair}</li>")
     assert "Nothing predicted it: choose another" in memories.strongest_places(visit, 0, 0)
     assert memories.coloured_documents(visit, 0, 0) == []
@@ -258,20 +273,25 @@ def test_documents_are_coloured_by_what_their_pairs_add(parts, visit):
     entries = memories.coloured_documents(without, 0, position)
     text = "".join(token for token, _ in entries).replace("␣", " ")
     assert text == f"Document A: {TEXTS[0]}\nDocument C: {TEXTS[2]}\nQuestion and answer: Who saw a ball?"
+    document = without.documents["Document A"]
     place = entries.index(("Document A: ", None)) + 4
     slots = (answer.recall.source_ids == answer.recall.sources.index("Document A")) & (answer.recall.places == 3)
     number = answer.recall.contribution[position - 1][: len(slots)][slots].item()
-    assert entries[place] == memories.weighted_tokens([without.documents["Document A"].tokens[3]], [number])[0]
-    labels = [label for _, label in memories.weighted_tokens(list("abcdef"), [-0.2, 0.05, 0.1, 0.5, 1.0, 9.0])]
+    assert document.pieces[3] == (document.tokens[3], 3)
+    assert entries[place] == memories.weighted_pieces([(document.tokens[3], 0)], [number])[0]
+    shown = [(letter, number) for number, letter in enumerate("abcdef")]
+    labels = [label for _, label in memories.weighted_pieces(shown, [-0.2, 0.05, 0.1, 0.5, 1.0, 9.0])]
     assert labels == [memories.AGAINST, None, *memories.NATS]
+    # A character has what all its tokens have.
+    assert memories.weighted_pieces([("é", 1)], [0.3, 0.4]) == [("é", "0.5 to 1")]
 
 
 def test_documents_and_questions_are_escaped(parts):
     visit = ask(parts, texts=("<i>a</i> & b<u>", "", ""), questions="<i>a</i> &")
     for position in range(len(visit.answers[0].tokens)):
-        _, table, places, _ = memories.show_token(visit, 0, position)
-        page = table + places + memories.report(visit, visit, None)
-        assert not re.search(r"<(?!/?(p|b|i|q|u|s|ol|li|table|caption|thead|tbody|tr|th|td|span)\b)", page)
+        page = "".join(memories.show_token(visit, 0, position)) + memories.report(visit, visit, None)
+        tags = "p|b|i|q|u|s|ol|ul|li|table|caption|thead|tbody|tr|th|td|span|h2|div|button|mark|br"
+        assert not re.search(rf"<(?!/?({tags})\b)", page)
         assert not re.search(r"&(?!(amp|lt|gt|quot|#x27);)|<i>a", page)
 
 
@@ -337,12 +357,12 @@ def test_a_visitor_forgets_a_document_and_joins_in_another_order(visitor):
         visitor.wait_for(lambda: text in visitor.texts("#report")[0])
 
     report_has("Read A, B, C")
-    visitor.click("#Document-A input[type=checkbox]")
+    visitor.click(".Document-A input[type=checkbox]")
     report_has("Forgotten: A. The answers are those of a model that never read it.")
     report_has("Read no document again")
     visitor.wait_for(lambda: "forgotten" in visitor.texts("#sources td"))
     visitor.wait_for(lambda: "Document A:" not in visitor.texts("#documents")[0])
-    visitor.click("#Document-A input[type=checkbox]")
+    visitor.click(".Document-A input[type=checkbox]")
     report_has("Joined in the order A, B, C.")
     visitor.click("#other-order")
     report_has("Joined in the order A, C, B. In the order A, B, C no logit of the 3 texts differs by more than")
@@ -350,7 +370,7 @@ def test_a_visitor_forgets_a_document_and_joins_in_another_order(visitor):
 
     # A token of a question, which is no row of the table.
     visitor.wait_for(lambda: "Document A:" in visitor.texts("#documents")[0])
-    token = find(visitor.browser, "#answers .token")[1].text.strip()
+    token = visitor.texts("#answers .token")[1].strip()
     visitor.click("#answers .token", 1)
     visitor.wait_for(lambda: visitor.texts("#strongest .chosen")[0].strip() == token)
     visitor.wait_for(lambda: visitor.texts("#sources .chosen") == [])
@@ -360,16 +380,34 @@ def test_a_visitor_forgets_a_document_and_joins_in_another_order(visitor):
     visitor.wait_for(lambda: "The list of questions is empty" in visitor.texts("#memory-note")[0])
     # The first tab still has its text, and its memories can be chosen.
     open_tab(visitor.browser, "text")
-    assert "Bella" in "".join(visitor.tokens()) and len(visitor.texts("#why .part")) == 3
+    assert "Sam had" in "".join(visitor.tokens()) and len(visitor.texts("#why .part")) == 3
 
 
-def test_the_tab_fits_on_a_phone(visitor):
-    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    visitor.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    width = "return document.documentElement.scrollWidth"
-    visitor.wait_for(lambda: visitor.browser.execute_script(width) == 390)
-    overflowing = (
-        "return [...document.querySelectorAll('#report, #answers, #sources table, #strongest li, #documents')]"
-        ".filter(e => e.getBoundingClientRect().right > 390).map(e => e.id || e.tagName)"
-    )
-    assert visitor.browser.execute_script(overflowing) == []
+def test_a_visitor_who_chooses_documents_gets_answers_from_all_of_them(visitor):
+    visitor.click(".Document-B input[type=checkbox]")
+    visitor.wait_for(lambda: "Forgotten: B" in visitor.texts("#report")[0])
+    visitor.click("#document-sets button", 1)
+    visitor.wait_for(lambda: "Who has the blue ball?" in visitor.texts("#answers")[0].replace("␣", " "))
+    visitor.wait_for(lambda: "Joined in the order A, B, C" in visitor.texts("#report")[0])
+    assert all(box.is_selected() for box in find(visitor.browser, "[class*=Document-] input[type=checkbox]"))
+
+
+def test_the_tab_works_by_keyboard(visitor):
+    find(visitor.browser, ".Document-A input[type=checkbox]")[0].send_keys(Keys.SPACE)
+    visitor.wait_for(lambda: "Forgotten: A" in visitor.texts("#report")[0])
+    find(visitor.browser, "#answers [aria-pressed=true]")[0].send_keys(Keys.HOME)
+    visitor.press(Keys.ARROW_RIGHT, Keys.ENTER)
+    visitor.wait_for(lambda: find(visitor.browser, "#answers [data-choice='1'][aria-pressed=true]"))
+    visitor.wait_for(lambda: visitor.focused().get_attribute("data-choice") == "1")
+    assert nameless(visitor.browser) == []
+    spoken = [find(visitor.browser, selector)[0].get_attribute("outerHTML") for selector in ("#report", "#strongest")]
+    assert all('aria-live="polite"' in view for view in spoken)
+    assert all(cell.get_attribute("scope") for cell in find(visitor.browser, "#sources th"))
+
+
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_the_tab_fits_on_a_phone_and_can_be_read(visitor, is_dark):
+    look_at(visitor.browser, 390, 844, is_dark)
+    open_tab(visitor.browser, "memories")
+    assert visitor.browser.execute_script("return document.documentElement.scrollWidth") == 390
+    assert outside(visitor.browser, 390) == [] and low_contrast(visitor.browser) == []

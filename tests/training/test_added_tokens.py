@@ -26,7 +26,7 @@ from transformers import (
     pipeline,
 )
 
-from hub_cards.space import app
+from hub_cards.space import app, texts
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
 from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
 from training.commands.texts import answer, continue_texts
@@ -110,7 +110,7 @@ def by_the_samples(folder):
 
 
 def by_the_space(folder):
-    app.write(*app.load(str(folder)), TEXT, 2, 0, 0)
+    texts.write(*app.load(str(folder)), TEXT, 2, 0, 0)
 
 
 @pytest.mark.parametrize("way", [by_the_command, by_a_pipeline, by_plain_transformers, by_the_samples, by_the_space])

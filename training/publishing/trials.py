@@ -240,9 +240,9 @@ def check_memory(folder: Path, base: Path) -> list[str]:
 
 def check_space(folder: Path) -> str:
     """Check that a clean, offline process runs both tabs of a Space, by the code in it, with its model."""
-    code = f"import sys\nsys.path.insert(0, {str(folder.resolve())!r})\nimport app, memories\n" + (
+    code = f"import sys\nsys.path.insert(0, {str(folder.resolve())!r})\nimport app, memories, texts\n" + (
         f"parts = app.load({str(folder.resolve() / 'model')!r})\n"
-        "app.write(*parts, 'Once upon a time', 4, 0.0, 0)\n"
+        "texts.write(*parts, 'Once upon a time', 4, 0.0, 0)\n"
         "texts = 'Once upon a time', 'There was a cat', ''\n"
         "memories.answer_all(*parts, None, memories.NAMES, texts, (True, False, True), 'Once upon')\n"
         "print(sys.modules['modeling_memory_mosaic'].__file__)"
