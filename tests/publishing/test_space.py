@@ -459,6 +459,7 @@ def test_a_visitor_sees_why_a_token_came(visitor):
     assert len(rows) == texts.UNITS_OF_A_KIND and all(re.search(r"\d+% \d+: .*→", row) for row in rows)
 
 
+@pytest.mark.slow
 def test_a_visitor_who_chooses_an_example_sees_it_continued(visitor):
     visitor.click("#beginnings button", 1)
     visitor.wait_for(lambda: "".join(visitor.tokens()).startswith(texts.EXAMPLES[1]))
@@ -467,6 +468,7 @@ def test_a_visitor_who_chooses_an_example_sees_it_continued(visitor):
     assert len(visitor.tokens()) > 10
 
 
+@pytest.mark.slow
 def test_a_visitor_sees_the_opening_token_with_the_memory_that_adds_most(visitor, parts):
     opened, _ = texts.write(*parts, texts.EXAMPLES[0], 24, 0, 0)
     chosen = [button.get_attribute("aria-pressed") for button in find(visitor.browser, "#text .token")]
@@ -477,6 +479,7 @@ def test_a_visitor_sees_the_opening_token_with_the_memory_that_adds_most(visitor
     assert "contextual memory" in visitor.texts("#recalled")[0]
 
 
+@pytest.mark.slow
 def test_a_visitor_sees_an_emoji_and_chinese_as_characters(visitor):
     visitor.continue_text("the cat 🤗 日本")
     visitor.wait_for(lambda: {"🤗", "日", "本"} <= set(visitor.tokens()))
@@ -485,11 +488,13 @@ def test_a_visitor_sees_an_emoji_and_chinese_as_characters(visitor):
     assert "<F0>" in visitor.texts("#recalled")[0] and "<F0> → <9F>" in visitor.texts("#table")[0].replace("\n", "")
 
 
+@pytest.mark.slow
 def test_links_lead_to_the_paper_and_to_the_model(visitor):
     links = {link.text: link.get_attribute("href") for link in find(visitor.browser, "#heading a")}
     assert links == {REPOSITORY: f"https://huggingface.co/{REPOSITORY}", "Memory Mosaics, arXiv 2405.06394": app.PAPER}
 
 
+@pytest.mark.slow
 def test_a_page_without_a_repository_links_to_the_paper_alone(parts, tmp_path):
     assert app.repository_of("someone/mosaic") == "someone/mosaic" and app.repository_of(str(tmp_path)) is None
     assert app.repository_of("no/such/thing") is None
@@ -498,6 +503,7 @@ def test_a_page_without_a_repository_links_to_the_paper_alone(parts, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_page_works_by_keyboard(visitor):
     """A view is one stop of the tab key, arrows move in it, and the focus stays where the visitor is."""
     (box,) = find(visitor.browser, "#beginning textarea")
@@ -525,6 +531,7 @@ def test_the_page_works_by_keyboard(visitor):
     visitor.wait_for(lambda: name in visitor.texts("#recalled")[0])
 
 
+@pytest.mark.slow
 def test_a_screen_reader_has_names_headings_and_changes(visitor):
     assert visitor.browser.find_element("tag name", "html").get_attribute("lang")
     names = [token.get_attribute("aria-label") for token in find(visitor.browser, "#text .token")]
@@ -538,6 +545,7 @@ def test_a_screen_reader_has_names_headings_and_changes(visitor):
     assert nameless(visitor.browser) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_dark", [False, True])
 def test_the_page_fits_on_a_phone_and_can_be_read(visitor, is_dark):
     look_at(visitor.browser, 390, 844, is_dark)
@@ -549,6 +557,7 @@ def test_the_page_fits_on_a_phone_and_can_be_read(visitor, is_dark):
     visitor.wait_for(lambda: find(visitor.browser, "#table [data-choice='1'][aria-pressed=true]"))
 
 
+@pytest.mark.slow
 def test_sentences_of_the_page_are_sentences(visitor):
     sentences = visitor.texts("#heading p, #text-heading p, #why p, #table p, #recalled p:not(.tokens), h2")
     assert len(sentences) >= 8
@@ -557,6 +566,7 @@ def test_sentences_of_the_page_are_sentences(visitor):
         assert not re.search(r"\b(said|says|speaks?|held)\b", text), text
 
 
+@pytest.mark.slow
 def test_a_memory_that_is_chosen_colours_the_text(visitor):
     seen = []
     for number in (3, 1, 0):
@@ -569,6 +579,7 @@ def test_a_memory_that_is_chosen_colours_the_text(visitor):
     assert all(len(set(colours)) > 1 for colours in seen)
 
 
+@pytest.mark.slow
 def test_visitors_share_nothing(visitor, address):
     visitor.browser.switch_to.new_window("tab")
     visitor.browser.get(address)

@@ -383,6 +383,7 @@ def test_a_visitor_forgets_a_document_and_joins_in_another_order(visitor):
     assert "Sam had" in "".join(visitor.tokens()) and len(visitor.texts("#why .part")) == 3
 
 
+@pytest.mark.slow
 def test_a_visitor_who_chooses_documents_gets_answers_from_all_of_them(visitor):
     visitor.click(".Document-B input[type=checkbox]")
     visitor.wait_for(lambda: "Forgotten: B" in visitor.texts("#report")[0])
@@ -392,6 +393,7 @@ def test_a_visitor_who_chooses_documents_gets_answers_from_all_of_them(visitor):
     assert all(box.is_selected() for box in find(visitor.browser, "[class*=Document-] input[type=checkbox]"))
 
 
+@pytest.mark.slow
 def test_the_tab_works_by_keyboard(visitor):
     find(visitor.browser, ".Document-A input[type=checkbox]")[0].send_keys(Keys.SPACE)
     visitor.wait_for(lambda: "Forgotten: A" in visitor.texts("#report")[0])
@@ -405,6 +407,7 @@ def test_the_tab_works_by_keyboard(visitor):
     assert all(cell.get_attribute("scope") for cell in find(visitor.browser, "#sources th"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_dark", [False, True])
 def test_the_tab_fits_on_a_phone_and_can_be_read(visitor, is_dark):
     look_at(visitor.browser, 390, 844, is_dark)
