@@ -346,6 +346,14 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
         self.values = self.value_storage.append(self.values, value_states)
         return self.keys, self.values
 
+    def begin_with(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Hold pairs `(B, H, S, D)` of texts that were read before, in a layer that has read nothing.
+
+        They are not copied: what is read behind them is written into storage of its own.
+        """
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self._map_rows(lambda state: state.repeat_interleave(repeats, dim=0))
@@ -435,6 +443,9 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
                 getattr(self, name).index_copy_(1, places, new)
         if not self.knows_ids:
             self.read_ids = None
+
+    def begin_with(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.update(keys, values)
 
     def begin_text(self, slot_bias: torch.Tensor) -> None:
         self.slot_bias = F.pad(slot_bias, (0, self.max_cache_len - slot_bias.shape[2]), value=-torch.inf)

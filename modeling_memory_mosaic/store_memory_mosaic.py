@@ -338,7 +338,7 @@ class MosaicMemory(MemoryFilesMixin):
             if index == 0:
                 is_known = bool((self.input_ids != MERGED).all())
                 layer.note_text(self.input_ids.expand(batch_size, -1) if is_known else None, None)
-            layer.update(*(part.expand(batch_size, -1, -1, -1) for part in (keys, values)))
+            layer.begin_with(*(part.expand(batch_size, -1, -1, -1) for part in (keys, values)))
             layer.begin_text(bias.expand(batch_size, -1, -1))
             layer.num_joined, layer.index = len(self.input_ids), self.indexes.setdefault(index, {})
         first = memory_layer(cache)

@@ -138,14 +138,17 @@ def test_any_pairs_may_be_forgotten(variant, data):
     model = make_mosaic(variant, dtype=torch.float64)
     memory, forgotten = MosaicMemory.union(memorized(model)), []
     for index, length in enumerate(LENGTHS):
-        tokens = range(length - 1)  # the last one completes a pair and owns none
+        owners = set(range(length - 1))  # the last token completes a pair and owns none
         places, steps = st.integers(0, length), st.sampled_from([None, 1, 3, -1, -2])
         slices = data.draw(st.lists(st.builds(slice, places, places, steps), max_size=4))
         gone: set[int] = set()
         for one in slices:
-            if set(tokens[one]) - gone:
+            # The pair of token t is completed by token t + 1: places reach to the last one that is left.
+            last = max((token + 1 for token in owners - gone), default=0)
+            chosen = set(range(last + 1)[one]) & owners
+            if chosen - gone:
                 memory.forget(f"text {index}", tokens=one)
-            gone |= set(tokens[one])
+            gone |= chosen
         forgotten.append(gone)
     assert len(memory) == sum(LENGTHS) - len(LENGTHS) - sum(map(len, forgotten))
     expected = by_the_oracle(model, make_texts(), question, forgotten)
@@ -233,6 +236,14 @@ def test_a_memory_stays_as_it_is_whatever_reads_it(model):
     arguments[MEMORY_NAME].reset()
     for one, other in zip(memory.keys + memory.values, kept.keys + kept.values, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_question_does_not_copy_the_memory_before_it_is_read(model):
+    """Of two copies, one was in vain: what is read behind the pairs is written into storage of its own."""
+    memory = MosaicMemory.union(memorized(model))
+    cache = memory.prompt(make_ids(2, 7))[MEMORY_NAME]
+    for layer, keys in zip(cache.layers, memory.keys, strict=True):
+        assert layer.keys.data_ptr() == keys.data_ptr()
 
 
 def test_a_static_memory_answers_as_a_growing_one(model):
