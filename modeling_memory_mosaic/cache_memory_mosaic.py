@@ -279,6 +279,10 @@ class GrowingStorage:
         self.newest: weakref.ref[torch.Tensor] | None = None  # weak: an offloaded memory leaves nothing behind
         self.capacity = 0
 
+    def begin(self, stored: torch.Tensor) -> None:
+        """Let pairs of others be the newest: they are copied when it grows, which makes room at once."""
+        self.newest, self.capacity = weakref.ref(stored), stored.shape[-2]
+
     def append(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Return `stored` `(B, H, S, D)` and behind it `new` `(B, H, T, D)`, of which both are copied at most once."""
         length, end = stored.shape[-2], stored.shape[-2] + new.shape[-2]
@@ -353,6 +357,8 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
         """
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
+        self.key_storage.begin(keys)
+        self.value_storage.begin(values)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

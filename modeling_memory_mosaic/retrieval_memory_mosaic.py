@@ -123,10 +123,11 @@ INDEXES: dict[str, Callable[[torch.Tensor], Index] | None] = {
 class Clusters:
     """Pairs of one head, sorted by cluster, and what a cluster is as a whole. A pair that stands for n counts n times.
 
-    - `keys`, `values` `(S, D)` and `bias` `(S,)`: of the pairs; `owner` `(S,)`: their clusters; `begins` `(C + 1,)`:
-      where each cluster begins,
+    - `keys`, `values` `(S, D)` and `bias` `(S,)`: of the pairs; `owner` `(S,)`: their clusters; `begins`, `sizes`
+      `(C,)`: where each cluster begins, and how many slots it has,
     - `centres`, `means` `(C, D)`: means of keys and of values; `log_counts` `(C,)`,
-    - `radii` `(C,)`: the largest distance of a key from its centre.
+    - `radii` `(C,)`: the largest distance of a key from its centre,
+    - `longest`: the largest length of a value.
     """
 
     keys: torch.Tensor
@@ -134,10 +135,12 @@ class Clusters:
     bias: torch.Tensor
     owner: torch.Tensor
     begins: torch.Tensor
+    sizes: torch.Tensor
     centres: torch.Tensor
     means: torch.Tensor
     log_counts: torch.Tensor
     radii: torch.Tensor
+    longest: float
     index: Index | None = None
 
     @classmethod
@@ -158,26 +161,32 @@ class Clusters:
         centres = mean(keys)
         distances = (keys - centres[cluster]).norm(dim=-1)
         radii = torch.zeros_like(totals).scatter_reduce_(0, cluster, distances, "amax")
-        begins = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        return cls(keys, values, bias, cluster, begins, centres, mean(values), totals.log(), radii)
+        begins = sizes.cumsum(0) - sizes
+        longest = float(values.detach().norm(dim=-1).amax()) if len(values) else 0.0
+        means, log_counts = mean(values), totals.log()
+        return cls(keys, values, bias, cluster, begins, sizes, centres, means, log_counts, radii, longest)
 
     def pairs_of(self, clusters: torch.Tensor) -> torch.Tensor:
         """Return the places of all pairs of some clusters, `(pairs,)`."""
-        begins, sizes = self.begins[clusters], self.begins[clusters + 1] - self.begins[clusters]
+        begins, sizes = self.begins[clusters], self.sizes[clusters]
         ends = sizes.cumsum(0)
         within = torch.arange(int(ends[-1]) if len(ends) else 0, device=sizes.device)
         return within + torch.repeat_interleave(begins - (ends - sizes), sizes)
 
-    def rest_without(self, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the log of the number `(C,)` and the mean of values `(C, D)` of pairs that were not found."""
+    def rest_without(self, found: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log of the number `(C,)` and the mean of values `(C, D)` of pairs that were not found.
+
+        Args:
+            values (`torch.Tensor` of shape `(found, D)`): of the pairs that were.
+        """
         if not len(found):
             return self.log_counts, self.means
         counts, owner = self.bias[found].to(self.keys.dtype).exp(), self.owner[found]
         left = self.log_counts.exp().index_add(0, owner, -counts)
         sums = self.means * self.log_counts.exp()[:, None]
-        sums = sums.index_add(0, owner, -counts[:, None] * self.values[found])
+        sums = sums.index_add(0, owner, -counts[:, None] * values)
         # Of a cluster that was found as a whole rounding may leave a little.
-        num_left = (self.begins.diff()).index_add(0, owner, torch.full_like(owner, -1))
+        num_left = self.sizes.index_add(0, owner, torch.full_like(owner, -1))
         left = torch.where(num_left > 0, left, 0.0)
         return left.log(), sums / torch.where(num_left > 0, left, 1.0)[:, None]
 
@@ -218,26 +227,27 @@ class Clusters:
             found = torch.as_tensor(self.index.search(query[None], num_pairs), device=query.device)[0].long()
             return found[(found >= 0) & (found < len(self.keys))].unique()
         order = (self.centres @ query + self.log_counts).argsort(descending=True)
-        num_read = int((self.begins.diff()[order].cumsum(0) <= num_pairs).sum())
+        num_read = int((self.sizes[order].cumsum(0) <= num_pairs).sum())
         return self.pairs_of(order[:num_read])
 
     def _read_nearest(self, query: torch.Tensor, others: torch.Tensor, num_pairs: int) -> "ClusterRead":
         """Read near pairs one by one, `num_pairs` at most, and the rest of all clusters as wholes."""
         places = self._found(query, num_pairs)[:num_pairs]
-        log_counts, means = self.rest_without(places)
+        values = self.values[places]
+        log_counts, means = self.rest_without(places, values)
         is_left = (log_counts > -torch.inf).nonzero()[:, 0]
         near, wholes = self.keys[places] @ query + self.bias[places], (self.centres @ query + log_counts)[is_left]
         top = torch.cat([wholes, others, near]).max()
         known = (others - top).exp().sum() + (near - top).exp().sum()
         bound, mass = _bound(wholes - top, query.norm() * self.radii[is_left], known)
         bound = bound if len(is_left) else 0.0
-        return ClusterRead(places, near, self.values[places], places, is_left, wholes, means[is_left], bound, mass)
+        return ClusterRead(places, near, values, places, is_left, wholes, means[is_left], bound, mass)
 
     def _read_behind(
         self, query: torch.Tensor, others: torch.Tensor, tolerance: float, found: torch.Tensor, limit: int
     ) -> "ClusterRead | None":
         """Do as `read`, with pairs that an index has found; `None` where more than `limit` had to be read besides."""
-        log_counts, means = self.rest_without(found)
+        log_counts, means = self.rest_without(found, self.values[found])
         scores = self.centres @ query + log_counts
         exact = self.keys[found] @ query + self.bias[found]
         drift = query.norm() * self.radii  # by how much a score may differ from its centre's
@@ -248,13 +258,11 @@ class Clusters:
         rest = error[order].flip(0).cumsum(0).flip(0)
         known = (others - top).exp().sum() + (exact - top).exp().sum()
         num_read = int((2 * rest > tolerance * ((scores - top).exp().sum() + known)).sum())
-        sizes, is_found = self.begins.diff(), torch.zeros(len(self.keys), dtype=torch.bool, device=query.device)
-        is_found[found] = True
         while True:
-            if int(sizes[order[:num_read]].sum()) + len(found) > limit:
+            if int(self.sizes[order[:num_read]].sum()) + len(found) > limit:
                 return None
             extra = self.pairs_of(order[:num_read])
-            extra = extra[~is_found[extra]]
+            extra = extra[~torch.isin(extra, found)] if len(found) else extra
             more = self.keys[extra] @ query + self.bias[extra]
             is_left = order[num_read:]
             bound, mass = _bound(scores[is_left] - top, drift[is_left], (more - top).exp().sum() + known)
@@ -388,8 +396,8 @@ class Search:
         first, retrieved = layer.num_joined, torch.empty_like(query)
         bias = layer.slot_bias.expand(-1, num_heads, -1)
         for row, (head, clusters) in itertools.product(range(batch_size), enumerate(self.clusters(layer))):
-            length = value[row, head].detach().norm(dim=-1).amax()
             own_keys, own_values = (at_least_float32(part[row, head, first:]) for part in (key, value))
+            length = max(clusters.longest, float(own_values.detach().norm(dim=-1).amax()))
             own_scores = at_least_float32(query[row, head]) @ own_keys.T + bias[row, head, first:]
             for token in range(num_queries):
                 seen: Any = slice(0, len(own_keys) - num_queries + token + 1)
@@ -398,11 +406,14 @@ class Search:
                 others = own_scores[token, seen]
                 one = at_least_float32(query[row, head, token])
                 found = clusters.read(one, others, self.tolerance, self.max_share)
-                weights = torch.cat([found.scores, found.whole_scores, others]).softmax(0)
+                scores = [found.scores, found.whole_scores, others]
+                weights = torch.cat(scores).softmax(0).split([len(part) for part in scores])
                 values = [found.values, found.means, own_values[seen]]
-                retrieved[row, head, token] = (weights @ torch.cat(values)).to(retrieved.dtype)
+                # Not as one matrix: with all pairs, that would copy them for each token.
+                parts = [weight @ value for weight, value in zip(weights, values, strict=True)]
+                retrieved[row, head, token] = sum(parts).to(retrieved.dtype)
                 share = len(found.places) / max(1, len(clusters.keys))
-                self.report.note(layer_idx, head, share, found.mass, found.bound * float(length))
+                self.report.note(layer_idx, head, share, found.mass, found.bound * length)
         return retrieved.transpose(1, 2)
 
 
