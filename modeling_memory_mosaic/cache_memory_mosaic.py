@@ -208,6 +208,10 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
         """Whether slots have biases, so that no token reads without them."""
         return self.slot_bias is not None
 
+    def begin_with(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store pairs `(B, H, S, D)` of texts that were read before, in a layer that has read nothing."""
+        self.update(keys, values)
+
     def begin_text(self, slot_bias: torch.Tensor) -> None:
         """Let a text begin behind the slots that are stored, whose biases `(B, H or 1, S)` are given."""
         self.slot_bias = slot_bias
@@ -351,10 +355,7 @@ class MemoryMosaicCacheLayer(MemoryMosaicStates, DynamicLayer):
         return self.keys, self.values
 
     def begin_with(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Hold pairs `(B, H, S, D)` of texts that were read before, in a layer that has read nothing.
-
-        They are not copied: what is read behind them is written into storage of its own.
-        """
+        # Not copied: what is read behind them is written into storage of its own.
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
         self.key_storage.begin(keys)
@@ -449,9 +450,6 @@ class MemoryMosaicStaticCacheLayer(MemoryMosaicStates, StaticLayer):
                 getattr(self, name).index_copy_(1, places, new)
         if not self.knows_ids:
             self.read_ids = None
-
-    def begin_with(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.update(keys, values)
 
     def begin_text(self, slot_bias: torch.Tensor) -> None:
         self.slot_bias = F.pad(slot_bias, (0, self.max_cache_len - slot_bias.shape[2]), value=-torch.inf)

@@ -46,7 +46,8 @@ CARD_NAME = "README.md"
 # In cards that `push_to_hub` writes. A card without it, and without that of the library's cards, is somebody's own.
 CARD_MARK = "<!-- Written by MosaicMemory.push_to_hub. Without this line, the next push leaves the card as it is. -->"
 LIBRARY_CARD_MARK = "This model card has been automatically generated."
-PAPERS = {"memory_mosaic": "2405.06394", "memory_mosaic_v2": "2507.03285"}
+# Numbers of the papers, by model type.
+ARXIV = {"memory_mosaic": "2405.06394", "memory_mosaic_v2": "2507.03285"}
 CARD = """---
 {metadata}
 ---
@@ -311,7 +312,7 @@ def read_bias(
 
 def memory_card(memory: Any, repo_id: str, tags: Sequence[str] = ()) -> str:
     """Return the card of a [`MosaicMemory`] in a repository, with the metadata that the Hub reads."""
-    paper, count = PAPERS[memory.config.model_type], len(memory.sources)
+    paper, count = ARXIV[memory.config.model_type], len(memory.sources)
     # A folder of this machine stays out of the card.
     name = str(getattr(memory.config, "_name_or_path", ""))
     base = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name) else None

@@ -22,9 +22,10 @@ token t - 1, which token t completes, and slot 0 is empty.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ from .files_memory_mosaic import MemoryFilesMixin
 from .identity_memory_mosaic import MemoryWriter, tokenizer_fingerprint, unwrapped
 from .inspection_memory_mosaic import trace_tokens
 from .masking_memory_mosaic import find_documents, growth_of_kernels
-from .ops_memory_mosaic import at_least_float32, k_means
+from .merging_memory_mosaic import merge_pairs, shares
 
 
 # Tokens that are read at a time, so that reading needs little memory besides the pairs.
@@ -217,7 +218,7 @@ class MosaicMemory(MemoryFilesMixin):
                 "apart: raise it, or let the memory `forget` some."
             )
         parts = [self.select([name]) for name in self.sources]
-        budgets = _shares([int((part.slot_bias[0] > -torch.inf).sum(-1).max()) for part in parts], max_pairs)
+        budgets = shares([int((part.slot_bias[0] > -torch.inf).sum(-1).max()) for part in parts], max_pairs)
         growth = self._largest_growth(model, *self._bandwidth(bandwidth, bandwidth_start))
         drifts = torch.zeros(len(self.keys), self.keys[0].shape[1], dtype=torch.float64)
         for part, budget in zip(parts, budgets, strict=True):
@@ -512,45 +513,6 @@ class MemoryRecall:
         return pairs
 
 
-class MergedPairs(NamedTuple):
-    """Slots of one head: `keys`, `values` `(N, D)`, `bias` `(N,)`, and by how much a score may have changed."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    bias: torch.Tensor
-    drift: float
-
-
-def merge_pairs(keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, num_slots: int) -> MergedPairs:
-    """Merge pairs `(S, D)` with biases `(S,)` into so many slots, of which some may be empty.
-
-    Queries are as long as keys. So a score changes by at most that length times the distance of a key from the mean.
-    """
-    is_pair = bias > -torch.inf
-    points, kept, counts = keys[is_pair].double(), values[is_pair].double(), bias[is_pair].double().exp()
-    cluster = points.unique(dim=0, return_inverse=True)[1]
-    if int(cluster.max()) >= num_slots:
-        cluster = k_means(at_least_float32(keys[is_pair]), num_slots)
-    totals = counts.new_zeros(num_slots).index_add_(0, cluster, counts)
-
-    def means(vectors: torch.Tensor) -> torch.Tensor:
-        sums = vectors.new_zeros(num_slots, vectors.shape[1]).index_add_(0, cluster, counts[:, None] * vectors)
-        return sums / totals.clamp(min=1)[:, None]
-
-    centres = means(points).to(keys.dtype)
-    distance = (points - centres.double()[cluster]).norm(dim=-1).max()
-    drift = float(distance * points.norm(dim=-1).max())
-    return MergedPairs(centres, means(kept).to(values.dtype), totals.log().to(bias.dtype), drift)
-
-
-def _shares(sizes: list[int], total: int) -> list[int]:
-    """Return shares of a total, at least 1 each and at most the sizes, in proportion to these."""
-    shares = [max(1, size * total // max(total, sum(sizes))) for size in sizes]
-    while sum(shares) > total:  # by those of which one was more than their part
-        shares[shares.index(max(shares))] -= 1
-    return shares
-
-
 def _joined(memories: Sequence[MosaicMemory], part: Callable[[MosaicMemory, int], torch.Tensor]) -> list[torch.Tensor]:
     device = memories[0].device
     layers = range(len(memories[0].keys))
@@ -629,19 +591,13 @@ class MemorizingMixin:
     def _read(self, texts: list[torch.Tensor], names: list[str]) -> dict[int, MosaicMemory]:
         """Return the memory of each text by its number. Texts of one length are rows of a batch without padding."""
         memories: dict[int, MosaicMemory] = {}
-        numbers_of: dict[int, list[int]] = {}
-        for number, text in enumerate(texts):
-            numbers_of.setdefault(len(text), []).append(number)
-        for length, numbers in numbers_of.items():
-            num_rows = max(1, BATCH_TOKENS // length)
-            for start in range(0, len(numbers), num_rows):
-                batch = numbers[start : start + num_rows]
-                cache = DynamicCache(config=self.config)
-                for chunk in torch.stack([texts[number] for number in batch]).split(CHUNK_LENGTH, dim=1):
-                    self.base_model(chunk, use_cache=True, **memory_kwargs(cache))
-                layers = [memory_layer(cache, index) for index in range(len(cache.layers))]
-                for row, number in enumerate(batch):
-                    memories[number] = self._memory_of(layers, row, texts[number], names[number])
+        for batch in _batches([len(text) for text in texts]):
+            cache = DynamicCache(config=self.config)
+            for chunk in torch.stack([texts[number] for number in batch]).split(CHUNK_LENGTH, dim=1):
+                self.base_model(chunk, use_cache=True, **memory_kwargs(cache))
+            layers = [memory_layer(cache, index) for index in range(len(cache.layers))]
+            for row, number in enumerate(batch):
+                memories[number] = self._memory_of(layers, row, texts[number], names[number])
         return memories
 
     def _memory_of(self, layers: list[Any], row: int, ids: torch.Tensor, source: str) -> MosaicMemory:
@@ -669,6 +625,15 @@ class MemorizingMixin:
             places=places,
             sources=[source],
         )
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the numbers of texts of one length, at most `BATCH_TOKENS` of their tokens at a time."""
+    for length, numbers in itertools.groupby(
+        sorted(range(len(lengths)), key=lengths.__getitem__), lengths.__getitem__
+    ):
+        of_length, num_rows = list(numbers), max(1, BATCH_TOKENS // length)
+        yield from (of_length[start : start + num_rows] for start in range(0, len(of_length), num_rows))
 
 
 def _own(states: torch.Tensor, row: int) -> torch.Tensor:

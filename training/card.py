@@ -14,6 +14,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 from pydantic import Field, ValidationError
 
+from modeling_memory_mosaic.files_memory_mosaic import ARXIV
 from training.paths import CLONE
 from training.recipe import Section
 from training.untrusted import parse_yaml
@@ -49,7 +50,7 @@ class Paper(NamedTuple):
 PAPERS = {
     "memory_mosaic": Paper(
         "Memory Mosaic",
-        "2405.06394",
+        ARXIV["memory_mosaic"],
         "zhang2024memorymosaics",
         "Memory Mosaics",
         r"Jianyu Zhang and Niklas Nolte and Ranajoy Sadhukhan and Beidi Chen and L{\'e}on Bottou",
@@ -57,7 +58,7 @@ PAPERS = {
     ),
     "memory_mosaic_v2": Paper(
         "Memory Mosaic v2",
-        "2507.03285",
+        ARXIV["memory_mosaic_v2"],
         "zhang2025memorymosaics",
         "Memory Mosaics at scale",
         r"Jianyu Zhang and L{\'e}on Bottou",

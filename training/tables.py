@@ -38,6 +38,7 @@ BENCHMARKS = {
     "speed_summary": ("speed", "summary"),
     "memory_speed": ("memory_models", "table"),
     "stored_memories": ("stored_memories", "table"),
+    "searched_memories": ("searched_memories", "table"),
 }
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_memory_mosaic import MosaicMemory
-from modeling_memory_mosaic.store_memory_mosaic import merge_pairs
+from modeling_memory_mosaic.merging_memory_mosaic import merge_pairs
 
 
 LENGTHS = (40, 25, 33)
