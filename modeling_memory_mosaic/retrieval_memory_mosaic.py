@@ -25,7 +25,6 @@ Shapes use B batch, H heads, S slots, D head width, C clusters, G = B * H.
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -35,6 +34,7 @@ import torch
 from torch import nn
 
 from .ops_memory_mosaic import at_least_float32, k_means
+from .stacked_memory_mosaic import ClusterStack, bound_of
 
 
 # With fewer pairs, all are read one by one: that is faster.
@@ -166,6 +166,10 @@ class Clusters:
         means, log_counts = mean(values), totals.log()
         return cls(keys, values, bias, cluster, begins, sizes, centres, means, log_counts, radii, longest)
 
+    def limit(self, max_share: float | None) -> int:
+        """Return how many pairs are read one by one at most."""
+        return int(len(self.keys) * (1 / ONE_IN if max_share is None else max_share))
+
     def pairs_of(self, clusters: torch.Tensor) -> torch.Tensor:
         """Return the places of all pairs of some clusters, `(pairs,)`."""
         begins, sizes = self.begins[clusters], self.sizes[clusters]
@@ -199,7 +203,7 @@ class Clusters:
             others (`torch.Tensor` of shape `(N,)`): scores of pairs that are read besides, all of them right.
             max_share: of the pairs that are read one by one; where the tolerance asks for more, `bound` exceeds it.
         """
-        limit = int(len(self.keys) * (1 / ONE_IN if max_share is None else max_share))
+        limit = self.limit(max_share)
         num_found, found = 0, torch.zeros(0, dtype=torch.long, device=query.device)
         while True:
             result = self._read_behind(query, others, tolerance, found, limit)
@@ -239,7 +243,8 @@ class Clusters:
         near, wholes = self.keys[places] @ query + self.bias[places], (self.centres @ query + log_counts)[is_left]
         top = torch.cat([wholes, others, near]).max()
         known = (others - top).exp().sum() + (near - top).exp().sum()
-        bound, mass = _bound(wholes - top, query.norm() * self.radii[is_left], known)
+        numbers = bound_of(wholes - top, query.norm() * self.radii[is_left], known)
+        bound, mass = (float(number) for number in numbers)
         bound = bound if len(is_left) else 0.0
         return ClusterRead(places, near, values, places, is_left, wholes, means[is_left], bound, mass)
 
@@ -265,7 +270,8 @@ class Clusters:
             extra = extra[~torch.isin(extra, found)] if len(found) else extra
             more = self.keys[extra] @ query + self.bias[extra]
             is_left = order[num_read:]
-            bound, mass = _bound(scores[is_left] - top, drift[is_left], (more - top).exp().sum() + known)
+            numbers = bound_of(scores[is_left] - top, drift[is_left], (more - top).exp().sum() + known)
+            bound, mass = (float(number) for number in numbers)
             if bound <= tolerance or num_read == len(order):
                 break
             num_read = min(len(order), 2 * num_read + 1)
@@ -281,22 +287,6 @@ class Clusters:
             bound if len(is_left) else 0.0,
             mass,
         )
-
-
-def _bound(scores: torch.Tensor, drift: torch.Tensor, known: torch.Tensor) -> tuple[float, float]:
-    """Return how far weights may be off in sum, and the largest share that clusters may have of the weights.
-
-    Args:
-        scores, drift (`torch.Tensor` of shape `(C,)`): of the clusters that are read as a whole.
-        known: the sum of the exponentials of all other scores.
-    """
-    least, most = scores.exp(), (scores + drift).exp()
-    lower, upper = known + least.sum(), known + most.sum()
-    by_mass = most.sum() / upper
-    by_drift = (most * drift.expm1()).sum() * upper / lower**2
-    by_mass, by_drift = by_mass.detach(), by_drift.detach()
-    bound = 2 * float(torch.minimum(by_mass, by_drift).nan_to_num(nan=torch.inf, posinf=2.0))
-    return min(bound, 2.0), float(by_mass)
 
 
 @dataclasses.dataclass
@@ -360,21 +350,24 @@ class Search:
         """Return whether a layer of a memory is read so by so many queries: one of many joined pairs."""
         return layer.index is not None and layer.num_joined >= FEWEST_PAIRS and num_queries <= LONGEST_QUESTION
 
-    def clusters(self, layer: Any) -> list[Clusters]:
-        """Return the clusters of the joined pairs of each head, which are those of all rows; they are made once."""
+    def clusters(self, layer: Any) -> tuple[list[Clusters], ClusterStack | None]:
+        """Return the clusters of the joined pairs of each head, which are those of all rows; they are made once.
+
+        Without an index besides them, they are returned as one too.
+        """
         first = layer.num_joined
         num_clusters = self.num_clusters or int(2 * first**0.5)
         name = (num_clusters, self.index)
         if name not in layer.index:
             keys, values = layer.keys[0, :, :first], layer.values[0, :, :first]
             bias = layer.slot_bias[0, :, :first].expand(len(keys), -1)
-            parts = zip(keys, values, bias, strict=True)
-            layer.index[name] = [Clusters.of(*one, num_clusters) for one in parts]
+            of_heads = [Clusters.of(*one, num_clusters) for one in zip(keys, values, bias, strict=True)]
             make = INDEXES[self.index] if isinstance(self.index, str) else self.index
-            for one in layer.index[name]:
+            for one in of_heads:
                 one.index = None if make is None else make(one.keys)
-        clusters: list[Clusters] = layer.index[name]
-        return clusters
+            layer.index[name] = of_heads, ClusterStack.of(of_heads) if make is None else None
+        made: tuple[list[Clusters], ClusterStack | None] = layer.index[name]
+        return made
 
     def read(
         self,
@@ -395,26 +388,55 @@ class Search:
         batch_size, num_heads, num_queries, _ = query.shape
         first, retrieved = layer.num_joined, torch.empty_like(query)
         bias = layer.slot_bias.expand(-1, num_heads, -1)
-        for row, (head, clusters) in itertools.product(range(batch_size), enumerate(self.clusters(layer))):
-            own_keys, own_values = (at_least_float32(part[row, head, first:]) for part in (key, value))
-            length = max(clusters.longest, float(own_values.detach().norm(dim=-1).amax()))
-            own_scores = at_least_float32(query[row, head]) @ own_keys.T + bias[row, head, first:]
+        for row in range(batch_size):
+            own = tuple(at_least_float32(part[row, :, first:]) for part in (key, value))
+            scores = at_least_float32(query[row]) @ own[0].mT + bias[row, :, None, first:]
             for token in range(num_queries):
-                seen: Any = slice(0, len(own_keys) - num_queries + token + 1)
+                seen: Any = slice(0, own[0].shape[1] - num_queries + token + 1)
                 if is_seen is not None:
                     seen = is_seen[row if len(is_seen) > 1 else 0, token, first:]
-                others = own_scores[token, seen]
-                one = at_least_float32(query[row, head, token])
-                found = clusters.read(one, others, self.tolerance, self.max_share)
-                scores = [found.scores, found.whole_scores, others]
-                weights = torch.cat(scores).softmax(0).split([len(part) for part in scores])
-                values = [found.values, found.means, own_values[seen]]
-                # Not as one matrix: with all pairs, that would copy them for each token.
-                parts = [weight @ value for weight, value in zip(weights, values, strict=True)]
-                retrieved[row, head, token] = sum(parts).to(retrieved.dtype)
-                share = len(found.places) / max(1, len(clusters.keys))
-                self.report.note(layer_idx, head, share, found.mass, found.bound * length)
+                one = at_least_float32(query[row, :, token])
+                found = self._read_heads(layer, layer_idx, one, scores[:, token, seen], own[1][:, seen])
+                retrieved[row, :, token] = found.to(retrieved.dtype)
         return retrieved.transpose(1, 2)
+
+    def _read_heads(
+        self, layer: Any, layer_idx: int, query: torch.Tensor, others: torch.Tensor, other_values: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what the query of each head `(H, D)` retrieves, from pairs with scores `(H, N)` besides."""
+        of_heads, stack = self.clusters(layer)
+        lengths = other_values.detach().norm(dim=-1).tolist()
+        lengths = [max([one.longest, *own]) for one, own in zip(of_heads, lengths, strict=True)]
+        retrieved, rest = torch.zeros_like(query), list(range(len(of_heads)))
+
+        def note(head: int, num_read: int, mass: float, bound: float) -> None:
+            share = num_read / max(1, len(of_heads[head].keys))
+            self.report.note(layer_idx, head, share, mass, bound * lengths[head])
+
+        if stack is not None:
+            limit = torch.tensor([one.limit(self.max_share) for one in of_heads], device=query.device)
+            is_wide = stack.asks_for_more(query, others, self.tolerance, limit)
+            if self.max_share is None and is_wide.all():
+                for head, one in enumerate(of_heads):
+                    note(head, len(one.keys), 0.0, 0.0)
+                return stack.read_all(query, others, other_values)
+            if self.max_share is not None and is_wide.any():
+                read = stack.read_nearest(query, others, other_values, limit)
+                retrieved = torch.where(is_wide[:, None], read.retrieved, retrieved)
+                numbers = list(zip(read.num_read.tolist(), read.mass.tolist(), read.bound.tolist(), strict=True))
+                for head in is_wide.nonzero()[:, 0].tolist():
+                    note(head, *numbers[head])
+                rest = (~is_wide).nonzero()[:, 0].tolist()
+        for head in rest:
+            found = of_heads[head].read(query[head], others[head], self.tolerance, self.max_share)
+            scores = [found.scores, found.whole_scores, others[head]]
+            weights = torch.cat(scores).softmax(0).split([len(part) for part in scores])
+            values = [found.values, found.means, other_values[head]]
+            # Not as one matrix: with all pairs, that would copy them for each token.
+            parts = [weight @ value for weight, value in zip(weights, values, strict=True)]
+            retrieved[head] = sum(parts)
+            note(head, len(found.places), found.mass, found.bound)
+        return retrieved
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from modeling_memory_mosaic import MosaicMemory, nearest, retrieval_memory_mosaic
 from modeling_memory_mosaic.retrieval_memory_mosaic import Clusters, ExactIndex, LshIndex, UsearchIndex
+from modeling_memory_mosaic.stacked_memory_mosaic import ClusterStack
 
 
 @settings(max_examples=60, deadline=None)
@@ -189,7 +190,7 @@ def test_a_text_is_forgotten_after_its_pairs_were_clustered(index, model):
         assert all(memory.indexes[layer] for layer in memory.indexes)
         memory.forget("60")
         assert (answer(model, memory, question) - expected).abs().max() < 1e-7
-        clusters = next(iter(memory.indexes[0].values()))
+        clusters, _ = next(iter(memory.indexes[0].values()))
         assert {len(one.keys) for one in clusters} == {89 + 74}
         assert (model(**before).logits - whole).abs().max() < 1e-7
     assert report.summary()["largest_bound"] <= 2e-9 and (whole - expected).abs().max() > 1e-3
@@ -204,7 +205,7 @@ def test_fewer_clusters_are_wider_so_that_more_pairs_are_read(model):
             answer(model, memory, question)
         visited.append(report.summary()["visited"])
         for layer in memory.indexes.values():
-            ((name, clusters),) = layer.items()
+            ((name, (clusters, _)),) = layer.items()
             assert name[0] == num_clusters and all(len(one.centres) <= num_clusters for one in clusters)
             assert num_clusters == 1 or len(clusters[0].centres) > 1
     assert visited[0] < visited[1] <= visited[2]
@@ -283,3 +284,44 @@ def test_a_larger_share_comes_nearer(model):
 def test_an_unknown_index_is_refused(model):
     with pytest.raises(ValueError, match="index='trees' is not one of clusters, exact, lsh, usearch"):
         nearest(model, index="trees").__enter__()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 120), min_size=1, max_size=4),
+    length=st.sampled_from([0.1, 1.0, 3.0, 10.0]),
+    max_share=st.sampled_from([0.01, 0.1, 0.5, 1.0]),
+    tolerance=st.sampled_from([1e-6, 0.05, 0.5]),
+    num_others=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
+def test_all_heads_at_once_read_what_each_reads_alone(sizes, length, max_share, tolerance, num_others, seed):
+    """Heads of different numbers of pairs, as a consolidated memory has, some of which stand for several."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def vectors(number):
+        drawn = torch.randn(number, 6, generator=generator, dtype=torch.float64)
+        return drawn / drawn.norm(dim=-1, keepdim=True)
+
+    counts = [torch.randint(1, 4, (size,), generator=generator).double().log() for size in sizes]
+    heads = [
+        Clusters.of(length * vectors(size), vectors(size), bias, 12) for size, bias in zip(sizes, counts, strict=True)
+    ]
+    query, others = length * vectors(len(sizes)), torch.randn(len(sizes), num_others, generator=generator).double()
+    other_values = vectors(len(sizes) * num_others).view(len(sizes), num_others, 6)
+    alone = [one.read(query[head], others[head], tolerance, max_share) for head, one in enumerate(heads)]
+    stack, limit = ClusterStack.of(heads), torch.tensor([one.limit(max_share) for one in heads])
+    is_wide = stack.asks_for_more(query, others, tolerance, limit)
+    read = stack.read_nearest(query, others, other_values, limit)
+    everything = stack.read_all(query, others, other_values)
+    for head, one in enumerate(alone):
+        if is_wide[head]:
+            weights = torch.cat([one.scores, one.whole_scores, others[head]]).softmax(0)
+            expected = weights @ torch.cat([one.values, one.means, other_values[head]])
+            torch.testing.assert_close(read.retrieved[head], expected, rtol=0, atol=1e-12)
+            assert (int(read.num_read[head]), float(read.bound[head])) == (len(one.places), pytest.approx(one.bound))
+            assert float(read.mass[head]) == pytest.approx(one.mass)
+        own = heads[head]
+        weights = torch.cat([own.keys @ query[head] + own.bias, others[head]]).softmax(0)
+        expected = weights @ torch.cat([own.values, other_values[head]])
+        torch.testing.assert_close(everything[head], expected, rtol=0, atol=1e-12)
