@@ -75,6 +75,12 @@ def test_losses_are_those_of_the_folders(base, tmp_path):
         assert reported["metrics"]["validation_perplexity"] == pytest.approx(math.exp(measured), rel=1e-5)
 
 
+def test_a_parameter_that_the_base_lacks_is_refused(base, tmp_path):
+    recipe = read(base, tmp_path / "run", lora={"target_parameters": ["persistent_memory.slots"]})
+    with pytest.raises(ValueError, match="'persistent_memory.slots', which .* has no parameter of"):
+        fine_tuning.run(recipe)
+
+
 def test_a_stopped_adaptation_resumes_with_the_same_bits(base, tmp_path, monkeypatch):
     dropped = {"lora_dropout": 0.1, "target_parameters": []}
     recipes = [read(base, tmp_path / name, lora=dropped) for name in ("straight", "stopped")]
