@@ -147,7 +147,9 @@ def test_a_padded_row_is_the_row_alone(policy, model):
             torch.testing.assert_close(following[row], then[0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("policy", DETERMINISTIC)
+@pytest.mark.parametrize(
+    "policy", ["lru", *(pytest.param(name, marks=pytest.mark.slow) for name in DETERMINISTIC if name != "lru")]
+)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_is_that_of_reading_token_by_token(beams, policy, model):
     ids = make_ids(2, 20)

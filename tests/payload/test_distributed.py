@@ -99,6 +99,7 @@ def spread_over_two_processes(request, tmp_path_factory):
     return run_on_two_processes(folder / "script.py", request.config.rootpath / "tests", folder, *SPREAD)
 
 
+@pytest.mark.slow
 @for_kinds()
 def test_heads_spread_over_two_processes(kind, spread_over_two_processes):
     """A continuous model has a handful of weights and is refused."""

@@ -57,7 +57,9 @@ CARDS = {
 ORDER = ("Use", "Results", "Statistics", "Limits", "More ways to use it", "Training", "Licence", "Citation")
 
 
-@pytest.mark.parametrize("kind", CARDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "mosaic" else pytest.mark.slow) for kind in CARDS]
+)
 def test_a_card_begins_with_a_picture_and_five_lines_and_ends_with_checksums(folder_of, kind):
     folder = folder_of(kind)
     text = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).text

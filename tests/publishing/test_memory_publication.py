@@ -63,6 +63,7 @@ def state(folder, **changes):
     edit(folder, "result.json", memory=result_of(folder)["memory"] | changes)
 
 
+@pytest.mark.slow
 def test_a_card_says_what_was_read_by_which_model(staged_memory, memory, run):
     folder, lines = staged_memory
     assert published_files(folder) == ["README.md", "SHA256SUMS", FILE_NAME, "recall.png", "result.json"]
@@ -205,6 +206,7 @@ def test_pairs_that_the_model_does_not_read_are_refused(run, tmp_path, dtype):
         trials.check_memory(folder, run / "model")
 
 
+@pytest.mark.slow
 def test_a_memory_is_verified_with_its_base(copied, staged, monkeypatch):
     """The base is fetched at the commit that the memory names, and checked before it is loaded."""
     asked, lines = [], []

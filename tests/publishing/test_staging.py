@@ -46,6 +46,7 @@ def test_the_payload_is_whole(staged, run):
     assert listed.returncode == 0 and listed.stdout.count(": OK") == len(names) - 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
 def test_a_fine_tuned_model_names_its_base(adapted, run, about, what):
     folder = stage(adapted, "someone/lora", what, about, f"someone/smoke@{COMMIT}")
@@ -114,6 +115,7 @@ def test_a_space_runs_by_what_lies_in_it(run, about):
     publish.verify_published(str(folder), log=lines.append)
 
 
+@pytest.mark.slow
 def test_a_space_with_another_card_or_other_code_is_refused(space):
     folder = space
     good = (folder / "README.md").read_text()

@@ -401,6 +401,7 @@ def test_special_tokens_agree_in_all_files_of_an_export(tmp_path):
     assert saved.pad_token_id != saved.eos_token_id
 
 
+@pytest.mark.slow
 def test_verify_export_catches_other_weights_and_broken_code(tmp_path):
     recipe = load_recipe(SMOKE, SHORT)
     tokenizer = train_tokenizer(["once upon a time"] * 9, 260)

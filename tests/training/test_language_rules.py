@@ -223,6 +223,7 @@ CHOOSES = (*ALL_TUNINGS, "stories_initialisation")
 IS_TUNED = [path for path in HAS_RUNS if load_recipe(path).base in TUNINGS and path.stem not in CHOOSES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", IS_TUNED, ids=lambda path: path.stem)
 def test_starts_and_learning_rates_are_those_that_the_tuning_found_best(path):
     recipe = load_recipe(path)

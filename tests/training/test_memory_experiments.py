@@ -70,6 +70,7 @@ def run(recipe):
     return result
 
 
+@pytest.mark.slow
 def test_losses_of_bounded_memories_are_compared_with_all_pairs_and_with_windows(small):
     texts = {"stories": STORIES | {"windows": "stream", "num_windows": 3}}
     sizes = {"context_length": 96, "measured_from": 48, "budgets": [8, 32], "policies": ["fifo", "usage"]}

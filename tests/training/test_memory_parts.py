@@ -246,6 +246,7 @@ def test_a_comparison_of_pretrained_decoders_runs_as_it_is_shipped(tmp_path, mon
     assert not torch.equal(models["From scratch"].get_input_embeddings().weight, table)
 
 
+@pytest.mark.slow
 def test_a_comparison_of_public_encoders_has_a_guess_for_each_tokenizer(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = train_tokenizer(["Lily had a dog. The dog ran to the park."] * 9, 280)
