@@ -316,8 +316,12 @@ class BoundedMemoryLayer(MemoryMosaicStates, DynamicLayer):
 
     def kept_pairs(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values `(1, H, pairs, D)` of a row, of all pairs that a new text may read."""
+        keys, values = self._held_pairs(row)
+        return keys.clone(), values.clone()
+
+    def _held_pairs(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         held = int(self.held[row])
-        return self.keys[row, None, :, :held].clone(), self.values[row, None, :, :held].clone()
+        return self.keys[row, None, :, :held], self.values[row, None, :, :held]
 
     def named_numbers(self) -> dict[str, torch.Tensor]:
         """Return what a bounded memory is saved with besides, by name."""

@@ -121,10 +121,8 @@ class MemoryMosaicV2BoundedLayer(WindowStates, BoundedMemoryLayer):
 
     def kept_pairs(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values `(1, H, pairs, D)` of a row: a new text may read the waiting ones too."""
-        number = int(self.held[row])
-        held = (states[row, None, :, :number] for states in (self.keys, self.values))
         line = (self.waiting[name][row, None, :, self.is_waiting[row]] for name in WAITING_NAMES[:2])
-        keys, values = (torch.cat(parts, dim=2) for parts in zip(held, line, strict=True))
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(self._held_pairs(row), line, strict=True))
         return keys, values
 
     def named_numbers(self) -> dict[str, torch.Tensor]:

@@ -52,7 +52,9 @@ class ClusterStack:
             one.keys, one.values = (part[head, : len(one.keys)] for part in (stack.keys, stack.values))
         return stack
 
-    def asks_for_more(self, query: torch.Tensor, others: torch.Tensor, tolerance: float, limit: torch.Tensor) -> Any:
+    def asks_for_more(
+        self, query: torch.Tensor, others: torch.Tensor, tolerance: float, limit: torch.Tensor
+    ) -> torch.Tensor:
         """Return which heads need more pairs than `limit` `(H,)` for their certificate, `(H,)`.
 
         Args:

@@ -13,6 +13,16 @@ from modeling_memory_mosaic.retrieval_memory_mosaic import Clusters, ExactIndex,
 from modeling_memory_mosaic.stacked_memory_mosaic import ClusterStack
 
 
+def unit_vectors(generator):
+    """Return a function that draws so many vectors of length 1, `(number, 6)`."""
+
+    def draw(number):
+        drawn = torch.randn(number, 6, generator=generator, dtype=torch.float64)
+        return drawn / drawn.norm(dim=-1, keepdim=True)
+
+    return draw
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     num_pairs=st.integers(1, 300),
@@ -28,11 +38,7 @@ def test_the_error_is_within_its_certificate(
     num_pairs, num_clusters, length, tolerance, num_others, with_counts, one_in, seed
 ):
     generator = torch.Generator().manual_seed(seed)
-
-    def vectors(number):
-        drawn = torch.randn(number, 6, generator=generator, dtype=torch.float64)
-        return drawn / drawn.norm(dim=-1, keepdim=True)
-
+    vectors = unit_vectors(generator)
     keys, values = length * vectors(num_pairs), vectors(num_pairs)
     bias = torch.zeros(num_pairs, dtype=torch.float64)
     if with_counts:
@@ -69,11 +75,7 @@ def test_the_error_is_within_its_certificate(
 )
 def test_a_share_of_pairs_has_a_certificate_too(num_pairs, length, max_share, num_others, make, seed):
     generator = torch.Generator().manual_seed(seed)
-
-    def vectors(number):
-        drawn = torch.randn(number, 6, generator=generator, dtype=torch.float64)
-        return drawn / drawn.norm(dim=-1, keepdim=True)
-
+    vectors = unit_vectors(generator)
     keys, values, bias = length * vectors(num_pairs), vectors(num_pairs), torch.zeros(num_pairs, dtype=torch.float64)
     query, other_keys, other_values = length * vectors(1)[0], length * vectors(num_others), vectors(num_others)
     clusters = Clusters.of(keys, values, bias, 20)
@@ -233,11 +235,7 @@ def test_pairs_that_an_index_finds_are_counted_once(
     num_pairs, num_clusters, length, tolerance, make, with_counts, one_in, seed
 ):
     generator = torch.Generator().manual_seed(seed)
-
-    def vectors(number):
-        drawn = torch.randn(number, 6, generator=generator, dtype=torch.float64)
-        return drawn / drawn.norm(dim=-1, keepdim=True)
-
+    vectors = unit_vectors(generator)
     keys, values, query = length * vectors(num_pairs), vectors(num_pairs), length * vectors(1)[0]
     bias = torch.zeros(num_pairs, dtype=torch.float64)
     if with_counts:
@@ -298,11 +296,7 @@ def test_an_unknown_index_is_refused(model):
 def test_all_heads_at_once_read_what_each_reads_alone(sizes, length, max_share, tolerance, num_others, seed):
     """Heads of different numbers of pairs, as a consolidated memory has, some of which stand for several."""
     generator = torch.Generator().manual_seed(seed)
-
-    def vectors(number):
-        drawn = torch.randn(number, 6, generator=generator, dtype=torch.float64)
-        return drawn / drawn.norm(dim=-1, keepdim=True)
-
+    vectors = unit_vectors(generator)
     counts = [torch.randint(1, 4, (size,), generator=generator).double().log() for size in sizes]
     heads = [
         Clusters.of(length * vectors(size), vectors(size), bias, 12) for size, bias in zip(sizes, counts, strict=True)
