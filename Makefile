@@ -14,10 +14,11 @@ CORE := $(addprefix tests/payload/test_,modeling.py continuous.py packing.py cac
 # `babistories_micro` is last, because it needs a file that is not in the clone: `prompt_lists.json`, a JSON object with a
 # list "openings". That of the committed result has 2,464 first sentences of TinyStories. The other recipes need no file.
 RESULTS ?= three_moons induction induction_search regbench_search regbench_search_baselines regbench_search_start regbench regbench_automata \
-	regbench_long regbench_search_recurrent regbench_recurrent stories_tuning stories_tuning_one_block stories_initialisation \
+	regbench_long regbench_search_recurrent regbench_recurrent stories_tuning stories_tuning_one_block stories_tuning_v2 stories_initialisation \
 	training_curves out_of_distribution beyond_training_length bandwidth parts parts_induction \
+	parts_v2 removed_memory_v2 beyond_training_length_v2 parts_v2_regbench \
 	recall_search recall_search_start recall_search_pairs recall_search_pairs_start join_pairs join_facts join_stories bound bound_recall streaming reading searching surprise \
-	suite_mqar_search suite_mqar_search_recurrent suite_mqar suite_mqar_recurrent \
+	suite_mqar_search suite_mqar_search_recurrent suite_mqar suite_mqar_recurrent parts_v2_mqar \
 	suite_mad_search suite_mad_search_recurrent suite_mad_recall suite_mad_recall_recurrent suite_mad_state suite_mad_state_recurrent \
 	suite_classes_search suite_classes_search_recurrent suite_classes suite_classes_recurrent \
 	suite_needles_search suite_needles_search_recurrent suite_needles suite_needles_recurrent \

@@ -33,6 +33,7 @@ SMALL = [
     "common.generation.prompts=[]",
 ]
 TWO_MODELS = {"Memory Mosaic": {"model": "mosaic-smoke"}, "GPT-2": {"model": "gpt2-smoke"}}
+V2_SIZES = {"hidden_size": 16, "num_attention_heads": 2, "long_term_delay": 2, "long_term_delay_range": [1, 4]}
 STORIES = {"source": "embedded", "split": "validation", "num_stories": 30}
 
 
@@ -251,6 +252,45 @@ def test_windows_of_documents_lie_within_one_document():
         assert tokenizer.decode(ids) in documents[group]["text"]
     with pytest.raises(ValueError, match="none of the 3 documents has 4000 tokens"):
         position_loss.cut_windows(documents, tokenizer, 4000, "documents", 100)
+
+
+def test_repeated_windows_say_in_their_second_half_what_the_first_has_said():
+    documents = Dataset.from_dict({"text": ["a b c d e f g " * 9, "h i j k l m n " * 9]})
+    tokenizer = train_tokenizer(documents["text"], 260)
+    windows, groups = position_loss.cut_windows(documents, tokenizer, 16, "repeated", 5)
+    assert windows.shape == (5, 16) and len(set(groups)) == 5
+    assert windows[:, :8].equal(windows[:, 8:])
+    stream, _ = position_loss.cut_windows(documents, tokenizer, 8, "stream", 5)
+    assert windows[:, :8].equal(stream)
+
+
+def test_a_removed_memory_and_found_parameters_of_v2(small):
+    """A delay beyond any text leaves long-term memories with nothing to read."""
+    runs = {
+        "Memory Mosaic v2": {"model": "mosaic-v2-micro", "model_args": V2_SIZES},
+        "Removed": {"model": "mosaic-v2-micro", "model_args": V2_SIZES, "evaluation": {"long_term_delay": 1_000_000}},
+    }
+    kinds = {"stories": "stream", "repeated": "repeated"}
+    texts = {name: STORIES | {"windows": kind, "num_windows": 4} for name, kind in kinds.items()}
+    options = {"texts": texts, "context_length": 64, "better_from": 32, "flat_from": 32}
+    recipe = small("removed_memory_v2", runs=runs, parameters=["long_term.bandwidth_exponent"], **options)
+    result = position_loss.run(recipe)
+    model, _ = recipe.trainings[0].load()
+    (removed, _) = recipe.trainings[1].load()
+    for layer in model.model.layers:
+        layer.contextual_memory.long_term.v_proj.weight.data.zero_()
+    ids = torch.arange(64)[None]
+    assert removed(ids).logits.equal(model(ids).logits)
+    (row, _) = result["parameters"]
+    exponents = [layer.contextual_memory.long_term.bandwidth_exponent for layer in removed.model.layers]
+    assert row["mean"] == pytest.approx(torch.cat(exponents).mean().item())
+    assert f"| long_term.bandwidth_exponent | Memory Mosaic v2, 1 block | {row['mean']:.3f} |" in result["table"]
+    with pytest.raises(
+        ValueError, match="no model of 'removed_memory_v2' has a parameter whose name ends with 'gammas'"
+    ):
+        position_loss._parameters(recipe.model_copy(update={"parameters": ["gammas"]}))
+    with pytest.raises(ValueError, match="`context_length` 63 must be even for `windows: repeated`"):
+        small("removed_memory_v2", runs=runs, **options | {"context_length": 63, "bin_width": 7})
 
 
 def test_maps_are_the_models_own_and_a_model_without_positions_is_absent(small):

@@ -86,7 +86,7 @@ def test_models_of_regbench_have_equal_parameters_besides_positions():
     models = {path.stem: num_parameters(path) for path in MODELS if path.stem.endswith("-regbench")}
     positions = AutoConfig.from_pretrained(CONFIGURATION / "model/gpt2-regbench.json")
     models["gpt2-regbench"] -= positions.n_positions * positions.n_embd
-    assert len(models) == 8
+    assert len(models) == 9
     assert models == {name: pytest.approx(100_000, rel=0.1) for name in models}
     for name in ("rope-regbench", "rope-shift-regbench"):
         assert models[name] == pytest.approx(models["mosaic-regbench"], rel=0.02)

@@ -15,7 +15,7 @@ from training.tables import committed_results
 
 
 NAMES = ["regbench", "regbench_automata", "regbench_recurrent", "regbench_long", "regbench_paper"]
-NAMES += ["induction", "parts_induction"]
+NAMES += ["parts_v2_regbench", "induction", "parts_induction"]
 RECIPES = {name: load_recipe(CONFIGURATION / f"recipe/{name}.yaml") for name in NAMES}
 CLAIMS = [(name, number) for name, recipe in RECIPES.items() for number in range(len(recipe.claims))]
 POSITIONS = [10, 30, 20, 25, 15, 5]
@@ -149,7 +149,8 @@ SEARCHES = {
     "regbench": ("regbench_search", "regbench_search_baselines", "regbench_search_start", "regbench_search_recurrent"),
     "induction": ("induction_search",),
 }
-ARE_SEARCHED = ["regbench", "regbench_automata", "regbench_long", "regbench_recurrent", "parts_induction"]
+ARE_SEARCHED = ["regbench", "regbench_automata", "regbench_long", "regbench_recurrent", "parts_v2_regbench"]
+ARE_SEARCHED += ["parts_induction"]
 
 
 def trials_by_model(task):

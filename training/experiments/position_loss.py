@@ -8,6 +8,7 @@ Bands and effects are intervals for other seeds and other documents; where a win
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -28,7 +29,7 @@ from training.experiments import comparison
 from training.experiments.comparison import DepthComparisonRecipe, Trained, blocks, plan, summary
 from training.figures import better, label_lines, legend_below, new_figure, save_figure, styles_of
 from training.metrics.mean_loss import bits_per_byte_of_loss
-from training.recipe import SourceSection
+from training.recipe import SourceSection, without_unset
 from training.tables import markdown_table
 from training.text.sources import load_stories, source_provenance
 from training.text.windows import pack_windows, spread_evenly
@@ -40,7 +41,7 @@ __all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
 class TextSection(SourceSection):
     """A source of documents, and how windows are cut from them."""
 
-    windows: Literal["stream", "documents"]
+    windows: Literal["stream", "documents", "repeated"]
     num_windows: PositiveInt
 
 
@@ -48,7 +49,7 @@ class Recipe(DepthComparisonRecipe):
     """Each of the runs is compared with the first, on each text. A run may have `evaluation`.
 
     These are fields of the model's configuration that are changed when it is loaded; the training is that of the run
-    without them.
+    without them. Of `parameters`, names or their ends, a table gives the values that trainings have found.
     """
 
     task: Literal["position_loss"]
@@ -58,11 +59,18 @@ class Recipe(DepthComparisonRecipe):
     batch_size: PositiveInt = 16
     better_from: PositiveInt = 50  # Fig. 10: better from about 50 tokens
     flat_from: PositiveInt = 100  # Fig. 10: flat after 100 to 150
+    parameters: list[str] | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset(serialize(self), "parameters")
 
     @model_validator(mode="after")
     def _check_positions(self) -> Self:
         if self.context_length % self.bin_width:
             raise ValueError(f"`context_length` {self.context_length} is no multiple of `bin_width` {self.bin_width}")
+        if self.context_length % 2 and any(text.windows == "repeated" for text in self.texts.values()):
+            raise ValueError(f"`context_length` {self.context_length} must be even for `windows: repeated`")
         if max(self.better_from, self.flat_from) >= self.context_length - self.bin_width:
             raise ValueError(
                 f"`better_from` {self.better_from} and `flat_from` {self.flat_from} must lie more than one bin below "
@@ -180,19 +188,21 @@ def cut_windows(
         documents: one column `text`.
         tokenizer: with an eos, which stands between documents in a `stream`.
         context_length: tokens of a window.
-        kind: `"stream"` or `"documents"`.
+        kind: `"stream"`, `"documents"`, or `"repeated"`, whose halves are equal.
         num_windows: how many at most.
 
     Returns:
-        ids `(N, T)`, and for each window a number: that of its document, or in a stream that of the window.
+        ids `(N, T)`, and for each window a number: that of its document, or across documents that of the window.
 
     Raises:
         ValueError: no document is long enough for one window.
     """
-    if kind == "stream":
-        windows = list(enumerate(pack_windows(documents, tokenizer, context_length)["input_ids"]))
-    else:
+    if kind == "documents":
         windows = list(_windows_within(documents, tokenizer, context_length))
+    else:
+        times = 2 if kind == "repeated" else 1
+        packed = pack_windows(documents, tokenizer, context_length // times)["input_ids"]
+        windows = [(number, times * list(ids)) for number, ids in enumerate(packed)]
     if not windows:
         raise ValueError(
             f"none of the {len(documents)} documents has {context_length} tokens: lower `context_length`, or cut this "
@@ -264,8 +274,8 @@ def _measured_effect(
     # Paired by seed and by window: how hard a window is cancels out, and the interval is narrower.
     values = sum(sign * measures[label, effect.depth].of_windows[effect.measure] for sign, label in effect.terms)
     measured = _rounded(crossed_effect(np.asarray(values, dtype=np.float64), groups, "nats"))
-    # In a stream each window counts as a document.
-    return measured._replace(basis=measured.basis.replace("documents", "windows")) if kind == "stream" else measured
+    # Where windows span documents, each counts as one.
+    return measured if kind == "documents" else measured._replace(basis=measured.basis.replace("documents", "windows"))
 
 
 def _measure_text(recipe: Recipe, name: str, text: TextSection) -> dict[str, Any]:
@@ -400,9 +410,41 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     save_figure(figure, folder / f"{recipe.name}.png", title, note)
 
 
+def _parameters(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return the values that the parameters of a recipe have in each model, those of all blocks and seeds together."""
+    values: dict[tuple[str, str, str], list[torch.Tensor]] = {}
+    for training in recipe.readers:
+        model, _ = training.load()
+        for wanted, (name, parameter) in itertools.product(recipe.parameters or [], model.named_parameters()):
+            if name.endswith(wanted):
+                values.setdefault((wanted, training.label, training.name), []).append(parameter.detach().flatten())
+    found = [(wanted, name, torch.cat(parts).double()) for (wanted, _, name), parts in values.items()]
+    if absent := set(recipe.parameters or []) - {wanted for wanted, *_ in found}:
+        raise ValueError(f"no model of {recipe.name!r} has a parameter whose name ends with {sorted(absent)[0]!r}")
+    return [
+        {
+            "parameter": wanted,
+            "model": name,
+            "mean": one.mean().item(),
+            "low": one.min().item(),
+            "high": one.max().item(),
+        }
+        for wanted, name, one in found
+    ]
+
+
+def _table_of_parameters(rows: list[dict[str, Any]]) -> str:
+    cells = [[row["parameter"], row["model"], *(f"{row[end]:.3f}" for end in ("mean", "low", "high"))] for row in rows]
+    return markdown_table(("parameter", "model", "mean", "smallest", "largest"), "llrrr", cells)
+
+
 def _measure(recipe: Recipe) -> dict[str, Any]:
     measured = {name: _measure_text(recipe, name, text) for name, text in recipe.texts.items()}
-    return {"measured": measured, "table": _table(recipe, measured)}
+    found = {"measured": measured, "table": _table(recipe, measured)}
+    if recipe.parameters is None:
+        return found
+    rows = _parameters(recipe)
+    return found | {"parameters": rows, "table": "\n\n".join([found["table"], _table_of_parameters(rows)])}
 
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:

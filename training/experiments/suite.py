@@ -45,7 +45,7 @@ class Place(NamedTuple):
 
 
 class Recipe(ComparisonRecipe):
-    """The first run is compared with each of the others.
+    """Each run is compared with those after it.
 
     `tasks` are settings by name, in each of which all models are trained; a run's `at_task` has settings that win over
     its others at one of them. `differences` are pairs of places, by name: the second is taken off the first.
@@ -103,10 +103,9 @@ class Recipe(ComparisonRecipe):
 
     @property
     def effect_names(self) -> list[str]:
-        first, *others = self.runs
         names = [place.name for place in self.places]
         pairs = [f"{one} - {other}" for one, other in self.differences]
-        compared = [*self.runs, *(f"{first} - {other}" for other in others)]
+        compared = [*self.runs, *(f"{one} - {other}" for one, other in itertools.combinations(self.runs, 2))]
         of_places = [f"accuracy ({label}; {name})" for name in names for label in compared]
         return of_places + [f"accuracy ({label}; {pair})" for pair in pairs for label in self.runs]
 
@@ -133,11 +132,10 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
     def difference(one: tuple[str, str], other: tuple[str, str]) -> Effect:
         return mean_effect([a - b for a, b in zip(values[one], values[other], strict=True)], "")
 
-    first, *others = recipe.runs
     found: Effects = {}
     for place in (one.name for one in recipe.places):
         found |= {f"accuracy ({label}; {place})": mean_effect(values[label, place], "") for label in recipe.runs}
-        for other in others:
+        for first, other in itertools.combinations(recipe.runs, 2):
             found[f"accuracy ({first} - {other}; {place})"] = difference((first, place), (other, place))
     for one, other in recipe.differences:
         for label in recipe.runs:
