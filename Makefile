@@ -58,6 +58,7 @@ check: .venv/installed-for-tests
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.speed --output benchmarks/speed.json
+	$(BIN)/python -m benchmarks.speed_v2 --output benchmarks/speed_v2.json
 	$(BIN)/python -m benchmarks.memory_models --output benchmarks/memory_models.json
 	$(BIN)/python -m benchmarks.stored_memories --output benchmarks/stored_memories.json
 

@@ -12,7 +12,7 @@ import re
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -32,7 +32,12 @@ from transformers import (
 )
 
 from benchmarks.roofline import flops_of, product_rate, read_rate
-from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
+from modeling_memory_mosaic import (
+    MemoryMosaicConfig,
+    MemoryMosaicForCausalLM,
+    MemoryMosaicV2Config,
+    MemoryMosaicV2ForCausalLM,
+)
 from training.files import write_json
 from training.result import cpu_name
 from training.tables import markdown_table
@@ -45,7 +50,8 @@ TOKENS_PER_STEP = 2048
 # Tokens that a measurement decodes, and how much longer the text may have become before one.
 NUM_DECODED = 32
 LONGER = 1.1
-PEERS = {"gpt2": "GPT-2", "llama": "Llama"}
+NAMES = {"mosaic": "Memory Mosaic", "mosaic-v2": "Memory Mosaic v2", "gpt2": "GPT-2", "llama": "Llama"}
+PEERS = ("gpt2", "llama")
 DEFAULT_DROPOUT = "default dropout"
 COMPILED = "compiled"
 
@@ -72,10 +78,11 @@ LONG_CASES = [Case(what, 1, length) for length in (16_384, 65_536) for what in (
 
 
 def build(name: str, sizes: dict[str, Any], length: int, default_dropout: bool = False) -> PreTrainedModel:
-    """Return a benchmarked model: `mosaic`, or `gpt2` or `llama` whose blocks have equally many parameters.
+    """Return a benchmarked model, one of `NAMES`, whose blocks have as many parameters as those of the others.
 
     Args:
-        sizes: of all three.
+        name: a key of `NAMES`.
+        sizes: of all models.
         length: the longest text; GPT-2's position table reaches beyond it.
         default_dropout: whether dropout is that of the model's own configuration; else there is none.
     """
@@ -83,6 +90,11 @@ def build(name: str, sizes: dict[str, Any], length: int, default_dropout: bool =
     if name == "mosaic":
         dropout: dict[str, Any] = {} if default_dropout else {"attention_dropout": 0.0, "hidden_dropout": 0.0}
         return MemoryMosaicForCausalLM(MemoryMosaicConfig(**sizes, **dropout))
+    if name == "mosaic-v2":
+        # Two contextual memories have six matrices, which leaves a dense layer of twice the width. It has no dropout.
+        return MemoryMosaicV2ForCausalLM(
+            MemoryMosaicV2Config(**sizes, intermediate_size=2 * sizes["hidden_size"], tie_word_embeddings=True)
+        )
     if name == "llama":
         # Llama's feed-forward layer has three matrices, GPT-2's two of four times the width. It has no dropout.
         intermediate_size = 8 * sizes["hidden_size"] // 3
@@ -237,17 +249,19 @@ def needs_memory(case: Case, is_long: bool) -> bool:
     return case.what == "training step" and case.how != COMPILED or is_long and case.what == "prefill"
 
 
-def of_case(case: Case, sizes: dict[str, Any], rounds: int) -> Iterator[dict[str, Any]]:
+def of_case(
+    case: Case, sizes: dict[str, Any], rounds: int, our_name: str = "mosaic", peers: Sequence[str] = PEERS
+) -> Iterator[dict[str, Any]]:
     """Yield a row for each peer: seconds of both, and for training those of their matrix products at the best rate."""
-    ours = build("mosaic", sizes, case.num_tokens, case.how == DEFAULT_DROPOUT)
+    ours = build(our_name, sizes, case.num_tokens, case.how == DEFAULT_DROPOUT)
     row: dict[str, Any] = case._asdict()
     is_long = sizes is SMALL_SIZES
-    our_memory = peak_memory("mosaic", sizes, case) if needs_memory(case, is_long) else None
-    for name, peer in PEERS.items():
+    our_memory = peak_memory(our_name, sizes, case) if needs_memory(case, is_long) else None
+    for name in peers:
         torch.compiler.reset()
         theirs = build(name, sizes, case.num_tokens, case.how == DEFAULT_DROPOUT)
         our_task, their_task = (TASKS[case.what](model, case) for model in (ours, theirs))
-        row |= {"peer": peer, **compare(our_task, their_task, rounds)}
+        row |= {"peer": NAMES[name], **compare(our_task, their_task, rounds)}
         if case.what == "training step" and case.how == "eager":
             rate = product_rate()  # here, because it drifts as the rate of the whole machine does
             row |= {"products_of_ours": flops_of(our_task) / rate, "products_of_theirs": flops_of(their_task) / rate}
@@ -311,21 +325,25 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [*what, *figures, f"{ours:,.0f}, {theirs:,.0f}", f"{ours / theirs:.2f}"]
 
 
-def table(report: dict[str, Any]) -> str:
-    """Return the Markdown table of a report as `main` writes it, with its setting above."""
-    names = {"mosaic": "Memory Mosaic", **PEERS}
-    models = [f"{names[name]} ({count / 1e6:.1f} M parameters)" for name, count in report["parameters"].items()]
+def table_of_rows(report: dict[str, Any]) -> str:
+    """Return the measurements of a report as a Markdown table, with their setting above."""
+    models = [f"{NAMES[name]} ({count / 1e6:.1f} M parameters)" for name, count in report["parameters"].items()]
     setting = (
         f"{models[0]} beside {' and '.join(models[1:])}, float32, {report['threads']} threads of {report['cpu']}, "
     )
     setting += f"torch {report['versions']['torch']}, median of {report['rounds']} interleaved pairs.\n"
+    return "\n".join([setting, markdown_table(COLUMNS, "lllrrrrrrrr", map(cells, report["rows"]))])
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the Markdown table of a report as `main` writes it, with its setting above and a law below."""
     line = report["decode_over_length"]
     law = (
         f"A token of the mosaic takes {1e3 * line['intercept']:.2f} ms and {1e3 * line['slope']:.2f} ms more for each "
         f"thousand pairs, a straight line from 64 to 8,192 pairs to within {line['deviation']:.0%}. Reading the pairs "
         f"takes {1e3 * line['traffic']:.2f} ms for each thousand at the rate of this machine's memory."
     )
-    return "\n".join([setting, markdown_table(COLUMNS, "lllrrrrrrrr", map(cells, report["rows"])), "", law])
+    return "\n".join([table_of_rows(report), "", law])
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -339,8 +357,9 @@ def summary(report: dict[str, Any]) -> str:
 
     training = [f"{ratios(c.what, c.how, c.batch_size, c.num_tokens)} at {c.num_tokens:,} tokens" for c in TRAINING]
     one_row = [f"{ratios('decode', 'eager', 1, n)} behind {n:,}" for n in (64, 512, 2048, 8192)]
+    peers = " / ".join(NAMES[name] for name in PEERS)
     text = (
-        f"Speed relative to transformers' {' / '.join(PEERS.values())} of equal size on {report['threads']} threads "
+        f"Speed relative to transformers' {peers} of equal size on {report['threads']} threads "
         f"of a CPU: training {', '.join(training)}; decoding {', '.join(one_row)}, and "
         f"{ratios('decode', 'eager', 8, 2048)} behind 2,048 in batches of 8; compiled decoding "
         f"{ratios('decode', COMPILED, 1, 2048)} behind 2,048. Above 1 is faster."

@@ -10,7 +10,7 @@ from helpers.kinds import KINDS
 from helpers.models import make_ids
 from torch.nn import functional
 
-from benchmarks import gpu, memory_models, roofline, searched_memories, speed, stored_memories
+from benchmarks import gpu, memory_models, roofline, searched_memories, speed, speed_v2, stored_memories
 from modeling_memory_mosaic import retrieval_memory_mosaic
 from modeling_memory_mosaic.modeling_memory_mosaic import MemoryMosaicPreTrainedModel
 from training.paths import CLONE
@@ -66,12 +66,13 @@ def test_the_committed_report_fills_its_block():
 
 @pytest.mark.parametrize("what", ["training step", "prefill", "decode"])
 @pytest.mark.parametrize("how", ["eager", speed.DEFAULT_DROPOUT, speed.COMPILED])
-def test_every_case_of_the_speed_benchmark_runs_small(what, how, monkeypatch):
+@pytest.mark.parametrize(("ours", "peers"), [("mosaic", speed.PEERS), (speed_v2.OURS, speed_v2.PEERS)])
+def test_every_case_of_the_speed_benchmark_runs_small(what, how, ours, peers, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(speed, "peak_memory", lambda *arguments: 1.0)
     case = speed.Case(what, 2, 12, how)
-    rows = list(speed.of_case(case, speed.SMALL_SIZES, rounds=2))
-    assert [row["peer"] for row in rows] == list(speed.PEERS.values())
+    rows = list(speed.of_case(case, speed.SMALL_SIZES, 2, ours, peers))
+    assert [row["peer"] for row in rows] == [speed.NAMES[name] for name in peers]
     for row in rows:
         assert row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
         assert len(speed.cells(row)) == len(speed.COLUMNS)

@@ -36,6 +36,7 @@ PARTS = ("parts", "parts_induction")
 BENCHMARKS = {
     "speed": ("speed", "table"),
     "speed_summary": ("speed", "summary"),
+    "speed_v2": ("speed_v2", "table"),
     "memory_speed": ("memory_models", "table"),
     "stored_memories": ("stored_memories", "table"),
     "searched_memories": ("searched_memories", "table"),
