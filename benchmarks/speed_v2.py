@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of Memory Mosaics v2 beside the first version and transformers' Llama: `make bench`, or see `--help`.
 
-Measured as in `benchmarks/speed.py`. v2 reads two contextual memories in each block, and has a dense layer of the width
-that makes its parameters as many as the others'. In training, long-term memories draw their delay.
+Measured as in `benchmarks/speed.py`. v2 reads two contextual memories in each block, and has a dense layer of the
+width that makes its parameters as many as the others'. In training, long-term memories draw their delay.
 """
 
 import json
