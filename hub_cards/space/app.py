@@ -22,18 +22,20 @@ import torch  # noqa: E402
 from huggingface_hub import metadata_load  # noqa: E402
 from huggingface_hub.utils import HFValidationError, validate_repo_id  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase  # noqa: E402
 
 import memories  # noqa: E402
 import texts  # noqa: E402
-from modeling_memory_mosaic import MemoryMosaicForCausalLM  # noqa: E402
+from modeling_memory_mosaic import MemoryMosaicForCausalLM, MemoryMosaicV2ForCausalLM  # noqa: E402
+from modeling_memory_mosaic.files_memory_mosaic import ARXIV  # noqa: E402
 
 
 # In bytes. A request of this page has a few kilobytes: nothing is uploaded.
 LARGEST_REQUEST = 2**20
 MOST_WAITING = 32
 BESIDE = Path(__file__).with_name("model")
-PAPER = "https://arxiv.org/abs/2405.06394"
+CLASSES = {one.__name__: one for one in (MemoryMosaicForCausalLM, MemoryMosaicV2ForCausalLM)}
+TITLES = {"memory_mosaic": "Memory Mosaics", "memory_mosaic_v2": "Memory Mosaics at scale"}
 
 
 def load(source: str) -> tuple[MemoryMosaicForCausalLM, PreTrainedTokenizerBase]:
@@ -42,7 +44,7 @@ def load(source: str) -> tuple[MemoryMosaicForCausalLM, PreTrainedTokenizerBase]
     Raises:
         ValueError: it does not hold a Memory Mosaic that predicts tokens, with finite weights and its tokenizer.
     """
-    remedy = "Pass a folder, or the name of a repository on the Hub, that holds a MemoryMosaicForCausalLM."
+    remedy = f"Pass a folder, or the name of a repository on the Hub, that holds a {' or '.join(CLASSES)}."
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -50,10 +52,11 @@ def load(source: str) -> tuple[MemoryMosaicForCausalLM, PreTrainedTokenizerBase]
         reason = "there is no such folder" if is_missing else str(error).splitlines()[0]
         raise ValueError(f"{source}: no model was found there ({reason}). {remedy}") from error
     architectures = config.architectures or ["no architecture"]
-    if config.model_type != "memory_mosaic" or "MemoryMosaicForCausalLM" not in architectures:
+    model_class = CLASSES.get(architectures[0])
+    if model_class is None or config.model_type != model_class.config_class.model_type:
         other = f"{', '.join(architectures)} of type {config.model_type}"
         raise ValueError(f"{source}: {other} was found there, whose memories this page cannot show. {remedy}")
-    model = MemoryMosaicForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = model_class.from_pretrained(source, dtype=torch.float32)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -88,14 +91,29 @@ def heading(model: MemoryMosaicForCausalLM, repository: str | None) -> str:
     name = "This model"
     if repository is not None:
         name = f'The model <a href="https://huggingface.co/{repository}">{repository}</a>'
-    config = model.config
+    lacks, memories_of_layer = described(model.config)
+    number, title = ARXIV[model.config.model_type], TITLES[model.config.model_type]
     return (
         f"<h1>The memory of a Memory Mosaic</h1><p>{name} is a language model of {model.num_parameters():,} "
-        "parameters. It has no attention, no feed-forward layers and no positions. It predicts each token from its "
-        "memories: "
-        f"{config.num_hidden_layers} layers have {config.num_attention_heads} contextual and "
-        f"{config.num_attention_heads} persistent ones each. The paper explains them: "
-        f'<a href="{PAPER}">Memory Mosaics, arXiv 2405.06394</a>.</p>'
+        f"parameters. It has {lacks}. It predicts each token from its memories: {model.config.num_hidden_layers} "
+        f"layers have {memories_of_layer} each. The paper explains them: "
+        f'<a href="https://arxiv.org/abs/{number}">{title}, arXiv {number}</a>.</p>'
+    )
+
+
+def described(config: PreTrainedConfig) -> tuple[str, str]:
+    """Return in words what a model lacks, and which memories a layer has."""
+    heads = config.num_attention_heads
+    if config.model_type == "memory_mosaic":
+        return (
+            "no attention, no feed-forward layers and no positions",
+            f"{heads} contextual and {heads} persistent ones",
+        )
+    contextual = f"{config.num_short_term_heads} short-term and {config.num_long_term_heads} long-term ones"
+    is_dense = config.persistent_memory_type == "swiglu"
+    return (
+        "no attention and no positions",
+        f"{contextual} and {'a dense layer' if is_dense else f'{heads} persistent ones'}",
     )
 
 

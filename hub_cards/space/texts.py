@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tab on a text: the model continues it, and the page shows which memories each token came from.
 
-A text has T tokens, a model L layers of H contextual and H persistent memories. All are counted from 0. The page opens
-on the token that contextual memories explain best.
+A text has T tokens, a model L layers of H contextual and H persistent memories. All are counted from 0. Contextual
+memories of Memory Mosaics v2 are short-term or long-term ones. Its dense persistent memory is one without slots. The
+page opens on the token that contextual memories explain best.
 """
 
 import dataclasses
@@ -79,7 +80,8 @@ class Reading:
         pieces: the text as the page shows it, and the place of the last token of each piece.
         num_given: how many were given; the model wrote the others.
         trace: trace of the text, without the many `slot_weights`.
-        slots: the slots that each persistent memory read most at each token, and their weights, both `(L, H, T, 3)`.
+        slots: the slots that each persistent memory read most at each token, and their weights, both `(L, H, T, 3)`;
+            `(L, 1, T, 0)` of dense memories.
         words: the tokens that the value of a slot favours most, by layer, head and slot.
     """
 
@@ -89,6 +91,19 @@ class Reading:
     trace: MemoryMosaicTrace
     slots: tuple[torch.Tensor, torch.Tensor]
     words: dict[tuple[int, int, int], list[str]]
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether persistent memories hold pairs."""
+        return self.slots[0].shape[-1] > 0
+
+    def name_of(self, layer: int, kind: str, head: int) -> str:
+        """Return the name of a memory, which has its level and its number there."""
+        level, number = kind, head
+        num_short = self.trace.levels.get("short_term", 0)
+        if kind == "contextual" and self.trace.levels:
+            level, number = ("short-term", head) if head < num_short else ("long-term", head - num_short)
+        return f"Layer {layer}, {level} {number}"
 
 
 @dataclasses.dataclass
@@ -172,7 +187,9 @@ def words_of_slots(
         output = memory.o_proj(alone.flatten(1))
         output = output[:-1] - output[-1]  # the row of zeros gives the bias
         # The final norm without its division, which keeps the order of the logits.
-        logits = model.lm_head((output - output.mean(-1, keepdim=True)) * model.model.norm.weight)
+        if isinstance(model.model.norm, torch.nn.LayerNorm):
+            output = output - output.mean(-1, keepdim=True)
+        logits = model.lm_head(output * model.model.norm.weight)
         # More than are shown, because some are left out below.
         ranking = logits.topk(min(3 * WORDS_OF_A_SLOT, logits.shape[1])).indices.tolist()
         for place, best in zip(in_layer, ranking, strict=True):
@@ -199,8 +216,10 @@ def strongest_units(reading: Reading, position: int) -> list[Unit]:
         return []
     contribution = reading.trace.contribution[:, :, 0, :, position - 1]  # (L, 2, H)
     units = []
+    # One kind may have fewer memories than the other, whose contributions are 0 behind them.
+    num_memories = reading.trace.weights.shape[2], reading.slots[0].shape[1]
     for index, kind in enumerate(KINDS):
-        numbers = contribution[:, index]
+        numbers = contribution[:, index, : num_memories[index]]
         for place in numbers.abs().flatten().topk(min(UNITS_OF_A_KIND, numbers.numel())).indices.tolist():
             layer, head = divmod(place, numbers.shape[1])
             recalled = recalled_by(reading, position, layer, kind, head)
@@ -362,6 +381,9 @@ def names_of_recalled(reading: Reading, unit: Unit, position: int) -> list[str]:
 
 def unit_table(reading: Reading, position: int, chosen: int) -> str:
     """Return, as an HTML table, one row for each memory that is listed; one of them is chosen."""
+    of_persistent = "A persistent memory recalls slots, which hold pairs that it learnt in training."
+    if not reading.has_slots:
+        of_persistent = "The persistent memory of a layer is dense: it holds no pairs, and is not listed."
     rows = ""
     for number, unit in enumerate(listed_units(reading, position)):
         is_chosen = number == chosen
@@ -369,13 +391,12 @@ def unit_table(reading: Reading, position: int, chosen: int) -> str:
         rows += (
             f'<tr class="{"chosen-row" * is_chosen}"><th scope="row"><button type="button" data-choice="{number}" '
             f'aria-pressed="{str(is_chosen).lower()}" tabindex="{0 if is_chosen else -1}">'
-            f"Layer {unit.layer}, {unit.kind} {unit.head}</button></th>"
+            f"{reading.name_of(unit.layer, unit.kind, unit.head)}</button></th>"
             f"<td>{unit.contribution:+.2f}</td><td>{' '.join(names)}</td></tr>"
         )
     return (
         "<h2>2. Choose a memory.</h2><p>The table lists the memories that change the logit of the chosen token most. "
-        "A contextual memory recalls pairs of the text: a token, and what followed it. A persistent memory recalls "
-        "slots, which hold pairs that it learnt in training.</p>"
+        f"A contextual memory recalls pairs of the text: a token, and what followed it. {of_persistent}</p>"
         '<table><thead><tr><th scope="col">Memory</th><th scope="col">It adds</th>'
         '<th scope="col">It recalls, with these weights</th></tr></thead>'
         f"<tbody>{rows}</tbody></table>{sentence_on_others(reading, position)}"
@@ -389,6 +410,8 @@ def sentence_on_others(reading: Reading, position: int) -> str:
     if not others:
         return ""
     added = ", ".join(f"{number:+.2f}" for number in others)
+    if not reading.has_slots:
+        return f"<p>The strongest dense layers add {added}.</p>"
     is_one = len(others) == 1
     return (
         f"<p>{len(others)} of the {len(units)} strongest persistent memories {'is' if is_one else 'are'} not listed: "
@@ -453,9 +476,9 @@ def explanation(reading: Reading, position: int) -> str:
     )
 
 
-def recall_sentence(position: int, layer: int, kind: str, head: int) -> str:
+def recall_sentence(reading: Reading, position: int, layer: int, kind: str, head: int) -> str:
     """Return, as HTML, a sentence on what the coloured text below it shows."""
-    name = f"<b>Layer {layer}, {kind} memory {head}</b>"
+    name = f"<b>{reading.name_of(layer, kind, head)}</b>"
     if kind == "persistent":
         return f"<p>{name} recalls pairs that it learnt in training, and nothing of this text.</p>"
     if position == 1:
@@ -471,7 +494,7 @@ def show_unit(reading: Reading, position: int, number: int) -> tuple[str, str]:
     unit = listed_units(reading, position)[number]
     place = unit.layer, unit.kind, unit.head
     marks = weighted_text(reading, position, *place)
-    recalled = recall_sentence(position, *place) + marked_text(
+    recalled = recall_sentence(reading, position, *place) + marked_text(
         "3. See what it recalls of the text so far.", marks, dict(zip(WEIGHTS, OCHRES, strict=True))
     )
     return unit_table(reading, position, number), recalled
@@ -505,8 +528,8 @@ def choose_unit(reading: Reading | None, position: int, event: gr.SelectData) ->
 
 
 HEADING = """
-<p><b>Contextual</b> memories store what followed what in the text. <b>Persistent</b> memories store what followed what
-in training. Each memory recalls what followed in situations like the present one, and adds to the logits of the tokens
+<p><b>Contextual</b> memories store what followed what in the text. <b>Persistent</b> memories hold what was learnt in
+training. Each memory recalls what followed in situations like the present one, and adds to the logits of the tokens
 that may come next.</p>
 """
 

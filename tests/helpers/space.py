@@ -8,6 +8,7 @@ from typing import Any
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
+from helpers.kinds import make_v2
 from helpers.models import make_model
 from hub_cards.space.screenshot import find, wait_for
 from training.publishing.checks import PACKAGE, SPACE, SPACE_CODE
@@ -21,11 +22,12 @@ STORIES = ["Once upon a time there was a cat. One day, the cat saw a <b>ball</b>
 REPOSITORY = "someone/some-mosaic"
 
 
-def make_parts() -> tuple[Any, Any]:
-    """Return a model and a tokenizer that knows no character of more than one byte."""
+def make_parts(kind: str = "mosaic", **config: Any) -> tuple[Any, Any]:
+    """Return a model, a `mosaic` or a `mosaic v2`, and a tokenizer that knows no character of more than one byte."""
     tokenizer = train_tokenizer(STORIES, vocab_size=300)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return make_model(vocab_size=len(tokenizer), num_persistent_slots=7, **ids), tokenizer
+    make = {"mosaic": make_model, "mosaic v2": make_v2}[kind]
+    return make(vocab_size=len(tokenizer), num_persistent_slots=7, **ids | config), tokenizer
 
 
 def write_space(parts: tuple[Any, Any], folder: Path) -> Path:

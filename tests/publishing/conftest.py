@@ -121,10 +121,10 @@ def copy(staged, tmp_path):
     return shutil.copytree(staged, tmp_path / "copy")
 
 
-@pytest.fixture(scope="session")
-def parts():
+@pytest.fixture(scope="session", params=["mosaic", "mosaic v2"])
+def parts(request):
     """A small model and its tokenizer, for the page."""
-    return make_parts()
+    return make_parts(request.param)
 
 
 @pytest.fixture(scope="session")
