@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tab on memories reads a document once, answers from those that are remembered, and shows from which one."""
 
+import copy
 import html
 import itertools
 import re
@@ -85,8 +86,8 @@ def test_a_document_is_read_once(parts, reads):
     assert ask(parts, changed, texts=(TEXTS[1], TEXTS[0], "")).read == ["Document A", "Document B"]
 
 
-def test_another_model_reads_the_documents_again(visit):
-    model, tokenizer = make_parts()
+def test_another_model_reads_the_documents_again(parts, visit):
+    model, tokenizer = copy.deepcopy(parts[0]), parts[1]
     assert ask((model, tokenizer), visit).read == []  # the same weights
     with torch.no_grad():
         model.model.norm.weight[0] += 1
