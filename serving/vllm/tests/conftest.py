@@ -17,9 +17,10 @@ import gc  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM  # noqa: E402
 
 
 VOCAB_SIZE, ANSWER_LENGTH, LEAST_MARGIN = 500, 32, 1e-3

@@ -2,6 +2,7 @@
 """What the plugin does not serve is refused before a model is built, and the message says what to do."""
 
 import pytest
+
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, MemoryMosaicV2Config
 
 
@@ -35,6 +36,7 @@ def test_heads_that_are_too_wide_are_refused(engine, tmp_path):
 
 def test_another_version_of_vllm_is_refused(monkeypatch):
     import vllm
+
     import vllm_memory_mosaic
 
     vllm_memory_mosaic.check_version()

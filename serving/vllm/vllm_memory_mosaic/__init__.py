@@ -28,10 +28,11 @@ def register() -> None:
     """Make Memory Mosaics known to vLLM and transformers. May be called several times."""
     check_version()
     # Imported for what it does: transformers then knows the configurations by name.
-    import modeling_memory_mosaic  # noqa: F401
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+
+    import modeling_memory_mosaic  # noqa: F401
 
     from .settings import MosaicConvertor, MosaicSettings, MosaicV2Settings
 

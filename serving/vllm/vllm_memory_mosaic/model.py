@@ -13,19 +13,10 @@ width, W stored width of heads, C hidden size, S learnt slots per head.
 
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from modeling_memory_mosaic import MemoryMosaicConfig
-from modeling_memory_mosaic.masking_memory_mosaic import growth_of_kernels
-from modeling_memory_mosaic.memories_memory_mosaic import PARAMETER_SCALE
-from modeling_memory_mosaic.ops_memory_mosaic import (
-    MAX_LOG_KEY_SCALE,
-    as_dtype,
-    at_least_float32,
-    scale_to_length,
-)
 from torch import nn
 from vllm.config import CacheConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
@@ -37,6 +28,16 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
+from modeling_memory_mosaic import MemoryMosaicConfig
+from modeling_memory_mosaic.masking_memory_mosaic import growth_of_kernels
+from modeling_memory_mosaic.memories_memory_mosaic import PARAMETER_SCALE
+from modeling_memory_mosaic.ops_memory_mosaic import (
+    MAX_LOG_KEY_SCALE,
+    as_dtype,
+    at_least_float32,
+    scale_to_length,
+)
+
 from .settings import stored_width
 from .states import STATES, RequestStates, StepPlan, page_layout
 
@@ -45,15 +46,23 @@ from .states import STATES, RequestStates, StepPlan, page_layout
 BIAS = 2.0**15
 
 
+def head_dim_of(config: MemoryMosaicConfig) -> int:
+    """Return the width of a head, which a configuration that was made always has."""
+    return cast(int, config.head_dim)
+
+
 class TokenMemory(nn.Module):
     """The key extractor, the scalars of the heads and the combining layer of both kinds of memories."""
 
     sum_name: str
     key_power = 1  # of the length of a key, in queries
+    key_leak: nn.Parameter
+    key_scale: nn.Parameter
+    value_scale: nn.Parameter
 
     def __init__(self, config: MemoryMosaicConfig, states: RequestStates, prefix: str):
         super().__init__()
-        self.num_heads, self.head_dim, self.states = config.num_attention_heads, config.head_dim, states
+        self.num_heads, self.head_dim, self.states = config.num_attention_heads, head_dim_of(config), states
         inner_size = self.num_heads * self.head_dim
         options: dict[str, Any] = {"bias": config.use_bias, "return_bias": False}
         self.k_proj = ReplicatedLinear(config.hidden_size, inner_size, prefix=f"{prefix}.k_proj", **options)
@@ -122,15 +131,14 @@ class ContextualMemory(TokenMemory):
         """The share of the earlier of two values `(H, 1)`."""
         return at_least_float32(self.value_mix)[:, None]
 
-    def to_slots(self, vectors: torch.Tensor, bias: float, plan: StepPlan | None) -> torch.Tensor:
-        """Return vectors `(N, H, D)` in the width of stored heads, `(N, H, W)`, with a bias behind them.
+    def widened(self, vectors: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+        """Return vectors `(N, H, D)` in the width of stored heads, `(N, H, W)`, with a value in the room behind."""
+        return F.pad(vectors, (0, self.width - self.head_dim), value=value)
 
-        Args:
-            bias: of all vectors without a plan; with one, of the slots 0 alone, which hold nothing else.
-        """
-        room = self.width - self.head_dim
-        slots = F.pad(vectors, (0, room), value=0.0 if plan is not None else bias)
-        if plan is not None and len(plan.openings):
+    def to_slots(self, vectors: torch.Tensor, bias: float, plan: StepPlan) -> torch.Tensor:
+        """Return keys or values of pairs as slots hold them `(N, H, W)`: in slots 0 there is a bias, and no pair."""
+        slots = self.widened(vectors)
+        if len(plan.openings):
             slots[plan.openings] = 0.0
             slots[plan.openings, :, self.head_dim] = bias
         return slots
@@ -153,9 +161,9 @@ class ContextualMemory(TokenMemory):
         blended = torch.lerp(at_least_float32(values), at_least_float32(earlier), self.mix)
         pair_values = as_dtype(scale_to_length(blended, self.value_length), dtype)
         pair_keys = states.shifted("newest_key", keys, plan)
-        # Padded queries hold `BIAS` in all of the room: keys are 0 there, but for one channel of slot 0.
+        # Queries hold `BIAS` in all of the room, where keys have zeros, but for one channel of slot 0.
         retrieved = self.attn(
-            self.to_slots(queries, BIAS, None).flatten(1),
+            self.widened(queries, BIAS).flatten(1),
             self.to_slots(pair_keys, -BIAS, plan).flatten(1),
             self.to_slots(pair_values, 0.0, plan).flatten(1),
         )
@@ -170,7 +178,7 @@ class PersistentMemory(TokenMemory):
 
     def __init__(self, config: MemoryMosaicConfig, states: RequestStates, prefix: str):
         super().__init__(config, states, prefix)
-        shape = (self.num_heads, config.num_persistent_slots, self.head_dim)
+        shape = (self.num_heads, cast(int, config.num_persistent_slots), self.head_dim)
         self.slot_keys = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.slot_values = nn.Parameter(torch.empty(shape), requires_grad=False)
 
@@ -187,9 +195,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: MemoryMosaicConfig, vllm_config: VllmConfig, prefix: str):
         super().__init__()
-        norm = {"eps": config.layer_norm_eps, "bias": config.use_bias}
+        norm: dict[str, Any] = {"eps": config.layer_norm_eps, "bias": config.use_bias}
         dtype, cache_config = vllm_config.model_config.dtype, vllm_config.cache_config
-        self.states = RequestStates(config.num_attention_heads, config.head_dim, dtype, f"{prefix}.states")
+        self.states = RequestStates(config.num_attention_heads, head_dim_of(config), dtype, f"{prefix}.states")
         self.contextual_norm = nn.LayerNorm(config.hidden_size, **norm)
         self.contextual_memory = ContextualMemory(config, self.states, cache_config, f"{prefix}.contextual_memory")
         self.persistent_norm = nn.LayerNorm(config.hidden_size, **norm)
@@ -254,7 +262,7 @@ class MemoryMosaicForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,

@@ -47,13 +47,16 @@ class MosaicSettings(VerifyAndUpdateConfig):
         parallel: Any = vllm_config.parallel_config
         if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
             raise ValueError("Memory Mosaics are served by one process: leave the tensor and pipeline sizes at 1.")
-        if vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        cache_dtype = vllm_config.cache_config.cache_dtype
+        if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
             raise ValueError(
-                f"kv_cache_dtype={vllm_config.cache_config.cache_dtype!r}: slot 0 of each text is kept out of reach by "
-                "a number that this precision cannot hold. Leave --kv-cache-dtype out."
+                f"kv_cache_dtype={cache_dtype!r}: slot 0 of each text is kept out of reach by a number that this "
+                "precision cannot hold. Leave --kv-cache-dtype out."
             )
         if vllm_config.quant_config is not None:
-            raise ValueError("Quantized Memory Mosaics are not supported by this plugin: serve the weights as they are.")
+            raise ValueError(
+                "Quantized Memory Mosaics are not supported by this plugin: serve the weights as they are."
+            )
         if vllm_config.speculative_config is not None:
             raise ValueError(
                 "Speculative decoding is not supported: a token that is taken back leaves its trace in the leaky sums."

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from modeling_memory_mosaic.ops_memory_mosaic import at_least_float32, leaky_average
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
@@ -21,6 +20,8 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Comm
 from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend, LinearAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
+
+from modeling_memory_mosaic.ops_memory_mosaic import at_least_float32, leaky_average
 
 
 # Names of the states, in the order of a page: those in float32 first, so that all are aligned.
