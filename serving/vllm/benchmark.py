@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens a second of vLLM's server beside `transformers serve`, of one model over HTTP: see `--help`.
 
-Both servers are started in turn, as a user starts them, with nothing said about threads, and each round starts both
-anew: a machine whose speed drifts slows both alike. The measure is the ratio of each pair, and the median over rounds.
+Both servers are started in turn, as a user starts them, with nothing said about threads, and again in each round: a
+machine whose speed drifts slows both alike. The measure is the ratio of each pair, and the median over rounds.
 Clients send a prompt each at the same moment and wait for the whole answer.
 """
 
