@@ -115,10 +115,15 @@ def engine():
 
 @pytest.fixture
 def answer():
-    """Return a function that gives the greedy answers of an engine to prompts of tokens, all at once."""
+    """Return a function that gives the greedy answers of an engine to prompts of tokens, all at once.
 
-    def generate(llm, prompts, length=ANSWER_LENGTH):
-        greedy = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
+    Answers are of 32 tokens, or of a number for each.
+    """
+
+    def generate(llm, prompts, lengths=None):
+        lengths = [ANSWER_LENGTH] * len(prompts) if lengths is None else lengths
+        settings = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+        greedy = [SamplingParams(max_tokens=length, **settings) for length in lengths]
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 

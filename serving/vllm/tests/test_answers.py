@@ -5,6 +5,8 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from vllm_memory_mosaic.states import StepPlanBuilder
+
 
 VARIANTS = ("plain", "authors", "tied", "biases", "narrowing", "odd_heads", "wide_heads")
 
@@ -20,12 +22,23 @@ def test_greedy_tokens_are_those_of_transformers(reference, engine, answer, vari
         assert answer(llm, prompts) == list(expected)
 
 
-def test_prompts_of_all_lengths_are_read_beside_each_other(reference, engine, answer):
-    """More requests than the engine takes at once: some begin while others are answered."""
+def test_prompts_of_all_lengths_are_read_beside_each_other(reference, engine, answer, monkeypatch):
+    """More requests than the engine takes at once, with answers of several lengths: some begin while others go on."""
     lengths = (1, 12, 600, 5, 33, 100, 64, 2, 300, 1, 17, 128, 129, 31, 32, 256)
     prompts, expected = zip(*[reference().draw(length) for length in lengths], strict=True)
+    answer_lengths = [32 - 5 * (index % 4) for index in range(len(lengths))]
+    plans, build = [], StepPlanBuilder.build
+
+    def watched(*arguments, **settings):
+        plans.append(build(*arguments, **settings))
+        return plans[-1]
+
+    monkeypatch.setattr(StepPlanBuilder, "build", watched)
     with engine(reference().folder, max_num_seqs=5, block_size=32) as llm:
-        assert answer(llm, prompts) == list(expected)
+        answers = answer(llm, prompts, answer_lengths)
+    assert answers == [tokens[:length] for tokens, length in zip(expected, answer_lengths, strict=True)]
+    # Prompts that begin, beside texts that go on by one token.
+    assert sum(len(plan.pieces) > 0 and not plan.is_new.all().item() for plan in plans) >= 4
 
 
 @pytest.mark.parametrize("tokens_a_step", [8, 40])
@@ -49,7 +62,7 @@ def test_no_request_finds_what_others_left(reference, engine, answer):
     prompts, expected = zip(*[reference().draw(1 + 7 * n % 40, answer_length=4) for n in range(200)], strict=True)
     last, its_answer = reference().draw(12)
     with engine(reference().folder, max_num_seqs=4, kv_cache_memory_bytes=4 << 20, max_model_len=128) as llm:
-        assert answer(llm, prompts, length=4) == list(expected)
+        assert answer(llm, prompts, [4] * 200) == list(expected)
         assert answer(llm, [last]) == [its_answer]
 
 
@@ -79,7 +92,7 @@ def attention_outputs(llm, answer, prompt):
         ]
 
     hooks = llm.apply_model(watch)[0]
-    answer(llm, [prompt], length=1)
+    answer(llm, [prompt], [1])
     for hook in hooks:
         hook.remove()
     memory = llm.apply_model(lambda model: model.model.layers[0].contextual_memory)[0]
