@@ -157,7 +157,8 @@ class RequestStates(nn.Module, MambaBase):
 
         Args:
             vectors (`torch.Tensor` of shape `(N, H, D)`).
-            leak (`torch.Tensor` of shape `(H,)`), decay (`torch.Tensor` of shape `(H, 1)`): its exponential, negated.
+            leak (`torch.Tensor` of shape `(H,)`): in nats per token.
+            decay (`torch.Tensor` of shape `(H, 1)`): exp(-leak).
         """
         sums, before = at_least_float32(vectors), self.read(name, plan)
         firsts = torch.addcmul(sums.index_select(0, plan.begins), decay, before)
