@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # The oldest transformers that pyproject.toml allows, and the tests that need nothing besides it.
 OLDEST := transformers==5.18.0
+# What programs for edge devices are made by; torch 2.13 is the one that it is built for.
+EDGE := executorch>=1.5.1,<1.6 transformers>=5.24,<6
 # Two processes of one thread each, so that two cores are busy; the tests of a file stay together.
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 CORE := $(addprefix tests/payload/test_,modeling.py continuous.py packing.py cache.py generation.py classification.py saving.py \
@@ -32,7 +34,7 @@ PAGES := README.md benchmarks/README.md modeling_memory_mosaic/README.md trainin
 DEMO_MODEL := runs/demo/mosaic-demo-seed0/model
 STORIES_MODEL ?= $(DEMO_MODEL)
 
-.PHONY: demo test test-slow test-oldest check bench results tables pictures screenshots clean
+.PHONY: demo test test-slow test-oldest edge-test check bench results tables pictures screenshots clean
 
 demo: .venv/installed
 	$(BIN)/python -m training run configuration/recipe/demo.yaml
@@ -47,6 +49,10 @@ test-slow: .venv/installed-for-tests
 test-oldest: .venv-oldest/installed
 	cd / && $(CURDIR)/.venv-oldest/bin/python -c "import modeling_memory_mosaic"
 	.venv-oldest/bin/python -m pytest $(CORE)
+
+# In an environment of its own, too: ExecuTorch, which nothing else here needs.
+edge-test: .venv-edge/installed
+	OMP_NUM_THREADS=1 .venv-edge/bin/python -m pytest -n 2 -c serving/edge/pytest.ini serving/edge/tests
 
 check: .venv/installed-for-tests
 	$(BIN)/ruff check .
@@ -100,5 +106,11 @@ screenshots: .venv/installed-for-tests
 	.venv-oldest/bin/pip install --quiet accelerate hypothesis pytest
 	touch $@
 
+.venv-edge/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-edge
+	.venv-edge/bin/pip install --quiet "$(TORCH)" $(foreach part,$(EDGE),"$(part)")
+	.venv-edge/bin/pip install --quiet --editable . pytest pytest-xdist
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest runs
+	rm -rf .venv .venv-oldest .venv-edge runs

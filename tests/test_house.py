@@ -10,7 +10,7 @@ from pathlib import Path
 from training.paths import CLONE
 
 
-ROOMS = ("modeling_memory_mosaic", "training", "benchmarks", "hub_cards", "tests", "configuration")
+ROOMS = ("modeling_memory_mosaic", "training", "benchmarks", "hub_cards", "tests", "configuration", "serving")
 PYTHON = [path for room in ROOMS for path in sorted((CLONE / room).rglob("*.py"))]
 ARCHAIC = re.compile(r"\b(whoever|nobody(?!/)|anew|had\s+better|told|whom|kin)\b", re.IGNORECASE)
 
