@@ -124,6 +124,18 @@ def test_the_number_of_workers_changes_no_window(source, tokenizer, workers, mon
         assert np.array_equal(read, expected[begin : begin + 12])
 
 
+def test_the_first_stories_of_many_shards_are_read_by_one_worker(tokenizer, monkeypatch):
+    stories = datasets.Dataset.from_dict({"text": list(write_stories(12))})
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: stories.to_iterable_dataset(num_shards=4))
+    reader = make_reader(SOURCE | {"source": "some/stories", "num_stories": 10}, (0, 1))
+    assert [text for text, _ in reader.read(None)] == stories["text"][:10]
+    stream = TokenStream([reader], [1.0], tokenizer, LENGTH)
+    expected, _ = take(stream, 24)
+    collate = functools.partial(collate_stream, collate_windows)
+    batches = itertools.islice(DataLoader(stream, batch_size=4, collate_fn=collate, num_workers=2), 6)
+    assert np.array_equal(torch.cat([batch["input_ids"] for batch in batches]).numpy(), expected)
+
+
 class CountingFile:
     """A file that notes from where to where it was read."""
 

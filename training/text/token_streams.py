@@ -48,10 +48,12 @@ def read_file(path: str, text_field: str, separator: str, at: int) -> Iterator[t
 
 
 def read_rows(stories: IterableDataset, at: int) -> Iterator[tuple[str, int]]:
-    """Read a stream of `datasets` of one shard as a `Shard`."""
-    # Copied, as a stream that was iterated before keeps states of it.
-    rows = ((row["text"], number) for number, row in enumerate(copy.deepcopy(stories), 1))
-    return itertools.islice(rows, at, None)
+    """Read a stream of `datasets` as a `Shard`."""
+    # Copied, as a stream that was iterated before keeps states of it. By `iter`, as in a worker of a DataLoader a
+    # plain loop would take only a share of the shards.
+    batches = copy.deepcopy(stories).iter(batch_size=100)
+    texts = itertools.chain.from_iterable(batch["text"] for batch in batches)
+    return itertools.islice(zip(texts, itertools.count(1)), at, None)
 
 
 class Reader:
