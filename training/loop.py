@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
-from training.files import STAGED_PREFIX, faults, move_into_place, set_aside, write_checksums
+from training.files import STAGED_PREFIX, faults, move_into_place, read_json, set_aside, write_checksums, write_json
 from training.metrics.mean_loss import perplexity
 from training.parallel import report_progress
+from training.text.token_streams import TokenStream, collate_stream, place_to_json
 
 
 logger = logging.getLogger(__name__)
@@ -130,9 +132,10 @@ class _ReportProgress(TrainerCallback):
 class LanguageModelTrainer(Trainer):
     """`transformers.Trainer` for causal language models.
 
-    Four things differ: the per-head scalars are not decayed; the loss is the mean over the predicted tokens for every
-    architecture alike; checkpoints appear whole or not at all; and logs carry the seconds trained so far, over all
-    resumed sessions, the perplexity, and the speed. `output_dir` must be visible to all processes.
+    Five things differ: the per-head scalars are not decayed; the loss is the mean over the predicted tokens for every
+    architecture alike; checkpoints appear whole or not at all; a `TokenStream` goes on in place, as each checkpoint
+    holds the place of each process; and logs carry the seconds trained so far, over all resumed sessions, the
+    perplexity, and the speed. `output_dir` must be visible to all processes.
 
     The speed is `tokens_per_second` of all processes since the training loss was last logged, without the time that
     evaluating and saving took (Trainer's own `train_tokens_per_second` is the mean of the session, with it), and
@@ -160,6 +163,10 @@ class LanguageModelTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._stream = self.train_dataset if isinstance(self.train_dataset, TokenStream) else None
+        self._place: dict[str, Any] | None = None  # of the stream, behind the batches that were taken
+        if self._stream is not None:
+            self.args.ignore_data_skip = True  # the stream itself begins where it stopped
         report = report or functools.partial(report_progress, self._folder)
         if self.args.load_best_model_at_end:
             raise ValueError(
@@ -247,11 +254,48 @@ class LanguageModelTrainer(Trainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def get_train_dataloader(self) -> DataLoader:
+        if self._stream is None:
+            return super().get_train_dataloader()
+        # Not prepared by accelerate: each process has a stream of its own. With a generator of its own, because
+        # otherwise the loader would draw from that of the training each time it begins.
+        return DataLoader(
+            self._stream,
+            batch_size=self._train_batch_size,
+            collate_fn=functools.partial(collate_stream, self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),
+        )
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         # Resumed after its very last step, Trainer would take one step more before it looks at the number of steps.
         if self.state.global_step >= self.state.max_steps:
             return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches if self._stream is not None else ():
+            self._place = batch.pop("place")
+        return batches, num_items
+
+    def train(
+        self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+    ) -> Any:
+        if self._stream is not None and resume_from_checkpoint:
+            path = Path(resume_from_checkpoint) / self._place_name
+            if not path.is_file():
+                raise ValueError(
+                    f"{path} is missing, so that the stream of text cannot go on: the checkpoint is of an earlier "
+                    "version; --restart trains from the beginning"
+                )
+            self._place = read_json(path)
+            self._stream.go_on_from(self._place)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    @property
+    def _place_name(self) -> str:
+        return f"place_{self.args.process_index}.json"
 
     @property
     def _folder(self) -> Path:
@@ -272,7 +316,9 @@ class LanguageModelTrainer(Trainer):
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # each process writes its own random state
+            if self._place is not None:
+                write_json(staging / final.name / self._place_name, place_to_json(self._place))
+            self.accelerator.wait_for_everyone()  # each process writes its own random state, and its place in a stream
             if self.is_world_process_zero():
                 write_checksums(staging / final.name)
                 move_into_place(staging / final.name, final)

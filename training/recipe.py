@@ -132,6 +132,16 @@ class SourceSection(Section):
         return without_unset(serialize(self), "validation_fraction")
 
 
+class WeightedSection(SourceSection):
+    """A source of a mixture, and its weight: the share of the tokens that are read of it, of any sum."""
+
+    weight: float = Field(gt=0, allow_inf_nan=False)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `load_stories`, as `SourceSection.model_dump` does."""
+        return self.model_dump(exclude={"weight"})
+
+
 class WindowsSection(Section):
     """How many windows are taken of a text at most, spread evenly over it; by default all."""
 
@@ -153,7 +163,10 @@ class FactsSection(Section):
 
 
 class DataSection(Section):
-    """Training and validation text, cut into windows of `context_length` tokens."""
+    """Training and validation text, cut into windows of `context_length` tokens.
+
+    `mixture` are further sources of a stream of training text, among which that of `train` has `train_weight`.
+    """
 
     train: SourceSection
     validation: SourceSection
@@ -162,6 +175,23 @@ class DataSection(Section):
     streaming: bool = False
     num_windows: WindowsSection | None = None
     facts: FactsSection | None = None
+    mixture: list[WeightedSection] = []
+    train_weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check_mixture(self) -> Self:
+        if bool(self.mixture) != (self.train_weight is not None):
+            raise ValueError("`mixture` and `train_weight` belong together: give both, or neither")
+        if self.mixture and not self.streaming:
+            raise ValueError("a `mixture` is read as a stream: set `streaming` to true")
+        if self.mixture and self.num_windows is not None and self.num_windows.train is not None:
+            raise ValueError("`num_windows.train` is for one source: leave it out of a `mixture`")
+        return self
+
+    def training_sources(self) -> list[tuple[dict[str, Any], float]]:
+        """Return the arguments of `load_stories` of each source of training text, with its weight."""
+        further = [(source.arguments(), source.weight) for source in self.mixture]
+        return [(self.train.model_dump(), self.train_weight or 1.0), *further]
 
     @model_validator(mode="after")
     def _check_facts(self) -> Self:
@@ -171,7 +201,7 @@ class DataSection(Section):
 
     @model_serializer(mode="wrap")
     def _leave_out_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_unset(serialize(self), "num_windows", "facts")
+        return without_unset(serialize(self), "num_windows", "facts", "mixture", "train_weight")
 
 
 class TokenizerSection(Section):
@@ -352,6 +382,10 @@ class TrainingRecipe(BaseRecipe):
         return super().content() | {"architecture": self.architecture}
 
 
+# How a stream is read ahead changes no number, so that a run may go on with other values.
+READING_AHEAD = ("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers")
+
+
 class TextRecipe(TrainingRecipe):
     """A model to train on text for some length: what training and fine-tuning have in common."""
 
@@ -364,6 +398,20 @@ class TextRecipe(TrainingRecipe):
     @model_serializer(mode="wrap")
     def _leave_out_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return without_unset(serialize(self), "chunked_loss")
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _read_whole_floats(cls, tokens: Any) -> Any:
+        # A budget such as 1e12 is a float in YAML.
+        return int(tokens) if isinstance(tokens, float) and tokens.is_integer() else tokens
+
+    def content(self) -> dict[str, Any]:
+        """Return all that determines the run; of a stream, not how it is read ahead."""
+        content = super().content()
+        if self.data.streaming:
+            settings = content["training"].items()
+            content["training"] = {name: value for name, value in settings if name not in READING_AHEAD}
+        return content
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

@@ -24,8 +24,12 @@ def call(*arguments, **environment):
     )
 
 
-def launch(configuration, *arguments, processes=1):
+def launch_command(configuration, *arguments, processes=1):
+    """Return the arguments of Python that run the command line on several processes."""
     configuration = ["--config_file", f"configuration/accelerate/{configuration}.yaml", "--mixed_precision", "no"]
     processes = ["--num_processes", str(processes), "--main_process_port", "0"]
-    command = ["-m", "accelerate.commands.launch", *configuration, *processes, "-m", "training", *arguments]
-    return call(*command)
+    return ["-m", "accelerate.commands.launch", *configuration, *processes, "-m", "training", *arguments]
+
+
+def launch(configuration, *arguments, processes=1):
+    return call(*launch_command(configuration, *arguments, processes=processes))

@@ -6,7 +6,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -48,6 +48,7 @@ from training.synthetic.readings import Reading, labelled_batch
 from training.synthetic.recall import score_rows
 from training.text.question_rows import IGNORED, FactRows, fact_texts, window_features
 from training.text.sources import load_stories, split_provenance
+from training.text.token_streams import TokenStream, make_reader
 from training.text.tokenizer import load_tokenizer, train_tokenizer
 from training.text.windows import collate_windows, pack_windows, some_windows
 
@@ -177,14 +178,15 @@ def _make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         tokenizer.bos_token = tokenizer.eos_token
         return tokenizer
     assert section.vocab_size is not None  # the recipe gives one of the two
-    source = recipe.data.train.model_dump()
-    if section.max_training_stories is not None:
-        limits = [limit for limit in (section.max_training_stories, source["num_stories"]) if limit is not None]
-        source["num_stories"] = min(limits)
-    stories = load_stories(**source, streaming=recipe.data.streaming)
-    texts = (row["text"] for row in stories)
+    texts: list[Iterable[str]] = []
+    for source, _ in recipe.data.training_sources():
+        if section.max_training_stories is not None:
+            limits = [limit for limit in (section.max_training_stories, source["num_stories"]) if limit is not None]
+            source["num_stories"] = min(limits)
+        stories = load_stories(**source, streaming=recipe.data.streaming)
+        texts.append(row["text"] for row in stories)
     facts = [] if recipe.data.facts is None else fact_texts(recipe.data.facts.max_documents)
-    return train_tokenizer(itertools.chain(texts, facts), section.vocab_size)
+    return train_tokenizer(itertools.chain(*texts, facts), section.vocab_size)
 
 
 def prepare_tokenizer(
@@ -218,23 +220,32 @@ def prepare_tokenizer(
     return tokenizer
 
 
+def token_stream(data: DataSection, tokenizer: PreTrainedTokenizerFast, share: tuple[int, int]) -> TokenStream:
+    """Return the stream of training windows of one of several processes: `share` are its index and their number."""
+    sources = data.training_sources()
+    readers = [make_reader(source, share) for source, _ in sources]
+    return TokenStream(readers, [weight for _, weight in sources], tokenizer, data.context_length)
+
+
 def prepare_windows(
     recipe: ReadsText, tokenizer: PreTrainedTokenizerFast, state: PartialState
-) -> dict[str, Dataset | IterableDataset]:
+) -> dict[str, Dataset | IterableDataset | TokenStream]:
     """Cut the stories of a recipe into windows, `train` and `validation`; other processes read what the main one made.
 
-    A stream for training begins again when it ends.
+    A stream for training begins again when it ends. The first of its windows alone, if `num_windows` says so, are read
+    by one process for all, and again by a run that goes on; any other stream goes on in place.
     """
     data = recipe.data
-    windows: dict[str, Dataset | IterableDataset] = {}
+    windows: dict[str, Dataset | IterableDataset | TokenStream] = {}
     with state.main_process_first():
         for split, source in (("train", data.train), ("validation", data.validation)):
-            streaming = data.streaming and split == "train"
+            streaming, most = data.streaming and split == "train", getattr(data.num_windows, split, None)
+            if streaming and most is None:
+                windows[split] = token_stream(data, tokenizer, (state.process_index, state.num_processes))
+                continue
             stories = load_stories(**source.model_dump(), streaming=streaming)
-            windows[split] = pack_windows(stories, tokenizer, data.context_length, data.num_proc)
-            windows[split] = some_windows(windows[split], getattr(data.num_windows, split, None))
-            if streaming:
-                windows[split] = windows[split].repeat(None)  # the budget ends the run, not the stream
+            some = some_windows(pack_windows(stories, tokenizer, data.context_length, data.num_proc), most)
+            windows[split] = some.repeat(None) if streaming else some  # the budget ends the run, not the stream
     return windows
 
 
@@ -251,7 +262,7 @@ def whole_steps(windows: Any, arguments: TrainingArguments, state: PartialState)
 
     A last step of fewer windows would see fewer tokens than the budget counts. A stream stays as it is.
     """
-    if isinstance(windows, IterableDataset):
+    if isinstance(windows, (IterableDataset, TokenStream)):
         return windows
     per_step = windows_per_step(arguments)
     whole = len(windows) - len(windows) % per_step
@@ -280,7 +291,7 @@ def build_model(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase) -> P
 def training_rows(
     recipe: TextRecipe,
     tokenizer: PreTrainedTokenizerFast,
-    windows: Dataset | IterableDataset,
+    windows: Dataset | IterableDataset | TokenStream,
     arguments: TrainingArguments,
     state: PartialState,
 ) -> Any:
@@ -445,15 +456,20 @@ def _train(
     return _finish(recipe, trainer, mode, data, cost)
 
 
+def data_provenance(data: DataSection) -> dict[str, Any]:
+    """Return the provenance of all text of a training: `train`, `validation`, and `train_2` and so on of a mixture."""
+    sources = [source for source, _ in data.training_sources()]
+    found = [split_provenance(source, data.validation.model_dump(), data.streaming) for source in sources]
+    return found[0] | {f"train_{number}": each["train"] for number, each in enumerate(found[1:], 2)}
+
+
 def _identity(recipe: TextRecipe, state: PartialState) -> dict[str, Any]:
     return {
         "hash": recipe.hash,
         "num_processes": state.num_processes,  # with another number, a resumed run would not continue exactly
         "recipe": recipe.model_dump(exclude={"output_dir"}),
         "architecture": recipe.architecture,
-        "data": split_provenance(
-            recipe.data.train.model_dump(), recipe.data.validation.model_dump(), recipe.data.streaming
-        ),
+        "data": data_provenance(recipe.data),
     }
 
 

@@ -62,7 +62,7 @@ from training.tasks.memory_parts import (
     with_adapters,
     without_adapters,
 )
-from training.text.sources import load_stories, split_provenance
+from training.text.sources import load_stories
 from training.text.tokenizer import load_tokenizer
 from training.text.windows import collate_windows
 
@@ -495,7 +495,7 @@ def _identity(recipe: Recipe, state: PartialState) -> dict[str, Any]:
         "hash": recipe.hash,
         "num_processes": state.num_processes,
         "recipe": recipe.content(),
-        "data": split_provenance(recipe.data.train.model_dump(), recipe.data.validation.model_dump()),
+        "data": language_modeling.data_provenance(recipe.data),
     } | pretrained_provenance(recipe)
 
 

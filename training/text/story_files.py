@@ -43,6 +43,15 @@ def _numbered_lines(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
         yield number, line
 
 
+def _counted_lines(file: BinaryIO, path: str, at: int) -> Iterator[tuple[str, bytes, int]]:
+    """Yield the place of each line in messages, the line, and the byte behind it; `file` stands at a byte."""
+    end = at
+    for number, line in _numbered_lines(file, path):
+        end += len(line)
+        where = f"{path}:{number}" if at == 0 else f"{path}, line {number} from byte {at:,} on"
+        yield where, line.removeprefix(codecs.BOM_UTF8) if end == len(line) else line, end
+
+
 def _parse_line(line: bytes, where: str) -> Any:
     """Return the JSON value of a line; `where` is its place in messages."""
     try:
@@ -86,10 +95,7 @@ def _story_of(value: Any, text_field: str | None, where: str) -> str:
 
 def _read_json_lines(file: BinaryIO, path: str, text_field: str | None) -> Iterator[str]:
     """Yield one story a line: in the field of an object, or, without `text_field`, as a string."""
-    for number, line in _numbered_lines(file, path):
-        where = f"{path}:{number}"
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
+    for where, line, _ in _counted_lines(file, path, 0):
         if not line.strip():
             continue
         text = _story_of(_parse_line(line, where), text_field, where)
@@ -172,6 +178,20 @@ def read_story_file(path: str, text_field: str, separator: str) -> Iterator[str]
         raise ValueError(
             f"{path}: the compressed data are damaged or cut off ({error}): get the file again"
         ) from error
+
+
+def read_story_lines(path: str, text_field: str, at: int = 0) -> Iterator[tuple[str, int]]:
+    """Yield the stories of a `.jsonl` file from a byte on, at which a line begins, each with the byte behind its line.
+
+    Raises:
+        ValueError: as `read_story_file` does. Lines are counted from that byte on.
+    """
+    with open(path, "rb") as file:
+        file.seek(at)
+        for where, line, end in _counted_lines(file, path, at):
+            text = _story_of(_parse_line(line, where), text_field, where) if line.strip() else ""
+            if text.strip():
+                yield text, end
 
 
 def read_story_files(paths: list[str], text_field: str, separator: str) -> Iterator[dict[str, str]]:

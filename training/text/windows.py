@@ -17,7 +17,7 @@ from training.progress import progress
 from training.text.cache import cached_files, cached_rows, fingerprint
 
 
-def _copy_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def copy_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """Return a copy of what makes the token ids, without the padding and truncation of the tokenizer's last call."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
@@ -117,7 +117,7 @@ def pack_windows(
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos token to put between stories: load it with `load_tokenizer`")
     features = Features({"input_ids": List(Value("int32"), length=context_length)})
-    backend = _copy_backend(tokenizer)
+    backend = copy_backend(tokenizer)
     arguments = {"stories": stories, "context_length": context_length}
     arguments |= {"backend": backend, "eos_token_id": tokenizer.eos_token_id}
     if isinstance(stories, IterableDataset):
