@@ -51,11 +51,17 @@ def cuts_of_text(num_tokens: int, num_processes: int) -> list[int]:
     return [rank * length + min(rank, longer) for rank in range(num_processes + 1)]
 
 
+def collective(name: str, older_name: str) -> Callable[..., Any]:
+    """Return a collective of torch by its name from 2.13 on, which warns of the older one."""
+    function: Callable[..., Any] = getattr(torch.distributed, name, None) or getattr(torch.distributed, older_name)
+    return function
+
+
 def gathered(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """Return the tensors `(...)` of all processes of a group, `(P, ...)`, without a gradient."""
     size = torch.distributed.get_world_size(group)
     whole = tensor.new_empty(size * tensor.numel())
-    torch.distributed.all_gather_into_tensor(whole, tensor.flatten(), group=group)
+    collective("all_gather_single", "all_gather_into_tensor")(whole, tensor.flatten(), group=group)
     return whole.view(size, *tensor.shape)
 
 
@@ -72,7 +78,7 @@ class _Gather(torch.autograd.Function):
         # In half precision a sum over processes would round with each of them.
         gradients = at_least_float32(gradient).flatten()
         total = gradients.new_empty(gradient[0].numel())
-        torch.distributed.reduce_scatter_tensor(total, gradients, group=ctx.group)
+        collective("reduce_scatter_single", "reduce_scatter_tensor")(total, gradients, group=ctx.group)
         return total.view(gradient.shape[1:]).to(gradient.dtype), None
 
 
@@ -227,6 +233,8 @@ class SharedTexts:
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all slots up to the end of the stretch, see [`StretchStates.slots`]."""
+        if keys.shape[1] == 0:  # v2 without long-term heads
+            return keys, values
         return self.layers[layer_idx].slots(keys, values)
 
 
