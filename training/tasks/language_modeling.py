@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from torch.utils.data import ConcatDataset, Subset
 from transformers import (
@@ -69,10 +70,19 @@ def num_devices(arguments: TrainingArguments) -> int:
     return arguments.world_size * max(1, arguments.n_gpu)
 
 
+def processes_per_batch(arguments: TrainingArguments) -> int:
+    """Return how many processes are given the same batch: those that share its texts, or the heads of the model."""
+    sizes = arguments.parallelism_config
+    if sizes is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        sizes = ParallelismConfig()  # of `accelerate launch`
+    return 1 if sizes is None else sizes.non_data_parallel_size
+
+
 def windows_per_step(arguments: TrainingArguments) -> int:
     """Return the windows that one optimizer step sees, over all processes and accumulated micro-batches."""
     # `train_batch_size` counts all devices of one process.
-    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    num_batches = arguments.world_size // processes_per_batch(arguments)
+    return arguments.train_batch_size * num_batches * arguments.gradient_accumulation_steps
 
 
 def tokens_per_step(recipe: ReadsText, arguments: TrainingArguments) -> int:
@@ -445,10 +455,13 @@ def _train(
     return _finish(recipe, trainer, mode, data, cost)
 
 
-def _identity(recipe: TextRecipe, state: PartialState) -> dict[str, Any]:
+def _identity(recipe: TextRecipe, arguments: TrainingArguments, state: PartialState) -> dict[str, Any]:
+    shared = processes_per_batch(arguments)
     return {
         "hash": recipe.hash,
-        "num_processes": state.num_processes,  # with another number, a resumed run would not continue exactly
+        # With other numbers, a resumed run would not continue exactly.
+        "num_processes": state.num_processes,
+        **({"processes_per_batch": shared} if shared > 1 else {}),
         "recipe": recipe.model_dump(exclude={"output_dir"}),
         "architecture": recipe.architecture,
         "data": split_provenance(
@@ -479,7 +492,7 @@ def run(recipe: TextRecipe, restart: bool = False, mode: TrainingMode = FROM_SCR
         recipe,
         state,
         restart,
-        identity=lambda: _identity(recipe, state),
+        identity=lambda: _identity(recipe, arguments, state),
         make=lambda data: _train(recipe, arguments, state, mode, data),
         kept=mode.exports,
         again="trains again",
