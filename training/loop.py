@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
-from modeling_memory_mosaic.layout_memory_mosaic import context_parallel
+from modeling_memory_mosaic import context_parallel
 from training.files import STAGED_PREFIX, faults, move_into_place, set_aside, write_checksums
 from training.metrics.mean_loss import perplexity
 from training.parallel import report_progress
