@@ -30,9 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import is_torchdynamo_compiling
 
-from .masking_memory_mosaic import find_documents, find_padding, pop_packing
+from .masking_memory_mosaic import find_documents, find_padding
 from .ops_memory_mosaic import at_least_float32, forward_fill, leaky_average
 
 
@@ -140,8 +139,6 @@ class Stretch:
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensors `(...)` of all processes, `(P, ...)`."""
-        if is_torchdynamo_compiling():
-            raise ValueError("A model whose processes share texts is not compiled: leave `torch.compile` out.")
         whole: torch.Tensor = _Gather.apply(tensor, self.group)
         return whole
 
@@ -282,9 +279,7 @@ def as_columns(tokens: torch.Tensor) -> torch.Tensor:
     return tokens if tokens.ndim == 3 else tokens[..., None]
 
 
-def lay_out(
-    group: Any, tokens: torch.Tensor, attention_mask: torch.Tensor | None, packing: dict[str, Any]
-) -> Stretch:
+def lay_out(group: Any, tokens: torch.Tensor, attention_mask: torch.Tensor | None, packing: dict[str, Any]) -> Stretch:
     """Return the stretch of this process.
 
     Args:
@@ -354,7 +349,8 @@ def context_parallel(model: nn.Module, group: Any = None) -> Iterator[None]:
     FSDP2 take it; without them, divide the sum by the number of processes.
 
     A layer exchanges three vectors per row and process (two sums, one value), and gathers keys and values. Memory for
-    activations falls with the number of processes but for these, which gradient checkpointing makes again.
+    activations falls with the number of processes but for these, which gradient checkpointing makes again. Under
+    `torch.compile` the body of the model runs as it is written.
 
     ```python
     >>> with context_parallel(model, mesh["cp"].get_group()):
@@ -369,7 +365,7 @@ def context_parallel(model: nn.Module, group: Any = None) -> Iterator[None]:
     Raises:
         ValueError: if there is no process group, or if the model is of another kind. While reading, if the processes
             were given different texts, if a text has fewer tokens than there are processes, and for what needs whole
-            texts on one process: a memory, attention maps, `logits_to_keep`, compiled code.
+            texts on one process: a memory, attention maps, `logits_to_keep`.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         raise ValueError("There is no group of processes: start them by `torchrun`, and call `init_process_group`.")

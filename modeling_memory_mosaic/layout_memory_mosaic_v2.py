@@ -77,7 +77,7 @@ class StretchStatesV2(StretchStates):
 
 
 def has_near_window(stretch: Stretch, size: int) -> bool:
-    """Return whether the `size` pairs before a stretch are all of the stretch before it. Padding may stand among them."""
+    """Return whether the `size` pairs before any stretch are of the stretch before it, and known to be."""
     return stretch.is_token is None and 0 < size <= stretch.shortest
 
 
@@ -97,8 +97,8 @@ def reading_of_stretch(config: Any, whole: Reading, stretch: Stretch) -> Reading
     num_window = min(begin, size) if has_near_window(stretch, size) else begin
 
     def part(rule: NumberRule, first: int) -> NumberRule:
-        queries = (stretch.cut(columns) for columns in (rule.first, rule.last))
-        return NumberRule(rule.numbers[:, first:end].contiguous(), *queries, rule.is_full[:, first:end])
+        numbers, is_full = rule.numbers[:, first:end].contiguous(), rule.is_full[:, first:end]
+        return NumberRule(numbers, stretch.cut(rule.first), stretch.cut(rule.last), is_full)
 
     return dataclasses.replace(
         whole,

@@ -28,7 +28,6 @@ D head width, C = hidden size, N persistent slots per head, S slots of a memory 
 Docstrings are written by hand (TRF057): the library's generator of them knows the models within the library only.
 """
 
-import functools
 import itertools
 from typing import Any, cast
 
@@ -291,6 +290,8 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             hidden_states = layer(hidden_states, **masks, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **memory_kwargs(past_key_values))
 
+    # Collectives within a graph would be other ones, and graphs as many as there are stretches.
+    @torch.compiler.disable
     def read_stretch(
         self,
         input_ids: torch.Tensor | None,
@@ -457,15 +458,16 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
         if labels is None:
             return None
         self.check_own_loss()
-        function = functools.partial(self.loss_function, logits=logits, vocab_size=self.config.vocab_size)
-        if logits is None:
 
-            def function(labels: torch.Tensor, shift_labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-                # With a column more on either side, this function shifts the labels to where they stand.
-                targets, states = F.pad(shift_labels, (1, 0), value=-100), F.pad(kept, (0, 0, 0, 1))
-                return loss_without_logits(states, self.lm_head, targets, **kwargs)
+        def loss_of_own(labels: torch.Tensor, shift_labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            if logits is not None:
+                kwargs |= {"labels": labels, "shift_labels": shift_labels, "vocab_size": self.config.vocab_size}
+                return self.loss_function(logits=logits, **kwargs)
+            # With a column more on either side, this function shifts the labels to where they stand.
+            targets, states = F.pad(shift_labels, (1, 0), value=-100), F.pad(kept, (0, 0, 0, 1))
+            return loss_without_logits(states, self.lm_head, targets, **kwargs)
 
-        return shared_loss(self.model.processes, function, labels, kept.shape[1], **kwargs)
+        return shared_loss(self.model.processes, loss_of_own, labels, kept.shape[1], **kwargs)
 
     def check_own_loss(self) -> None:
         """Raise `ValueError` if the model has been given another loss function, which needs whole logits."""

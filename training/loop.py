@@ -187,7 +187,7 @@ class LanguageModelTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         if self.get_cp_size() > 1:
             # Accelerate would split texts for layers that are nothing but attention, and refuses all others.
-            self.accelerator._prepare_cp = lambda *parts: parts  # type: ignore[method-assign]
+            self.accelerator._prepare_cp = lambda *parts: parts
 
     def _prepare_context_parallel_inputs(
         self, model: nn.Module, inputs: dict[str, Any]
