@@ -194,6 +194,25 @@ class MemoryMosaicPreTrainedModel(MemorizingMixin, AdaptableModel, PreTrainedMod
             "AutoModelForDecision": f"{module}.MemoryMosaicForCausalLM",
         }
 
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Spread a model over processes as the library does while it loads.
+
+        Raises:
+            ValueError: if the head is the token table, of which processes would hold unequal shards. transformers
+                5.24 pads such shards twice, once for each use, and an optimizer would then train one of them only.
+        """
+        config: Any = model.config
+        shards = getattr(distributed_config, "fsdp_size", None) or 1
+        parts = shards * (getattr(distributed_config, "tp_size", None) or 1)
+        if shards > 1 and config.tie_word_embeddings and config.vocab_size % parts:
+            raise ValueError(
+                f"vocab_size={config.vocab_size} does not divide into {parts} equal shards of the table that is also "
+                f"the head: call `resize_token_embeddings(None, pad_to_multiple_of={parts})` and save the model first, "
+                "or shard it by Accelerate's FSDP2."
+            )
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save as the library does, naming all classes of this file in `config.json`: each Auto class can load it."""
         self.config.auto_map = self.auto_classes()
