@@ -208,8 +208,8 @@ class MemoryMosaicPreTrainedModel(MemorizingMixin, AdaptableModel, PreTrainedMod
         if shards > 1 and config.tie_word_embeddings and config.vocab_size % parts:
             raise ValueError(
                 f"vocab_size={config.vocab_size} does not divide into {parts} equal shards of the table that is also "
-                f"the head: call `resize_token_embeddings(None, pad_to_multiple_of={parts})` and save the model first, "
-                "or shard it by Accelerate's FSDP2."
+                f"the head: call `resize_token_embeddings(None, pad_to_multiple_of={parts})` and save the model, or "
+                "shard it by Accelerate's FSDP2."
             )
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 

@@ -7,7 +7,7 @@ Trainings of that kind are started from the command line in `test_cli.py`, and j
 
 import pytest
 import torch
-from helpers.kinds import KINDS, for_kinds, make_classifier, make_memory_model
+from helpers.kinds import for_kinds
 from helpers.processes import run_on_processes
 
 from modeling_memory_mosaic import context_parallel, leaky_average
@@ -217,7 +217,7 @@ def texts_that_processes_share(request, tmp_path_factory):
     return request.param, kinds, process
 
 
-@for_kinds(*SHARED)
+@for_kinds("mosaic", "narrowing mosaic", "mosaic v2", "mosaic v2 otherwise")
 @pytest.mark.parametrize("what", ["equal", "ways", "refused"])
 def test_processes_that_share_texts_equal_one(kind, what, texts_that_processes_share):
     """In logits, loss and gradient, with padding and packed documents, of texts that no number divides."""
@@ -226,14 +226,17 @@ def test_processes_that_share_texts_equal_one(kind, what, texts_that_processes_s
         assert process.stdout.count(f"<{kind}: {what}>") == number, process.stderr[-4000:]
 
 
-def test_models_that_need_whole_texts_are_refused(model, monkeypatch):
-    with pytest.raises(ValueError, match="call `init_process_group`"), context_parallel(model):
+@for_kinds("memory model", "continuous", "classifier")
+def test_models_that_need_whole_texts_are_refused(kind, monkeypatch):
+    with pytest.raises(ValueError, match="call `init_process_group`"), context_parallel(kind.make()):
         pass
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    for other in (make_classifier(), make_memory_model(), KINDS["continuous"].make(), torch.nn.Linear(2, 2)):
-        name = "MemoryMosaicForSequenceClassification|MemoryModelForCausalLM|ContinuousMemoryMosaicModel|Linear"
-        with pytest.raises(ValueError, match=f"({name}) needs whole texts"), context_parallel(other):
-            pass
+    model = kind.make()
+    name = type(model).__name__
+    with pytest.raises(ValueError, match=f"{name} needs whole texts"), context_parallel(torch.nn.ModuleList([model])):
+        pass
+    with pytest.raises(ValueError, match="ModuleList needs whole texts"), context_parallel(torch.nn.ModuleList()):
+        pass
 
 
 def test_lengths_of_stretches_differ_by_one_token():

@@ -26,7 +26,7 @@ SHORT = [
 ]
 SURFACE = {
     "run": {"recipe", "overrides", "--restart"},
-    "dry-run": {"recipe", "overrides", "--teraflops", "--utilisation", "--devices"},
+    "dry-run": {"recipe", "overrides", "--teraflops", "--utilisation", "--devices", "--layout"},
     "evaluate": {
         "folder",
         "--source",

@@ -40,6 +40,7 @@ from training.evaluate import load_model, mean_loss, tokens_and_bytes
 from training.export import export_model, verify_export
 from training.figures import draw_learning_curve
 from training.files import faults, staged_folder, write_checksums
+from training.layouts import Layout, Micro, price
 from training.loop import LanguageModelTrainer, build_training_arguments
 from training.metrics.mean_loss import bits_per_byte_of_loss, perplexity
 from training.recipe import DataSection, FactsSection, Recipe, TextRecipe, TrainingRecipe
@@ -141,6 +142,7 @@ def plan(
     teraflops: float | None = None,
     utilisation: float | None = None,
     devices: int | None = None,
+    layout: str | None = None,
 ) -> dict[str, Any]:
     """Return the size and the cost of a run, known without reading data: `dry-run` prints it.
 
@@ -150,9 +152,11 @@ def plan(
             second; gives `hours`.
         utilisation (`float`, *optional*): share of the peak that training reaches; 0.4 by default.
         devices (`int`, *optional*): how many train; by default those that this command would use.
+        layout (`str`, *optional*): how devices share the model and its texts, see [`Layout`]: adds what a device holds
+            and sends.
 
     Raises:
-        ValueError: a rate, share or number that no machine has, or `utilisation` without `teraflops`.
+        ValueError: a rate, share, number or layout that no machine has, or `utilisation` without `teraflops`.
     """
     if utilisation is not None and teraflops is None:
         raise ValueError(f"utilisation is {utilisation}, but a share of what? Give teraflops, the peak of one device")
@@ -171,6 +175,10 @@ def plan(
         "warmup_steps": arguments.get_warmup_steps(steps) if known else arguments.warmup_steps,
         **_estimate_cost(recipe, arguments, steps * per_step if known else None),
     }
+    if layout is not None:
+        size, checkpointing = arguments.per_device_train_batch_size, bool(arguments.activation_checkpointing)
+        micro = Micro(size, recipe.data.context_length, arguments.mixed_precision, checkpointing)
+        result["layout"] = price(recipe.build_config(), Layout.parse(layout), micro)
     if teraflops is not None:
         share = DEFAULT_UTILISATION if utilisation is None else utilisation
         flops = result["training_flops"] if known else 0
