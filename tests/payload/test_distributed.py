@@ -8,9 +8,11 @@ Data parallelism and sharding are trained and resumed from the command line in `
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.utils.ao import convert_model_to_fp8_ao
 from helpers.kinds import KINDS, MOSAIC, for_kinds
 from helpers.models import NARROWING
 from helpers.processes import run_on_processes, run_on_two_processes
+from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from modeling_memory_mosaic import MemoryMosaicConfig, inspect_continuous_units
@@ -306,6 +308,22 @@ def test_shards_that_would_lose_the_tie_of_the_head_are_refused(kind):
     """transformers 5.24 keeps shards of a tied table twice, and trains one of them, where it has to pad them."""
     with pytest.raises(ValueError, match="vocab_size=61 .*pad_to_multiple_of=4"):
         type(kind.make()).maybe_distribute_model(kind.make(), DistributedConfig(fsdp_size=2, tp_size=2), None)
+
+
+@for_kinds("mosaic", "mosaic v2")
+def test_fp8_of_torchao_takes_all_projections_but_the_first_and_the_head(kind):
+    """Slots are no linear layers, and gates of v2 have as few outputs as heads: both stay as they are."""
+    float8 = pytest.importorskip("torchao.float8.float8_linear")
+    config = kind.make(hidden_size=64, num_attention_heads=4, vocab_size=64, intermediate_size=96).config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    convert_model_to_fp8_ao(model)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    kept = {name for name, module in linear.items() if not isinstance(module, float8.Float8Linear)}
+    gates = {name for name in linear if name.endswith(("_term.gate_proj", "_term.leak_proj"))}
+    first = "contextual_memory.short_term.k_proj" if kind.model == "mosaic v2" else "contextual_memory.k_proj"
+    assert kept == {f"model.layers.0.{first}", "lm_head"} | gates
+    assert (len(gates) > 0) == (kind.model == "mosaic v2")
 
 
 # Parts of each model that are kept on disk; `test_memory_model_distributed.py` tries those of a memory model one by
