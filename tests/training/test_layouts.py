@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from modeling_memory_mosaic import context_parallel, layout_memory_mosaic
 from training.__main__ import app
 from training.cost import activation_bytes
-from training.layouts import Layout, Micro, exchanged_bytes, large_configs, memory_bytes, price
+from training.layouts import Layout, Micro, exchanged_bytes, large_configs, memory_bytes, price, table
 from training.paths import CONFIGURATION
 
 
@@ -73,3 +73,8 @@ def test_sizes_of_the_page_are_what_they_are_called(name):
     assert price(large_configs()[name], Layout(shards=8), Micro(1, 8))["memory_state_gb"] == pytest.approx(
         20, rel=0.05
     )
+
+
+@pytest.mark.slow
+def test_the_table_of_the_page_is_what_is_counted():
+    assert table() in (CONFIGURATION / "accelerate" / "README.md").read_text(encoding="utf-8")
