@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from training.cost import (
@@ -34,6 +35,7 @@ from training.cost import (
     flops_per_token,
     hours,
     measured_teraflops,
+    new_model,
     peak_memory_bytes,
 )
 from training.evaluate import load_model, mean_loss, tokens_and_bytes
@@ -110,7 +112,7 @@ def training_arguments(recipe: TextRecipe) -> TrainingArguments:
 def num_parameters(recipe: TrainingRecipe) -> int:
     """Count the trainable parameters of the recipe's model, tied ones once, without allocating them."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(recipe.build_config()).num_parameters()
+        return new_model(recipe.build_config()).num_parameters()
 
 
 def _estimate_cost(recipe: TextRecipe, arguments: TrainingArguments, tokens: int | None) -> dict[str, Any]:
@@ -406,6 +408,8 @@ def _finish(
     """Export and measure what was trained; returns the content of `result.json`, on the main process alone."""
     # All processes take part, as each may hold only a shard.
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    # One process alone loads and measures from here on, and ZeRO-3 would wait for the others to take their shards.
+    unset_hf_deepspeed_config()
     # So torch.compile names what is inside its wrapper; a folder has the model's own names.
     state_dict = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state_dict or {}).items()}
     if not trainer.is_world_process_zero():
