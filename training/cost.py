@@ -52,7 +52,8 @@ def count_flops(compute: Callable[[], Any]) -> int:
 
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a new causal language model that is whole: by `from_config`, DeepSpeed's ZeRO-3 would shard it."""
-    model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model: PreTrainedModel = model_class(config)
     return model
 
 
