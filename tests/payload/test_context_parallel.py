@@ -14,7 +14,6 @@ from modeling_memory_mosaic import context_parallel, leaky_average
 from modeling_memory_mosaic.layout_memory_mosaic import Stretch, StretchStates, cuts_of_text
 
 
-SHARED = ("mosaic", "narrowing mosaic", "mosaic v2", "mosaic v2 otherwise")
 # Texts whose tokens no number of processes shares evenly, one of them longer than a chunk of leaky sums.
 SCRIPT = """
 import sys
@@ -208,22 +207,35 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
 def texts_that_processes_share(request, tmp_path_factory):
     script = tmp_path_factory.mktemp("context_parallel") / "script.py"
     script.write_text(SCRIPT)
-    kinds = SHARED if request.param == 4 else ("mosaic", "mosaic v2")
-    process = run_on_processes(request.param, script, request.config.rootpath / "tests", *kinds)
-    return request.param, kinds, process
+    number, kinds = request.param
+    return number, run_on_processes(number, script, request.config.rootpath / "tests", *kinds)
 
 
-@for_kinds("mosaic", "narrowing mosaic", "mosaic v2", "mosaic v2 otherwise")
-@pytest.mark.parametrize("what", ["equal", "ways", "refused"])
+ON_TWO = (2, ("mosaic", "mosaic v2"))
+ON_FOUR = (4, ("mosaic", "narrowing mosaic", "mosaic v2", "mosaic v2 otherwise"))
+CHECKS = pytest.mark.parametrize("what", ["equal", "ways", "refused"])
+
+
+@CHECKS
+@for_kinds("mosaic", "mosaic v2")
+@pytest.mark.parametrize("texts_that_processes_share", [ON_TWO], indirect=True, ids=["two"])
 def test_processes_that_share_texts_equal_one(kind, what, texts_that_processes_share):
     """In logits, loss and gradient, with padding and packed documents, of texts that no number divides."""
-    number, kinds, process = texts_that_processes_share
-    if kind.name in kinds:
-        assert process.stdout.count(f"<{kind}: {what}>") == number, process.stderr[-4000:]
+    number, process = texts_that_processes_share
+    assert process.stdout.count(f"<{kind}: {what}>") == number, process.stderr[-4000:]
+
+
+@pytest.mark.slow
+@CHECKS
+@for_kinds("mosaic", "narrowing mosaic", "mosaic v2", "mosaic v2 otherwise")
+@pytest.mark.parametrize("texts_that_processes_share", [ON_FOUR], indirect=True, ids=["four"])
+def test_four_processes_that_share_texts_equal_one(kind, what, texts_that_processes_share):
+    number, process = texts_that_processes_share
+    assert process.stdout.count(f"<{kind}: {what}>") == number, process.stderr[-4000:]
 
 
 @for_kinds("memory model", "continuous", "classifier")
