@@ -23,6 +23,7 @@ from .inspection_memory_mosaic import (
     summarize_units,
     trace_tokens,
 )
+from .layout_memory_mosaic import context_parallel
 from .modeling_continuous_memory_mosaic import ContinuousMemoryMosaicModel
 from .modeling_memory_model import (
     MemoryModelEncoder,
@@ -105,6 +106,7 @@ __all__ = [
     "MemoryMosaicV2StaticCacheLayer",
     "MosaicMemory",
     "bounded",
+    "context_parallel",
     "inspect_continuous_units",
     "inspect_units",
     "kernel_smoothing",

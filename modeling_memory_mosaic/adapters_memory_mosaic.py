@@ -148,6 +148,11 @@ class AdaptableLayer(nn.Module):
             )
 
 
+def is_class_of_shards(module_class: type) -> bool:
+    """Return whether `fully_shard` of torch has made a class, or one that it is made from."""
+    return any(base.__module__.startswith("torch.distributed.") for base in module_class.__mro__)
+
+
 class AdaptableModel(nn.Module):
     """Part of a `PreTrainedModel` that is saved without adapters and never left with some of them on."""
 
@@ -174,8 +179,16 @@ class AdaptableModel(nn.Module):
             )
         if not getattr(self, "_hf_peft_config_loaded", False):
             state_dict = with_loadable_names(self, state_dict)
-        # `PreTrainedModel` comes next in the order of classes.
-        return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)  # type: ignore[misc]
+        # `fully_shard` gives a model a class of torch's, whose file the library would save beside the weights.
+        sharded: Any = type(self)
+        self.__class__ = next(base for base in sharded.__mro__ if not is_class_of_shards(base))
+        try:
+            # `PreTrainedModel` comes next in the order of classes.
+            return super().save_pretrained(  # type: ignore[misc]
+                save_directory, is_main_process, state_dict, **kwargs
+            )
+        finally:
+            self.__class__ = sharded
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Let layers note their first adapters: PEFT ends its first adaptation by giving the model `peft_config`."""

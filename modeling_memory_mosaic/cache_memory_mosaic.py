@@ -184,6 +184,20 @@ class MemoryMosaicStates(ReadText, CacheLayerMixin):
             trajectory = torch.cat([self.states[name], trajectory], dim=2)
         self.states[name] = trajectory
 
+    def continue_sum(
+        self, name: str, sums: torch.Tensor, previous: torch.Tensor | None, leak: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keep the last of new sums `(B, H, T, D)` that went on from `previous`, and return both.
+
+        The states of a text that processes share change both, see [`StretchStates`].
+        """
+        self.set_state(name, sums)
+        return sums, previous
+
+    def value_before(self, name: str, projected: torch.Tensor) -> torch.Tensor | None:
+        """Return the value `(B, H, 1, D)` that waits for the first of new ones `(B, H, T, D)`; `None` if none does."""
+        return self.get_state(name)
+
     def named_states(self, past_mask: torch.Tensor | None) -> dict[str, Any]:
         """Return what a memory is saved with, beside its pairs, by name.
 

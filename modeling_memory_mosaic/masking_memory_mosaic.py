@@ -375,6 +375,36 @@ def slot_rule(
     return SlotRule(past_length + 1, is_full, begins)
 
 
+def stretch_masks(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    begin: int,
+    end: int,
+    sees_all: torch.Tensor | None = None,
+    **packing: Any,
+) -> dict[str, Any]:
+    """Return the `slot_mask` and `query_scale` of tokens `begin` to `end` of texts that several processes share.
+
+    Args:
+        inputs_embeds (`torch.Tensor` of shape `(B, T, C)`): a tensor with shape, precision and place of the
+            embeddings of whole texts.
+        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at padding.
+        packing: as for [`create_memory_masks`].
+    """
+    attention_mask, _ = find_padding(inputs_embeds, attention_mask, None)
+    document_ids = find_documents(inputs_embeds, attention_mask, None, **packing)
+    sees_all = check_sees_all(sees_all, inputs_embeds, document_ids, None)
+    query_scale = scale_of_queries(config, inputs_embeds, attention_mask, document_ids, 0, sees_all)
+    if attention_mask is None:
+        attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+    whole = slot_rule(attention_mask, document_ids, 0, sees_all)
+    begins = None if whole.begins is None else whole.begins[:, begin:end]
+    is_full = None if whole.is_full is None else whole.is_full[:, :end]
+    query_scale = None if query_scale is None else query_scale[:, begin:end]
+    return {"slot_mask": SlotRule(begin + 1, is_full, begins), "query_scale": query_scale}
+
+
 def count_behind(
     layer: Any, attention_mask: torch.Tensor | None, past_length: Any, num_tokens: int, device: torch.device
 ) -> torch.Tensor:

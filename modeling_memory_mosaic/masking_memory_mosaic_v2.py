@@ -51,7 +51,8 @@ class Reading:
     - `slot_bias` `(B, 1, T)`, *optional*: of the new long-term slots behind joined texts, of which `num_joined` slots
       are,
     - `reads_directly`: whether one token is read without sdpa,
-    - `has_maps`: whether eager attention gives its maps, which a bounded memory has not.
+    - `has_maps`: whether eager attention gives its maps, which a bounded memory has not,
+    - `is_stretch`: whether other processes read what came before, of which P slots are passed on.
     """
 
     is_token: torch.Tensor | None
@@ -68,6 +69,7 @@ class Reading:
     num_joined: int = 0
     reads_directly: bool = False
     has_maps: bool = False
+    is_stretch: bool = False
 
     def contiguous(self) -> "Reading":
         """Return the reading itself: `generate` of transformers before 5.23 asks each of a model's masks for this."""

@@ -303,9 +303,7 @@ class MemoryMosaicTokenMemory(MemoryMosaicAssociativeMemory):
             projected = projected * is_token[:, None, :, None]
         previous = None if states is None else states.get_state(self.sum_name)
         sums = self.leaky_sums(projected, previous, is_token, document_ids, scalars)
-        if states is not None:
-            states.set_state(self.sum_name, sums)
-        return sums, previous
+        return (sums, None) if states is None else states.continue_sum(self.sum_name, sums, previous, scalars.leak)
 
 
 class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStore):
@@ -345,7 +343,7 @@ class MemoryMosaicContextualMemory(MemoryMosaicTokenMemory, MemoryMosaicPairStor
     ) -> torch.Tensor:
         """Return values of the pairs that the new tokens complete, `(B, H, T, D)`; T - 1 if no token came before."""
         projected = self.split_heads(self.v_proj(hidden_states))
-        pending = None if states is None else states.get_state("pending_value")
+        pending = None if states is None else states.value_before("pending_value", projected)
         if is_token is not None:
             projected = forward_fill(projected, is_token, pending)
         if states is not None:

@@ -139,9 +139,12 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
         before = None if previous is None or states is None else (previous, states.get_state(scale_name))
         gates, decays = self.log_gates_and_decays(hidden_states, reading.is_token)
         sums, log_scales = gated_sum(projected, gates, decays, before, reading.document_ids)
-        if states is not None:
-            states.set_state(sum_name, sums)
-            states.set_state(scale_name, log_scales)
+        if states is None:
+            return sums, None
+        if hasattr(states, "continue_gated_sum"):  # of a text that processes share
+            return states.continue_gated_sum(sums, log_scales, decays)
+        states.set_state(sum_name, sums)
+        states.set_state(scale_name, log_scales)
         return sums, previous
 
     def beta(self, num_pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -176,7 +179,7 @@ class MemoryMosaicV2Heads(MemoryMosaicPairStore):
         """Return values of the pairs that the new tokens complete, `(B, H, T, D)`; T - 1 if no token came before."""
         projected = self.split_heads(self.v_proj(hidden_states))
         name = self.state_names[-1]
-        pending = None if states is None else states.get_state(name)
+        pending = None if states is None else states.value_before(name, projected)
         if reading.is_token is not None:
             projected = forward_fill(projected, reading.is_token, pending)
         if states is not None:
@@ -330,7 +333,8 @@ class MemoryMosaicV2ShortTermMemory(MemoryMosaicV2Heads):
             return self.retrieve(queries, slot_keys, slot_values, None, reading.reads_directly, **kwargs)[0]
         if reading.has_maps:
             return self.read_with_map(queries, slot_keys, slot_values, rule, reading)
-        if torch.compiler.is_exporting() or (has_plain_sdpa(self.config) and can_read_in_blocks(queries)):
+        reads_whole = torch.compiler.is_exporting() or reading.is_stretch
+        if reads_whole or (has_plain_sdpa(self.config) and can_read_in_blocks(queries)):
             return self.read_by_rule(queries, slot_keys, slot_values, rule, **kwargs)
         return self.read_windows(queries, slot_keys, slot_values, rule, reading, **kwargs)
 

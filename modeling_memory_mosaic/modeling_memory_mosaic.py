@@ -32,6 +32,7 @@ import itertools
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -54,7 +55,24 @@ from .cache_memory_mosaic import MEMORY_NAME, check_memory, memory_kwargs, memor
 from .configuration_memory_mosaic import MemoryMosaicConfig
 from .generation_memory_mosaic import MemoryMosaicGenerationMixin
 from .identity_memory_mosaic import note_writer
-from .masking_memory_mosaic import check_inputs, create_memory_masks, find_documents, pop_packing, raise_where
+from .layout_memory_mosaic import (
+    SharedTexts,
+    Stretch,
+    as_columns,
+    check_same_texts,
+    check_shared,
+    filled_tokens,
+    lay_out,
+    shared_loss,
+)
+from .masking_memory_mosaic import (
+    check_inputs,
+    create_memory_masks,
+    find_documents,
+    pop_packing,
+    raise_where,
+    stretch_masks,
+)
 from .memories_memory_mosaic import (
     PARAMETER_SCALE,
     MemoryMosaicContextualMemory,
@@ -84,9 +102,15 @@ class MemoryMosaicDecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
         query_scale: torch.Tensor | None = None,
         slot_bias: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        shared_texts: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Return the residual stream `(B, T, C)`; arguments as for [`MemoryMosaicContextualMemory`]."""
+        """Return the residual stream `(B, T, C)`; arguments as for [`MemoryMosaicContextualMemory`].
+
+        `shared_texts` stands for a memory where processes share texts ([`context_parallel`]).
+        """
+        # By another name than a memory, which the library takes away under gradient checkpointing.
+        past_key_values = past_key_values if shared_texts is None else shared_texts
         # PEFT has put a wrapper around the memory, whose slots it adapts.
         if not isinstance(self.persistent_memory, MemoryMosaicPersistentMemory):
             self.check_added_adapters()
@@ -115,6 +139,8 @@ class MemoryMosaicPreTrainedModel(MemorizingMixin, AdaptableModel, PreTrainedMod
         "hidden_states": MemoryMosaicDecoderLayer,
         "attentions": MemoryMosaicContextualMemory,
     }
+    # Whether `context_parallel` takes it, whose way of sharing a text is this package's own.
+    reads_stretches = False
     # Per-head scalars: decaying them would pull every kernel towards one bandwidth.
     no_weight_decay_names: tuple[str, ...] = ("key_leak", "key_scale", "value_scale", "value_mix")
 
@@ -168,6 +194,25 @@ class MemoryMosaicPreTrainedModel(MemorizingMixin, AdaptableModel, PreTrainedMod
             "AutoModelForDecision": f"{module}.MemoryMosaicForCausalLM",
         }
 
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Spread a model over processes as the library does while it loads.
+
+        Raises:
+            ValueError: if the head is the token table, of which processes would hold unequal shards. transformers
+                5.24 pads such shards twice, once for each use, and an optimizer would then train one of them only.
+        """
+        config: Any = model.config
+        shards = getattr(distributed_config, "fsdp_size", None) or 1
+        parts = shards * (getattr(distributed_config, "tp_size", None) or 1)
+        if shards > 1 and config.tie_word_embeddings and config.vocab_size % parts:
+            raise ValueError(
+                f"vocab_size={config.vocab_size} does not divide into {parts} equal shards of the table that is also "
+                f"the head: call `resize_token_embeddings(None, pad_to_multiple_of={parts})` and save the model, or "
+                "shard it by Accelerate's FSDP2."
+            )
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save as the library does, naming all classes of this file in `config.json`: each Auto class can load it."""
         self.config.auto_map = self.auto_classes()
@@ -177,6 +222,8 @@ class MemoryMosaicPreTrainedModel(MemorizingMixin, AdaptableModel, PreTrainedMod
 # trf-ignore: TRF057
 class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
     """The blocks without the head. Returns hidden states and the memory."""
+
+    reads_stretches = True
 
     def __init__(self, config: MemoryMosaicConfig):
         config.validate_architecture()  # fields may have been assigned since the configuration was made
@@ -189,6 +236,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         self.gradient_checkpointing = False
         self.bound: tuple[Any, ...] | None = None  # of memories, see `bounded`
         self.search: Any = None  # in memories, see `nearest`
+        self.processes: Any = None  # that share each text, see `context_parallel`
         self.post_init()
 
     def make_layer(self, config: MemoryMosaicConfig, layer_idx: int) -> nn.Module:
@@ -216,6 +264,9 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         `attention_mask` may also be what [`create_memory_masks`] returns.
         """
         past_key_values = one_memory(past_key_values, cache)
+        if self.processes is not None:
+            check_shared(self.config, past_key_values, attention_mask)
+            return self.read_stretch(input_ids, inputs_embeds, attention_mask, position_ids, kwargs)
         if input_ids is not None and inputs_embeds is None:
             embeds = embed_ids(self.embed_tokens, input_ids, self.config.vocab_size)
         elif input_ids is None and inputs_embeds is not None:
@@ -258,6 +309,42 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             hidden_states = layer(hidden_states, **masks, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **memory_kwargs(past_key_values))
 
+    # Collectives within a graph would be other ones, and graphs as many as there are stretches.
+    @torch.compiler.disable
+    def read_stretch(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> BaseModelOutputWithPast:
+        """Return the last hidden states `(B, L, C)` of the stretch of this process; arguments as for `forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        tokens = as_columns(cast(Any, inputs_embeds if input_ids is None else input_ids))
+        check_inputs(self.config, tokens, kwargs)
+        packing = pop_packing(kwargs, position_ids)
+        check_same_texts(self.processes, tokens, attention_mask, *packing.values())
+        stretch = lay_out(self.processes, tokens, attention_mask, packing)
+        own = stretch.cut(filled_tokens(tokens, attention_mask))
+        if input_ids is not None:
+            own = embed_ids(self.embed_tokens, own[..., 0], self.config.vocab_size)
+        # Masks need the shape, precision and place of the embeddings of whole texts, and none of their numbers.
+        hidden_states, whole = own, own.new_empty(()).expand(*tokens.shape[:2], own.shape[2])
+        masks = self.create_stretch_masks(whole, attention_mask, stretch, **packing)
+        for layer in itertools.islice(self.layers, self.config.num_hidden_layers):
+            hidden_states = layer(hidden_states, **masks, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
+
+    def create_stretch_masks(
+        self, whole: torch.Tensor, attention_mask: torch.Tensor | None, stretch: Stretch, **packing: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of all layers for a stretch of texts whose embeddings have the shape of `whole`."""
+        masks = stretch_masks(self.config, whole, attention_mask, stretch.begin, stretch.end, **packing)
+        masks |= {"is_token": stretch.is_token, "document_ids": stretch.document_ids}
+        return masks | {"shared_texts": SharedTexts(stretch, len(self.layers))}
+
     def create_masks(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **packing: Any
     ) -> dict[str, Any]:
@@ -285,6 +372,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    reads_stretches = True
     body_class: type[MemoryMosaicModel] = MemoryMosaicModel
 
     def __init__(self, config: MemoryMosaicConfig):
@@ -352,12 +440,14 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
         kept = kept / cast(float, self.config.logits_scaling)
 
         loss, logits = None, None
-        if skip_logits:
+        if not skip_logits:
+            logits = self.lm_head(kept)
+        if self.model.processes is not None:
+            loss = self.loss_of_stretch(kept, logits, labels, logits_to_keep, **kwargs)
+        elif skip_logits:
             self.check_own_loss()
             loss = loss_without_logits(kept, self.lm_head, labels, **kwargs)
-        else:
-            logits = self.lm_head(kept)
-        if labels is not None and not skip_logits:
+        elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -367,10 +457,44 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, MemoryMosaicGeneratio
             **memory_kwargs(getattr(outputs, MEMORY_NAME)),
         )
 
+    def loss_of_stretch(
+        self,
+        kept: torch.Tensor,
+        logits: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """Return the loss of whole texts, of which this process has read a stretch; `None` without labels.
+
+        Args:
+            kept (`torch.Tensor` of shape `(B, L, C)`): scaled hidden states.
+            logits (`torch.Tensor` of shape `(B, L, vocab_size)`, *optional*): absent if they are skipped.
+            labels (`torch.Tensor` of shape `(B, T)`, *optional*): of whole texts.
+        """
+        if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
+            raise ValueError("Processes that share texts compute the logits of all tokens: leave logits_to_keep out.")
+        if labels is None:
+            return None
+        self.check_own_loss()
+
+        def loss_of_own(labels: torch.Tensor, shift_labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            if logits is not None:
+                kwargs |= {"labels": labels, "shift_labels": shift_labels, "vocab_size": self.config.vocab_size}
+                return self.loss_function(logits=logits, **kwargs)
+            # With a column more on either side, this function shifts the labels to where they stand.
+            targets, states = F.pad(shift_labels, (1, 0), value=-100), F.pad(kept, (0, 0, 0, 1))
+            return loss_without_logits(states, self.lm_head, targets, **kwargs)
+
+        return shared_loss(self.model.processes, loss_of_own, labels, kept.shape[1], **kwargs)
+
     def check_own_loss(self) -> None:
-        """Raise `ValueError` if the model has been given another loss function, which needs logits."""
+        """Raise `ValueError` if the model has been given another loss function, which needs whole logits."""
         if self.loss_function is not ForCausalLMLoss:
-            raise ValueError("skip_logits=True computes the loss of the next token, and this model has another one.")
+            raise ValueError(
+                "skip_logits=True and context parallelism compute the loss of the next token, and this model has "
+                "another one."
+            )
 
 
 # trf-ignore: TRF057

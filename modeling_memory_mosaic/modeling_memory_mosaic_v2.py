@@ -42,6 +42,8 @@ from .adapters_memory_mosaic import AdaptableLayer
 from .bounded_memory_mosaic_v2 import MemoryMosaicV2BoundedLayer
 from .cache_memory_mosaic_v2 import MemoryMosaicV2CacheLayer, MemoryMosaicV2StaticCacheLayer
 from .configuration_memory_mosaic_v2 import MemoryMosaicV2Config
+from .layout_memory_mosaic import SharedTexts, Stretch
+from .layout_memory_mosaic_v2 import StretchStatesV2, reading_of_stretch, shared_delay
 from .masking_memory_mosaic_v2 import Reading, create_reading, draw_delay
 from .memories_memory_mosaic import PARAMETER_SCALE, MemoryMosaicPersistentMemory
 from .memories_memory_mosaic_v2 import (
@@ -100,9 +102,14 @@ class MemoryMosaicV2DecoderLayer(AdaptableLayer, GradientCheckpointingLayer):
         is_token: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        shared_texts: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Return the residual stream `(B, T, C)`; arguments as for [`MemoryMosaicV2ContextualMemory`]."""
+        """Return the residual stream `(B, T, C)`; arguments as for [`MemoryMosaicV2ContextualMemory`].
+
+        `shared_texts` stands for a memory where processes share texts ([`context_parallel`]).
+        """
+        past_key_values = past_key_values if shared_texts is None else shared_texts
         # PEFT has put a wrapper around the memory, whose slots it adapts.
         if self.has_slots and not isinstance(self.persistent_memory, MemoryMosaicPersistentMemory):
             self.check_added_adapters()
@@ -239,6 +246,18 @@ class MemoryMosaicV2Model(MemoryMosaicV2PreTrainedModel, MemoryMosaicModel):
         if self.training and past_key_values is None:
             delay = draw_delay(self.config, embeds)
         return create_reading(self.config, embeds, attention_mask, past_key_values, delay=delay, **packing)
+
+    def create_stretch_masks(
+        self, whole: torch.Tensor, attention_mask: torch.Tensor | None, stretch: Stretch, **packing: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of all layers for a stretch of texts whose embeddings have the shape of `whole`."""
+        delay = None
+        if self.training:  # drawn by one process for all
+            delay = shared_delay(stretch.group, draw_delay(self.config, whole), whole.device)
+        masks = create_reading(self.config, whole, attention_mask, delay=delay, **packing)
+        masks["reading"] = reading_of_stretch(self.config, masks["reading"], stretch)
+        masks |= {"is_token": stretch.is_token, "document_ids": stretch.document_ids}
+        return masks | {"shared_texts": SharedTexts(stretch, len(self.layers), StretchStatesV2)}
 
 
 # trf-ignore: TRF057

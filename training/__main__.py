@@ -89,7 +89,7 @@ def run(
             typer.echo(task.summary(result, parsed.folder))
 
 
-def _plan(task: ModuleType, recipe: "BaseRecipe", machine: dict[str, float | None]) -> dict[str, Any]:
+def _plan(task: ModuleType, recipe: "BaseRecipe", machine: dict[str, Any]) -> dict[str, Any]:
     """Return the task's plan; `ValueError` for an option of the machine that the task does not take."""
     options = {name: value for name, value in machine.items() if value is not None}
     unknown = sorted(options.keys() - inspect.signature(task.plan).parameters.keys())
@@ -122,6 +122,9 @@ def dry_run(
     devices: Annotated[
         int | None, typer.Option(help="Number of devices that train; those that this command has by default.")
     ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="How devices share the model: numbers of replicas, shards, heads, texts.")
+    ] = None,
 ) -> None:
     """Show the resolved recipe and what it amounts to: tokens, steps, operations, memory. Reads no data."""
     with plain_errors(context):
@@ -130,7 +133,7 @@ def dry_run(
 
         parsed = load_recipe(file, overrides)
         typer.echo(parsed.to_yaml())
-        machine = {"teraflops": teraflops, "utilisation": utilisation, "devices": devices}
+        machine = {"teraflops": teraflops, "utilisation": utilisation, "devices": devices, "layout": layout}
         for name, value in _plan(task_module(parsed.task), parsed, machine).items():
             typer.echo(f"{name}: {_readable(value)}")
 

@@ -27,7 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
 
@@ -49,8 +50,15 @@ def count_flops(compute: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+def new_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a new causal language model that is whole: by `from_config`, DeepSpeed's ZeRO-3 would shard it."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model: PreTrainedModel = model_class(config)
+    return model
+
+
 def _training_model(config: PreTrainedConfig) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(config).train()
+    model = new_model(config).train()
     model.loss_type = "ForCausalLM"  # as `training.tasks.language_modeling.build_model` does
     return model
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
+from modeling_memory_mosaic import context_parallel
 from training.files import STAGED_PREFIX, faults, move_into_place, read_json, set_aside, write_checksums, write_json
 from training.metrics.mean_loss import perplexity
 from training.parallel import report_progress
@@ -189,17 +190,45 @@ class LanguageModelTrainer(Trainer):
         for callback in (self._clock, self._meter, _LogWhenSaving, _StopWhenDone, _ReportProgress(report)):
             self.add_callback(callback)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.get_cp_size() > 1:
+            # Accelerate would split texts for layers that are nothing but attention, and refuses all others.
+            self.accelerator._prepare_cp = lambda *parts: parts
+
+    def _prepare_context_parallel_inputs(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Callable[[], contextlib.AbstractContextManager], dict[str, Any]]:
+        # Each process of a group has the whole batch, of which the model takes its stretch.
+        if self.get_cp_size() == 1:
+            return contextlib.nullcontext, inputs
+        return functools.partial(context_parallel, model, self.accelerator.torch_device_mesh["cp"].get_group()), inputs
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        # Trainer counts the batch of each process, though those of a group have the same.
+        added = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + added // (self.get_cp_size() * self.get_tp_size())
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         # Trainer itself exempts only biases and norms.
         exempt = getattr(model, "no_weight_decay_names", ())
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        shares = self.get_cp_size()
         if "answer_labels" in inputs:
+            if shares > 1:
+                raise ValueError("answers have a loss of whole texts, which no process has: set cp_size to 1")
             return self._compute_loss_with_answers(model, inputs, *args, **kwargs)
         if self.chunked_loss:
             inputs = {**inputs, "skip_logits": True}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if shares == 1 or kwargs.get("num_items_in_batch") is None:
+            return loss
+        # Trainer multiplies by all processes, as if each had the loss of its own stretch; they have that of the text.
+        return (loss[0] / shares, loss[1]) if isinstance(loss, tuple) else loss / shares
 
     def _compute_loss_with_answers(
         self,

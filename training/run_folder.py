@@ -100,6 +100,11 @@ def _refuse_another_run(folder: Path, identity: dict[str, Any]) -> None:
             f"{folder} holds a run of {earlier.get('num_processes')} processes, not {identity.get('num_processes')}: "
             f"start it with as many, so that it continues exactly, or {remedy}"
         )
+    if earlier.get("processes_per_batch", 1) != identity.get("processes_per_batch", 1):
+        raise ValueError(
+            f"{folder} holds a run of {earlier.get('processes_per_batch', 1)} processes to a batch, not "
+            f"{identity.get('processes_per_batch', 1)}: start it with the same cp_size and tp_size, or {remedy}"
+        )
 
 
 def _move_aside(folder: Path) -> Path:

@@ -26,7 +26,7 @@ SHORT = [
 ]
 SURFACE = {
     "run": {"recipe", "overrides", "--restart"},
-    "dry-run": {"recipe", "overrides", "--teraflops", "--utilisation", "--devices"},
+    "dry-run": {"recipe", "overrides", "--teraflops", "--utilisation", "--devices", "--layout"},
     "evaluate": {
         "folder",
         "--source",
@@ -152,13 +152,13 @@ def test_a_mistake_shows_before_anything_heavy_is_imported(command, message):
     assert message in process.stderr
 
 
-def run_on_one_and_on_several(configuration, tmp_path, processes):
+def run_on_one_and_on_several(configuration, tmp_path, processes, batches=None):
     """As many windows in a step on one process and on several: the same training, up to rounding."""
     shared = ["run", SMOKE, *SHORT, "generation.prompts=[]", "training.save_total_limit=9"]
     shared += ["data.validation.num_stories=5"]  # 19 windows, which no number of processes shares evenly
     one = CliRunner().invoke(app, [*shared, f"output_dir={tmp_path / 'one'}"])
     assert one.exit_code == 0, one.output
-    batch = f"training.per_device_train_batch_size={16 // processes}"
+    batch = f"training.per_device_train_batch_size={16 // (batches or processes)}"
     command = [*shared, batch, f"output_dir={tmp_path / 'several'}"]
     several = launch(configuration, *command, processes=processes)
     assert several.returncode == 0, several.stderr
@@ -181,9 +181,12 @@ def test_two_processes_share_the_work(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("configuration", "processes"), [("cpu", 1), ("ddp", 2), ("fsdp2", 2)])
-def test_launched_run_resumes_bitwise(configuration, processes, tmp_path):
-    command, weights = run_on_one_and_on_several(configuration, tmp_path, processes)
+@pytest.mark.parametrize(
+    ("configuration", "processes", "batches"), [("cpu", 1, 1), ("ddp", 2, 2), ("fsdp2", 2, 2), ("cp", 2, 1)]
+)
+def test_launched_run_resumes_bitwise(configuration, processes, batches, tmp_path):
+    """Two processes that share each text have one batch."""
+    command, weights = run_on_one_and_on_several(configuration, tmp_path, processes, batches)
     for path in ("checkpoint-6/model.safetensors", "result.json"):  # the newest checkpoint breaks
         (tmp_path / "several" / path).unlink()
     again = launch(configuration, *command, processes=processes)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from torch.utils.data import ConcatDataset, Subset
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from training.cost import (
@@ -33,12 +35,14 @@ from training.cost import (
     flops_per_token,
     hours,
     measured_teraflops,
+    new_model,
     peak_memory_bytes,
 )
 from training.evaluate import load_model, mean_loss, tokens_and_bytes
 from training.export import export_model, verify_export
 from training.figures import draw_learning_curve
 from training.files import faults, staged_folder, write_checksums
+from training.layouts import Layout, Micro, price
 from training.loop import LanguageModelTrainer, build_training_arguments
 from training.metrics.mean_loss import bits_per_byte_of_loss, perplexity
 from training.recipe import DataSection, FactsSection, Recipe, TextRecipe, TrainingRecipe
@@ -70,10 +74,19 @@ def num_devices(arguments: TrainingArguments) -> int:
     return arguments.world_size * max(1, arguments.n_gpu)
 
 
+def processes_per_batch(arguments: TrainingArguments) -> int:
+    """Return how many processes are given the same batch: those that share its texts, or the heads of the model."""
+    sizes = arguments.parallelism_config
+    if sizes is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        sizes = ParallelismConfig()  # of `accelerate launch`
+    return 1 if sizes is None else sizes.non_data_parallel_size
+
+
 def windows_per_step(arguments: TrainingArguments) -> int:
     """Return the windows that one optimizer step sees, over all processes and accumulated micro-batches."""
     # `train_batch_size` counts all devices of one process.
-    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    num_batches = arguments.world_size // processes_per_batch(arguments)
+    return arguments.train_batch_size * num_batches * arguments.gradient_accumulation_steps
 
 
 def tokens_per_step(recipe: ReadsText, arguments: TrainingArguments) -> int:
@@ -100,7 +113,7 @@ def training_arguments(recipe: TextRecipe) -> TrainingArguments:
 def num_parameters(recipe: TrainingRecipe) -> int:
     """Count the trainable parameters of the recipe's model, tied ones once, without allocating them."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(recipe.build_config()).num_parameters()
+        return new_model(recipe.build_config()).num_parameters()
 
 
 def _estimate_cost(recipe: TextRecipe, arguments: TrainingArguments, tokens: int | None) -> dict[str, Any]:
@@ -132,6 +145,7 @@ def plan(
     teraflops: float | None = None,
     utilisation: float | None = None,
     devices: int | None = None,
+    layout: str | None = None,
 ) -> dict[str, Any]:
     """Return the size and the cost of a run, known without reading data: `dry-run` prints it.
 
@@ -141,9 +155,11 @@ def plan(
             second; gives `hours`.
         utilisation (`float`, *optional*): share of the peak that training reaches; 0.4 by default.
         devices (`int`, *optional*): how many train; by default those that this command would use.
+        layout (`str`, *optional*): how devices share the model and its texts, see [`Layout`]: adds what a device holds
+            and sends.
 
     Raises:
-        ValueError: a rate, share or number that no machine has, or `utilisation` without `teraflops`.
+        ValueError: a rate, share, number or layout that no machine has, or `utilisation` without `teraflops`.
     """
     if utilisation is not None and teraflops is None:
         raise ValueError(f"utilisation is {utilisation}, but a share of what? Give teraflops, the peak of one device")
@@ -162,6 +178,10 @@ def plan(
         "warmup_steps": arguments.get_warmup_steps(steps) if known else arguments.warmup_steps,
         **_estimate_cost(recipe, arguments, steps * per_step if known else None),
     }
+    if layout is not None:
+        size, checkpointing = arguments.per_device_train_batch_size, bool(arguments.activation_checkpointing)
+        micro = Micro(size, recipe.data.context_length, arguments.mixed_precision, checkpointing)
+        result["layout"] = price(recipe.build_config(), Layout.parse(layout), micro)
     if teraflops is not None:
         share = DEFAULT_UTILISATION if utilisation is None else utilisation
         flops = result["training_flops"] if known else 0
@@ -228,9 +248,11 @@ def token_stream(data: DataSection, tokenizer: PreTrainedTokenizerFast, share: t
 
 
 def prepare_windows(
-    recipe: ReadsText, tokenizer: PreTrainedTokenizerFast, state: PartialState
+    recipe: ReadsText, tokenizer: PreTrainedTokenizerFast, state: PartialState, per_batch: int = 1
 ) -> dict[str, Dataset | IterableDataset | TokenStream]:
     """Cut the stories of a recipe into windows, `train` and `validation`; other processes read what the main one made.
+
+    Each `per_batch` processes that follow one another read the same stream, as they are given the same batches.
 
     A stream for training begins again when it ends. The first of its windows alone, if `num_windows` says so, are read
     by one process for all, and again by a run that goes on; any other stream goes on in place.
@@ -241,7 +263,8 @@ def prepare_windows(
         for split, source in (("train", data.train), ("validation", data.validation)):
             streaming, most = data.streaming and split == "train", getattr(data.num_windows, split, None)
             if streaming and most is None:
-                windows[split] = token_stream(data, tokenizer, (state.process_index, state.num_processes))
+                share = (state.process_index // per_batch, state.num_processes // per_batch)
+                windows[split] = token_stream(data, tokenizer, share)
                 continue
             stories = load_stories(**source.model_dump(), streaming=streaming)
             some = some_windows(pack_windows(stories, tokenizer, data.context_length, data.num_proc), most)
@@ -399,6 +422,8 @@ def _finish(
     """Export and measure what was trained; returns the content of `result.json`, on the main process alone."""
     # All processes take part, as each may hold only a shard.
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    # One process alone loads and measures from here on, and ZeRO-3 would wait for the others to take their shards.
+    unset_hf_deepspeed_config()
     # So torch.compile names what is inside its wrapper; a folder has the model's own names.
     state_dict = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state_dict or {}).items()}
     if not trainer.is_world_process_zero():
@@ -430,7 +455,7 @@ def _train(
     recipe: TextRecipe, arguments: TrainingArguments, state: PartialState, mode: TrainingMode, data: dict[str, Any]
 ) -> dict[str, Any]:
     tokenizer = prepare_tokenizer(recipe, state, mode.tokenizer)
-    windows = prepare_windows(recipe, tokenizer, state)
+    windows = prepare_windows(recipe, tokenizer, state, processes_per_batch(arguments))
     model = mode.build(recipe, tokenizer)
     # In teraflops of all devices together.
     peak = measured_teraflops(arguments.device, arguments.mixed_precision) * num_devices(arguments)
@@ -463,10 +488,13 @@ def data_provenance(data: DataSection) -> dict[str, Any]:
     return found[0] | {f"train_{number}": each["train"] for number, each in enumerate(found[1:], 2)}
 
 
-def _identity(recipe: TextRecipe, state: PartialState) -> dict[str, Any]:
+def _identity(recipe: TextRecipe, arguments: TrainingArguments, state: PartialState) -> dict[str, Any]:
+    shared = processes_per_batch(arguments)
     return {
         "hash": recipe.hash,
-        "num_processes": state.num_processes,  # with another number, a resumed run would not continue exactly
+        # With other numbers, a resumed run would not continue exactly.
+        "num_processes": state.num_processes,
+        **({"processes_per_batch": shared} if shared > 1 else {}),
         "recipe": recipe.model_dump(exclude={"output_dir"}),
         "architecture": recipe.architecture,
         "data": data_provenance(recipe.data),
@@ -495,7 +523,7 @@ def run(recipe: TextRecipe, restart: bool = False, mode: TrainingMode = FROM_SCR
         recipe,
         state,
         restart,
-        identity=lambda: _identity(recipe, state),
+        identity=lambda: _identity(recipe, arguments, state),
         make=lambda data: _train(recipe, arguments, state, mode, data),
         kept=mode.exports,
         again="trains again",
