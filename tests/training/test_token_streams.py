@@ -2,6 +2,7 @@
 """Streams of tokens go on in place: the windows are those of a stream without a break, and nothing is read twice."""
 
 import builtins
+import contextlib
 import functools
 import itertools
 import json
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -202,6 +204,18 @@ def test_processes_read_each_story_once(tmp_path, tokenizer, counts):
     embedded = SOURCE | {"source": "embedded", "num_stories": 11}
     texts = [[text for text, _ in make_reader(embedded, (index, 2)).read(None)] for index in range(2)]
     assert sorted(texts[0] + texts[1]) == sorted(write_stories(11))
+
+
+def test_processes_that_are_given_one_batch_read_one_stream(tmp_path, tokenizer):
+    """As those that share texts are: each two of four."""
+    folder = write_shards(tmp_path / "shards", [12, 12, 12, 12])
+    recipe = short_recipe(tmp_path / "run", "data.streaming=true", f"data.train.source={folder}")
+    read = []
+    for index in range(4):
+        state = SimpleNamespace(process_index=index, num_processes=4, main_process_first=contextlib.nullcontext)
+        windows = language_modeling.prepare_windows(recipe, tokenizer, state, per_batch=2)
+        read.append(take(windows["train"], 3)[0].tolist())
+    assert read[0] == read[1] != read[2] == read[3]
 
 
 def test_a_mixture_has_the_tokens_of_its_weights_and_goes_on(tmp_path, tokenizer):
