@@ -196,7 +196,9 @@ def test_a_share_of_context_lies_between_no_memory_and_full_context():
     recipe = RECIPES["memory_context"]
     labels = list(recipe.runs)
     losses = {NO_MEMORY: 1.7, FULL_CONTEXT: 1.3, "Causal only": 1.4, "Combined from scratch": 1.8}
-    values = {label: {CAUSAL_LOSS.name: [loss + 0.1 * seed for seed in range(SEEDS)]} for label, loss in losses.items()}
+    values = {
+        label: {CAUSAL_LOSS.name: [loss + 0.1 * seed for seed in range(SEEDS)]} for label, loss in losses.items()
+    }
     found = memory_models.effects(recipe, measured(labels, values))
     assert found[SHARE.of("Causal only")].value == pytest.approx(0.75)
     assert found[SHARE.of("Combined from scratch")].value == pytest.approx(-0.25)

@@ -9,10 +9,10 @@ Seconds are those of one thread. Models take turns, so that a busy machine slows
 """
 
 import copy
+import functools
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -197,27 +197,40 @@ def measure_seed(
     """
     measured: dict[str, dict[str, dict[str, float]]] = {label: {name: {} for name in UNITS} for label in models}
     for length in progress(recipe.lengths, "lengths", "length"):
-        ids, key = windows[length], str(length)
-        text = ids[:1, :length]
         for label, (model, is_full) in models.items():
-            measured[label][LOSS][key] = loss_behind(model, ids, length, is_full)
-            # One token less than a chunk, behind which a memory model begins a new row.
-            cache = write_tokens(model, read_text(model, text, is_full), recipe.chunk_length - 1, is_full)
-            measured[label][KEPT][key] = kept_numbers(cache)
-        reading = {label: (lambda m=model: read_text(m[0], text, m[1])) for label, model in models.items()}
-        before = {label: read_text(model, text, is_full) for label, (model, is_full) in models.items()}
-        writing = {
-            label: (lambda cache, m=model: write_tokens(m[0], cache, recipe.chunk_length, m[1]))
-            for label, model in models.items()
-        }
-        copies = {label: (lambda cache=cache: copy.deepcopy(cache)) for label, cache in before.items()}
-        for name, seconds in (
-            (READ, interleaved_seconds(reading, recipe.rounds)),
-            (WRITE, interleaved_seconds(writing, recipe.rounds, time.perf_counter, copies)),
-        ):
-            for label, median in seconds.items():
-                measured[label][name][key] = median
+            measured[label][LOSS][str(length)] = loss_behind(model, windows[length], length, is_full)
+        for name, of_models in _costs_behind(recipe, models, windows[length][:1, :length]).items():
+            for label, value in of_models.items():
+                measured[label][name][str(length)] = value
     return measured
+
+
+def _costs_behind(
+    recipe: Recipe, models: dict[str, tuple[Any, bool]], text: torch.Tensor
+) -> dict[str, dict[str, float]]:
+    """Return what reading a text `(1, T)` costs, and writing a chunk behind it, by measure and label."""
+    before = {label: read_text(model, text, is_full) for label, (model, is_full) in models.items()}
+    kept: dict[str, float] = {}
+    for label, (model, is_full) in models.items():
+        # One token less than a chunk, behind which a memory model begins a new row.
+        cache = write_tokens(model, copy.deepcopy(before[label]), recipe.chunk_length - 1, is_full)
+        kept[label] = kept_numbers(cache)
+    reading = {label: functools.partial(read_text, model, text, is_full) for label, (model, is_full) in models.items()}
+    writing = {
+        label: functools.partial(_write_behind, model, recipe.chunk_length, is_full)
+        for label, (model, is_full) in models.items()
+    }
+    # Every run begins behind the same text, and copying is not timed.
+    copies = {label: functools.partial(copy.deepcopy, cache) for label, cache in before.items()}
+    return {
+        KEPT: kept,
+        READ: interleaved_seconds(reading, recipe.rounds),
+        WRITE: interleaved_seconds(writing, recipe.rounds, prepared=copies),
+    }
+
+
+def _write_behind(model: MemoryModelForCausalLM, num_tokens: int, is_full: bool, cache: Any) -> None:
+    write_tokens(model, cache, num_tokens, is_full)
 
 
 def _measure_seed(recipe: Recipe, seed: int) -> dict[str, Any]:
@@ -308,14 +321,12 @@ def _draw_measure(axis: Axes, recipe: Recipe, models: dict[str, Series], name: s
         return
     axis.set_yscale("log")
     axis.set_ylabel(better(name, "lower"))
-    label, other = recipe.memory_labels[0], recipe.beside[0]
-    place = statistics.median(crossings(recipe, models, name, label, other))
+    place = statistics.median(crossings(recipe, models, name, recipe.memory_labels[0], recipe.beside[0]))
     if math.isfinite(place) and place > recipe.lengths[0]:
         axis.axvline(place, color="0.35", ls=":", lw=1.2)
-        axis.set_title(f"{label} {CROSSING[name]} from {place:,.0f} tokens on")
+        axis.set_title(f"memories pay from {place:,.0f} tokens on")
     else:
-        ending = "at all of these lengths" if math.isfinite(place) else "at none of these lengths"
-        axis.set_title(f"{label} {CROSSING[name]} {ending}")
+        axis.set_title(f"memories pay at {'all' if math.isfinite(place) else 'none'} of these lengths")
 
 
 def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
@@ -333,7 +344,8 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
         _draw_measure(axis, recipe, models, name, styles)
     axes[-1, 0].set_xlabel("tokens read before")
     legend_below(figure, axes)
-    note = f"{seeds_note(len(recipe.seeds))} Dotted: from there on it costs less than {recipe.beside[0]}."
+    note = f"{seeds_note(len(recipe.seeds))} Dotted: from there on {recipe.memory_labels[0]} cost less than "
+    note += f"{recipe.beside[0]}."
     save_figure(figure, folder / f"{recipe.name}.png", "What a text costs, and what it is worth", note)
 
 

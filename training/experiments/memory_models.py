@@ -5,6 +5,7 @@ Each experiment compares trainings of `tasks/memory_model.py` and asks one `ques
 has the questions, this file has the recipe, the table and the picture that they share.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,8 +66,16 @@ class Recipe(MemoryModelComparison):
 
     task: Literal["memory_models"]
     question: Literal[
-        *("fidelity", "capacity", "objectives", "remedies", "positions", "fidelity_hub", "reads", "pretrained"),
-        *("context", "size"),
+        "fidelity",
+        "capacity",
+        "objectives",
+        "remedies",
+        "positions",
+        "fidelity_hub",
+        "reads",
+        "pretrained",
+        "context",
+        "size",
     ]
 
     @model_validator(mode="before")
@@ -196,9 +205,10 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
 
 
 def _values_of(measure: Measure, models: list[Series], series: Series, guess: dict[str, float]) -> list[float]:
-    """Return a measure of each seed of a model, for the table: nothing if a seed ended before it was reached."""
+    """Return a measure of each seed of a model, for the table: nothing if a seed has none, or ended before it."""
     readings = readings_of(measure, models, series, guess)
-    return [] if any(reading.is_bound for reading in readings) else [reading.value for reading in readings]
+    is_whole = all(math.isfinite(reading.value) and not reading.is_bound for reading in readings)
+    return [reading.value for reading in readings] if is_whole else []
 
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
