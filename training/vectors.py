@@ -26,8 +26,8 @@ from training.result import environment, moment, write_result
 
 # The `task` that the result of such a data set states, as if a recipe had made it, and its file.
 TASK, FILE = "encode", "memories.parquet"
-# Chunks that are told back to be compared, so that it takes minutes at most.
-MOST_TOLD = 1000
+# Chunks that are given back to be compared, so that it takes minutes at most.
+MOST_GIVEN = 1000
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -54,29 +54,29 @@ def encode_text(
 
 
 @torch.no_grad()
-def told_back(model: MemoryModelForCausalLM, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+def given_back(model: MemoryModelForCausalLM, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
     """Return the ids that the decoder tells of each row, from its vectors alone."""
     single = [row | {"source": str(number), "chunk": 0} for number, row in enumerate(rows)]
     memories = model.memories_from_rows(single)["memories"]
     ids = torch.zeros(len(rows), model.config.chunk_length, dtype=torch.long, device=memories.device)
-    told = []
+    given = []
     for part, of_ids in zip(memories.split(64), ids.split(64), strict=True):
         context = TextMemories(part, torch.ones(part.shape[:2], dtype=torch.bool, device=part.device), 0)
         logits, _, _ = model.reconstruct("autoencoding", pack_text(of_ids), context)
-        told += logits.argmax(-1)[:, 0].tolist()
-    return told
+        given += logits.argmax(-1)[:, 0].tolist()
+    return given
 
 
-def measure_told(model: MemoryModelForCausalLM, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
-    """Return the share of tokens that the decoder tells of the first `MOST_TOLD` rows, places compared one by one.
+def measure_given_back(model: MemoryModelForCausalLM, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
+    """Return the share of tokens that the decoder tells of the first `MOST_GIVEN` rows, places compared one by one.
 
     A chunk whose text has other tokens by itself, because it begins or ends within a word, is left out.
     """
     right: list[float] = []
-    for row, told in zip(rows[:MOST_TOLD], told_back(model, rows[:MOST_TOLD]), strict=True):
+    for row, given in zip(rows[:MOST_GIVEN], given_back(model, rows[:MOST_GIVEN]), strict=True):
         ids = tokenizer(row["text"], split_special_tokens=True)["input_ids"]
-        if len(ids) == len(told):
-            right.append(sum(one == other for one, other in zip(ids, told, strict=True)) / len(told))
+        if len(ids) == len(given):
+            right.append(sum(one == other for one, other in zip(ids, given, strict=True)) / len(given))
     return sum(right) / len(right) if right else 0.0
 
 
@@ -134,7 +134,7 @@ def encode_files(model_folder: Path, files: Sequence[Path], output: Path, dtype:
                 "size": [model.config.num_memory_embeddings, model.config.memory_size],
                 "chunk_length": model.config.chunk_length,
                 "bytes": (staged / FILE).stat().st_size,
-                "told_back": measure_told(model, tokenizer, rows),
+                "given_back": measure_given_back(model, tokenizer, rows),
                 "texts": about,
             },
         }

@@ -20,7 +20,7 @@ from training.publishing import checks, publish
 from training.publishing.folder import CARD, published_files, write_sums
 from training.secrecy import machine_tokens
 from training.tasks import memory_model
-from training.vectors import FILE, encode_files, measure_told, read_rows, told_back
+from training.vectors import FILE, encode_files, measure_given_back, read_rows, given_back
 
 
 TEXTS = {"lily": "Lily had a red ball and a dog. The dog was kind.", "tom": "Tom saw a cat. 😀 The cat ran away."}
@@ -79,16 +79,16 @@ def test_a_model_reads_the_rows_of_a_file_in_place_of_its_text(run, vectors):
         assert torch.equal(read, whole)
 
 
-def test_what_is_told_back_is_what_the_decoder_writes_of_each_memory(run, vectors):
+def test_what_is_given_back_is_what_the_decoder_writes_of_each_memory(run, vectors):
     model, tokenizer = load_model(run / "model")
     rows = read_rows(vectors / FILE)
-    told = told_back(model, rows)
-    assert len(told) == len(rows) and {len(ids) for ids in told} == {model.config.chunk_length}
-    again = [row | {"text": tokenizer.decode(ids)} for row, ids in zip(rows, told, strict=True)]
+    given = given_back(model, rows)
+    assert len(given) == len(rows) and {len(ids) for ids in given} == {model.config.chunk_length}
+    again = [row | {"text": tokenizer.decode(ids)} for row, ids in zip(rows, given, strict=True)]
     kept = [row for row in again if len(tokenizer(row["text"]).input_ids) == model.config.chunk_length]
-    assert not kept or measure_told(model, tokenizer, kept) == 1.0
+    assert not kept or measure_given_back(model, tokenizer, kept) == 1.0
     stated = json.loads((vectors / "result.json").read_text())["vectors"]
-    assert stated["told_back"] == pytest.approx(measure_told(model, tokenizer, rows))
+    assert stated["given_back"] == pytest.approx(measure_given_back(model, tokenizer, rows))
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 import pytest
+import yaml
 
+from training import tables
 from training.experiments import memory_models
 from training.experiments.memory_questions import (
     BEYOND_IDS,
@@ -228,6 +230,32 @@ def test_a_misspelt_effect_is_refused():
     claim = {"claim": "it holds", "paper": "not asked", "effects": [RECOVERED.of("8 characters")], "above": 0.5}
     with pytest.raises(ValueError, match="measures no effect 'tokens recovered: 8 characters'"):
         load_recipe(CONFIGURATION / "recipe" / "memory_capacity.yaml", settings=[{"claims": [claim]}])
+
+
+def test_every_sentence_of_the_abstract_has_claims_of_three_seeds_and_a_row(monkeypatch):
+    """Its rows wait for a result, or have the verdict of one."""
+    recipes = {}
+
+    def load_once(path):
+        recipes.setdefault(path.stem, RECIPES.get(path.stem) or load_recipe(path))
+        return recipes[path.stem]
+
+    monkeypatch.setattr(tables, "load_recipe", load_once)
+    entries = yaml.safe_load(tables.ABSTRACT.read_text(encoding="utf-8"))
+    recipe = RECIPES["memory_context"]
+    values = {"Combined from scratch": {CHARACTERS.name: [15.9, 15.8, 15.9], "blank copy": [0.5, 0.5, 0.51]}}
+    result = {"name": recipe.name, "task": recipe.task, "recipe": recipe.model_dump(exclude={"output_dir"})}
+    rows = tables.abstract_table([result | {"measured": measured(list(recipe.runs), values)}]).splitlines()[2:]
+    assert len(entries) == 9 and len(rows) == sum(len(entry["claims"]) for entry in entries)
+    assert all(any(row.startswith(f"| {entry['sentence']} |") for row in rows) for entry in entries)
+    assert all(len(one.seeds) >= 3 for one in recipes.values())
+    verdicts = {}
+    for row in rows:
+        _, claim, name, *_, verdict = row.strip("| ").split(" | ") if row.startswith("| ") else ("", *row.split(" | "))
+        verdicts[claim] = verdict
+        assert (verdict == "waiting") == (name != "`memory_context`") and "stated after" not in row
+    assert verdicts["Combined objectives give memories that hold nearly all of their 16 characters"] == "supported"
+    assert verdicts["A decoder tells them nearly completely"] == "contradicted"
 
 
 @pytest.mark.slow

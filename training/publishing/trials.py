@@ -35,7 +35,7 @@ from training.text.sources import EMBEDDED, load_stories, source_provenance
 from training.text.story_selection import STORIES_FILE
 from training.text.windows import pack_windows, some_windows
 from training.vectors import FILE as VECTORS_FILE
-from training.vectors import MOST_TOLD, measure_told
+from training.vectors import MOST_GIVEN, measure_given_back
 
 
 # By task, the loss that is measured again.
@@ -45,8 +45,8 @@ LOSS_TOLERANCE = 0.005
 # What a result from elsewhere may ask for, so that it takes minutes at most.
 MOST_STORIES, MOST_CONTEXT = 10_000, 8192
 _BATCH_SIZE = 16
-# Of the share of tokens that is told back: other hardware adds in another order.
-TOLD_TOLERANCE = 0.005
+# Of the share of tokens that is given back: other hardware adds in another order.
+GIVEN_TOLERANCE = 0.005
 # Tokens of a memory that are read again, so that it takes minutes at most.
 MOST_READ = 100_000
 # By the precision of a stored memory, the part of its largest number by which rounding, and other hardware, may change
@@ -261,7 +261,7 @@ def check_vectors(folder: Path, base: Path) -> list[str]:
     """
     loaded: Any
     loaded, tokenizer = load_model(base)
-    model, result, rows = loaded.eval(), read_vectors(folder), read_table(folder / VECTORS_FILE)[:MOST_TOLD]
+    model, result, rows = loaded.eval(), read_vectors(folder), read_table(folder / VECTORS_FILE)[:MOST_GIVEN]
     single = [row | {"source": str(number), "chunk": 0} for number, row in enumerate(rows)]
     stored = model.memories_from_rows(single)["memories"]  # raises if another encoder wrote them
     most = ROUNDING[result.vectors.precision] * float(stored.abs().max())
@@ -278,12 +278,14 @@ def check_vectors(folder: Path, base: Path) -> list[str]:
             compared, largest = compared + 1, max(largest, difference)
     if not compared:
         raise ValueError(f"{base} writes other vectors of the texts of {folder}: encode them again")
-    told = measure_told(model, tokenizer, rows)
-    if abs(told - result.vectors.told_back) > TOLD_TOLERANCE:
-        raise ValueError(f"`told_back` in result.json is {result.vectors.told_back}, but measured again it is {told}")
+    given = measure_given_back(model, tokenizer, rows)
+    if abs(given - result.vectors.given_back) > GIVEN_TOLERANCE:
+        raise ValueError(
+            f"`given_back` in result.json is {result.vectors.given_back}, but measured again it is {given}"
+        )
     return [
         f"{compared} of {len(rows)} chunks, encoded again by the base, differ by at most {largest:.1e}",
-        f"the share of tokens that is told back, measured again, is {told:.4f} (within {TOLD_TOLERANCE})",
+        f"the share of tokens that is given back, measured again, is {given:.4f} (within {GIVEN_TOLERANCE})",
     ]
 
 

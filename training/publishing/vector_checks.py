@@ -37,7 +37,7 @@ class Content(Section):
     size: list[PositiveInt] = Field(min_length=2, max_length=2)
     chunk_length: PositiveInt
     bytes: PositiveInt
-    told_back: float = Field(ge=0, le=1)
+    given_back: float = Field(ge=0, le=1)
     texts: list[Text]
 
 

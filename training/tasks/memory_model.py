@@ -353,8 +353,12 @@ def _flops_per_window(
 ) -> int:
     """Return the operations of a step on one window, by the text of a configuration, which cannot be hashed."""
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config)))
-    flags = dict(zip(("freeze_encoder", "freeze_decoder"), freezes, strict=True))
-    begin_stage(model, StageSection(name="counted", objectives=dict(objectives), steps=1, **flags), seed=0)
+    weights: Any = dict(objectives)
+    freeze_encoder, freeze_decoder = freezes
+    stage = StageSection(
+        name="counted", objectives=weights, steps=1, freeze_encoder=freeze_encoder, freeze_decoder=freeze_decoder
+    )
+    begin_stage(model, stage, seed=0)
     ids = torch.zeros(1, context_length, dtype=torch.long)
     # Both passes are counted: nothing goes back through a frozen encoder.
     return count_flops(lambda: model.train()(ids, labels=ids).loss.backward())
