@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page that shows the memory of a Memory Mosaic: `python hub_cards/space/app.py FOLDER_OR_REPO`.
+"""A page that shows the memory of a Memory Mosaic or a memory model: `python hub_cards/space/app.py FOLDER_OR_REPO`.
 
 `texts.py` is the first tab: the model continues a text, and the page shows which memories each token came from.
-`memories.py` is the second one, of documents that are joined and forgotten. `marked.py` shows tokens, `shared.py` is
-what both tabs use besides, and `page.css` has the looks. In a Space the package `modeling_memory_mosaic` and the
-folder `model` lie beside these files: no code of a repository is run.
+`memories.py` is the second one, of documents that are joined and forgotten. A memory model has one tab, `vectors.py`:
+what its memories hold of a text. `marked.py` shows tokens, `shared.py` is what tabs use besides, and `page.css` has the
+looks. In a Space the package `modeling_memory_mosaic` and the folder `model` lie beside these files: no code of a
+repository is run.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase  # n
 
 import memories  # noqa: E402
 import texts  # noqa: E402
-from modeling_memory_mosaic import MemoryMosaicForCausalLM  # noqa: E402
+import vectors  # noqa: E402
+from modeling_memory_mosaic import MemoryModelForCausalLM, MemoryMosaicForCausalLM  # noqa: E402
 
 
 # In bytes. A request of this page has a few kilobytes: nothing is uploaded.
@@ -34,15 +36,20 @@ LARGEST_REQUEST = 2**20
 MOST_WAITING = 32
 BESIDE = Path(__file__).with_name("model")
 PAPER = "https://arxiv.org/abs/2405.06394"
+PAPER_OF_MEMORY_MODELS = "https://arxiv.org/abs/2602.13466"
+# The classes that are shown, by the type of the model.
+SHOWN = {"memory_mosaic": MemoryMosaicForCausalLM, "memory_model": MemoryModelForCausalLM}
 
 
-def load(source: str) -> tuple[MemoryMosaicForCausalLM, PreTrainedTokenizerBase]:
+def load(source: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load model (in float32, evaluation mode) and tokenizer from a folder or from a repository on the Hub.
 
     Raises:
-        ValueError: it does not hold a Memory Mosaic that predicts tokens, with finite weights and its tokenizer.
+        ValueError: it does not hold a Memory Mosaic that predicts tokens, or a memory model with memories, with finite
+            weights and its tokenizer.
     """
-    remedy = "Pass a folder, or the name of a repository on the Hub, that holds a MemoryMosaicForCausalLM."
+    remedy = "Pass a folder, or the name of a repository on the Hub, that holds a MemoryMosaicForCausalLM"
+    remedy += " or a MemoryModelForCausalLM."
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -50,10 +57,11 @@ def load(source: str) -> tuple[MemoryMosaicForCausalLM, PreTrainedTokenizerBase]
         reason = "there is no such folder" if is_missing else str(error).splitlines()[0]
         raise ValueError(f"{source}: no model was found there ({reason}). {remedy}") from error
     architectures = config.architectures or ["no architecture"]
-    if config.model_type != "memory_mosaic" or "MemoryMosaicForCausalLM" not in architectures:
+    shown: Any = SHOWN.get(config.model_type)
+    if shown is None or shown.__name__ not in architectures or getattr(config, "max_memories", None) == 0:
         other = f"{', '.join(architectures)} of type {config.model_type}"
         raise ValueError(f"{source}: {other} was found there, whose memories this page cannot show. {remedy}")
-    model = MemoryMosaicForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = shown.from_pretrained(source, dtype=torch.float32)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -83,12 +91,19 @@ def repository_of(source: str) -> str | None:
     return source
 
 
-def heading(model: MemoryMosaicForCausalLM, repository: str | None) -> str:
+def heading(model: Any, repository: str | None) -> str:
     """Return, as HTML, the title of the page, with links to the model and the paper."""
     name = "This model"
     if repository is not None:
         name = f'The model <a href="https://huggingface.co/{repository}">{repository}</a>'
     config = model.config
+    if config.model_type == "memory_model":
+        return (
+            f"<h1>What a memory holds</h1><p>{name} is a memory model of {model.num_parameters():,} parameters: "
+            f"{config.chunk_length} tokens become a memory of {config.memory_numbers:,} numbers. The paper explains "
+            f'it: <a href="{PAPER_OF_MEMORY_MODELS}">Language Model Memory and Memory Models for Language, arXiv '
+            "2602.13466</a>.</p>"
+        )
     return (
         f"<h1>The memory of a Memory Mosaic</h1><p>{name} is a language model of {model.num_parameters():,} "
         "parameters. It has no attention, no feed-forward layers and no positions. It predicts each token from its "
@@ -99,12 +114,14 @@ def heading(model: MemoryMosaicForCausalLM, repository: str | None) -> str:
     )
 
 
-def make_page(
-    model: MemoryMosaicForCausalLM, tokenizer: PreTrainedTokenizerBase, repository: str | None = None
-) -> gr.Blocks:
-    """Return the page with its two tabs. It links to the repository of the model, if there is one."""
-    with gr.Blocks(title="The memory of a Memory Mosaic") as page:
+def make_page(model: Any, tokenizer: PreTrainedTokenizerBase, repository: str | None = None) -> gr.Blocks:
+    """Return the page with the tabs of the model. It links to its repository, if there is one."""
+    is_memory_model = model.config.model_type == "memory_model"
+    with gr.Blocks(title="What a memory holds" if is_memory_model else "The memory of a Memory Mosaic") as page:
         gr.HTML(heading(model, repository), elem_id="heading")
+        if is_memory_model:
+            vectors.make_tab(page, model, tokenizer)
+            return page
         with gr.Tab("A text"):
             texts.make_tab(page, model, tokenizer)
         with gr.Tab("Memories") as tab:

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
+from helpers.kinds import MOSAIC, make_memory_model
 from helpers.models import make_model
 from hub_cards.space.screenshot import find, wait_for
 from training.publishing.checks import PACKAGE, SPACE, SPACE_CODE
@@ -26,6 +28,14 @@ def make_parts() -> tuple[Any, Any]:
     tokenizer = train_tokenizer(STORIES, vocab_size=300)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return make_model(vocab_size=len(tokenizer), num_persistent_slots=7, **ids), tokenizer
+
+
+def make_memory_parts() -> tuple[Any, Any]:
+    """Return a memory model of chunks of five tokens, and its tokenizer."""
+    tokenizer = train_tokenizer(STORIES, vocab_size=300)
+    backbone = type(MOSAIC)(**MOSAIC.to_dict() | {"vocab_size": len(tokenizer)})
+    sizes = {"encoder": backbone, "decoder": backbone, "dtype": torch.float32, "num_memory_embeddings": 2}
+    return make_memory_model(**sizes, memory_pooling="summary", pad_token_id=tokenizer.pad_token_id), tokenizer
 
 
 def write_space(parts: tuple[Any, Any], folder: Path) -> Path:

@@ -20,7 +20,7 @@ from training.publishing import checks, publish
 from training.publishing.folder import CARD, published_files, write_sums
 from training.secrecy import machine_tokens
 from training.tasks import memory_model
-from training.vectors import FILE, encode_files, measure_given_back, read_rows, given_back
+from training.vectors import FILE, encode_files, given_back, measure_given_back, read_rows
 
 
 TEXTS = {"lily": "Lily had a red ball and a dog. The dog was kind.", "tom": "Tom saw a cat. 😀 The cat ran away."}

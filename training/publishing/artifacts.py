@@ -366,6 +366,7 @@ ARTIFACTS = {
     ("fine_tuning", "adapter"): Artifact("model", _stage_adapter, _model_card("adapter_card.md.jinja"), _try_model),
     ("fine_tuning", "merged"): Artifact("model", _stage_model, _model_card("mosaic_card.md.jinja"), _try_model),
     ("language_modeling", "space"): Artifact("space", _stage_space, _space_card, _try_space),
+    ("memory_model", "space"): Artifact("space", _stage_space, _space_card, _try_space),
     ("fine_tuning", "space"): Artifact("space", _stage_space, _space_card, _try_space),
     ("babistories", "dataset"): Artifact("dataset", _stage_stories, _stories_card, _try_stories),
     (TASK, "memory"): Artifact("model", _stage_memory, _memory_card, _try_memory),

@@ -42,7 +42,16 @@ from training.untrusted import read_object
 
 PACKAGE, SPACE = CLONE / "modeling_memory_mosaic", CLONE / "hub_cards" / "space"
 # A Space installs what its requirements name, so they are code too.
-SPACE_CODE = ("app.py", "marked.py", "memories.py", "page.css", "requirements.txt", "shared.py", "texts.py")
+SPACE_CODE = (
+    "app.py",
+    "marked.py",
+    "memories.py",
+    "page.css",
+    "requirements.txt",
+    "shared.py",
+    "texts.py",
+    "vectors.py",
+)
 _COMMON_FILES = (CARD, LICENSE, SUMS, RESULT, "results/*.json", "units.json", "*.png", *HUB_FILES)
 _MODEL_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),

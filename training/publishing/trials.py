@@ -290,12 +290,15 @@ def check_vectors(folder: Path, base: Path) -> list[str]:
 
 
 def check_space(folder: Path) -> str:
-    """Check that a clean, offline process runs both tabs of a Space, by the code in it, with its model."""
-    code = f"import sys\nsys.path.insert(0, {str(folder.resolve())!r})\nimport app, memories, texts\n" + (
+    """Check that a clean, offline process runs all tabs of a Space, by the code in it, with its model."""
+    code = f"import sys\nsys.path.insert(0, {str(folder.resolve())!r})\nimport app, memories, texts, vectors\n" + (
         f"parts = app.load({str(folder.resolve() / 'model')!r})\n"
-        "texts.write(*parts, 'Once upon a time', 4, 0.0, 0)\n"
-        "texts = 'Once upon a time', 'There was a cat', ''\n"
-        "memories.answer_all(*parts, None, memories.NAMES, texts, (True, False, True), 'Once upon')\n"
+        "if parts[0].config.model_type == 'memory_model':\n"
+        "    vectors.read(*parts, vectors.EXAMPLES[0] * 99)\n"
+        "else:\n"
+        "    texts.write(*parts, 'Once upon a time', 4, 0.0, 0)\n"
+        "    documents = 'Once upon a time', 'There was a cat', ''\n"
+        "    memories.answer_all(*parts, None, memories.NAMES, documents, (True, False, True), 'Once upon')\n"
         "print(sys.modules['modeling_memory_mosaic'].__file__)"
     )
     process = run_isolated(["-c", code])
