@@ -3,7 +3,7 @@
 
 `texts.py` is the first tab: the model continues a text, and the page shows which memories each token came from.
 `memories.py` is the second one, of documents that are joined and forgotten. A memory model has one tab, `vectors.py`:
-what its memories hold of a text. `marked.py` shows tokens, `shared.py` is what tabs use besides, and `page.css` has the
+what its memories hold of a text. `marked.py` shows tokens, `shared.py` is what tabs use besides, `page.css` has the
 looks. In a Space the package `modeling_memory_mosaic` and the folder `model` lie beside these files: no code of a
 repository is run.
 """
