@@ -70,7 +70,7 @@ def cost_recipe(tmp_path, monkeypatch):
     text = {"source": "embedded", "split": "validation", "num_stories": 20}
     sizes = {"lengths": [8, 32, 64], "chunk_length": 4, "num_windows": 2, "rounds": 1, "text": text}
     runs = [MEMORY, FULL, "No memory beyond the chunk"]
-    return small_experiment("memory_cost", tmp_path, runs, (0, 1), beside=[FULL], **sizes)
+    return small_experiment("memory_cost", tmp_path, runs, beside=[FULL], **sizes)
 
 
 @pytest.mark.slow
@@ -79,12 +79,12 @@ def test_an_experiment_measures_quality_and_speed_of_the_same_weights(cost_recip
     assert list(result["effects"]) == cost_recipe.effect_names
     assert (cost_recipe.folder / "memory_cost.png").stat().st_size > 10_000
     series = {one["label"]: one["seeds"] for one in result["measured"]["series"]}
-    assert list(series) == list(cost_recipe.runs) and all(len(seeds) == 2 for seeds in series.values())
-    for label, (one, _) in series.items():
+    assert list(series) == list(cost_recipe.runs) and all(len(seeds) == 1 for seeds in series.values())
+    for label, (one,) in series.items():
         assert f"| 64 | {label} |" in result["table"]
         assert all(value > 0 for values in one["measured"].values() for value in values.values())
     # Beyond the chunk a model without memory keeps as much behind any text, and full context in proportion.
-    kept = {label: one["measured"]["numbers kept"] for label, (one, _) in series.items()}
+    kept = {label: one["measured"]["numbers kept"] for label, (one,) in series.items()}
     assert kept[FULL]["64"] == 2 * 4 * SIZES["hidden_size"] * (64 + 3)
     assert kept["No memory beyond the chunk"]["8"] == kept["No memory beyond the chunk"]["64"]
     vectors, row = 16 * SIZES["hidden_size"], 2 * SIZES["hidden_size"] * (16 + 1 + 3)
@@ -205,8 +205,7 @@ def test_memories_are_measured_in_three_precisions(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_table_has_a_row_of_full_context_and_shares_of_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    labels = ["Causal only", "Gated, from scratch", "No memory", "Full context"]
-    recipe = small_experiment("memory_context", tmp_path, labels, seeds=(0, 1))
+    recipe = small_experiment("memory_context", tmp_path, ["Causal only", "No memory", "Full context"])
     result = memory_models.run(recipe)
     assert list(result["effects"]) == recipe.effect_names
     header, _, *rows = result["table"].splitlines()
@@ -215,8 +214,7 @@ def test_the_table_has_a_row_of_full_context_and_shares_of_it(tmp_path, monkeypa
     losses = {
         one["label"]: one["seeds"][0]["stages"][0]["metrics"]["causal_loss"] for one in result["measured"]["series"]
     }
-    assert len(set(losses.values())) == 4
-    assert (recipe.folder / "memory_context.png").stat().st_size > 10_000
+    assert len(set(losses.values())) == 3
 
 
 @pytest.mark.slow
