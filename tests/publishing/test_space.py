@@ -390,7 +390,13 @@ def test_the_card_tells_the_hub_what_it_needs():
     assert metadata["sdk"] == "gradio" and metadata["sdk_version"] == "6.31.0" and metadata["license"] == "apache-2.0"
     assert metadata["models"] == ["someone/some-mosaic"] and (APP.parent / metadata["app_file"]).is_file()
     assert len(metadata["short_description"]) <= 60 and isinstance(metadata["python_version"], str)
-    assert "2,606,952 parameters" in body and "1,704 pairs" in body
+    assert "2,606,952 parameters" in body and "1,704 pairs" in body and "# What a memory holds" not in body
+    values["result"]["architecture"] = {"model_type": "memory_model"}
+    other = environment.get_template("README.md.jinja").render(repo_id="someone/some-mosaic", **values)
+    assert yaml.safe_load(other.split("---\n", 2)[1]) == metadata
+    assert (
+        "# What a memory holds" in other and "memory model of 2,606,952 parameters" in other and "pairs" not in other
+    )
 
 
 def test_the_space_asks_for_the_versions_of_the_project():

@@ -315,10 +315,7 @@ def _check_space_card(data: dict[str, Any]) -> None:
     if not fits:
         raise ValueError(f"`sdk_version` in the card is {version!r}, not one of gradio {_gradio_range()}")
     # Only the metadata are compared. The numbers stand in the text, so any will do.
-    architecture: dict[str, Any] = dict.fromkeys(
-        ("num_hidden_layers", "num_attention_heads", "num_persistent_slots"), 0
-    )
-    architecture["model_type"] = "memory_mosaic"
+    architecture = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_persistent_slots"), 0)
     placeholders = {"result": {"parameters": 0, "architecture": architecture}, "gradio_version": version}
     text = render("space/README.md.jinja", repo_id=models[0], **placeholders)
     block = REGEX_YAML_BLOCK.match(text)
