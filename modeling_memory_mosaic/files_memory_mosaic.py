@@ -47,7 +47,7 @@ CARD_NAME = "README.md"
 CARD_MARK = "<!-- Written by MosaicMemory.push_to_hub. Without this line, the next push leaves the card as it is. -->"
 LIBRARY_CARD_MARK = "This model card has been automatically generated."
 # Numbers of the papers, by model type.
-ARXIV = {"memory_mosaic": "2405.06394", "memory_mosaic_v2": "2507.03285"}
+ARXIV = {"memory_mosaic": "2405.06394", "memory_mosaic_v2": "2507.03285", "memory_model": "2602.13466"}
 CARD = """---
 {metadata}
 ---

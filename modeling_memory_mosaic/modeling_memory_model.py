@@ -34,7 +34,7 @@ decoder (one for each chunk), C = hidden size of the decoder, V = vocabulary.
 Docstrings are written by hand (TRF057), as the library generates them only for its own models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,7 +86,9 @@ from .store_memory_model import (
     check_memories,
     encoder_fingerprint,
     fake_quantize,
+    memories_from_rows,
     memories_from_tensors,
+    memories_to_rows,
     memories_to_tensors,
 )
 
@@ -409,6 +411,39 @@ class MemoryModelForCausalLM(
                 could have: a part is missing, there are none, or shapes, dtypes or values are impossible.
         """
         memories, memory_mask = memories_from_tensors(tensors, self.encoder, self.dtype)
+        return {"memories": self.to_device(memories), "memory_mask": self.to_device(memory_mask)}
+
+    def memories_to_rows(
+        self,
+        memories: torch.Tensor,
+        memory_mask: torch.Tensor | None = None,
+        *,
+        sources: Sequence[str],
+        texts: Sequence[Sequence[str]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return memories of [`~MemoryModelForCausalLM.encode`] as rows of a data set, one for each memory.
+
+        A row has its `source`, the number of its `chunk`, the `text` of that, the `vectors` `(K, D)` (codes of one
+        byte, with `scales` `(K,)`, under `memory_quantization`), `chunk_length`, and the `encoder`'s fingerprint.
+
+        Args:
+            memories (`torch.Tensor` of shape `(B, M, K, D)`).
+            memory_mask (`torch.Tensor` of shape `(B, M)`, *optional*): all ones when absent.
+            sources (`Sequence[str]`): the name of each of the B texts.
+            texts (`Sequence[Sequence[str]]`, *optional*): of each text the text of its chunks; empty when absent.
+
+        Raises:
+            ValueError: if there are not as many names or chunks as memories, or two texts have one name.
+        """
+        return memories_to_rows(memories, memory_mask, self.encoder, sources, texts)
+
+    def memories_from_rows(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return `memories` and `memory_mask` from rows of a data set, a text for each source, the latest chunk last.
+
+        Raises:
+            ValueError: if another encoder wrote them, or they are no rows of `memories_to_rows`.
+        """
+        memories, memory_mask = memories_from_rows(rows, self.encoder, self.dtype)
         return {"memories": self.to_device(memories), "memory_mask": self.to_device(memory_mask)}
 
     def decoder_masks(self, mask: torch.Tensor, num_new: int) -> dict[str, torch.Tensor]:

@@ -12,12 +12,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Storage of a memory model's memories: rounding to one byte a number, named tensors, and checks of memories.
+"""Storage of a memory model's memories: rounding to one byte a number, named tensors, rows, and checks of memories.
+
+Named tensors are what `safetensors` saves. Rows, one for each memory, are what a data set holds.
 
 Shapes are those of `modeling_memory_model.py`.
 """
 
 import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,11 +29,13 @@ from transformers.modeling_utils import PreTrainedModel
 from .configuration_memory_model import MemoryModelConfig
 from .identity_memory_mosaic import weights_fingerprint
 from .masking_memory_mosaic import raise_where
-from .rounding_memory_mosaic import check_codes, dequantize_vectors, quantize_vectors
+from .rounding_memory_mosaic import CODE_DTYPES, check_codes, dequantize_vectors, quantize_vectors
 
 
 # What a stored memory consists of; `scale` comes with codes only.
 STORED_NAMES = ("memories", "memory_mask", "chunk_length", "encoder")
+# The columns of a data set of memories, a row for each.
+ROW_NAMES = ("source", "chunk", "text", "vectors", "scales", "chunk_length", "encoder")
 # Fields of the configuration that shape a memory.
 MEMORY_FIELDS = ("chunk_length", "num_memory_embeddings", "memory_size", "memory_pooling", "memory_quantization")
 
@@ -169,3 +174,100 @@ def memories_from_tensors(
         memories = dequantize_vectors(memories, scale, dtype)
     check_memories(memories, memory_mask, memories.shape[0], config, dtype)
     return memories.to(dtype), memory_mask
+
+
+# Rows of a data set
+
+
+def memories_to_rows(
+    memories: torch.Tensor,
+    memory_mask: torch.Tensor | None,
+    encoder: PreTrainedModel,
+    sources: Sequence[str],
+    texts: Sequence[Sequence[str]] | None = None,
+) -> list[dict[str, Any]]:
+    """Return memories `(B, M, K, D)` of B texts as rows of plain values, one for each memory.
+
+    Args:
+        memory_mask (`torch.Tensor` of shape `(B, M)`, *optional*): all ones when absent.
+        sources: the name of each text.
+        texts: of each text the text of its chunks, as many as it has memories; empty when absent.
+
+    Raises:
+        ValueError: if there are not as many names or chunks as memories, or two texts have one name.
+    """
+    tensors = memories_to_tensors(memories, memory_mask, encoder)
+    if len(sources) != len(memories) or len(set(sources)) < len(sources):
+        raise ValueError(f"sources are {list(sources)}: give each of the {len(memories)} texts a name of its own.")
+    counts = tensors["memory_mask"].sum(-1).tolist()
+    if texts is not None and [len(chunks) for chunks in texts] != counts:
+        raise ValueError(f"texts have {[len(chunks) for chunks in texts]} chunks, but there are {counts} memories.")
+    common = {"chunk_length": int(tensors["chunk_length"]), "encoder": bytes(tensors["encoder"].tolist()).hex()}
+    codes = tensors["memories"]
+    # Tables of data know no number of eight bits with a point: such codes are bytes there.
+    codes = codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
+    codes = codes if encoder.config.memory_quantization is not None else codes.float()
+    rows = []
+    for number, source in enumerate(sources):
+        for chunk, place in enumerate(tensors["memory_mask"][number].nonzero().flatten().tolist()):
+            scales = tensors["scale"][number, place].flatten().tolist() if "scale" in tensors else []
+            text = "" if texts is None else texts[number][chunk]
+            own = {"source": source, "chunk": chunk, "text": text, "vectors": codes[number, place].tolist()}
+            rows.append(own | {"scales": scales} | common)
+    return rows
+
+
+def _tensors_of_rows(rows: Sequence[Mapping[str, Any]], quantization: str | None) -> dict[str, torch.Tensor]:
+    """Return rows as the named tensors of so many texts of one memory each."""
+    dtype = torch.float32 if quantization is None else CODE_DTYPES[quantization]
+    stored = torch.uint8 if quantization == "fp8" else dtype
+    try:
+        codes = torch.tensor([row["vectors"] for row in rows], dtype=stored)[:, None]
+        scales = torch.tensor([row["scales"] for row in rows], dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"Vectors of these rows are no numbers of one shape ({error}): encode the texts again."
+        ) from None
+    tensors = {"memories": codes.view(dtype) if quantization == "fp8" else codes}
+    if quantization is not None:
+        tensors["scale"] = scales[:, None, :, None]
+    tensors["memory_mask"] = torch.ones(len(rows), 1, dtype=torch.bool)
+    tensors["chunk_length"] = torch.tensor(rows[0]["chunk_length"])
+    tensors["encoder"] = torch.frombuffer(bytearray.fromhex(rows[0]["encoder"]), dtype=torch.uint8)
+    return tensors
+
+
+def memories_from_rows(
+    rows: Iterable[Mapping[str, Any]], encoder: PreTrainedModel, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return memories `(B, M, K, D)` in `dtype` and their mask `(B, M)`: a text for each source, as they first occur.
+
+    Memories of a source are in the order of its chunks, the latest last, whatever the order of the rows. Some may be
+    left out.
+
+    Raises:
+        ValueError: if there are no rows, a column is missing, a chunk occurs twice, or another encoder wrote them.
+    """
+    given = [row for row in rows]
+    if not given:
+        raise ValueError("There are no rows: a data set of memories has one for each memory.")
+    missing = sorted({name for row in given for name in ROW_NAMES if name not in row} - {"text"})
+    if missing:
+        raise ValueError(f"These are no rows of memories: the columns {missing} are missing.")
+    writers = {(row["chunk_length"], row["encoder"]) for row in given}
+    if len(writers) > 1:
+        raise ValueError(f"These rows are of {len(writers)} encoders: choose those of this model by `encoder`.")
+    places = {(row["source"], row["chunk"]): number for number, row in enumerate(given)}
+    if len(places) < len(given):
+        raise ValueError("A chunk of a source occurs twice in these rows: leave the second one out.")
+    alone, _ = memories_from_tensors(_tensors_of_rows(given, encoder.config.memory_quantization), encoder, dtype)
+    by_source: dict[str, list[int]] = {row["source"]: [] for row in given}
+    for source, chunk in sorted(places, key=lambda place: place[1]):
+        by_source[source].append(places[source, chunk])
+    most = max(map(len, by_source.values()))
+    memories = alone.new_zeros(len(by_source), most, *alone.shape[2:])
+    mask = torch.zeros(len(by_source), most, dtype=torch.bool)
+    for number, chosen in enumerate(by_source.values()):
+        memories[number, most - len(chosen) :] = alone[chosen, 0]
+        mask[number, most - len(chosen) :] = True
+    return memories, mask

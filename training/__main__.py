@@ -48,6 +48,12 @@ def _load(folder: str | Path) -> tuple[Any, Any]:
 
 
 def _memorize(folder: str | Path, files: Sequence[Path], output: Path, dtype: str | None) -> Any:
+    from transformers import PreTrainedConfig
+
+    if PreTrainedConfig.get_config_dict(folder)[0].get("model_type") == "memory_model":
+        from training.vectors import encode_files
+
+        return encode_files(Path(folder), files, output, dtype)
     from training.memories import memorize_files
 
     return memorize_files(Path(folder), files, output, dtype)
@@ -232,7 +238,7 @@ def publish(
     repo_id: Annotated[str | None, typer.Option(help="Where to: user/name on the Hub.")] = None,
     what: Annotated[
         str | None,
-        typer.Option(help="model, adapter, merged, dataset, space, memory; by default what the run makes."),
+        typer.Option(help="model, adapter, merged, dataset, space, memory, vectors; by default what the run makes."),
     ] = None,
     base: Annotated[
         str | None,

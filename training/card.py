@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from pydantic import Field, ValidationError
 
 from modeling_memory_mosaic.files_memory_mosaic import ARXIV
@@ -24,6 +24,7 @@ TEMPLATES = CLONE / "hub_cards"
 ABOUT = TEMPLATES / "about"
 # The `configs` of a data set's card: `datasets` loads these files.
 STORIES = [{"config_name": "default", "data_files": "stories.jsonl.gz"}]
+VECTORS = [{"config_name": "default", "data_files": "memories.parquet"}]
 
 
 class Paper(NamedTuple):
@@ -246,5 +247,18 @@ def memory_metadata(result: dict[str, Any], about: About, base: str) -> str:
         datasets=about.data.datasets or None,
         base_model=base,
         model_name=about.title,
+    )
+    return data.to_yaml()
+
+
+def vectors_metadata(result: dict[str, Any], about: About) -> str:
+    """Return the metadata of a card of vectors, the YAML that the Hub reads; arguments as of `model_metadata`."""
+    arxiv = PAPERS[result["architecture"]["model_type"]].arxiv
+    data = DatasetCardData(
+        license=about.license,
+        language=about.language,
+        tags=["memory", "embeddings", f"arxiv:{arxiv}"],
+        pretty_name=about.title,
+        configs=VECTORS,
     )
     return data.to_yaml()

@@ -206,7 +206,10 @@ def hours(flops: float, teraflops: float, utilisation: float = DEFAULT_UTILISATI
 
 
 def interleaved_seconds(
-    steps: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    steps: Mapping[str, Callable[..., Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    prepared: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, float]:
     """Return the median seconds of each of several steps, which are timed in turn.
 
@@ -217,14 +220,20 @@ def interleaved_seconds(
         steps: by name.
         rounds: how often each is timed.
         clock: returns seconds.
+        prepared: by the same names, what makes the argument of a step, untimed and each time again; none by default.
     """
-    for step in steps.values():
-        step()
+
+    def arguments(name: str) -> tuple[Any, ...]:
+        return () if prepared is None else (prepared[name](),)
+
+    for name, step in steps.items():
+        step(*arguments(name))
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
+            given = arguments(name)
             start = clock()
-            steps[name]()
+            steps[name](*given)
             seconds[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 

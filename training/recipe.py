@@ -81,6 +81,7 @@ TASKS = {
     "memory_models": "training.experiments.memory_models",
     "needles": "training.experiments.needles",
     "memory_bank": "training.experiments.memory_bank",
+    "memory_cost": "training.experiments.memory_cost",
 }
 
 # Fields of TrainingArguments that a recipe cannot set, because the run decides them, and what to use instead.

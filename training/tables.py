@@ -26,6 +26,11 @@ from training.files import read_json, staged_file
 from training.paths import CLONE, CONFIGURATION, RESULTS, nearest
 from training.recipe import load_recipe, task_module
 from training.result import SHOWN, read_result
+from training.untrusted import parse_yaml
+
+
+# What the abstract on memory models says, and the claims by which that is judged.
+ABSTRACT = CONFIGURATION / "abstracts" / "memory_models.yaml"
 
 
 # Experiments on the parts of a mosaic, whose measures one table has.
@@ -196,6 +201,32 @@ def claims_table(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def abstract_table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of what the abstract on memory models says: claims of recipes, effects and verdicts.
+
+    A claim without a committed result of its recipe is waiting for one.
+
+    Args:
+        results: contents of `result.json` files.
+    """
+    by_name = {result["name"]: result for result in results}
+    entries = parse_yaml(ABSTRACT.read_text(encoding="utf-8"), ABSTRACT)
+    names = {one["recipe"] for entry in entries for one in entry["claims"]}
+    recipes: dict[str, Any] = {name: load_recipe(CONFIGURATION / "recipe" / f"{name}.yaml") for name in sorted(names)}
+    rows: list[list[str]] = []
+    for entry in entries:
+        for number, one in enumerate(entry["claims"]):
+            claim = next(claim for claim in recipes[one["recipe"]].claims if claim.claim == one["claim"])
+            effects = _found_effects(by_name[one["recipe"]]) if one["recipe"] in by_name else {}
+            cells = [claim.claim, f"`{one['recipe']}`", claim.rule, "not measured yet", "waiting"]
+            if effects.keys() >= set(claim.effects):
+                verdict, row = _claim_row(by_name[one["recipe"]], claim, effects)
+                cells = [row[0], row[1], row[4], row[3], verdict]
+            rows.append([entry["sentence"] if number == 0 else "", *cells])
+    columns = ["the abstract, in our words", "our claim", "recipe", "rule", "ours (95 % interval)", "verdict"]
+    return markdown_table(columns, "llllll", rows)
+
+
 def parts_table(language: dict[str, Any], induction: dict[str, Any]) -> str:
     """Return a Markdown table with a line for each model of `parts.yaml`: three measures of learning in context.
 
@@ -234,7 +265,7 @@ def table_of(name: str) -> str:
     """Return the table that the block `name` of a README shows.
 
     Args:
-        name: of a recipe with committed results, `claims`, or one of `BENCHMARKS`.
+        name: of a recipe with committed results, `claims`, `abstract`, or one of `BENCHMARKS`.
 
     Raises:
         ValueError: there are no such results.
@@ -247,8 +278,8 @@ def table_of(name: str) -> str:
         )
         return block
     results = committed_results()
-    if name == "claims":
-        return claims_table(results)
+    if name in ("claims", "abstract"):
+        return claims_table(results) if name == "claims" else abstract_table(results)
     wanted = PARTS if name == "parts_summary" else (name,)
     chosen = [result for result in results if result["name"] in wanted]
     if {result["name"] for result in chosen} != set(wanted):

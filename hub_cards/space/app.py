@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page that shows the memory of a Memory Mosaic: `python hub_cards/space/app.py FOLDER_OR_REPO`.
+"""A page that shows the memory of a Memory Mosaic or a memory model: `python hub_cards/space/app.py FOLDER_OR_REPO`.
 
 `texts.py` is the first tab: the model continues a text, and the page shows which memories each token came from.
-`memories.py` is the second one, of documents that are joined and forgotten. `marked.py` shows tokens, `shared.py` is
-what both tabs use besides, and `page.css` has the looks. In a Space the package `modeling_memory_mosaic` and the
-folder `model` lie beside these files: no code of a repository is run.
+`memories.py` is the second one, of documents that are joined and forgotten. A memory model has one tab, `vectors.py`:
+what its memories hold of a text. `marked.py` shows tokens, `shared.py` is what tabs use besides, `page.css` has the
+looks. In a Space the package `modeling_memory_mosaic` and the folder `model` lie beside these files: no code of a
+repository is run.
 """
 
 import argparse
@@ -26,7 +27,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 import memories  # noqa: E402
 import texts  # noqa: E402
-from modeling_memory_mosaic import MemoryMosaicForCausalLM, MemoryMosaicV2ForCausalLM  # noqa: E402
+import vectors  # noqa: E402
+from modeling_memory_mosaic import (  # noqa: E402
+    MemoryModelForCausalLM,
+    MemoryMosaicForCausalLM,
+    MemoryMosaicV2ForCausalLM,
+)
 from modeling_memory_mosaic.files_memory_mosaic import ARXIV  # noqa: E402
 
 
@@ -34,15 +40,20 @@ from modeling_memory_mosaic.files_memory_mosaic import ARXIV  # noqa: E402
 LARGEST_REQUEST = 2**20
 MOST_WAITING = 32
 BESIDE = Path(__file__).with_name("model")
-CLASSES = {one.__name__: one for one in (MemoryMosaicForCausalLM, MemoryMosaicV2ForCausalLM)}
-TITLES = {"memory_mosaic": "Memory Mosaics", "memory_mosaic_v2": "Memory Mosaics at scale"}
+CLASSES = {one.__name__: one for one in (MemoryMosaicForCausalLM, MemoryMosaicV2ForCausalLM, MemoryModelForCausalLM)}
+TITLES = {
+    "memory_mosaic": "Memory Mosaics",
+    "memory_mosaic_v2": "Memory Mosaics at scale",
+    "memory_model": "Language Model Memory and Memory Models for Language",
+}
 
 
-def load(source: str) -> tuple[MemoryMosaicForCausalLM, PreTrainedTokenizerBase]:
+def load(source: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load model (in float32, evaluation mode) and tokenizer from a folder or from a repository on the Hub.
 
     Raises:
-        ValueError: it does not hold a Memory Mosaic that predicts tokens, with finite weights and its tokenizer.
+        ValueError: it does not hold a Memory Mosaic that predicts tokens, or a memory model with memories, with finite
+            weights and its tokenizer.
     """
     remedy = f"Pass a folder, or the name of a repository on the Hub, that holds a {' or '.join(CLASSES)}."
     try:
@@ -52,8 +63,9 @@ def load(source: str) -> tuple[MemoryMosaicForCausalLM, PreTrainedTokenizerBase]
         reason = "there is no such folder" if is_missing else str(error).splitlines()[0]
         raise ValueError(f"{source}: no model was found there ({reason}). {remedy}") from error
     architectures = config.architectures or ["no architecture"]
-    model_class = CLASSES.get(architectures[0])
-    if model_class is None or config.model_type != model_class.config_class.model_type:
+    model_class: Any = CLASSES.get(architectures[0])
+    has_memories = getattr(config, "max_memories", None) != 0
+    if model_class is None or config.model_type != model_class.config_class.model_type or not has_memories:
         other = f"{', '.join(architectures)} of type {config.model_type}"
         raise ValueError(f"{source}: {other} was found there, whose memories this page cannot show. {remedy}")
     model = model_class.from_pretrained(source, dtype=torch.float32)
@@ -86,18 +98,23 @@ def repository_of(source: str) -> str | None:
     return source
 
 
-def heading(model: MemoryMosaicForCausalLM, repository: str | None) -> str:
+def heading(model: Any, repository: str | None) -> str:
     """Return, as HTML, the title of the page, with links to the model and the paper."""
     name = "This model"
     if repository is not None:
         name = f'The model <a href="https://huggingface.co/{repository}">{repository}</a>'
-    lacks, memories_of_layer = described(model.config)
     number, title = ARXIV[model.config.model_type], TITLES[model.config.model_type]
+    paper = f'The paper explains it: <a href="https://arxiv.org/abs/{number}">{title}, arXiv {number}</a>.</p>'
+    if model.config.model_type == "memory_model":
+        return (
+            f"<h1>What a memory holds</h1><p>{name} is a memory model of {model.num_parameters():,} parameters: "
+            f"{model.config.chunk_length} tokens become a memory of {model.config.memory_numbers:,} numbers. {paper}"
+        )
+    lacks, memories_of_layer = described(model.config)
     return (
         f"<h1>The memory of a Memory Mosaic</h1><p>{name} is a language model of {model.num_parameters():,} "
         f"parameters. It has {lacks}. It predicts each token from its memories: {model.config.num_hidden_layers} "
-        f"layers have {memories_of_layer} each. The paper explains them: "
-        f'<a href="https://arxiv.org/abs/{number}">{title}, arXiv {number}</a>.</p>'
+        f"layers have {memories_of_layer} each. {paper}"
     )
 
 
@@ -117,12 +134,14 @@ def described(config: PreTrainedConfig) -> tuple[str, str]:
     )
 
 
-def make_page(
-    model: MemoryMosaicForCausalLM, tokenizer: PreTrainedTokenizerBase, repository: str | None = None
-) -> gr.Blocks:
-    """Return the page with its two tabs. It links to the repository of the model, if there is one."""
-    with gr.Blocks(title="The memory of a Memory Mosaic") as page:
+def make_page(model: Any, tokenizer: PreTrainedTokenizerBase, repository: str | None = None) -> gr.Blocks:
+    """Return the page with the tabs of the model. It links to its repository, if there is one."""
+    is_memory_model = model.config.model_type == "memory_model"
+    with gr.Blocks(title="What a memory holds" if is_memory_model else "The memory of a Memory Mosaic") as page:
         gr.HTML(heading(model, repository), elem_id="heading")
+        if is_memory_model:
+            vectors.make_tab(page, model, tokenizer)
+            return page
         with gr.Tab("A text"):
             texts.make_tab(page, model, tokenizer)
         with gr.Tab("Memories") as tab:

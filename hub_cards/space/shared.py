@@ -38,18 +38,19 @@ def check_text(text: Any, name: str, remedy: str) -> None:
         raise ValueError(f"{name} has half a character, which no text can have.") from error
 
 
-def tokenize_end(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> tuple[torch.Tensor, str]:
-    """Return the ids `(1, T)` of a text's last `MOST_GIVEN_TOKENS` tokens, and a notice if there were more."""
+def tokenize_end(
+    tokenizer: PreTrainedTokenizerBase, text: str, name: str, most: int = MOST_GIVEN_TOKENS
+) -> tuple[torch.Tensor, str]:
+    """Return the ids `(1, T)` of a text's last `most` tokens, and a notice if there were more."""
     end = text[-MOST_CHARACTERS:]
     ids = tokenizer(end, return_tensors="pt").input_ids
-    if ids.shape[1] <= MOST_GIVEN_TOKENS:
+    if ids.shape[1] <= most:
         return ids, ""
     if len(end) < len(text):  # how many tokens it has is not known
         length, unit = f"{len(text):,} characters", "tokens"
     else:
         length, unit = f"{ids.shape[1]} tokens", "of them"
-    notice = f"{name} has {length}; the model read the last {MOST_GIVEN_TOKENS} {unit}."
-    return ids[:, -MOST_GIVEN_TOKENS:], notice
+    return ids[:, -most:], f"{name} has {length}; the model read the last {most} {unit}."
 
 
 def generation_settings(

@@ -5,7 +5,7 @@ import itertools
 import math
 import random
 
-from training.experiments import bound, bound_recall, reading, regbench, searching, streaming
+from training.experiments import bound, bound_recall, memory_cost, reading, regbench, searching, streaming
 from training.experiments.memory_questions import QUESTIONS
 
 
@@ -191,6 +191,18 @@ def _memory_models(recipe):
     return {"unigram": {"accuracy": 0.19}, "series": series}
 
 
+def _memory_cost(recipe):
+    """Memory models read in time that grows slowly with the length, full context in one that grows fast."""
+
+    def seed(label):
+        power = 1.4 if label.startswith("Full") else 0.6
+        growing = {str(length): (length / 512) ** power * _RNG.uniform(0.9, 1.1) for length in recipe.lengths}
+        falling = {str(length): _fall(length, recipe.lengths[-1]) for length in recipe.lengths}
+        return {"measured": {memory_cost.LOSS: falling, **dict.fromkeys(memory_cost.CROSSING, growing)}}
+
+    return {"series": [{"label": label, "seeds": [seed(label) for _ in recipe.seeds]} for label in recipe.runs]}
+
+
 def _search(recipe):
     trials = []
     for number in range(12):
@@ -208,6 +220,7 @@ _MAKERS = {
     "bound_recall": _bound_recall,
     "induction": _induction,
     "join": _join,
+    "memory_cost": _memory_cost,
     "memory_models": _memory_models,
     "needles": _needles,
     "position_loss": _position_loss,

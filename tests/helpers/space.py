@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from helpers.kinds import make_v2
+from helpers.kinds import MOSAIC, make_memory_model, make_v2
 from helpers.models import make_model
 from hub_cards.space.screenshot import find, wait_for
 from training.publishing.checks import PACKAGE, SPACE, SPACE_CODE
@@ -28,6 +29,14 @@ def make_parts(kind: str = "mosaic", **config: Any) -> tuple[Any, Any]:
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     make = {"mosaic": make_model, "mosaic v2": make_v2}[kind]
     return make(vocab_size=len(tokenizer), num_persistent_slots=7, **ids | config), tokenizer
+
+
+def make_memory_parts() -> tuple[Any, Any]:
+    """Return a memory model of chunks of five tokens, and its tokenizer."""
+    tokenizer = train_tokenizer(STORIES, vocab_size=300)
+    backbone = type(MOSAIC)(**MOSAIC.to_dict() | {"vocab_size": len(tokenizer)})
+    sizes = {"encoder": backbone, "decoder": backbone, "dtype": torch.float32, "num_memory_embeddings": 2}
+    return make_memory_model(**sizes, memory_pooling="summary", pad_token_id=tokenizer.pad_token_id), tokenizer
 
 
 def write_space(parts: tuple[Any, Any], folder: Path) -> Path:

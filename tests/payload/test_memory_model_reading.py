@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from helpers.kinds import LENGTH, make_memory_model
+from datasets import Dataset
+from helpers.kinds import BACKBONES, LENGTH, make_memory_model
 from helpers.memory_models import READS
 from helpers.models import make_ids
 from huggingface_hub.errors import StrictDataclassError
@@ -11,6 +12,7 @@ from transformers import set_seed
 
 from modeling_memory_mosaic import MemoryModelCache
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
+from modeling_memory_mosaic.store_memory_model import ROW_NAMES
 
 
 def generate(model, ids, mask=None, **settings):
@@ -150,6 +152,68 @@ def test_what_no_memory_can_hold_is_not_to_be_recalled():
         ValueError, match="copy of 2 chunks reads the memory of so many chunks ago, but max_memories=1"
     ):
         model(make_ids(1, 20), labels=make_ids(1, 20))
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
+@pytest.mark.parametrize("kind", READS)
+def test_rows_of_a_data_set_are_the_memories_that_were_read(kind, quantization, tmp_path):
+    """Of texts of different lengths; the rows are shuffled and went through a file."""
+    model = make_memory_model(dtype=torch.float32, **READS[kind] | {"memory_quantization": quantization})
+    ids, mask = make_ids(3, 17), torch.ones(3, 17, dtype=torch.long)
+    mask[1, :6] = mask[2, 12:] = 0
+    memories, rest = model.encode(ids, attention_mask=mask)
+    memories["memories"] = memories["memories"] * memories["memory_mask"][..., None, None]  # nothing is read of others
+    names, counts = ["one", "other", "third"], memories["memory_mask"].sum(-1).tolist()
+    texts = [[f"{name} {chunk}" for chunk in range(count)] for name, count in zip(names, counts, strict=True)]
+    rows = Dataset.from_list(model.memories_to_rows(**memories, sources=names, texts=texts))
+    assert len(set(counts)) > 1 and len(rows) == sum(counts) and set(rows.column_names) == set(ROW_NAMES)
+    assert set(rows["encoder"]) == {model.encoder.fingerprint().hex()}
+    rows.to_parquet(tmp_path / "memories.parquet")
+    again = Dataset.from_parquet(str(tmp_path / "memories.parquet"), cache_dir=str(tmp_path))
+    read_again = model.memories_from_rows(again)
+    assert all(torch.equal(read_again[name], tensor.to(read_again[name].dtype)) for name, tensor in memories.items())
+    assert torch.equal(
+        model.generate(**rest, **memories, max_new_tokens=6), model.generate(**rest, **read_again, max_new_tokens=6)
+    )
+    # In another order of chunks it is the same text; in another order of sources, and without some chunks, another.
+    turned = model.memories_from_rows(sorted(again, key=lambda row: (names.index(row["source"]), -row["chunk"])))
+    assert all(torch.equal(turned[name], tensor) for name, tensor in read_again.items())
+    one = model.memories_from_rows(row for row in again if row["source"] == "other" and row["chunk"] > 0)
+    count = counts[1] - 1
+    assert one["memories"].shape[:2] == (1, count) and torch.equal(
+        one["memories"][0], memories["memories"][1, -count:]
+    )
+
+
+@pytest.mark.parametrize("backbones", BACKBONES)
+def test_rows_of_another_encoder_or_none_are_refused(backbones):
+    encoder, decoder = BACKBONES[backbones]
+    model = make_memory_model(encoder=encoder, decoder=decoder)
+    memories, _ = model.encode(make_ids(2, 12))
+    rows = model.memories_to_rows(**memories, sources=["a", "b"])
+    assert all(
+        torch.equal(t, memories[n].to(t.dtype)) for n, t in model.memories_from_rows(rows).items() if n != "memories"
+    )
+    torch.testing.assert_close(model.memories_from_rows(rows)["memories"], memories["memories"], rtol=1e-6, atol=1e-6)
+    other = make_memory_model(seed=1, encoder=encoder, decoder=decoder)
+    with pytest.raises(ValueError, match="memories of another encoder than this model's"):
+        other.memories_from_rows(rows)
+    with pytest.raises(ValueError, match="These rows are of 2 encoders"):
+        model.memories_from_rows([rows[0], rows[1] | {"encoder": "00"}])
+    with pytest.raises(ValueError, match="A chunk of a source occurs twice"):
+        model.memories_from_rows([*rows, rows[0]])
+    with pytest.raises(ValueError, match="There are no rows"):
+        model.memories_from_rows([])
+    with pytest.raises(ValueError, match=r"columns \['encoder'\] are missing"):
+        model.memories_from_rows([{name: value for name, value in rows[0].items() if name != "encoder"}])
+    with pytest.raises(ValueError, match="no numbers of one shape"):
+        model.memories_from_rows([rows[0], rows[1] | {"vectors": [[1.0]]}])
+    with pytest.raises(ValueError, match="not finite"):
+        model.memories_from_rows([rows[0] | {"vectors": [[float("nan")] * len(rows[0]["vectors"][0])]}])
+    with pytest.raises(ValueError, match="give each of the 2 texts a name of its own"):
+        model.memories_to_rows(**memories, sources=["a", "a"])
+    with pytest.raises(ValueError, match=r"texts have \[1, 1\] chunks, but there are"):
+        model.memories_to_rows(**memories, sources=["a", "b"], texts=[["x"], ["y"]])
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "fp8"])

@@ -407,6 +407,7 @@ def test_the_card_tells_the_hub_what_it_needs():
     assert metadata["models"] == ["someone/some-mosaic"] and (APP.parent / metadata["app_file"]).is_file()
     assert len(metadata["short_description"]) <= 60 and isinstance(metadata["python_version"], str)
     assert "2,606,952 parameters" in body and "1,704 pairs" in body and "arXiv 2405.06394" in body
+    assert "# What a memory holds" not in body
     levels = {"model_type": "memory_mosaic_v2", "num_short_term_heads": 5, "num_long_term_heads": 3}
     for of_level, phrase in (
         ("swiglu", "a dense layer that was learnt"),
@@ -417,6 +418,12 @@ def test_the_card_tells_the_hub_what_it_needs():
         words = " ".join(card.split())
         assert "5 short-term and 3 long-term memories" in words and " ".join(phrase.split()) in words
         assert "arXiv 2507.03285" in words and "2405.06394" not in words
+    values["result"]["architecture"] = {"model_type": "memory_model"}
+    other = environment.get_template("README.md.jinja").render(repo_id="someone/some-mosaic", **values)
+    assert yaml.safe_load(other.split("---\n", 2)[1]) == metadata
+    assert (
+        "# What a memory holds" in other and "memory model of 2,606,952 parameters" in other and "pairs" not in other
+    )
 
 
 def test_the_space_asks_for_the_versions_of_the_project():

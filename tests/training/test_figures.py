@@ -144,7 +144,8 @@ def test_every_committed_picture_is_drawn_from_its_numbers_and_no_other_is_commi
     "name",
     [
         *("attention_maps", "beyond_training_length", "bound", "bound_recall", "induction", "join_stories"),
-        *("memory_needles", "memory_reads", "memory_fidelity_hub", "reading", "regbench", "regbench_paper"),
+        *("memory_context", "memory_cost", "memory_needles", "memory_reads", "memory_size", "memory_fidelity_hub"),
+        *("reading", "regbench", "regbench_paper"),
         *("regbench_search_paper", "regbench_search_start", "searching", "stories_tiny_tuning", "streaming"),
         *("suite_mad_recall", "suite_needles_recurrent", "training_curves"),
     ],

@@ -6,14 +6,25 @@ import json
 from typing import Any
 
 import pytest
+import yaml
 
+from training import tables
 from training.experiments import memory_models
 from training.experiments.memory_questions import (
+    BEYOND_IDS,
+    BITS,
+    BITS_OF_IDS,
     CAUSAL_LOSS,
     CHARACTERS,
+    EXACT,
+    FULL_CONTEXT,
+    LOST_BY_ROUNDING,
+    NO_MEMORY,
     OPERATIONS,
+    PRECISIONS,
     QUESTIONS,
     RECOVERED,
+    SHARE,
     TELLS,
     Measure,
 )
@@ -42,7 +53,19 @@ USUAL |= {
     "tokens above chance": 4.0,
     "first half above chance": 0.3,
     OPERATIONS.name: 6.0,
+    SHARE.name: 0.5,
+    EXACT.name: 0.4,
+    BEYOND_IDS.name: 1.0,
 }
+USUAL |= {one.name: 4.0 for one in BITS} | {one.name: 0.0 for one in LOST_BY_ROUNDING}
+# Causal losses of the models between which a share of context lies, as the beginnings of their labels.
+BOUNDS = {NO_MEMORY: 1.7, FULL_CONTEXT: 1.3}
+
+
+def usual_of(label: str, name: str) -> float:
+    """Return what a model has unless a case sets it otherwise."""
+    bounds = [loss for beginning, loss in BOUNDS.items() if label.startswith(beginning)]
+    return bounds[0] if bounds and name == CAUSAL_LOSS.name else USUAL[name]
 
 
 def raw(share: float) -> float:
@@ -54,8 +77,10 @@ def one_seed(values: dict[str, float]) -> dict[str, Any]:
     """Return the result of one seed: a stage that reaches blank copy at a step, and a probe."""
     if "blank copy above chance" in values:
         values["blank copy"] = raw(values["blank copy above chance"])
+    if SHARE.name in values:
+        values["causal loss"] = BOUNDS[NO_MEMORY] - values[SHARE.name] * (BOUNDS[NO_MEMORY] - BOUNDS[FULL_CONTEXT])
     metrics = {"causal_loss": values["causal loss"], "blank_copy_accuracy": values["blank copy"]}
-    metrics["autoencoding_accuracy"] = values["tokens recovered"]
+    metrics |= {"autoencoding_accuracy": values["tokens recovered"], "autoencoding_exact": values[EXACT.name]}
     recovered = values.get("tokens above chance", values["characters above chance"])
     places = [raw(recovered / PLACES)] * PLACES
     if "first half above chance" in values:
@@ -68,15 +93,28 @@ def one_seed(values: dict[str, float]) -> dict[str, Any]:
     return {"stages": [first, probe]}
 
 
+def stored(values: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return what is measured of memories in each precision, for each seed."""
+    ids, recovered = [3.0] * SEEDS, values.get(RECOVERED.name, [USUAL[RECOVERED.name]] * SEEDS)
+    found = {one.name: values.get(one.name, [USUAL[one.name]] * SEEDS) for one in BITS} | {BITS_OF_IDS: ids}
+    if BEYOND_IDS.name in values:
+        found[BITS[1].name] = [one + 3.0 for one in values[BEYOND_IDS.name]]
+    for name, one in zip(PRECISIONS[1:], LOST_BY_ROUNDING, strict=True):
+        lost = values.get(one.name, [0.0] * SEEDS)
+        found[f"tokens recovered, {name}"] = [all_ - part for all_, part in zip(recovered, lost, strict=True)]
+    return found
+
+
 def measured(labels: list[str], values: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     """Return what an experiment may measure: of each label the usual, but `values` of each seed."""
     series = []
     for label in labels:
         own = values.get(label, {})
-        derived = ("blank copy above chance", "first half above chance", "tokens above chance")
-        usual = {k: v for k, v in USUAL.items() if k not in derived}
+        derived = ("blank copy above chance", "first half above chance", "tokens above chance", SHARE.name)
+        usual = {k: usual_of(label, k) for k in USUAL if k not in derived}
         seeds = [one_seed(usual | {k: v[seed] for k, v in own.items()}) for seed in range(SEEDS)]
-        series.append({"label": label, "training_flops": [10**15, 10**11], "seeds": seeds})
+        more = {"more": stored(own)}
+        series.append({"label": label, "training_flops": [10**15, 10**11], "seeds": seeds} | more)
     return json.loads(json.dumps({"unigram": GUESS, "series": series}))
 
 
@@ -112,7 +150,7 @@ def test_each_claim_can_get_each_verdict(recipe, claim, verdict):
         if other is None:
             values[label][each.name] = effects
         else:
-            base = values[other].setdefault(each.name, [USUAL[each.name]] * SEEDS)
+            base = values[other].setdefault(each.name, [usual_of(other, each.name)] * SEEDS)
             values[label][each.name] = [
                 usual * 2**effect if each.as_ratio else usual + effect
                 for usual, effect in zip(base, effects, strict=True)
@@ -156,6 +194,26 @@ def test_chance_is_nothing_above_chance():
     assert found["first half above chance: Autoencoder"].value == pytest.approx(1)
 
 
+def test_a_share_of_context_lies_between_no_memory_and_full_context():
+    recipe = RECIPES["memory_context"]
+    labels = list(recipe.runs)
+    losses = {NO_MEMORY: 1.7, FULL_CONTEXT: 1.3, "Causal only": 1.4, "Combined from scratch": 1.8}
+    values = {
+        label: {CAUSAL_LOSS.name: [loss + 0.1 * seed for seed in range(SEEDS)]} for label, loss in losses.items()
+    }
+    found = memory_models.effects(recipe, measured(labels, values))
+    assert found[SHARE.of("Causal only")].value == pytest.approx(0.75)
+    assert found[SHARE.of("Combined from scratch")].value == pytest.approx(-0.25)
+    assert SHARE.of(NO_MEMORY) not in found and SHARE.of(FULL_CONTEXT) not in found
+    # Seeds are compared with their own bounds: a loss that moves with them moves no share.
+    assert found[SHARE.of("Causal only")].high == pytest.approx(0.75)
+    values[FULL_CONTEXT] = {CAUSAL_LOSS.name: [2.0] * SEEDS}
+    undefined = memory_models.effects(recipe, measured(labels, values))
+    claim = next(claim for claim in recipe.claims if SHARE.of("Causal only") in claim.effects)
+    assert claim.judge(undefined) == "undecided"  # where context is worth nothing, there is no share of it
+    assert not [name for name in RECIPES["memory_objectives"].effect_names if name.startswith(SHARE.name)]
+
+
 def test_a_model_without_a_memory_has_no_effects_of_one():
     names = RECIPES["memory_objectives"].effect_names
     assert CAUSAL_LOSS.of("No memory") in names
@@ -172,6 +230,32 @@ def test_a_misspelt_effect_is_refused():
     claim = {"claim": "it holds", "paper": "not asked", "effects": [RECOVERED.of("8 characters")], "above": 0.5}
     with pytest.raises(ValueError, match="measures no effect 'tokens recovered: 8 characters'"):
         load_recipe(CONFIGURATION / "recipe" / "memory_capacity.yaml", settings=[{"claims": [claim]}])
+
+
+def test_every_sentence_of_the_abstract_has_claims_of_three_seeds_and_a_row(monkeypatch):
+    """Its rows wait for a result, or have the verdict of one."""
+    recipes = {}
+
+    def load_once(path):
+        recipes.setdefault(path.stem, RECIPES.get(path.stem) or load_recipe(path))
+        return recipes[path.stem]
+
+    monkeypatch.setattr(tables, "load_recipe", load_once)
+    entries = yaml.safe_load(tables.ABSTRACT.read_text(encoding="utf-8"))
+    recipe = RECIPES["memory_context"]
+    values = {"Combined from scratch": {CHARACTERS.name: [15.9, 15.8, 15.9], "blank copy": [0.5, 0.5, 0.51]}}
+    result = {"name": recipe.name, "task": recipe.task, "recipe": recipe.model_dump(exclude={"output_dir"})}
+    rows = tables.abstract_table([result | {"measured": measured(list(recipe.runs), values)}]).splitlines()[2:]
+    assert len(entries) == 9 and len(rows) == sum(len(entry["claims"]) for entry in entries)
+    assert [row.split("|")[1].strip() for row in rows if row.split("|")[1].strip()] == [e["sentence"] for e in entries]
+    assert all(len(one.seeds) >= 3 for one in recipes.values())
+    verdicts = {}
+    for row in rows:
+        _, claim, name, _, _, verdict = (cell.strip() for cell in row.strip()[1:-1].split("|"))
+        verdicts[claim] = verdict
+        assert (verdict == "waiting") == (name != "`memory_context`") and "stated after" not in row
+    assert verdicts["Combined objectives give memories that hold nearly all of their 16 characters"] == "supported"
+    assert verdicts["A decoder tells them nearly completely"] == "contradicted"
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ Each experiment compares trainings of `tasks/memory_model.py` and asks one `ques
 has the questions, this file has the recipe, the table and the picture that they share.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,14 @@ from training.experiments import comparison
 from training.experiments.comparison import ComparisonRecipe, Trained, summary
 from training.experiments.memory_questions import (
     QUESTIONS,
+    Measure,
     Question,
     Series,
     effect_names,
     effects_of,
     prepare_windows,
     probed_places,
+    readings_of,
 )
 from training.figures import (
     FEWEST_NUMBERS,
@@ -63,7 +66,16 @@ class Recipe(MemoryModelComparison):
 
     task: Literal["memory_models"]
     question: Literal[
-        "fidelity", "capacity", "objectives", "remedies", "positions", "fidelity_hub", "reads", "pretrained"
+        "fidelity",
+        "capacity",
+        "objectives",
+        "remedies",
+        "positions",
+        "fidelity_hub",
+        "reads",
+        "pretrained",
+        "context",
+        "size",
     ]
 
     @model_validator(mode="before")
@@ -112,7 +124,7 @@ def _table(
     for series, more in zip(models, more_columns, strict=True):
         seeds = ", ".join(str(result["seed"]) for result in series.results)
         cells = [series.format(column.measure, column.digits) for column in question.columns]
-        cells += [mean_and_deviation(values, 3) for values in more.values()]
+        cells += [mean_and_deviation(values, 3) if values else "" for values in more.values()]
         rows.append([series.label, f"{series.results[0]['parameters']:,}", seeds, *cells])
     table = markdown_table(columns, "l" + "r" * (len(columns) - 1), rows)
     if any("pretrained" in result for series in models for result in series.results):
@@ -152,7 +164,10 @@ def _draw_over_training(axis: Axes, question: Question, models: list[Series], st
 
 
 def _series_of(measured: dict[str, Any]) -> list[Series]:
-    return [Series(row["label"], row["seeds"], row.get("training_flops", [])) for row in measured["series"]]
+    return [
+        Series(row["label"], row["seeds"], row.get("training_flops", []), more=row.get("more", {}))
+        for row in measured["series"]
+    ]
 
 
 def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
@@ -189,6 +204,13 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     save_figure(figure, folder / f"{recipe.name}.png", question.title, note)
 
 
+def _values_of(measure: Measure, models: list[Series], series: Series, guess: dict[str, float]) -> list[float]:
+    """Return a measure of each seed of a model, for the table: nothing if a seed has none, or ended before it."""
+    readings = readings_of(measure, models, series, guess)
+    is_whole = all(math.isfinite(reading.value) and not reading.is_bound for reading in readings)
+    return [reading.value for reading in readings] if is_whole else []
+
+
 def _measure(recipe: Recipe) -> dict[str, Any]:
     models = []
     for label in recipe.runs:
@@ -197,10 +219,16 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
         models.append(Series(label, results, training_flops(trainings[0].recipe), trainings))
     question, first = QUESTIONS[recipe.question], recipe.trainings[0]
     guess = unigram(prepare_windows(first), first.recipe.build_config().vocab_size)
-    measured = [_summarize(series) | {"more": question.more_columns(series, guess)} for series in models]
+    models = [series._replace(more=question.more_columns(series, guess)) for series in models]
+    columns = [
+        series.more | {one.name: _values_of(one, models, series, guess) for one in question.shown} for series in models
+    ]
     return {
-        "measured": {"unigram": guess, "series": measured},
-        "table": _table(question, models, [numbers["more"] for numbers in measured], guess),
+        "measured": {
+            "unigram": guess,
+            "series": [_summarize(series) | {"more": series.more} for series in models],
+        },
+        "table": _table(question, models, columns, guess),
     }
 
 

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from training.card import MEMORY_LIBRARY, STORIES, render
+from training.card import MEMORY_LIBRARY, STORIES, VECTORS, render
 from training.hub import COMMIT, REPO_ID
 from training.progress import progress
 from training.publishing.folder import CARD
@@ -63,6 +63,7 @@ CARD_KEYS = {
     "dataset": {"license", "language", "task_categories", "size_categories", "tags", "pretty_name", "configs"},
 }
 CARD_KEYS["adapter"] = CARD_KEYS["model"]
+CARD_KEYS["vectors"] = {"license", "language", "tags", "pretty_name", "configs"}
 CARD_KEYS["memory"] = CARD_KEYS["model"] - {"pipeline_tag", "metrics", "base_model_relation", "model-index"}
 # A setting with "layer" in its name may exceed the depth of the model, but not by any amount: each layer takes memory.
 MOST_LAYERS = 1000
@@ -349,9 +350,11 @@ def check_card(folder: Path, folder_type: str) -> str:
         raise ValueError(f"`base_model` in the card is {data.get('base_model')!r}, unlike in adapter_config.json")
     if folder_type == "memory" and data.get("base_model") != read_result(folder).base.repo_id:
         raise ValueError(f"`base_model` in the card is {data.get('base_model')!r}, unlike in result.json")
-    if folder_type == "dataset" and data.get("configs") != STORIES:
+    tables = {"dataset": STORIES, "vectors": VECTORS}
+    if folder_type in tables and data.get("configs") != tables[folder_type]:
         raise ValueError(
-            f"`configs` in the card is {data.get('configs')!r}, not {STORIES!r}: it would load something else"
+            f"`configs` in the card is {data.get('configs')!r}, not {tables[folder_type]!r}: it would load something "
+            "else"
         )
     return f"{len(data)} values of the card are such as this project writes"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from huggingface_hub import ModelCard
+from huggingface_hub import DatasetCard, ModelCard
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +32,8 @@ from training.text.sources import load_stories
 from training.text.story_filters import words
 from training.text.story_selection import REJECTED_FILE, STORIES_FILE
 from training.untrusted import read_object
+from training.vectors import TASK as VECTORS_TASK
+from training.vectors import read_rows
 
 
 # Files of a run that are not published: the cards that libraries write, and a chat template that came with a
@@ -72,7 +74,7 @@ class Publication:
     Args:
         run: folder of the run.
         result: content of its `result.json`, without paths of this machine.
-        what: name of the artifact: `model`, `adapter`, `merged`, `dataset`, `space` or `memory`.
+        what: name of the artifact: `model`, `adapter`, `merged`, `dataset`, `space`, `memory` or `vectors`.
         artifact: how such a thing is staged, described and tried.
         repo_id: `user/name` on the Hub.
         about: what the card says and no result knows; none for a data set.
@@ -104,7 +106,7 @@ class Publication:
         name = read_object(self.run / RESULT)["recipe"]["model"]
         folder = Path(name) if Path(name).is_dir() else hub.download(*self.pinned_base)
         if weights_checksums(folder) != self.result["base"]["weights"]:
-            used = "was read with" if self.what == "memory" else "has adapted"
+            used = "was read with" if self.what in ("memory", "vectors") else "has adapted"
             raise ValueError(f"the weights in {folder} are not those that {self.run} {used}: restore them")
         return folder
 
@@ -195,6 +197,18 @@ def _stage_memory(publication: Publication, staged: Path) -> None:
         draw_recall(recall, staged / RECALL)
 
 
+def _stage_vectors(publication: Publication, staged: Path) -> None:
+    checks.check_formats(publication.run)
+    shutil.copyfile(publication.run / MARKERS["vectors"], staged / MARKERS["vectors"])
+    # They are packed, so that a search of the file finds no secret in them.
+    texts: dict[str, str] = {}
+    for row in read_rows(staged / MARKERS["vectors"]):
+        texts[row["source"]] = texts.get(row["source"], "") + row["text"]  # a secret may go on in the next chunk
+    secrecy.refuse_secrets_in_texts(texts)
+    base = publication.result["base"] | publication.pinned_base._asdict()
+    write_json(staged / RESULT, publication.result | {"base": base})
+
+
 def _stage_stories(publication: Publication, staged: Path) -> None:
     for name in (STORIES_FILE, REJECTED_FILE):
         if (publication.run / name).is_file():
@@ -275,6 +289,17 @@ def _memory_card(publication: Publication, folder: Path, revision: str) -> str:
     return str(ModelCard(text))  # raises if the metadata cannot be parsed
 
 
+def _vectors_card(publication: Publication, folder: Path, revision: str) -> str:
+    result, about = publication.result, publication.about
+    assert about is not None  # only a data set of stories has none
+    text = card.render(
+        "vectors_card.md.jinja",
+        **_common(publication, folder, revision),
+        metadata=card.vectors_metadata(result, about),
+    )
+    return str(DatasetCard(text))  # raises if the metadata cannot be parsed
+
+
 def _gradio_version() -> str:
     try:
         return importlib.metadata.version("gradio")
@@ -323,6 +348,17 @@ def _try_memory(publication: Publication, staged: Path) -> list[str]:
     return [line for lines in in_steps("trials", steps) for line in lines]
 
 
+def _try_vectors(publication: Publication, staged: Path) -> list[str]:
+    base = publication.base_folder
+    repositories = {(publication.repo_id, NO_COMMIT): staged, publication.pinned_base: base}
+    text = (staged / CARD).read_text(encoding="utf-8")
+    steps: list[tuple[str, Callable[[], list[str]]]] = [
+        ("texts", lambda: trials.check_vectors(staged, base)),
+        ("snippets", lambda: [trials.check_snippets(text, repositories)]),
+    ]
+    return [line for lines in in_steps("trials", steps) for line in lines]
+
+
 # By task and name; the first artifact of a task is its default.
 ARTIFACTS = {
     ("language_modeling", "model"): Artifact("model", _stage_model, _model_card("mosaic_card.md.jinja"), _try_model),
@@ -330,7 +366,9 @@ ARTIFACTS = {
     ("fine_tuning", "adapter"): Artifact("model", _stage_adapter, _model_card("adapter_card.md.jinja"), _try_model),
     ("fine_tuning", "merged"): Artifact("model", _stage_model, _model_card("mosaic_card.md.jinja"), _try_model),
     ("language_modeling", "space"): Artifact("space", _stage_space, _space_card, _try_space),
+    ("memory_model", "space"): Artifact("space", _stage_space, _space_card, _try_space),
     ("fine_tuning", "space"): Artifact("space", _stage_space, _space_card, _try_space),
     ("babistories", "dataset"): Artifact("dataset", _stage_stories, _stories_card, _try_stories),
     (TASK, "memory"): Artifact("model", _stage_memory, _memory_card, _try_memory),
+    (VECTORS_TASK, "vectors"): Artifact("dataset", _stage_vectors, _vectors_card, _try_vectors),
 }

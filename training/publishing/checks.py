@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from training.files import checksum
 from training.paths import CLONE
 from training.progress import in_steps, progress
-from training.publishing import allowed_values, memory_checks
+from training.publishing import allowed_values, memory_checks, vector_checks
 from training.publishing.allowed_values import MODEL_TYPES
 from training.publishing.folder import (
     CARD,
@@ -42,7 +42,16 @@ from training.untrusted import read_object
 
 PACKAGE, SPACE = CLONE / "modeling_memory_mosaic", CLONE / "hub_cards" / "space"
 # A Space installs what its requirements name, so they are code too.
-SPACE_CODE = ("app.py", "marked.py", "memories.py", "page.css", "requirements.txt", "shared.py", "texts.py")
+SPACE_CODE = (
+    "app.py",
+    "marked.py",
+    "memories.py",
+    "page.css",
+    "requirements.txt",
+    "shared.py",
+    "texts.py",
+    "vectors.py",
+)
 _COMMON_FILES = (CARD, LICENSE, SUMS, RESULT, "results/*.json", "units.json", "*.png", *HUB_FILES)
 _MODEL_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
@@ -54,6 +63,7 @@ _FILES_BY_TYPE = {
     "dataset": (STORIES_FILE, REJECTED_FILE),
     "space": tuple(f"model/{name}" for name in _MODEL_FILES),
     "memory": (MARKERS["memory"],),
+    "vectors": (MARKERS["vectors"],),
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 # Names appear in cards, pages and terminals, and are paths: no other character is safe in all of them.
@@ -103,6 +113,7 @@ FORMATS: dict[str, Callable[[Path], bool]] = {
     ".safetensors": _is_safetensors,
     ".jsonl.gz": _begins_with(b"\x1f\x8b"),
     ".png": _begins_with(b"\x89PNG"),
+    ".parquet": _begins_with(b"PAR1"),
     **dict.fromkeys((".json", ".jsonl", ".jinja", ".txt", ".py", ".css", ".md", LICENSE, SUMS), _is_text),
 }
 
@@ -222,8 +233,9 @@ def check_settings(folder: Path) -> str:
         allowed_values.check_tokenizer(model_folder(folder))
     if type_ == "adapter":
         allowed_values.check_adapter(folder)
-    # It has no file of settings: they stand in the header of its tensors.
-    stated = f"{memory_checks.check_statements(folder)}; " if type_ == "memory" else ""
+    # They have no file of settings: these stand in the header of a memory's tensors, and in each row of vectors.
+    statements = {"memory": memory_checks.check_statements, "vectors": vector_checks.check_statements}
+    stated = f"{statements[type_](folder)}; " if type_ in statements else ""
     card = allowed_values.check_card(folder, type_)
     return f"{stated}{len(settings)} files of settings lead nowhere else; {card}"
 
@@ -235,6 +247,8 @@ def check_weights(folder: Path) -> str:
         return "no weights"
     if type_ == "memory":
         return memory_checks.check_pairs(folder)
+    if type_ == "vectors":
+        return vector_checks.check_vectors(folder)
     place = model_folder(folder)
     files = allowed_values.weight_files(place, published_files(place), is_adapter=type_ == "adapter")
     for path in files:

@@ -8,6 +8,7 @@ from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME
 from training.files import checksum
 from training.progress import progress
 from training.text.story_selection import STORIES_FILE
+from training.vectors import FILE as VECTORS_FILE
 
 
 CARD, RESULT, SUMS, LICENSE = "README.md", "result.json", "SHA256SUMS", "LICENSE"
@@ -22,6 +23,7 @@ MARKERS = {
     "dataset": STORIES_FILE,
     "space": "app.py",
     "memory": FILE_NAME,
+    "vectors": VECTORS_FILE,
 }
 # Git and the downloads of the Hub keep these in a folder. They are never published.
 _TOOL_FOLDERS = (".git", ".cache")
@@ -50,7 +52,9 @@ def folder_type(folder: Path) -> str:
     types = [name for name, marker in MARKERS.items() if (folder / marker).is_file()]
     if len(types) != 1:
         held = " and ".join(MARKERS[name] for name in types) or "none of " + ", ".join(MARKERS.values())
-        raise ValueError(f"{folder} is not a published model, adapter, data set, Space or memory: it holds {held}")
+        raise ValueError(
+            f"{folder} is not a published model, adapter, data set, Space, memory or set of vectors: it holds {held}"
+        )
     return types[0]
 
 

@@ -35,6 +35,7 @@ from training.publishing.folder import (
 )
 from training.publishing.memory_checks import read_result
 from training.publishing.portable_results import read_portable_result
+from training.publishing.vector_checks import read_result as read_vectors
 from training.result import refuse_change
 from training.run_folder import locked
 from training.untrusted import read_object
@@ -68,7 +69,8 @@ def _pin_base(base: str, what: str) -> PinnedRepo:
     """Parse `user/name@commit`, as --base or the recipe gives it."""
     name, _, revision = base.partition("@")
     if name.count("/") != 1 or not hub.COMMIT.fullmatch(revision):
-        model = {"space": "the model that it shows", "memory": "the model that has read it"}.get(what, "its base")
+        readers = dict.fromkeys(("memory", "vectors"), "the model that has read it")
+        model = ({"space": "the model that it shows"} | readers).get(what, "its base")
         raise ValueError(
             f"the card has to name {model} on the Hub: publish that, and give --base user/name@COMMIT (not {base!r})"
         )
@@ -77,7 +79,7 @@ def _pin_base(base: str, what: str) -> PinnedRepo:
 
 def _finished_result(run: Path) -> dict[str, Any]:
     """Return the result of a run or a memory; `ValueError` if it has none, or a file of it has changed."""
-    is_memory = (run / MARKERS["memory"]).is_file()
+    is_memory = any((run / MARKERS[kind]).is_file() for kind in ("memory", "vectors"))
     if not (run / RESULT).is_file():
         first = "memorize the texts again" if is_memory else "name the folder of a run, and run its recipe to the end"
         raise ValueError(f"{run} has no result.json: {first} first")
@@ -136,7 +138,7 @@ def _stage(publication: Publication, staged: Path, log: Log) -> None:
     log(f"ok: {secrecy.check_no_secrets(staged, published_files(staged))}")
     for line in (*checks.check_folder(staged), *artifact.run_trials(publication, staged)):
         log(_marked(line))
-    if publication.what not in ("dataset", "memory"):
+    if publication.what not in ("dataset", "memory", "vectors"):
         # The whole result: the portable one has lost the paths of the data.
         log(trials.check_loss(read_object(publication.run / RESULT), publication.load))
     checks.check_sums(staged)  # no trial may have changed a file
@@ -184,7 +186,8 @@ def publish(
     Args:
         run: the folder of a finished run, or of a memory.
         repo_id: `user/name` on the Hub.
-        what: `model`, `adapter`, `merged`, `dataset`, `space` or `memory`; by default what the run's task makes.
+        what: `model`, `adapter`, `merged`, `dataset`, `space`, `memory` or `vectors`; by default what the run's task
+            makes.
         about: a YAML file with what no result knows; by default `hub_cards/about/NAME.yaml`.
         base: `user/name@commit` of the model that an adapter or a merged model was made from, that has read a memory,
             or that a Space shows.
@@ -215,7 +218,7 @@ def publish(
         return final
     if publication.base is not None:
         hub.check_base_weights(*publication.base, publication.base_weights(final))
-        if publication.what == "memory":
+        if publication.what in ("memory", "vectors"):
             # By its code, readers load the memory. The base may be there at a commit of an earlier version.
             hub.check_base_files(*publication.base, set(checks.expected_code(publication.base_folder)))
     artifact, target = publication.artifact, hub.Target(repo_id, publication.artifact.repo_type, public, create_pr)
@@ -252,6 +255,17 @@ def _try_published_memory(folder: Path, downloads: Path, log: Log) -> list[str]:
     return [_marked(line) for line in (*lines, *trials.check_memory(folder, base))]
 
 
+def _try_published_vectors(folder: Path, downloads: Path, log: Log) -> list[str]:
+    stated = read_vectors(folder).base
+    base = hub.download(stated.repo_id, stated.revision, into=downloads)
+    log(f"its base is {stated.repo_id} at commit {stated.revision}")
+    # The base comes from the Hub like the vectors, so it is checked before it is loaded.
+    lines = checks.check_folder(base)
+    if weights_checksums(base) != stated.weights:
+        raise ValueError(f"{stated.repo_id} at {stated.revision} has other weights than {RESULT} says: trust neither")
+    return [_marked(line) for line in (*lines, *trials.check_vectors(folder, base))]
+
+
 def _try_published(folder: Path, downloads: Path, log: Log) -> list[str]:
     """Load and use a published folder whose files are in order; return one line for each trial."""
     type_ = folder_type(folder)
@@ -261,6 +275,8 @@ def _try_published(folder: Path, downloads: Path, log: Log) -> list[str]:
         return [f"ok: {trials.check_stories(folder, metrics.get('kept') if isinstance(metrics, dict) else None)}"]
     if type_ == "adapter":
         return _try_published_adapter(folder, result, downloads, log)
+    if type_ == "vectors":
+        return _try_published_vectors(folder, downloads, log)
     if type_ == "memory":
         return _try_published_memory(folder, downloads, log)
     place = model_folder(folder)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from pydantic import ValidationError
 from transformers import PreTrainedModel
@@ -24,12 +25,17 @@ from training.export import run_isolated, verify_export
 from training.files import checksum_of_text
 from training.memories import load_memory, measure_recall, stored_texts
 from training.progress import progress
+from training.publishing.folder import folder_type
 from training.publishing.memory_checks import Recall, read_result
+from training.publishing.vector_checks import read_result as read_vectors
+from training.publishing.vector_checks import read_table
 from training.recipe import SourceSection, WindowsSection
 from training.secrecy import masked
 from training.text.sources import EMBEDDED, load_stories, source_provenance
 from training.text.story_selection import STORIES_FILE
 from training.text.windows import pack_windows, some_windows
+from training.vectors import FILE as VECTORS_FILE
+from training.vectors import MOST_GIVEN, measure_given_back
 
 
 # By task, the loss that is measured again.
@@ -39,6 +45,8 @@ LOSS_TOLERANCE = 0.005
 # What a result from elsewhere may ask for, so that it takes minutes at most.
 MOST_STORIES, MOST_CONTEXT = 10_000, 8192
 _BATCH_SIZE = 16
+# Of the share of tokens that is given back: other hardware adds in another order.
+GIVEN_TOLERANCE = 0.005
 # Tokens of a memory that are read again, so that it takes minutes at most.
 MOST_READ = 100_000
 # By the precision of a stored memory, the part of its largest number by which rounding, and other hardware, may change
@@ -130,7 +138,8 @@ def check_loss(result: dict[str, Any], load: Callable[[], tuple[Any, Any]], is_l
 def _fill_hub_cache(home: Path, repositories: dict[tuple[str, str], Path]) -> None:
     """Copy folders to where `huggingface_hub` keeps its downloads."""
     for (repo_id, commit), folder in repositories.items():
-        repository = home / "hub" / f"models--{repo_id.replace('/', '--')}"
+        kind = "datasets" if folder_type(folder) in ("dataset", "vectors") else "models"
+        repository = home / "hub" / f"{kind}--{repo_id.replace('/', '--')}"
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text(commit, encoding="utf-8")
         shutil.copytree(folder, repository / "snapshots" / commit)
@@ -238,13 +247,58 @@ def check_memory(folder: Path, base: Path) -> list[str]:
     ]
 
 
+def check_vectors(folder: Path, base: Path) -> list[str]:
+    """Check that vectors are what their base writes of the texts beside them, and that the base tells as much of them.
+
+    A chunk whose text has other tokens by itself, because it begins or ends within a word, cannot be compared.
+
+    Args:
+        folder: of the data set.
+        base: of the model.
+
+    Raises:
+        ValueError: the base has other weights than those that wrote the vectors, writes others, or tells other texts.
+    """
+    loaded: Any
+    loaded, tokenizer = load_model(base)
+    model, result, rows = loaded.eval(), read_vectors(folder), read_table(folder / VECTORS_FILE)[:MOST_GIVEN]
+    single = [row | {"source": str(number), "chunk": 0} for number, row in enumerate(rows)]
+    stored = model.memories_from_rows(single)["memories"]  # raises if another encoder wrote them
+    most = ROUNDING[result.vectors.precision] * float(stored.abs().max())
+    compared, largest = 0, 0.0
+    for row, vectors in zip(progress(rows, "chunks encoded again", "chunk"), stored, strict=True):
+        ids = tokenizer(row["text"], return_tensors="pt", split_special_tokens=True)["input_ids"]
+        if ids.shape[1] != model.config.chunk_length:
+            continue
+        with torch.no_grad():
+            again = model.encoder(ids).memories[0]
+        difference = float((again - vectors).abs().max())
+        # The same number of tokens need not be the same tokens: other words at its borders.
+        if difference <= most:
+            compared, largest = compared + 1, max(largest, difference)
+    if not compared:
+        raise ValueError(f"{base} writes other vectors of the texts of {folder}: encode them again")
+    given = measure_given_back(model, tokenizer, rows)
+    if abs(given - result.vectors.given_back) > GIVEN_TOLERANCE:
+        raise ValueError(
+            f"`given_back` in result.json is {result.vectors.given_back}, but measured again it is {given}"
+        )
+    return [
+        f"{compared} of {len(rows)} chunks, encoded again by the base, differ by at most {largest:.1e}",
+        f"the share of tokens that is given back, measured again, is {given:.4f} (within {GIVEN_TOLERANCE})",
+    ]
+
+
 def check_space(folder: Path) -> str:
-    """Check that a clean, offline process runs both tabs of a Space, by the code in it, with its model."""
-    code = f"import sys\nsys.path.insert(0, {str(folder.resolve())!r})\nimport app, memories, texts\n" + (
+    """Check that a clean, offline process runs all tabs of a Space, by the code in it, with its model."""
+    code = f"import sys\nsys.path.insert(0, {str(folder.resolve())!r})\nimport app, memories, texts, vectors\n" + (
         f"parts = app.load({str(folder.resolve() / 'model')!r})\n"
-        "texts.write(*parts, 'Once upon a time', 4, 0.0, 0)\n"
-        "texts = 'Once upon a time', 'There was a cat', ''\n"
-        "memories.answer_all(*parts, None, memories.NAMES, texts, (True, False, True), 'Once upon')\n"
+        "if parts[0].config.model_type == 'memory_model':\n"
+        "    vectors.read(*parts, vectors.EXAMPLES[0] * 99)\n"
+        "else:\n"
+        "    texts.write(*parts, 'Once upon a time', 4, 0.0, 0)\n"
+        "    documents = 'Once upon a time', 'There was a cat', ''\n"
+        "    memories.answer_all(*parts, None, memories.NAMES, documents, (True, False, True), 'Once upon')\n"
         "print(sys.modules['modeling_memory_mosaic'].__file__)"
     )
     process = run_isolated(["-c", code])

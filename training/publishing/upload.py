@@ -20,13 +20,14 @@ from training.memories import TASK
 from training.publishing.folder import CARD, HUB_FILES, MARKERS, NO_COMMIT, RESULT, SUMS, parse_sums, published_files
 from training.publishing.portable_results import without_display_settings
 from training.untrusted import read_object
+from training.vectors import TASK as VECTORS_TASK
 
 
 def _identity(path: Path) -> dict[str, Any]:
     """Return what all versions of one publication share; nothing if the file is no `result.json` of this project."""
     try:
         result = read_object(path)
-        if result.get("task") == TASK:
+        if result.get("task") in (TASK, VECTORS_TASK):
             # Texts join a memory and are forgotten: what it has read differs between its versions.
             return {"recipe": result["name"], "data": None, "base": result["base"]["weights"]}
         return {
@@ -55,7 +56,7 @@ def _refuse_other_content(folder: Path, target: Target, existing: Repository) ->
     for name in ("recipe", "data", "base"):
         if theirs.get(name) != ours[name]:
             raise ValueError(f"{target.repo_id} holds a run of another {name}: {remedy}, or delete it there first")
-    for name in ("config.json", "adapter_config.json", MARKERS["memory"]):
+    for name in ("config.json", "adapter_config.json", MARKERS["memory"], MARKERS["vectors"]):
         if (name in files) != (folder / name).is_file():
             which = "has" if name in files else "has no"
             raise ValueError(f"{target.repo_id} {which} {name}, unlike the folder to be published: {remedy}")

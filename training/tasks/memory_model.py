@@ -5,6 +5,7 @@ Each stage has objectives with their weights, and may freeze the encoder or star
 the model of the stage before, in a folder of its own, so a run resumes within the stage where it was interrupted.
 """
 
+import functools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -120,11 +122,12 @@ class Recipe(TrainingRecipe):
             raise ValueError(f"stages are called {names}: give each a name of its own")
         if self.data.streaming:
             raise ValueError("`data.streaming` is not supported: a stage begins where the data begin")
-        # A single chunk has no earlier one whose memory it could read.
+        # A single chunk has no earlier one whose memory it could read; a model without memory needs no other.
+        fewest = 1 if config.max_memories == 0 else 2
         chunks = self.data.context_length / config.chunk_length
-        if chunks != int(chunks) or chunks < 2:
+        if chunks != int(chunks) or chunks < fewest:
             raise ValueError(
-                f"`data.context_length` is {self.data.context_length}: it has to be two chunks or more, of "
+                f"`data.context_length` is {self.data.context_length}: it has to be {fewest} or more whole chunks of "
                 f"chunk_length={config.chunk_length}"
             )
         return self
@@ -344,17 +347,32 @@ def begin_stage(model: MemoryModelForCausalLM, stage: StageSection, seed: int) -
         model.reset_decoder()
 
 
+@functools.lru_cache  # models of several seeds, and stages of several models, have the same operations
+def _flops_per_window(
+    config: str, context_length: int, objectives: tuple[tuple[str, float], ...], freezes: tuple[bool, bool]
+) -> int:
+    """Return the operations of a step on one window, by the text of a configuration, which cannot be hashed."""
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config)))
+    weights: Any = dict(objectives)
+    freeze_encoder, freeze_decoder = freezes
+    stage = StageSection(
+        name="counted", objectives=weights, steps=1, freeze_encoder=freeze_encoder, freeze_decoder=freeze_decoder
+    )
+    begin_stage(model, stage, seed=0)
+    ids = torch.zeros(1, context_length, dtype=torch.long)
+    # Both passes are counted: nothing goes back through a frozen encoder.
+    return count_flops(lambda: model.train()(ids, labels=ids).loss.backward())
+
+
 def training_flops(recipe: Recipe) -> list[int]:
     """Return the operations of the matrix products of each stage, counted on one window and a new model."""
-    model: Any = AutoModelForCausalLM.from_config(recipe.build_config())
-    ids = torch.zeros(1, recipe.data.context_length, dtype=torch.long)
-    flops = []
+    config, flops = recipe.build_config().to_json_string(use_diff=False), []
     for stage in recipe.stages:
-        begin_stage(model, stage, recipe.seed)
-        arguments = training_arguments(recipe, stage)
-        # Both passes are counted: nothing goes back through a frozen encoder.
-        per_window = count_flops(lambda: model.train()(ids, labels=ids).loss.backward())
-        flops.append(per_window * language_modeling.windows_per_step(arguments) * stage.steps)
+        objectives = tuple(sorted(cast("dict[str, float]", stage.objectives).items()))
+        freezes = (stage.freeze_encoder, stage.freeze_decoder)
+        per_window = _flops_per_window(config, recipe.data.context_length, objectives, freezes)
+        windows = language_modeling.windows_per_step(training_arguments(recipe, stage))
+        flops.append(per_window * windows * stage.steps)
     return flops
 
 
