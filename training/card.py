@@ -67,7 +67,7 @@ PAPERS = {
     ),
     "memory_model": Paper(
         "memory model",
-        "2602.13466",
+        ARXIV["memory_model"],
         "memorymodels2026",
         "Language Model Memory and Memory Models for Language",
         "Badger",
