@@ -440,7 +440,7 @@ def _table_of_parameters(rows: list[dict[str, Any]]) -> str:
 
 def _measure(recipe: Recipe) -> dict[str, Any]:
     measured = {name: _measure_text(recipe, name, text) for name, text in recipe.texts.items()}
-    found = {"measured": measured, "table": _table(recipe, measured)}
+    found: dict[str, Any] = {"measured": measured, "table": _table(recipe, measured)}
     if recipe.parameters is None:
         return found
     rows = _parameters(recipe)
