@@ -75,9 +75,9 @@ FILES = {
     ),
     "two-kinds": (
         lambda f: put(f, "adapter_config.json", {}),
-        "is not a published model, adapter, data set, Space or mem",
+        "is not a published model, adapter, data set, Space, mem",
     ),
-    "no-kind": (lambda f: (f / "config.json").unlink(), "is not a published model, adapter, data set, Space or mem"),
+    "no-kind": (lambda f: (f / "config.json").unlink(), "is not a published model, adapter, data set, Space, mem"),
     "attributes": (lambda f: put(f, ".gitattributes", "* filter=evil"), ".gitattributes does more than to keep"),
     "deep-units": (lambda f: put(f, "units.json", "[" * 100_000), "units.json cannot be read as JSON"),
     "list-of-results": (lambda f: put(f, "result.json", "[]"), "result.json holds no JSON object"),

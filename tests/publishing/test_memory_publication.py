@@ -117,7 +117,10 @@ HARM = {
     "pickle": (lambda f: torch.save({}, f / "memory.pt"), "memory.pt is a pickle"),
     "disguised-pickle": (lambda f: torch.save({}, f / FILE_NAME), f"{FILE_NAME} is not what its name says"),
     "code": (lambda f: put(f, "store_memory_mosaic.py", "print(1)"), "is no file of a published memory"),
-    "model-beside-it": (lambda f: put(f, "config.json", {}), "is not a published model, adapter, data set, Space or"),
+    "model-beside-it": (
+        lambda f: put(f, "config.json", {}),
+        "is not a published model, adapter, data set, Space",
+    ),
     "link": (lambda f: (f / "loss.png").symlink_to(f / CARD), "loss.png is a link"),
     "text-beside-tensors": (lambda f: write_again(f, metadata={"memory": "{}", "by": "x"}), "says .'by', 'memory'"),
     "deep-header": (lambda f: write_again(f, metadata={"memory": "[" * 100_000}), "nested too deeply"),

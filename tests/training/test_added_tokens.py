@@ -11,10 +11,11 @@ import re
 import pytest
 import torch
 from datasets import Dataset
+from helpers.kinds import MOSAIC, make_memory_model
 from helpers.models import make_model
 from helpers.runs import short_recipe
 from lm_eval.models.huggingface import HFLM
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +30,7 @@ from transformers import (
 from hub_cards.space import app, texts
 from modeling_memory_mosaic import MemoryMosaicForCausalLM
 from modeling_memory_mosaic.inspection_memory_mosaic import measure_units
+from training import vectors
 from training.commands.texts import answer, continue_texts
 from training.evaluate import load_model, tokens_and_bytes
 from training.experiments import cloze, continuations, position_loss, samples, surprise
@@ -58,6 +60,7 @@ def save_tokenizer(kind, folder, padding=True):
     """Make a tokenizer as other projects do: bytes, and a template for what is added to each text."""
     backend = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.post_processor = TemplateProcessing(single=TEMPLATES[kind], special_tokens=[("<s>", 1), ("</s>", 2)])
     marks = {"bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "<pad>"} if padding else {})
     PreTrainedTokenizerFast(tokenizer_object=backend, **marks).save_pretrained(folder)
@@ -161,6 +164,23 @@ def test_memorized_files_and_questions_are_read_as_they_stand(run, read, tmp_pat
     assert read[0] == [PLAIN]
 
 
+def test_chunks_of_a_data_set_of_vectors_are_read_as_they_stand(run, monkeypatch):
+    _, tokenizer = load_model(run.folder / "model")
+    backbone = type(MOSAIC)(**MOSAIC.to_dict() | {"vocab_size": len(VOCABULARY)})
+    model = make_memory_model(encoder=backbone, decoder=backbone)
+    with torch.no_grad():
+        rows, length = vectors.encode_text(model, tokenizer, "a.txt", TEXT)
+        expected = model.encoder(torch.tensor([PLAIN])).memories
+    size = model.config.chunk_length
+    whole = len(PLAIN) - len(PLAIN) % size
+    assert length == len(PLAIN) and "".join(row["text"] for row in rows) == TEXT[:whole]
+    torch.testing.assert_close(model.memories_from_rows(rows)["memories"], expected)
+    monkeypatch.setattr(
+        vectors, "given_back", lambda model, rows: [PLAIN[i : i + size] for i in range(0, whole, size)]
+    )
+    assert vectors.measure_given_back(model, tokenizer, rows) == 1.0
+
+
 def test_the_harness_reads_a_text_behind_the_end_of_the_one_before(run):
     harness = HFLM(pretrained=str(run.folder / "model"), device="cpu", batch_size=2)
     assert harness.tok_encode(TEXT) == PLAIN
@@ -241,6 +261,7 @@ WALKED = {
     *("training/text/windows.py", "training/evaluate.py", "training/text/tokenizer.py"),
     *("training/text/generator.py", "training/text/story_selection.py", "training/experiments/position_loss.py"),
     *("training/commands/chat.py", "training/synthetic/needles.py"),
+    *("training/vectors.py", "training/publishing/trials.py"),
     *("training/commands/texts.py", "training/text/question_rows.py", "training/experiments/surprise.py"),
     *("training/experiments/samples.py", "training/experiments/cloze.py", "training/experiments/continuations.py"),
     "hub_cards/space/shared.py",
