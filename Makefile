@@ -47,7 +47,7 @@ test: .venv/installed-for-tests
 	$(SUITE)
 
 test-slow: .venv/installed-for-tests
-	$(BIN)/python -m pytest -m slow
+	$(SUITE) -m slow
 
 # In an environment of its own; the package comes as a wheel, and is imported once from elsewhere.
 test-oldest: .venv-oldest/installed

@@ -135,6 +135,7 @@ def test_no_two_claims_have_the_same_words():
     assert sorted(claims) == sorted(set(claims))
 
 
+@pytest.mark.slow
 def test_every_claim_is_in_the_table_once():
     table = claims_table(RESULTS)
     names = {result["name"] for result in RESULTS}

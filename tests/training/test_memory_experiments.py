@@ -99,6 +99,7 @@ def test_losses_of_bounded_memories_are_compared_with_all_pairs_and_with_windows
     assert len(list((recipe.folder / "measures").glob("*.log"))) == len(recipe.trainings)
 
 
+@pytest.mark.slow
 def test_a_stream_is_measured_in_stretches_beside_pieces(small):
     sizes = {"num_tokens": 1_280, "stretch": 64, "budget": 16, "policies": ["lru"]}
     recipe = small("streaming", MOSAIC | {"RoPE": ROPE}, text=STORIES | {"num_stories": 40}, **sizes)

@@ -232,6 +232,7 @@ def test_a_misspelt_effect_is_refused():
         load_recipe(CONFIGURATION / "recipe" / "memory_capacity.yaml", settings=[{"claims": [claim]}])
 
 
+@pytest.mark.slow
 def test_every_sentence_of_the_abstract_has_claims_of_three_seeds_and_a_row(monkeypatch):
     """Its rows wait for a result, or have the verdict of one."""
     recipes = {}
