@@ -32,7 +32,7 @@ def num_parameters(path: Path, **changes: int) -> int:
 
 
 def slow_if_many(path):
-    """A comparison resolves all of its trainings, and operations of memory models of the paper's size take a minute."""
+    """One comparison, which resolves its trainings, is enough; operations of the paper's sizes take a minute to count."""
     is_slow = "runs:" in path.read_text(encoding="utf-8").splitlines() and path.stem != "join_facts"
     is_slow |= path.stem.startswith("memory_paper")
     return pytest.param(path, marks=pytest.mark.slow) if is_slow else path
