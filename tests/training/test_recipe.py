@@ -32,7 +32,7 @@ def num_parameters(path: Path, **changes: int) -> int:
 
 
 def slow_if_many(path):
-    """One comparison, which resolves its trainings, is enough; operations of the paper's sizes take a minute to count."""
+    """One comparison resolves its trainings, which is enough; operations of the paper's sizes take a minute."""
     is_slow = "runs:" in path.read_text(encoding="utf-8").splitlines() and path.stem != "join_facts"
     is_slow |= path.stem.startswith("memory_paper")
     return pytest.param(path, marks=pytest.mark.slow) if is_slow else path
