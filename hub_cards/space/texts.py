@@ -97,13 +97,13 @@ class Reading:
         """Whether persistent memories hold pairs."""
         return self.slots[0].shape[-1] > 0
 
-    def name_of(self, layer: int, kind: str, head: int) -> str:
-        """Return the name of a memory, which has its level and its number there."""
+    def name_of(self, layer: int, kind: str, head: int, noun: str = "") -> str:
+        """Return the name of a memory, which has its level and its number there, with a noun between them."""
         level, number = kind, head
         num_short = self.trace.levels.get("short_term", 0)
         if kind == "contextual" and self.trace.levels:
             level, number = ("short-term", head) if head < num_short else ("long-term", head - num_short)
-        return f"Layer {layer}, {level} {number}"
+        return f"Layer {layer}, {level} {noun}{number}"
 
 
 @dataclasses.dataclass
@@ -478,7 +478,7 @@ def explanation(reading: Reading, position: int) -> str:
 
 def recall_sentence(reading: Reading, position: int, layer: int, kind: str, head: int) -> str:
     """Return, as HTML, a sentence on what the coloured text below it shows."""
-    name = f"<b>{reading.name_of(layer, kind, head)}</b>"
+    name = f"<b>{reading.name_of(layer, kind, head, 'memory ')}</b>"
     if kind == "persistent":
         return f"<p>{name} recalls pairs that it learnt in training, and nothing of this text.</p>"
     if position == 1:

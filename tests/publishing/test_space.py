@@ -508,8 +508,8 @@ def test_a_visitor_sees_the_opening_token_with_the_memory_that_adds_most(visitor
     assert [opened.pieces[number][1] for number, state in enumerate(chosen) if state == "true"] == [
         texts.opening_token(opened)
     ]
-    assert "contextual" in visitor.texts("#table [aria-pressed=true]")[0]
-    assert "contextual memory" in visitor.texts("#recalled")[0]
+    assert re.search("contextual|-term", visitor.texts("#table [aria-pressed=true]")[0])
+    assert re.search("(contextual|-term) memory", visitor.texts("#recalled")[0])
 
 
 @pytest.mark.slow
@@ -522,9 +522,14 @@ def test_a_visitor_sees_an_emoji_and_chinese_as_characters(visitor):
 
 
 @pytest.mark.slow
-def test_links_lead_to_the_paper_and_to_the_model(visitor):
+def test_links_lead_to_the_paper_and_to_the_model(visitor, parts):
     links = {link.text: link.get_attribute("href") for link in find(visitor.browser, "#heading a")}
-    assert links == {REPOSITORY: f"https://huggingface.co/{REPOSITORY}", "Memory Mosaics, arXiv 2405.06394": app.PAPER}
+    title, number = {
+        "memory_mosaic": ("Memory Mosaics", "2405.06394"),
+        "memory_mosaic_v2": ("Memory Mosaics at scale", "2507.03285"),
+    }[parts[0].config.model_type]
+    paper = {f"{title}, arXiv {number}": f"https://arxiv.org/abs/{number}"}
+    assert links == {REPOSITORY: f"https://huggingface.co/{REPOSITORY}"} | paper
 
 
 @pytest.mark.slow
@@ -557,10 +562,10 @@ def test_the_page_works_by_keyboard(visitor):
     assert visitor.focused().get_attribute("aria-pressed") == "true"
     # The next stop is the memory that is chosen.
     visitor.press(Keys.TAB)
-    assert "contextual" in visitor.focused().text
+    assert re.search("contextual|-term", visitor.focused().text)
     visitor.press(Keys.ARROW_DOWN, Keys.SPACE)
     visitor.wait_for(lambda: visitor.texts("#table [aria-pressed=true]") == [visitor.focused().text])
-    name = visitor.focused().text.replace("contextual", "contextual memory").replace("persistent", "persistent memory")
+    name = re.sub("(contextual|persistent|-term)", r"\1 memory", visitor.focused().text)
     visitor.wait_for(lambda: name in visitor.texts("#recalled")[0])
 
 
