@@ -33,7 +33,7 @@ from training.publishing.folder import (
     published_files,
     write_sums,
 )
-from training.publishing.memory_checks import read_result
+from training.publishing.memory_checks import Base, read_result
 from training.publishing.portable_results import read_portable_result
 from training.publishing.vector_checks import read_result as read_vectors
 from training.result import refuse_change
@@ -244,26 +244,17 @@ def _try_published_adapter(folder: Path, result: dict[str, Any], downloads: Path
     return [*(f"ok: {line}" for line in lines), trials.check_loss(result, load, is_local=False)]
 
 
-def _try_published_memory(folder: Path, downloads: Path, log: Log) -> list[str]:
-    stated = read_result(folder).base
+def _try_with_base(
+    stated: Base, try_it: Callable[[Path, Path], list[str]], folder: Path, downloads: Path, log: Log
+) -> list[str]:
+    """Try a memory, or vectors, with the model that wrote them, which is checked before."""
     base = hub.download(stated.repo_id, stated.revision, into=downloads)
     log(f"its base is {stated.repo_id} at commit {stated.revision}")
-    # The base comes from the Hub like the memory, so it is checked before it is loaded.
+    # The base comes from the Hub too, so it is checked before it is loaded.
     lines = checks.check_folder(base)
     if weights_checksums(base) != stated.weights:
         raise ValueError(f"{stated.repo_id} at {stated.revision} has other weights than {RESULT} says: trust neither")
-    return [_marked(line) for line in (*lines, *trials.check_memory(folder, base))]
-
-
-def _try_published_vectors(folder: Path, downloads: Path, log: Log) -> list[str]:
-    stated = read_vectors(folder).base
-    base = hub.download(stated.repo_id, stated.revision, into=downloads)
-    log(f"its base is {stated.repo_id} at commit {stated.revision}")
-    # The base comes from the Hub like the vectors, so it is checked before it is loaded.
-    lines = checks.check_folder(base)
-    if weights_checksums(base) != stated.weights:
-        raise ValueError(f"{stated.repo_id} at {stated.revision} has other weights than {RESULT} says: trust neither")
-    return [_marked(line) for line in (*lines, *trials.check_vectors(folder, base))]
+    return [_marked(line) for line in (*lines, *try_it(folder, base))]
 
 
 def _try_published(folder: Path, downloads: Path, log: Log) -> list[str]:
@@ -276,9 +267,9 @@ def _try_published(folder: Path, downloads: Path, log: Log) -> list[str]:
     if type_ == "adapter":
         return _try_published_adapter(folder, result, downloads, log)
     if type_ == "vectors":
-        return _try_published_vectors(folder, downloads, log)
+        return _try_with_base(read_vectors(folder).base, trials.check_vectors, folder, downloads, log)
     if type_ == "memory":
-        return _try_published_memory(folder, downloads, log)
+        return _try_with_base(read_result(folder).base, trials.check_memory, folder, downloads, log)
     place = model_folder(folder)
     line = trials.check_space(folder) if type_ == "space" else trials.check_loads(folder, [])
     return [f"ok: {line}", trials.check_loss(result, lambda: load_model(place), is_local=False)]
