@@ -18,9 +18,9 @@ from modeling_memory_mosaic import MosaicMemory
 from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME, read_settings, read_slots
 from training.commands.texts import memorize_texts, new_folder, read_files
 from training.evaluate import load_model
-from training.files import CHECKSUMS, staged_folder, weights_checksums
+from training.files import CHECKSUMS, staged_folder
 from training.progress import progress
-from training.result import environment, moment, read_result, write_result
+from training.result import header_of_reading, read_result, write_result
 from training.run_folder import RUN_LOCK, locked
 
 
@@ -37,33 +37,6 @@ def load_memory(folder: str | Sequence[str], model: Any) -> MosaicMemory:
     return memory
 
 
-def _record(name: str, model_folder: Path, memory: MosaicMemory, files: dict[str, str]) -> dict[str, Any]:
-    """Return what `result.json` says of a memory that was just read, but for its pairs.
-
-    Args:
-        name: of the memory.
-        model_folder: of the model that has read it.
-        memory: what was read.
-        files: sha256 of each file, by the name of its text.
-    """
-    architecture = memory.config.to_dict()
-    architecture.pop("_name_or_path", None)  # a path of this machine
-    return {
-        "name": name,
-        "task": TASK,
-        "recipe": {"name": name, "task": TASK, "model": str(model_folder)},
-        "finished": moment(),
-        **environment(),
-        "architecture": architecture,
-        "base": {
-            "weights": weights_checksums(model_folder),
-            "fingerprint": memory.writer.fingerprint().hex(),
-            "tokenizer": memory.tokenizer,
-        },
-        "data": {"read": {"kind": "local", "name": name, "files": files}},
-    }
-
-
 def _write(
     memory: MosaicMemory, folder: Path, dtype: str | None, record: dict[str, Any], tokens: dict[str, int]
 ) -> None:
@@ -71,7 +44,7 @@ def _write(
 
     Args:
         dtype: of the stored pairs.
-        record: what `_record` returns.
+        record: what `header_of_reading` returns.
         tokens: of each text as it was read, by its name.
     """
     memory.save_pretrained(folder, dtype=dtype)
@@ -104,9 +77,12 @@ def memorize_files(model_folder: Path, files: Sequence[Path], output: Path, dtyp
     model, tokenizer = load_model(model_folder)
     memories = memorize_texts(model, tokenizer, {name: text for name, (text, _) in texts.items()})
     memory: MosaicMemory = MosaicMemory.union(memories)
-    record = _record(
-        output.resolve().name, model_folder, memory, {name: digest for name, (_, digest) in texts.items()}
-    )
+    fingerprints = {
+        "fingerprint": memory.writer.fingerprint().hex(),
+        "tokenizer": memory.tokenizer,
+    }
+    digests = {name: digest for name, (_, digest) in texts.items()}
+    record = header_of_reading(output.resolve().name, TASK, model_folder, memory.config, fingerprints, digests)
     with staged_folder(output) as staged:
         _write(memory, staged, dtype, record, {part.sources[0]: len(part.input_ids) for part in memories})
     return memory

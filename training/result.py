@@ -13,13 +13,14 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedConfig
 
 from training.files import (
     CHECKSUMS,
@@ -29,6 +30,7 @@ from training.files import (
     faults,
     json_text,
     read_json,
+    weights_checksums,
     write_text,
 )
 from training.paths import CLONE
@@ -102,6 +104,38 @@ def header(recipe: BaseRecipe) -> dict[str, Any]:
         "recipe_hash": recipe.hash,
         "finished": moment(),
         **environment(),
+    }
+
+
+def header_of_reading(
+    name: str,
+    task: str,
+    model_folder: Path,
+    config: PreTrainedConfig,
+    fingerprints: Mapping[str, str | None],
+    files: dict[str, str],
+) -> dict[str, Any]:
+    """Return what the record of texts that a model has read begins with; `task` stands for a recipe, as there is none.
+
+    Args:
+        name: of what was written.
+        task: of what was done.
+        model_folder: of the model that has read them.
+        config: of that model.
+        fingerprints: of the model and its tokenizer, by name.
+        files: sha256 of each file, by the name of its text.
+    """
+    architecture = config.to_dict()
+    architecture.pop("_name_or_path", None)  # a path of this machine
+    return {
+        "name": name,
+        "task": task,
+        "recipe": {"name": name, "task": task, "model": str(model_folder)},
+        "finished": moment(),
+        **environment(),
+        "architecture": architecture,
+        "base": {"weights": weights_checksums(model_folder), **fingerprints},
+        "data": {"read": {"kind": "local", "name": name, "files": files}},
     }
 
 

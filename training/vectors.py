@@ -19,9 +19,9 @@ from modeling_memory_mosaic.layout_memory_model import TextMemories, pack_text
 from modeling_memory_mosaic.store_memory_model import ROW_NAMES
 from training.commands.texts import new_folder, read_files
 from training.evaluate import load_model
-from training.files import staged_folder, weights_checksums
+from training.files import staged_folder
 from training.progress import progress
-from training.result import environment, moment, write_result
+from training.result import header_of_reading, write_result
 
 
 # The `task` that the result of such a data set states, as if a recipe had made it, and its file.
@@ -110,24 +110,15 @@ def encode_files(model_folder: Path, files: Sequence[Path], output: Path, dtype:
             of_text, num_tokens = encode_text(model, tokenizer, name, text)
             rows += of_text
             about.append({"name": name, "tokens": num_tokens, "chunks": len(of_text)})
-    architecture = model.config.to_dict()
-    architecture.pop("_name_or_path", None)  # a path of this machine
-    name = output.resolve().name
+    fingerprints = {
+        "fingerprint": model.encoder.fingerprint().hex(),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    digests = {name: digest for name, (_, digest) in texts.items()}
+    record = header_of_reading(output.resolve().name, TASK, model_folder, model.config, fingerprints, digests)
     with staged_folder(output) as staged:
         Dataset.from_list(rows).select_columns(list(ROW_NAMES)).to_parquet(staged / FILE)
-        result = {
-            "name": name,
-            "task": TASK,
-            "recipe": {"name": name, "task": TASK, "model": str(model_folder)},
-            "finished": moment(),
-            **environment(),
-            "architecture": architecture,
-            "base": {
-                "weights": weights_checksums(model_folder),
-                "fingerprint": model.encoder.fingerprint().hex(),
-                "tokenizer": tokenizer_fingerprint(tokenizer),
-            },
-            "data": {"read": {"kind": "local", "name": name, "files": {n: d for n, (_, d) in texts.items()}}},
+        result = record | {
             "vectors": {
                 "precision": model.config.memory_quantization or "float32",
                 "rows": len(rows),
