@@ -61,9 +61,7 @@ def run_logged(job: Job) -> Any:
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
-        result = job.function(*job.arguments)
-    report_progress(job.folder, 1.0)
-    return result
+        return job.function(*job.arguments)
 
 
 def _end_with_the_parent() -> None:
@@ -180,7 +178,7 @@ def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -
         return _run_in_order(jobs, description)
     messages = multiprocessing.get_context("spawn").Queue()
     waiting, futures = list(jobs), []
-    running: dict[Future, Executor] = {}
+    running: dict[Future, tuple[Executor, str]] = {}
     failure: BaseException | None = None
     bar_format = "{desc}: {n:.2f} of {total} |{bar}| {elapsed}<{remaining}"
     bar = tqdm(total=len(jobs), desc=description, bar_format=bar_format)
@@ -188,17 +186,18 @@ def run_all(jobs: Sequence[Job], workers: int, description: str = "trainings") -
         shares = {str(job.folder): 0.0 for job in jobs}
         while waiting or running:
             while waiting and idle:
-                worker = idle.pop()
-                futures.append(worker.submit(run_logged, waiting.pop(0)))
-                running[futures[-1]] = worker
+                worker, job = idle.pop(), waiting.pop(0)
+                futures.append(worker.submit(run_logged, job))
+                running[futures[-1]] = worker, str(job.folder)
             for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                idle.append(running.pop(future))
+                idle.append(running.pop(future)[0])
                 failure = failure or future.exception()
             if failure is not None:
                 waiting.clear()
             # A job may train something in a folder of its own besides, which is no part of it to count.
             shares.update((folder, share) for folder, share in _received(messages) if folder in shares)
-            bar.n = sum(shares.values())
+            # A job that has ended counts whole: what it last said of itself may arrive later, or never.
+            bar.n = len(futures) - len(running) + sum(shares[folder] for _, folder in running.values())
             bar.refresh()
     if failure is not None:
         raise failure
