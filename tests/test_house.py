@@ -15,9 +15,10 @@ PYTHON = [path for room in ROOMS for path in sorted((CLONE / room).rglob("*.py")
 ARCHAIC = re.compile(r"\b(whoever|nobody(?!/)|anew|had\s+better|told|whom|kin)\b", re.IGNORECASE)
 
 
-def imported_names(path: Path) -> Iterator[str]:
-    """Yield the dotted names that a file imports, also within functions; of `from a import b` both `a` and `a.b`."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported_names(path: Path, when_loaded: bool = False) -> Iterator[str]:
+    """Yield the dotted names that a file imports (or imports when loaded); of `from a import b` both `a` and `a.b`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if when_loaded else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -67,3 +68,15 @@ def test_what_is_installed_beside_the_models_imports_nothing_of_the_clone():
     own = {path.stem for path in folder.glob("*.py")} | {"loading"}
     names = {name.split(".")[0] for path in folder.glob("*.py") for name in imported_names(path)}
     assert names <= allowed | own, names - allowed - own
+
+
+def test_core_tests_load_with_what_the_oldest_environment_has():
+    """The file of a core test imports nothing else when it is loaded; a test may skip without more (importorskip)."""
+    core = re.search(r"^CORE := .*?test_,(.*?)\)$", (CLONE / "Makefile").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    files = [CLONE / "tests" / "payload" / f"test_{name}" for name in core[1].replace("\\", " ").split()]
+    allowed = {*sys.stdlib_module_names, "accelerate", "huggingface_hub", "hypothesis", "pytest", "safetensors"}
+    allowed |= {"torch", "transformers", "modeling_memory_mosaic", "helpers"}
+    assert len(files) > 10
+    for path in (*files, CLONE / "tests" / "conftest.py"):
+        names = {name.split(".")[0] for name in imported_names(path, when_loaded=True)}
+        assert names <= allowed, f"{path.name}: {names - allowed}"

@@ -3,7 +3,6 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from helpers.kinds import BACKBONES, LENGTH, make_memory_model
 from helpers.memory_models import READS
 from helpers.models import make_ids
@@ -158,6 +157,7 @@ def test_what_no_memory_can_hold_is_not_to_be_recalled():
 @pytest.mark.parametrize("kind", READS)
 def test_rows_of_a_data_set_are_the_memories_that_were_read(kind, quantization, tmp_path):
     """Of texts of different lengths; the rows are shuffled and went through a file."""
+    data_set = pytest.importorskip("datasets").Dataset
     model = make_memory_model(dtype=torch.float32, **READS[kind] | {"memory_quantization": quantization})
     ids, mask = make_ids(3, 17), torch.ones(3, 17, dtype=torch.long)
     mask[1, :6] = mask[2, 12:] = 0
@@ -165,11 +165,11 @@ def test_rows_of_a_data_set_are_the_memories_that_were_read(kind, quantization, 
     memories["memories"] = memories["memories"] * memories["memory_mask"][..., None, None]  # nothing is read of others
     names, counts = ["one", "other", "third"], memories["memory_mask"].sum(-1).tolist()
     texts = [[f"{name} {chunk}" for chunk in range(count)] for name, count in zip(names, counts, strict=True)]
-    rows = Dataset.from_list(model.memories_to_rows(**memories, sources=names, texts=texts))
+    rows = data_set.from_list(model.memories_to_rows(**memories, sources=names, texts=texts))
     assert len(set(counts)) > 1 and len(rows) == sum(counts) and set(rows.column_names) == set(ROW_NAMES)
     assert set(rows["encoder"]) == {model.encoder.fingerprint().hex()}
     rows.to_parquet(tmp_path / "memories.parquet")
-    again = Dataset.from_parquet(str(tmp_path / "memories.parquet"), cache_dir=str(tmp_path))
+    again = data_set.from_parquet(str(tmp_path / "memories.parquet"), cache_dir=str(tmp_path))
     read_again = model.memories_from_rows(again)
     assert all(torch.equal(read_again[name], tensor.to(read_again[name].dtype)) for name, tensor in memories.items())
     assert torch.equal(
