@@ -71,12 +71,22 @@ def test_what_is_installed_beside_the_models_imports_nothing_of_the_clone():
 
 
 def test_core_tests_load_with_what_the_oldest_environment_has():
-    """The file of a core test imports nothing else when it is loaded; a test may skip without more (importorskip)."""
+    """What is imported when they load, here and in what they import; a test may skip without more (importorskip)."""
     core = re.search(r"^CORE := .*?test_,(.*?)\)$", (CLONE / "Makefile").read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    files = [CLONE / "tests" / "payload" / f"test_{name}" for name in core[1].replace("\\", " ").split()]
-    allowed = {*sys.stdlib_module_names, "accelerate", "huggingface_hub", "hypothesis", "pytest", "safetensors"}
-    allowed |= {"torch", "transformers", "modeling_memory_mosaic", "helpers"}
-    assert len(files) > 10
-    for path in (*files, CLONE / "tests" / "conftest.py"):
-        names = {name.split(".")[0] for name in imported_names(path, when_loaded=True)}
-        assert names <= allowed, f"{path.name}: {names - allowed}"
+    names = {f"payload.test_{name.removesuffix('.py')}" for name in core[1].replace("\\", " ").split()} | {"conftest"}
+    allowed = set(
+        "accelerate filelock huggingface_hub hypothesis pytest safetensors tokenizers torch transformers".split()
+    )
+    read: set[str] = set()
+    while found := names - read:
+        read |= found
+        paths = [
+            room / f"{name.replace('.', '/')}.py"
+            for name in found
+            for room in (CLONE / "tests", CLONE)
+            if not name.startswith("modeling")
+        ]
+        names |= {name for path in paths if path.is_file() for name in imported_names(path, when_loaded=True)}
+    assert len(read) > 100
+    rooms = {"payload", "conftest", "helpers", "training", "modeling_memory_mosaic"}
+    assert {name.split(".")[0] for name in read} <= {*sys.stdlib_module_names, *allowed, *rooms}
