@@ -316,7 +316,11 @@ class MemoryModelConfig(DerivedSizes, PreTrainedConfig):
 def backbone_config(given: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
     """Return a copy of a backbone's configuration, or build one from a `dict`: a Memory Mosaic's by default."""
     if isinstance(given, PreTrainedConfig):
-        return copy.deepcopy(given)  # encoder and decoder may be given the same one
+        config = copy.deepcopy(given)  # encoder and decoder may be given the same one
+        # Its weights become a part of another folder, which has the code, and names no path of this machine.
+        config.name_or_path = ""
+        vars(config).pop("auto_map", None)
+        return config
     fields = dict(given or {})
     model_type = fields.pop("model_type", MemoryMosaicConfig.model_type)
     # Not by `AutoConfig`, which does not know the mosaic in a process that loads this code from a folder.

@@ -104,6 +104,14 @@ class DataAbout(Section):
     origin: str = Field(min_length=1, description="who wrote it, when, how; whole sentences")
 
 
+class PartAbout(Section):
+    """The origin of a pretrained model that became a part of a memory model."""
+
+    base_model: str | None = Field(description="its id on the Hub; none for one that is not there")
+    license: str = Field(min_length=1)
+    origin: str = Field(min_length=1, description="what it is, who trained it and on what; whole sentences")
+
+
 class About(Section):
     """The facts of a card that no result holds."""
 
@@ -112,6 +120,7 @@ class About(Section):
     language: str = Field(min_length=2)
     purpose: str = Field(min_length=1)
     data: DataAbout
+    parts: dict[str, PartAbout] = Field({}, description="by name, `encoder` or `decoder`: those that were pretrained")
     limits: str = Field(min_length=1)
 
 
@@ -159,6 +168,23 @@ def check_data(about: About, result: dict[str, Any]) -> None:
             )
 
 
+def check_parts(about: About, result: dict[str, Any]) -> None:
+    """Raise `ValueError` if other pretrained parts are described than a run has taken."""
+    taken = result.get("pretrained", {})
+    if about.parts.keys() != taken.keys():
+        named = " and ".join(f"{name} ({part['name']})" for name, part in sorted(taken.items())) or "none"
+        raise ValueError(
+            f"the pretrained parts of the run are: {named}. `parts` describes {sorted(about.parts)}: give base_model, "
+            "license and origin of each, and of no other, in the file of --about"
+        )
+    for name, part in taken.items():
+        if "commit" in part and about.parts[name].base_model != part["name"]:
+            raise ValueError(
+                f"the {name} of the run is {part['name']} of the Hub, and parts.{name}.base_model says "
+                f"{about.parts[name].base_model!r}"
+            )
+
+
 def write_about(result: dict[str, Any], path: Path | None = None) -> Path:
     """Write the file that `load_about` reads with what the result knows, its data, and empty places for the rest.
 
@@ -172,7 +198,8 @@ def write_about(result: dict[str, Any], path: Path | None = None) -> Path:
     path = path or ABOUT / f"{result['name']}.yaml"
     named = {identity: name for _, identities in _identities(result) for name, identity in identities.items()}
     on_hub = {source["name"].partition("@")[0] for source in result["data"].values() if source["kind"] == "hub"}
-    text = render("about.yaml.jinja", name=result["name"], sources=named, datasets=sorted(on_hub))
+    parts = {name: part["name"] if "commit" in part else None for name, part in result.get("pretrained", {}).items()}
+    text = render("about.yaml.jinja", name=result["name"], sources=named, datasets=sorted(on_hub), parts=parts)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -214,7 +241,8 @@ def model_metadata(result: dict[str, Any], about: About, base: str | None = None
         adapter: whether it is an adapter that PEFT loads on top of the base.
     """
     model_type = result["architecture"]["model_type"]
-    relation: dict[str, Any] = {} if base is None else {"base_model_relation": "adapter" if adapter else "finetune"}
+    bases = sorted({part.base_model for part in about.parts.values() if part.base_model} | ({base} if base else set()))
+    relation: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if bases else {}
     data = ModelCardData(
         license=about.license,
         language=about.language,
@@ -227,7 +255,7 @@ def model_metadata(result: dict[str, Any], about: About, base: str | None = None
             "lora" if adapter else "custom_code",  # the Hub marks models by it that need `trust_remote_code`
         ],
         datasets=about.data.datasets or None,
-        base_model=base,
+        base_model=(bases[0] if len(bases) == 1 else bases) or None,
         metrics=["perplexity"] if "validation_perplexity" in result["metrics"] else None,
         model_name=about.title,
         eval_results=_evaluations(result, about) or None,

@@ -2,17 +2,23 @@
 """Parts of a memory model's training: encoders and decoders that exist, trained whole, by LoRA, or not at all."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 import yaml
+from helpers import publications
 from helpers.kinds import FAMILIES
 from helpers.memory_recipes import SIZES, SMALL, read_memory_recipe
 from helpers.models import make_ids, randomize_parameters
+from helpers.publications import ABOUT_SMOKE
+from huggingface_hub import ModelCard
 
 from modeling_memory_mosaic.backbones_memory_model import build_decoder
+from training.card import About, check_parts
 from training.evaluate import load_causal_lm
 from training.experiments import memory_models
+from training.files import checksum
 from training.paths import CONFIGURATION
 from training.publishing import publish
 from training.recipe import load_recipe
@@ -58,8 +64,6 @@ def test_a_fresh_decoder_probes_the_states_of_a_pretrained_model(family, folders
     ids = make_ids(3, 4, vocab_size=300)
     expected = source.base_model(ids, output_hidden_states=True).hidden_states[-2].mean(1)
     torch.testing.assert_close(model.encoder(ids).memories[:, 0, 0], expected)
-    with pytest.raises(ValueError, match="whose licence and name a card of a memory model does not give yet"):
-        publish.prepare(recipe.folder, "someone/memory")
     untrained = pretrained_recipe(tmp_path, encoder=encoder | {"untrained": True})
     table = build_model(untrained, model.config).encoder.get_input_embeddings().weight
     assert table.shape == source.get_input_embeddings().weight.shape
@@ -84,6 +88,44 @@ def test_lora_of_a_pretrained_decoder_is_merged_at_the_end_of_its_stage(family, 
         assert torch.equal(model.encoder.backbone.state_dict()[name], old), name
     new = build_model(recipe, model.config)
     assert not torch.equal(model.reader.slot_embeddings, new.reader.slot_embeddings)
+
+
+ORIGIN = {"base_model": "someone/tales", "license": "mit", "origin": "A small model of tales."}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mosaic", "mamba"])
+def test_a_memory_model_of_pretrained_parts_is_published_with_their_origin(family, folders, tmp_path):
+    part = {"pretrained": str(folders[family])}
+    stage = {"name": "reader", "objectives": {"causal": 1.0, "copy": 0.5}, "freeze_encoder": True, "steps": 2}
+    recipe = pretrained_recipe(tmp_path, encoder=part, decoder=part, stages=[stage])
+    memory_model.run(recipe)
+    about = tmp_path / "about.yaml"
+
+    def describe(**parts):
+        about.write_text(yaml.safe_dump(ABOUT_SMOKE | {"parts": parts}), encoding="utf-8")
+        return about
+
+    for names in ([], ["encoder"], ["encoder", "decoder", "reader"]):
+        with pytest.raises(ValueError, match=r"the pretrained parts of the run are: decoder \(.*\) and encoder"):
+            publish.prepare(recipe.folder, "someone/memory", about=describe(**dict.fromkeys(names, ORIGIN)))
+    folder = publications.stage(
+        recipe.folder, "someone/memory", about=describe(encoder=ORIGIN | {"base_model": None}, decoder=ORIGIN)
+    )
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "someone/tales" and card.data.base_model_relation == "finetune"
+    assert "The encoder was a model that is not on the Hub, licence mit. A small model of tales." in card.text
+    assert f"`model.safetensors` sha256 `{checksum(folders[family] / 'model.safetensors')[:16]}…`." in card.text
+
+
+def test_what_is_described_of_parts_is_what_the_run_took():
+    """Of the Hub, a part is known by its name; a beginning of the file has it already."""
+    taken = {"decoder": {"name": "someone/tales", "commit": "a" * 40, "weights": {}}}
+    for base_model, wrong in (("someone/tales", False), ("someone/other", True), (None, True)):
+        about = About.model_validate(ABOUT_SMOKE | {"parts": {"decoder": ORIGIN | {"base_model": base_model}}})
+        with pytest.raises(ValueError, match="is someone/tales of the Hub") if wrong else nullcontext():
+            check_parts(about, {"pretrained": taken})
+    with pytest.raises(ValueError, match="the pretrained parts of the run are: none"):
+        check_parts(about, {})
 
 
 def test_each_part_has_its_learning_rate_and_a_frozen_one_stays(folders, tmp_path):

@@ -100,12 +100,6 @@ def prepare(
             f"{run} holds a {result['architecture']['model_type']}: "
             "only Memory Mosaics and memory models are published"
         )
-    if "pretrained" in result:
-        names = " and ".join(sorted({part["name"] for part in result["pretrained"].values()}))
-        raise ValueError(
-            f"{run} has parts of {names}, whose licence and name a card of a memory model does not give yet: push the "
-            "folder of the model with a card of your own"
-        )
     if base is not None and what in ("model", "dataset"):
         raise ValueError(f"--base is {base!r}, but a {what} builds on nothing: leave it out")
     if about is not None and what == "dataset":
@@ -114,6 +108,7 @@ def prepare(
     if what != "dataset":
         described = card.load_about(result["name"], about)
         card.check_data(described, result)
+        card.check_parts(described, result)
     # A recipe that adapts a base on the Hub names it with its commit.
     pinned = None if what in ("model", "dataset") else _pin_base(base or result["recipe"]["model"], what)
     return Publication(run, result, what, ARTIFACTS[result["task"], what], repo_id, described, pinned)
