@@ -65,8 +65,10 @@ def test_no_request_finds_what_others_left(reference, engine, answer):
         assert answer(llm, [last]) == [its_answer]
 
 
-def test_a_beginning_that_was_read_before_is_taken_from_the_cache(reference, engine, answer, count):
+@pytest.mark.parametrize("variant", ["plain", "v2", "v2_few_long"])
+def test_a_beginning_that_was_read_before_is_taken_from_the_cache(references, engine, answer, count, variant):
     """With prefix caching, texts go on from pairs and states of others that begin alike."""
+    reference = references(variant)
     shared, _ = reference.draw(400)
     texts = [reference.draw(length, before=shared[:begin]) for begin, length in ((400, 1), (400, 130), (300, 7))]
     prompts, expected = zip(*texts, strict=True)
@@ -75,7 +77,8 @@ def test_a_beginning_that_was_read_before_is_taken_from_the_cache(reference, eng
         hits = count(llm, "prefix_cache_hits")
         assert hits >= 384
         assert answer(llm, prompts) == list(expected)
-        assert count(llm, "prefix_cache_hits") >= hits + 384 + 512 + 288
+        # Fewer heads of one kind have blocks of 64 tokens.
+        assert count(llm, "prefix_cache_hits") >= hits + 384 + 512 + 256
 
 
 def attention_outputs(llm, answer, prompt):
@@ -100,26 +103,44 @@ def attention_outputs(llm, answer, prompt):
     return seen
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_slots_without_a_pair_are_read_by_no_token_that_sees_one(reference, engine, answer, monkeypatch, dtype):
-    """Tokens that see no pair retrieve exactly zero, and whatever lay in their slots, others retrieve the same."""
+def check_empty_slots(reference, engine, answer, dtype):
+    """Assert that tokens that see no pair retrieve zero, and that others are not moved by values in empty slots."""
     prompt, _ = reference.draw(40)
-    with engine(reference.folder, dtype=dtype) as llm:
+    to_slots = PairSlots.to_slots
+
+    def with_values_in_empty_slots(part, vectors, bias, plan):
+        slots = to_slots(part, vectors, bias, plan)
+        if bias == 0:
+            slots[plan.places(part.delay).empty, :, 0] = 1000.0
+        return slots
+
+    with engine(reference.folder, dtype=dtype) as llm, pytest.MonkeyPatch.context() as patch:
         first = attention_outputs(llm, answer, prompt)
-        to_slots = PairSlots.to_slots
-
-        def with_values_in_empty_slots(part, vectors, bias, plan):
-            slots = to_slots(part, vectors, bias, plan)
-            if bias == 0:
-                slots[plan.places(part.delay).empty, :, 0] = 1000.0
-            return slots
-
-        monkeypatch.setattr(PairSlots, "to_slots", with_values_in_empty_slots)
+        patch.setattr(PairSlots, "to_slots", with_values_in_empty_slots)
         second = attention_outputs(llm, answer, prompt)
     assert [delay for delay, _ in first] == ([1] if reference.model.config.model_type == "memory_mosaic" else [1, 8])
     for (delay, retrieved), (_, changed) in zip(first, second, strict=True):
-        assert len(retrieved) == 40 and retrieved[:delay].eq(0).all() and retrieved[delay].ne(0).any()
+        assert len(retrieved) == 40 and retrieved[:delay].eq(0).all() and retrieved[delay].ne(0).any(-1).all()
         assert changed[:delay, :, 0].ne(0).all() and torch.equal(changed[delay:], retrieved[delay:])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_slots_without_a_pair_are_read_by_no_token_that_sees_one(reference, engine, answer, dtype):
+    """Whatever lay in their slots, such tokens would retrieve the same."""
+    check_empty_slots(reference, engine, answer, dtype)
+
+
+def test_kernels_as_sharp_as_those_of_long_texts_read_no_slot_without_a_pair(reference, engine, answer, monkeypatch):
+    """Kernels narrow with a text, and a pair that is opposite to the only query that sees it is read all the same."""
+    forward = PairSlots.forward
+
+    def with_long_opposed_queries(part, queries, keys, *others):
+        signs = torch.ones(len(keys), 1, 1)
+        signs[1::2] = -1
+        return forward(part, queries * signs * 2.0**40, keys * signs, *others)
+
+    monkeypatch.setattr(PairSlots, "forward", with_long_opposed_queries)
+    check_empty_slots(reference, engine, answer, "float32")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

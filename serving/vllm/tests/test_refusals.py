@@ -12,6 +12,7 @@ import modeling_memory_mosaic
     [
         ({"tensor_parallel_size": 2}, "served by one process"),
         ({"kv_cache_dtype": "fp8"}, "Leave --kv-cache-dtype out"),
+        ({"disable_hybrid_kv_cache_manager": True}, "leave --disable-hybrid-kv-cache-manager out"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "Speculative decoding is not"),
     ],
 )

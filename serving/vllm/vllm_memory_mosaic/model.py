@@ -239,7 +239,7 @@ class MemoryMosaicForCausalLM(nn.Module, HasInnerState, IsHybrid):
         return tuple(state.dtype for state in cls.page(vllm_config).values())
 
     # Not of the class, as vLLM has it: how many states there are depends on the configuration. vLLM asks the model.
-    def get_mamba_state_copy_funcs(self, mamba_types: set[Any]) -> Any:  # type: ignore[override]
+    def get_mamba_state_copy_funcs(self, mamba_types: set[Any]) -> Any:
         return dict.fromkeys(mamba_types, (get_temporal_copy_spec,) * self.num_states)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):

@@ -26,7 +26,7 @@ from modeling_memory_mosaic.ops_memory_mosaic import as_dtype, at_least_float32,
 from modeling_memory_mosaic.ops_memory_mosaic_v2 import LOWEST_LOG, MAX_LOG_VALUE_LENGTH, gated_sum, magnitude
 
 from .model import DecoderLayer, MemoryMosaicForCausalLM, Model, PersistentMemory, head_dim_of, state_of_sum
-from .slots import BIAS, PairSlots
+from .slots import PairSlots
 from .states import RequestStates, State, StepPlan, page_of, states_of_pairs
 
 
@@ -81,9 +81,9 @@ class Heads(MemoryMosaicV2Heads):
 
     @staticmethod
     def add_to_sum(
-        vectors: torch.Tensor, gates: torch.Tensor, decays: torch.Tensor, *before: torch.Tensor
+        vectors: torch.Tensor, gates: torch.Tensor, decays: torch.Tensor, before: torch.Tensor, log_scale: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return gated_sum(vectors, gates, decays, before)
+        return gated_sum(vectors, gates, decays, (before, log_scale))
 
     def forward(self, hidden_states: torch.Tensor, num_pairs: torch.Tensor, plan: StepPlan | None) -> torch.Tensor:
         """Return what normed inputs `(N, C)` retrieve, `(N, H, D)`.
@@ -98,10 +98,8 @@ class Heads(MemoryMosaicV2Heads):
         units = self.unit_keys(hidden_states, plan)
         # Heads may share it, and without an exponent tokens do.
         beta = self.beta(num_pairs[None], dtype).expand(1, self.num_heads, len(units), 1)[0].transpose(0, 1)
-        # Keys have unit length: no product is above beta, which may be larger than the bias.
-        bias = beta[..., 0].clamp(min=BIAS)
         queries, keys = as_dtype(units * beta, dtype), as_dtype(units, dtype)
-        return self.slots(queries, keys, values, self.mix, self.value_length, plan, bias)
+        return self.slots(queries, keys, values, self.mix, self.value_length, plan)
 
 
 class ContextualMemory(nn.Module):

@@ -49,7 +49,7 @@ class MosaicV2Convertor(MosaicConvertor):
 
 
 class MosaicSettings(VerifyAndUpdateConfig):
-    """What a Memory Mosaic cannot be served with."""
+    """What Memory Mosaics of both versions cannot be served with."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -66,6 +66,11 @@ class MosaicSettings(VerifyAndUpdateConfig):
         if vllm_config.quant_config is not None:
             raise ValueError(
                 "Quantized Memory Mosaics are not supported by this plugin: serve the weights as they are."
+            )
+        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            raise ValueError(
+                "Pairs and states are caches of several kinds, which only the hybrid manager of vLLM holds: leave "
+                "--disable-hybrid-kv-cache-manager out."
             )
         if vllm_config.speculative_config is not None:
             raise ValueError(

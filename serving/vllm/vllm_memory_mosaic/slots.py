@@ -4,8 +4,8 @@
 Slot t of a request holds a pair that is complete when token t arrives: that of token t-1, the key of which stands with
 a value that blends those of t-1 and t, or one that is some tokens older. So the rule by which a token retrieves
 earlier pairs only is plain causal attention over slots. The first slots hold no pair. One more channel of the heads
-carries a bias for each slot: queries hold `BIAS` there, keys 0, and the keys of empty slots `-BIAS`. So a token that
-sees empty slots alone retrieves the zeros in them, and other tokens give them no weight.
+carries a bias for each slot: queries hold their length there, and `BIAS` at least, keys 0, and the keys of empty slots
+`-BIAS`. So a token that sees empty slots alone retrieves the zeros in them, and other tokens give them no weight.
 
 Shapes use N tokens of all requests together, H heads, D head width, W stored width of heads.
 """
@@ -22,7 +22,8 @@ from .settings import stored_width
 from .states import RequestStates, StepPlan
 
 
-# Its square is far beyond any product of two keys and a bandwidth of v1, and float16 holds the number itself.
+# Far beyond the length of any key, so that no product of a query and a key comes near that of their biases. float16
+# holds the number.
 BIAS = 2.0**15
 
 
@@ -94,7 +95,6 @@ class PairSlots(nn.Module):
         mix: torch.Tensor,
         length: torch.Tensor,
         plan: StepPlan,
-        bias: torch.Tensor | float = BIAS,
     ) -> torch.Tensor:
         """Store the pairs that new tokens complete, and return what each token retrieves, `(N, H, D)`.
 
@@ -102,8 +102,9 @@ class PairSlots(nn.Module):
             queries, keys, values (`torch.Tensor` of shape `(N, H, D)`).
             mix (`torch.Tensor` of shape `(H, 1)`): the share of the earlier of two values.
             length (`torch.Tensor` of shape `(H, 1)`): of values of pairs.
-            bias (`torch.Tensor` of shape `(N, H)`, *optional*): of queries that may be longer than `BIAS`.
         """
+        largest = torch.finfo(queries.dtype).max
+        bias = torch.linalg.vector_norm(at_least_float32(queries), dim=-1).clamp(BIAS, largest)
         pair_keys, pair_values = self.pairs(keys, values, mix, length, plan)
         retrieved = self.attn(
             self.widened(queries, bias).flatten(1),
