@@ -40,9 +40,11 @@ def test_prompts_of_all_lengths_are_read_beside_each_other(reference, engine, an
     assert sum(len(plan.pieces) > 0 and not plan.is_new.all().item() for plan in plans) >= 4
 
 
+@pytest.mark.parametrize("variant", ["plain", "v2", "v2_uneven"])
 @pytest.mark.parametrize("tokens_a_step", [8, 40])
-def test_a_prompt_may_be_read_in_pieces(reference, engine, answer, tokens_a_step):
-    """Steps of few tokens cut prompts anywhere: some pieces are of one token."""
+def test_a_prompt_may_be_read_in_pieces(references, engine, answer, variant, tokens_a_step):
+    """Steps of few tokens cut prompts anywhere: some pieces are of one token, and most are shorter than a delay."""
+    reference = references(variant)
     prompts, expected = zip(*[reference.draw(length) for length in (1, 12, 600, 9, 41, 16, 81)], strict=True)
     with engine(reference.folder, max_num_batched_tokens=tokens_a_step, max_num_seqs=4) as llm:
         assert answer(llm, prompts) == list(expected)
