@@ -132,6 +132,12 @@ def references(tmp_path_factory):
     return get
 
 
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    """Return the name of each variant."""
+    return request.param
+
+
 # A promise of one model is a promise of its sibling.
 @pytest.fixture(scope="session", params=["plain", "v2"])
 def reference(references, request):
