@@ -17,14 +17,15 @@ import gc  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
-from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM  # noqa: E402
+from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicV2Config  # noqa: E402
 
 
 VOCAB_SIZE, ANSWER_LENGTH, LEAST_MARGIN = 500, 32, 1e-3
-# Fields of configurations. "authors" has the start of a training by the authors' code: its leaks, scales and blends.
+# Fields of configurations. "authors" have the start of a training: leaks, scales, blends and bandwidths.
 VARIANTS = {
     "plain": {},
     "authors": {"num_attention_heads": 8},
@@ -33,6 +34,39 @@ VARIANTS = {
     "narrowing": {"bandwidth_exponent": 0.35, "bandwidth_start": 8},
     "odd_heads": {"head_dim": 31, "num_hidden_layers": 3},
     "wide_heads": {"num_attention_heads": 1},
+    "v2": {},
+    "v2_authors": {"num_attention_heads": 2, "short_term_window": 256, "long_term_delay": 64},
+    "v2_biases": {
+        "use_bias": True,
+        "gate_bias": True,
+        "norm_type": "layer_norm",
+        "bandwidth_sharing": "memory",
+        "bandwidth_count": "total",
+        "tie_word_embeddings": True,
+    },
+    "v2_slots": {
+        "persistent_memory_type": "slots",
+        "num_persistent_slots": 100,
+        "gated_keys": False,
+        "adaptive_bandwidth": False,
+        "head_dim": 31,
+        "num_hidden_layers": 3,
+    },
+    "v2_short": {"num_long_term_heads": 0, "short_term_window": 2},
+    "v2_long": {"num_short_term_heads": 0, "long_term_delay": 1, "hidden_act": "gelu"},
+    "v2_uneven": {"num_short_term_heads": 3, "long_term_delay": 40, "short_term_window": 17},
+    "v2_few_long": {"num_long_term_heads": 2, "long_term_delay": 2, "short_term_window": 33},
+    "v2_late": {"long_term_delay": 620, "short_term_window": 1000},
+}
+# Of parameters by their names, in place of what a training begins with.
+RANGES = {
+    "key_leak": (-0.3, 0.3),
+    "key_scale": (0.0, 0.25),
+    "value_scale": (-0.05, 0.1),
+    "value_mix": (-0.5, 1.5),
+    "bandwidth_scale": (-1.0, 1.0),
+    "bandwidth_offset": (-1.0, 1.0),
+    "bandwidth_exponent": (-0.5, 0.5),
 }
 
 
@@ -41,17 +75,22 @@ def make_model(variant):
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB_SIZE}
     # A training length below that of many prompts: it is no limit.
     sizes |= {"max_position_embeddings": 64, "tie_word_embeddings": False}
+    is_v2 = variant.startswith("v2")
+    if is_v2:
+        sizes |= {"short_term_window": 16, "long_term_delay": 8}
+        config = MemoryMosaicV2Config(**(sizes | VARIANTS[variant]))
+    else:
+        config = MemoryMosaicConfig(**(sizes | VARIANTS[variant]))
     torch.manual_seed(0)
-    model = MemoryMosaicForCausalLM(MemoryMosaicConfig(**(sizes | VARIANTS[variant]))).eval()
-    ranges = {"key_leak": (-0.3, 0.3), "key_scale": (0.0, 0.25), "value_scale": (-0.05, 0.1), "value_mix": (-0.5, 1.5)}
+    model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         kind = name.split(".")[-1]
-        if name.endswith("o_proj.weight"):
-            parameter.data.mul_(6)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.data.mul_(24 if is_v2 else 6)
         elif kind == "bias":
             parameter.data.normal_(std=0.3)
-        elif kind in ranges and variant != "authors":
-            parameter.data.uniform_(*ranges[kind])
+        elif kind in RANGES and not variant.endswith("authors"):
+            parameter.data.uniform_(*RANGES[kind])
     return model
 
 
@@ -81,16 +120,29 @@ class Reference:
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory):
+def references(tmp_path_factory):
     """Return a function that gives the reference of a variant."""
     made = {}
 
-    def get(variant="plain"):
+    def get(variant):
         if variant not in made:
             made[variant] = Reference(variant, tmp_path_factory.mktemp(variant))
         return made[variant]
 
     return get
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    """Return the name of each variant."""
+    return request.param
+
+
+# A promise of one model is a promise of its sibling.
+@pytest.fixture(scope="session", params=["plain", "v2"])
+def reference(references, request):
+    """Return the reference of each model."""
+    return references(request.param)
 
 
 @pytest.fixture

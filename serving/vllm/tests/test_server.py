@@ -11,8 +11,8 @@ from benchmark import Server, make_tokenizer, tokens_per_second
 
 @pytest.fixture(scope="module")
 def server(reference, tmp_path_factory):
-    folder, log = reference().folder, tmp_path_factory.mktemp("server") / "serve.log"
-    make_tokenizer(reference().model.config.vocab_size).save_pretrained(folder)
+    folder, log = reference.folder, tmp_path_factory.mktemp("server") / "serve.log"
+    make_tokenizer(reference.model.config.vocab_size).save_pretrained(folder)
     options = ["--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(64 << 20)]
     with Server("vllm", folder, log, *options) as server:
         yield server
@@ -20,7 +20,7 @@ def server(reference, tmp_path_factory):
 
 def test_completions_over_http_are_those_of_transformers(reference, server):
     """Eight clients at a time, with prompts of token ids."""
-    prompts, expected = zip(*[reference().draw(length) for length in (1, 12, 600, 5, 80, 33, 2, 128) * 2], strict=True)
+    prompts, expected = zip(*[reference.draw(length) for length in (1, 12, 600, 5, 80, 33, 2, 128) * 2], strict=True)
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda prompt: server.complete(prompt, 32, return_token_ids=True), prompts))
     choices = [json.loads(answer)["choices"][0] for answer in answers]
@@ -28,7 +28,7 @@ def test_completions_over_http_are_those_of_transformers(reference, server):
 
 
 def test_text_and_streams_over_http_are_those_of_transformers(reference, server):
-    model, text = reference().model, "Once upon a time there was a cat"
+    model, text = reference.model, "Once upon a time there was a cat"
     tokenizer = make_tokenizer(model.config.vocab_size)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     expected = tokenizer.decode(model.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plugin of vLLM for Memory Mosaics: vLLM calls `register` in each of its processes.
 
-`settings.py` has what vLLM asks before it builds a model, `states.py` the running states of each request, `model.py`
-the model.
+`settings.py` has what vLLM asks before it builds a model, `states.py` the running states of each request, `slots.py`
+the pairs in the paged cache, `model.py` and `model_v2.py` the models.
 """
 
 import importlib.metadata
@@ -34,10 +34,14 @@ def register() -> None:
 
     import modeling_memory_mosaic  # noqa: F401
 
-    from .settings import MosaicConvertor, MosaicSettings, MosaicV2Settings
+    from .settings import MosaicConvertor, MosaicSettings, MosaicV2Convertor
 
-    model = "vllm_memory_mosaic.model:MemoryMosaicForCausalLM"
-    for name, settings in (("MemoryMosaic", MosaicSettings), ("MemoryMosaicV2", MosaicV2Settings)):
-        ModelRegistry.register_model(f"{name}ForCausalLM", model)
-        MODELS_CONFIG_MAP[f"{name}ForCausalLM"] = settings
+    package = "vllm_memory_mosaic"
+    for name, model in (
+        ("MemoryMosaicForCausalLM", f"{package}.model:MemoryMosaicForCausalLM"),
+        ("MemoryMosaicV2ForCausalLM", f"{package}.model_v2:MemoryMosaicV2ForCausalLM"),
+    ):
+        ModelRegistry.register_model(name, model)
+        MODELS_CONFIG_MAP[name] = MosaicSettings
     MODEL_ARCH_CONFIG_CONVERTORS["memory_mosaic"] = MosaicConvertor
+    MODEL_ARCH_CONFIG_CONVERTORS["memory_mosaic_v2"] = MosaicV2Convertor

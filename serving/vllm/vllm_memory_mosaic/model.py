@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory Mosaics for vLLM: pairs in its paged cache, and all else by the states of `states.py`.
-
-Slot t of a request holds the pair that completes when token t arrives: the key of token t-1, and the value that
-blends those of t-1 and t. So the strict rule, by which a token retrieves earlier pairs only, is plain causal attention
-over slots. Slot 0 completes no pair. One more channel of the heads carries a bias for each slot: queries hold `BIAS`
-there, keys 0, and the key of slot 0 `-BIAS`. So the first token, which sees nothing else, retrieves its zero, and no
-later token gives slot 0 any weight.
+"""Memory Mosaics for vLLM: pairs by the slots of `slots.py`, and all else by the states of `states.py`.
 
 Parameters have the names of the model of transformers. Shapes use N tokens of all requests together, H heads, D head
-width, W stored width of heads, C hidden size, S learnt slots per head.
+width, C hidden size, S learnt slots per head.
 """
 
 from collections.abc import Iterable
@@ -19,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm.config import CacheConfig, VllmConfig
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
@@ -35,20 +28,22 @@ from modeling_memory_mosaic.ops_memory_mosaic import (
     MAX_LOG_KEY_SCALE,
     as_dtype,
     at_least_float32,
+    leaky_average,
     scale_to_length,
 )
 
-from .settings import stored_width
-from .states import STATES, RequestStates, StepPlan, page_layout
+from .slots import PairSlots
+from .states import RequestStates, State, StepPlan, page_of, states_of_pairs
 
 
-# Its square is far beyond any product of two keys and a bandwidth, and float16 holds the number itself.
-BIAS = 2.0**15
-
-
-def head_dim_of(config: MemoryMosaicConfig) -> int:
+def head_dim_of(config: Any) -> int:
     """Return the width of a head, which a configuration that was made always has."""
     return cast(int, config.head_dim)
+
+
+def state_of_sum(name: str, config: Any) -> dict[str, State]:
+    """Return the state of the leaky sums of all heads of a memory."""
+    return {name: State((config.num_attention_heads, head_dim_of(config)), torch.float32)}
 
 
 class TokenMemory(nn.Module):
@@ -60,7 +55,7 @@ class TokenMemory(nn.Module):
     key_scale: nn.Parameter
     value_scale: nn.Parameter
 
-    def __init__(self, config: MemoryMosaicConfig, states: RequestStates, prefix: str):
+    def __init__(self, config: Any, states: RequestStates, prefix: str):
         super().__init__()
         self.num_heads, self.head_dim, self.states = config.num_attention_heads, head_dim_of(config), states
         inner_size = self.num_heads * self.head_dim
@@ -80,10 +75,6 @@ class TokenMemory(nn.Module):
         return (PARAMETER_SCALE * at_least_float32(self.key_leak)).abs()
 
     @cached_property
-    def decay(self) -> torch.Tensor:
-        return torch.exp(-self.leak)[:, None]
-
-    @cached_property
     def key_length(self) -> torch.Tensor:
         log_length = (PARAMETER_SCALE * at_least_float32(self.key_scale)).clamp(max=MAX_LOG_KEY_SCALE)
         return (self.key_power * log_length).exp()[:, None]
@@ -97,8 +88,11 @@ class TokenMemory(nn.Module):
         projected = self.split_heads(self.k_proj(hidden_states))
         if plan is None:
             return scale_to_length(projected, self.key_length)
-        sums = self.states.leaky_sums(self.sum_name, projected, self.leak, self.decay, plan)
+        sums = self.states.sums({self.sum_name: 0.0}, (projected,), self.leaky_sum, plan)
         return scale_to_length(sums, self.key_length)
+
+    def leaky_sum(self, vectors: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor]:
+        return (leaky_average(vectors, self.leak, before)[0],)
 
 
 class ContextualMemory(TokenMemory):
@@ -116,32 +110,12 @@ class ContextualMemory(TokenMemory):
             prefix=f"{prefix}.v_proj",
         )
         self.value_mix = nn.Parameter(torch.empty(self.num_heads), requires_grad=False)
-        self.width = stored_width(self.head_dim)
-        self.attn = Attention(
-            self.num_heads,
-            self.width,
-            scale=1.0,
-            num_kv_heads=self.num_heads,
-            cache_config=cache_config,
-            prefix=f"{prefix}.attn",
-        )
+        self.slots = PairSlots("contextual", self.num_heads, self.head_dim, states, cache_config, f"{prefix}.slots")
 
     @cached_property
     def mix(self) -> torch.Tensor:
         """The share of the earlier of two values `(H, 1)`."""
         return at_least_float32(self.value_mix)[:, None]
-
-    def widened(self, vectors: torch.Tensor, value: float = 0.0) -> torch.Tensor:
-        """Return vectors `(N, H, D)` in the width of stored heads, `(N, H, W)`, with a value in the room behind."""
-        return F.pad(vectors, (0, self.width - self.head_dim), value=value)
-
-    def to_slots(self, vectors: torch.Tensor, bias: float, plan: StepPlan) -> torch.Tensor:
-        """Return keys or values of pairs as slots hold them `(N, H, W)`: in slots 0 there is a bias, and no pair."""
-        slots = self.widened(vectors)
-        if len(plan.openings):
-            slots[plan.openings] = 0.0
-            slots[plan.openings, :, self.head_dim] = bias
-        return slots
 
     def forward(
         self, hidden_states: torch.Tensor, query_scale: torch.Tensor | None, plan: StepPlan | None
@@ -151,23 +125,14 @@ class ContextualMemory(TokenMemory):
         Args:
             query_scale (`torch.Tensor` of shape `(N, 1, 1)`, *optional*): of each token's inverse temperature.
         """
-        dtype, states = hidden_states.dtype, self.states
+        dtype = hidden_states.dtype
         scaled = self.sum_keys(hidden_states, plan)
         keys, values = as_dtype(scaled, dtype), self.split_heads(self.v_proj(hidden_states))
         queries = keys if query_scale is None else as_dtype(scaled * query_scale, dtype)
         if plan is None:
             return self.o_proj(values.flatten(1))
-        earlier = states.shifted("newest_value", values, plan)
-        blended = torch.lerp(at_least_float32(values), at_least_float32(earlier), self.mix)
-        pair_values = as_dtype(scale_to_length(blended, self.value_length), dtype)
-        pair_keys = states.shifted("newest_key", keys, plan)
-        # Queries hold `BIAS` in all of the room, where keys have zeros, but for one channel of slot 0.
-        retrieved = self.attn(
-            self.widened(queries, BIAS).flatten(1),
-            self.to_slots(pair_keys, -BIAS, plan).flatten(1),
-            self.to_slots(pair_values, 0.0, plan).flatten(1),
-        )
-        return self.o_proj(retrieved.view(-1, self.num_heads, self.width)[..., : self.head_dim].flatten(1))
+        retrieved = self.slots(queries, keys, values, self.mix, self.value_length, plan)
+        return self.o_proj(retrieved.flatten(1))
 
 
 class PersistentMemory(TokenMemory):
@@ -193,65 +158,95 @@ class PersistentMemory(TokenMemory):
 class DecoderLayer(nn.Module):
     """One block: a contextual memory, then a persistent one, each added to the residual stream."""
 
-    def __init__(self, config: MemoryMosaicConfig, vllm_config: VllmConfig, prefix: str):
+    def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str):
         super().__init__()
-        norm: dict[str, Any] = {"eps": config.layer_norm_eps, "bias": config.use_bias}
-        dtype, cache_config = vllm_config.model_config.dtype, vllm_config.cache_config
-        self.states = RequestStates(config.num_attention_heads, head_dim_of(config), dtype, f"{prefix}.states")
-        self.contextual_norm = nn.LayerNorm(config.hidden_size, **norm)
-        self.contextual_memory = ContextualMemory(config, self.states, cache_config, f"{prefix}.contextual_memory")
-        self.persistent_norm = nn.LayerNorm(config.hidden_size, **norm)
-        self.persistent_memory = PersistentMemory(config, self.states, f"{prefix}.persistent_memory")
+        page, cache_config = self.page(config, vllm_config.model_config.dtype), vllm_config.cache_config
+        self.states = RequestStates(page, f"{prefix}.states")
+        self.contextual_norm = self.make_norm(config)
+        self.contextual_memory = self.make_contextual(config, cache_config, f"{prefix}.contextual_memory")
+        self.persistent_norm = self.make_norm(config)
+        self.persistent_memory = self.make_persistent(config, f"{prefix}.persistent_memory")
 
-    def forward(self, hidden_states: torch.Tensor, query_scale: torch.Tensor | None) -> torch.Tensor:
+    @staticmethod
+    def page(config: Any, dtype: torch.dtype) -> dict[str, State]:
+        """Return the states of a request in one layer."""
+        sums = (state_of_sum(memory.sum_name, config) for memory in (ContextualMemory, PersistentMemory))
+        pairs = states_of_pairs("contextual", config.num_attention_heads, head_dim_of(config), dtype)
+        return page_of(*sums, pairs)
+
+    @staticmethod
+    def make_norm(config: Any) -> nn.Module:
+        """Return the norm before a memory and before the head."""
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+
+    def make_contextual(self, config: Any, cache_config: CacheConfig, prefix: str) -> nn.Module:
+        return ContextualMemory(config, self.states, cache_config, prefix)
+
+    def make_persistent(self, config: Any, prefix: str) -> nn.Module:
+        return PersistentMemory(config, self.states, prefix)
+
+    def forward(self, hidden_states: torch.Tensor, kernels: Any) -> torch.Tensor:
         plan = self.states.plan()
-        retrieved = self.contextual_memory(self.contextual_norm(hidden_states), query_scale, plan)
-        hidden_states = hidden_states + retrieved
-        return hidden_states + self.persistent_memory(self.persistent_norm(hidden_states), plan)
+        hidden_states = hidden_states + self.contextual_memory(self.contextual_norm(hidden_states), kernels, plan)
+        return hidden_states + self.persistent_memory(self.persistent_norm(hidden_states), plan=plan)
 
 
 class Model(nn.Module):
     """All but the head."""
 
-    def __init__(self, config: MemoryMosaicConfig, vllm_config: VllmConfig, prefix: str):
+    layer_class = DecoderLayer
+
+    def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         self.config = config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, vllm_config, f"{prefix}.layers.{index}") for index in range(config.num_hidden_layers)
+            self.layer_class(config, vllm_config, f"{prefix}.layers.{index}")
+            for index in range(config.num_hidden_layers)
         )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.norm = self.layer_class.make_norm(config)
+
+    def kernels(self, positions: torch.Tensor, embeds: torch.Tensor) -> Any:
+        """Return what the kernels of contextual memories depend on: here the inverse temperatures, if they grow."""
+        scale = growth_of_kernels(self.config, positions[None], embeds[None])
+        return None if scale is None else scale[0, :, None, None]
 
     def forward(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return the last hidden states `(N, C)`; positions `(N,)` count the tokens before each, its pairs."""
-        scale = growth_of_kernels(self.config, positions[None], embeds[None])
-        query_scale = None if scale is None else scale[0, :, None, None]
-        hidden_states = embeds
+        kernels, hidden_states = self.kernels(positions, embeds), embeds
         for layer in self.layers:
-            hidden_states = layer(hidden_states, query_scale)
+            hidden_states = layer(hidden_states, kernels)
         return self.norm(hidden_states)
 
 
 class MemoryMosaicForCausalLM(nn.Module, HasInnerState, IsHybrid):
     """A Memory Mosaic that predicts the next token."""
 
+    body_class = Model
+
+    @classmethod
+    def page(cls, vllm_config: VllmConfig) -> dict[str, State]:
+        """Return the states of a request in one layer."""
+        model_config = vllm_config.model_config
+        return cls.body_class.layer_class.page(model_config.hf_config, model_config.dtype)
+
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> Any:
-        return page_layout(vllm_config)[0]
+        return tuple(state.shape for state in cls.page(vllm_config).values())
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> Any:
-        return page_layout(vllm_config)[1]
+        return tuple(state.dtype for state in cls.page(vllm_config).values())
 
-    @classmethod
-    def get_mamba_state_copy_func(cls) -> Any:
-        return (get_temporal_copy_spec,) * len(STATES)
+    # Not of the class, as vLLM has it: how many states there are depends on the configuration. vLLM asks the model.
+    def get_mamba_state_copy_funcs(self, mamba_types: set[Any]) -> Any:
+        return dict.fromkeys(mamba_types, (get_temporal_copy_spec,) * self.num_states)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config: Any = vllm_config.model_config.hf_config
-        self.config = config
-        self.model = Model(config, vllm_config, maybe_prefix(prefix, "model"))
+        self.config, self.num_states = config, len(self.page(vllm_config))
+        self.model = self.body_class(config, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)

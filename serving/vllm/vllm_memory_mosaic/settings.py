@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
@@ -38,8 +38,18 @@ class MosaicConvertor(ModelArchConfigConvertorBase):
         return float("inf"), None
 
 
+class MosaicV2Convertor(MosaicConvertor):
+    """What vLLM reads of a configuration of v2: heads of the larger of its two contextual memories."""
+
+    def get_total_num_attention_heads(self) -> int:
+        return max(self.hf_text_config.num_short_term_heads, self.hf_text_config.num_long_term_heads)
+
+    def get_total_num_kv_heads(self) -> int:
+        return self.get_total_num_attention_heads()
+
+
 class MosaicSettings(VerifyAndUpdateConfig):
-    """What a Memory Mosaic cannot be served with."""
+    """What Memory Mosaics of both versions cannot be served with."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -57,19 +67,12 @@ class MosaicSettings(VerifyAndUpdateConfig):
             raise ValueError(
                 "Quantized Memory Mosaics are not supported by this plugin: serve the weights as they are."
             )
+        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            raise ValueError(
+                "Pairs and states are caches of several kinds, which only the hybrid manager of vLLM holds: leave "
+                "--disable-hybrid-kv-cache-manager out."
+            )
         if vllm_config.speculative_config is not None:
             raise ValueError(
                 "Speculative decoding is not supported: a token that is taken back leaves its trace in the leaky sums."
             )
-
-
-class MosaicV2Settings(VerifyAndUpdateConfig):
-    """The refusal of Memory Mosaics v2."""
-
-    @staticmethod
-    def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        raise ValueError(
-            "Memory Mosaics v2 are not served by this plugin: their short-term and long-term heads read different "
-            "pairs of one text, and the plugin stores one set of pairs. Use transformers: `model.generate` or "
-            "`transformers serve`."
-        )
