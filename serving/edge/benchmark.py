@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Size of edge programs, and tokens a second on one core beside transformers: `.venv-edge/bin/python -m serving.edge.benchmark`.
+"""Size of edge programs, and tokens a second on one core beside transformers: `python -m serving.edge.benchmark`.
 
 All run in one process on one core, in turn, so that a machine whose speed drifts slows all alike. The measure is the
 ratio to transformers' own decoding (eager, a growing memory) in each round, and its median over rounds.
@@ -114,7 +114,8 @@ def main(
     # One core for all: XNNPACK and onnxruntime would else count threads each in its own way.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "executorch", "onnxruntime")}
+    packages = ("torch", "transformers", "executorch", "onnxruntime")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     setting = {"load_before": os.getloadavg()[0], "cpu": cpu_name(), "rounds": rounds, "sizes": SIZES}
     setting |= {"max_length": MAX_LENGTH, "prompt_length": PROMPT_LENGTH, "answer_length": ANSWER_LENGTH}
     typer.echo(json.dumps(setting | {"versions": versions}))
