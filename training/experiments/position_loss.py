@@ -375,29 +375,37 @@ def _draw_bands(
 
 
 def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
-    """Draw a column for each text; for each depth losses, and below them differences from the first model.
+    """Draw losses, and below them differences from the first model: a column for each text, a picture for each depth.
 
     Args:
         recipe: of the experiment.
         measured: of its result.
-        folder: of the picture.
+        folder: of the pictures.
     """
     by_text = {name: _drawn_models(recipe, text) for name, text in measured.items()}
+    depths = list(dict.fromkeys(model["depth"] for models in by_text.values() for model in models))
+    for depth in depths:
+        of_depth = {name: [m for m in models if m["depth"] == depth] for name, models in by_text.items()}
+        suffix = f"_{blocks(depth)}".replace(" ", "_") if len(depths) > 1 else ""
+        _draw_depth(recipe, measured, of_depth, folder / f"{recipe.name}{suffix}.png")
+
+
+def _draw_depth(
+    recipe: Recipe, measured: dict[str, Any], by_text: dict[str, list[dict[str, Any]]], path: Path
+) -> None:
+    """Draw the models of one depth."""
     some = next(iter(by_text.values()))
-    labels, depths = (list(dict.fromkeys(model[key] for model in some)) for key in ("label", "depth"))
+    labels, depth = list(dict.fromkeys(model["label"] for model in some)), some[0]["depth"]
     rows = 2 if len(labels) > 1 else 1
-    figure, axes = new_figure(rows * len(depths), len(measured), height=2.4, sharex=True)
+    figure, axes = new_figure(rows, len(measured), height=2.4, sharex=True)
     styles = styles_of(labels)
     for column, (name, models) in zip(axes.T, by_text.items(), strict=True):
-        for pair, depth in zip(column.reshape(-1, rows), depths, strict=True):
-            chosen = [model for model in models if model["depth"] == depth]
-            _draw_bands(recipe, pair, measured[name]["positions"], chosen, styles)
-            pair[0].set_title(f"{name}, {blocks(depth)}")
+        _draw_bands(recipe, column, measured[name]["positions"], models, styles)
+        column[0].set_title(f"{name}, {blocks(depth)}")
         column[-1].set_xlabel("position (tokens)")
-    for pair in axes[:, 0].reshape(-1, rows):
-        pair[0].set_ylabel(better("loss (nats per token)", "lower"))
-        if rows == 2:
-            pair[1].set_ylabel(better(f"less {labels[0]} (nats)", "lower"))
+    axes[0, 0].set_ylabel(better("loss (nats per token)", "lower"))
+    if rows == 2:
+        axes[1, 0].set_ylabel(better(f"less {labels[0]} (nats)", "lower"))
     if len(measured) == 1:
         label_lines(axes)
     else:
@@ -407,7 +415,7 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     if recipe.context_length > recipe.training_length:
         title = f"Loss beyond the training length of {recipe.training_length} tokens"
         note += " The dotted line is the training length."
-    save_figure(figure, folder / f"{recipe.name}.png", title, note)
+    save_figure(figure, path, title, note)
 
 
 def _parameters(recipe: Recipe) -> list[dict[str, Any]]:
