@@ -32,17 +32,16 @@ def edge_table(report: dict[str, Any]) -> str:
     """Return the sizes of edge programs and their speeds on one core, a row for each program of each model."""
     versions = report["versions"]
     setting = (
-        f"One core of {report['cpu']}, ExecuTorch {versions['executorch']}, onnxruntime {versions['onnxruntime']}, "
-        f"transformers {versions['transformers']} (eager, a growing memory), torch {versions['torch']}; "
-        f"{report['answer_length']} tokens behind {report['prompt_length']}, room for {report['max_length']}; median "
-        f"of {report['rounds']} rounds in turn.\n"
+        f"Memory Mosaic ({report['parameters'] / 1e6:.1f} M parameters, {report['bytes_of_weights'] / 1e6:.1f} MB of "
+        f"weights), one core of {report['cpu']}, ExecuTorch {versions['executorch']}, onnxruntime "
+        f"{versions['onnxruntime']}, transformers {versions['transformers']} (eager, a growing memory), torch "
+        f"{versions['torch']}; {report['answer_length']} tokens behind {report['prompt_length']}, room for "
+        f"{report['max_length']}; median of {report['rounds']} rounds in turn.\n"
     )
-    columns = ["model", "weights, MB", "program", "prefill, MB", "decode, MB", "tokens/s", "beside transformers"]
+    columns = ["program", "prefill, MB", "decode, MB", "tokens/s", "beside transformers"]
     rows = []
-    for model in report["models"]:
-        for row in model["rows"]:
-            sizes = row["bytes"] or {}
-            megabytes = [f"{sizes[name] / 1e6:.1f}" if name in sizes else "" for name in ("prefill", "decode")]
-            speed = [f"{row['tokens_per_second']:.0f}", f"{row['ratio']:.2f}"]
-            rows.append([model["model"], f"{model['bytes_of_weights'] / 1e6:.1f}", row["program"], *megabytes, *speed])
-    return "\n".join([setting, markdown_table(columns, "lrlrrrr", rows)])
+    for row in report["rows"]:
+        sizes = row["bytes"] or {}
+        megabytes = [f"{sizes[name] / 1e6:.1f}" if name in sizes else "" for name in ("prefill", "decode")]
+        rows.append([row["program"], *megabytes, f"{row['tokens_per_second']:.0f}", f"{row['ratio']:.2f}"])
+    return "\n".join([setting, markdown_table(columns, "lrrrr", rows)])

@@ -37,14 +37,16 @@ ABSTRACT = CONFIGURATION / "abstracts" / "memory_models.yaml"
 PARTS = ("parts", "parts_induction")
 
 
-# Names of blocks that show a benchmark, the module that measures it, and its function that writes the block.
+# Names of blocks that show a benchmark: module of `benchmarks` and function that write the block, and the figures.
 BENCHMARKS = {
-    "speed": ("speed", "table"),
-    "speed_summary": ("speed", "summary"),
-    "speed_v2": ("speed_v2", "table"),
-    "memory_speed": ("memory_models", "table"),
-    "stored_memories": ("stored_memories", "table"),
-    "searched_memories": ("searched_memories", "table"),
+    "speed": ("speed", "table", "benchmarks/speed.json"),
+    "speed_summary": ("speed", "summary", "benchmarks/speed.json"),
+    "speed_v2": ("speed_v2", "table", "benchmarks/speed_v2.json"),
+    "memory_speed": ("memory_models", "table", "benchmarks/memory_models.json"),
+    "stored_memories": ("stored_memories", "table", "benchmarks/stored_memories.json"),
+    "searched_memories": ("searched_memories", "table", "benchmarks/searched_memories.json"),
+    "vllm": ("serving", "vllm_table", "serving/vllm/benchmark.json"),
+    "edge": ("serving", "edge_table", "serving/edge/benchmark.json"),
 }
 
 
@@ -272,10 +274,8 @@ def table_of(name: str) -> str:
     """
     if name in BENCHMARKS:
         # Imported only here: no training should depend on a benchmark.
-        module, function = BENCHMARKS[name]
-        block: str = getattr(importlib.import_module(f"benchmarks.{module}"), function)(
-            read_json(CLONE / "benchmarks" / f"{module}.json")
-        )
+        module, function, figures = BENCHMARKS[name]
+        block: str = getattr(importlib.import_module(f"benchmarks.{module}"), function)(read_json(CLONE / figures))
         return block
     results = committed_results()
     if name in ("claims", "abstract"):

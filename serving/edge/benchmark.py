@@ -19,12 +19,7 @@ import torch
 import typer
 from transformers import DynamicCache, PreTrainedModel, set_seed
 
-from modeling_memory_mosaic import (
-    MemoryMosaicConfig,
-    MemoryMosaicForCausalLM,
-    MemoryMosaicV2Config,
-    MemoryMosaicV2ForCausalLM,
-)
+from modeling_memory_mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
 from serving.edge import run_executorch, run_onnx
 from serving.edge.export_executorch import export_executorch
 from serving.edge.export_onnx import export_onnx
@@ -34,10 +29,6 @@ from training.result import cpu_name
 
 # Those of `benchmarks/speed.py`.
 SIZES: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
-MODELS = {
-    "mosaic": lambda: MemoryMosaicForCausalLM(MemoryMosaicConfig(**SIZES)),
-    "mosaic v2": lambda: MemoryMosaicV2ForCausalLM(MemoryMosaicV2Config(**SIZES)),
-}
 MAX_LENGTH, PROMPT_LENGTH, ANSWER_LENGTH = 512, 64, 64
 
 # Yields the likeliest next token so many times, behind a prompt of ids.
@@ -82,10 +73,10 @@ def seconds_per_token(generate: Generate, prompt: list[int]) -> float:
 
 
 @torch.no_grad()
-def measure(name: str, rounds: int) -> dict[str, Any]:
-    """Return the sizes and speeds of a model's programs, a row for each."""
+def measure(rounds: int) -> dict[str, Any]:
+    """Return the sizes and speeds of all programs of a model with random weights, a row for each."""
     set_seed(0)
-    model = MODELS[name]().eval()
+    model = MemoryMosaicForCausalLM(MemoryMosaicConfig(**SIZES)).eval()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     prompt = torch.randint(SIZES["vocab_size"], (PROMPT_LENGTH,)).tolist()
     with tempfile.TemporaryDirectory() as folder:
@@ -102,8 +93,8 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         ratios = [theirs / our for our, theirs in zip(ours, measured["transformers"], strict=True)]
         row = {"program": runner, "tokens_per_second": 1 / statistics.median(ours), "ratio": statistics.median(ratios)}
         rows.append({**row, "ratios": ratios, "bytes": sizes.get(runner)})
-        typer.echo(f"{name}, {runner}: {row['tokens_per_second']:.0f} tokens/s, {row['ratio']:.2f} of transformers")
-    return {"model": name, "parameters": model.num_parameters(), "bytes_of_weights": weights, "rows": rows}
+        typer.echo(f"{runner}: {row['tokens_per_second']:.0f} tokens/s, {row['ratio']:.2f} of transformers")
+    return {"parameters": model.num_parameters(), "bytes_of_weights": weights, "rows": rows}
 
 
 def main(
@@ -119,9 +110,9 @@ def main(
     setting = {"load_before": os.getloadavg()[0], "cpu": cpu_name(), "rounds": rounds, "sizes": SIZES}
     setting |= {"max_length": MAX_LENGTH, "prompt_length": PROMPT_LENGTH, "answer_length": ANSWER_LENGTH}
     typer.echo(json.dumps(setting | {"versions": versions}))
-    models = [measure(name, rounds) for name in MODELS]
+    measured = measure(rounds)
     if output is not None:
-        write_json(output, {**setting, "versions": versions, "models": models})
+        write_json(output, {**setting, "versions": versions, **measured})
 
 
 if __name__ == "__main__":
