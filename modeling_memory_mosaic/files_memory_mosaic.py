@@ -142,7 +142,11 @@ def find_file(folder_or_repo: str | os.PathLike, **kwargs: Any) -> Path:
         if not path.is_file():
             raise ValueError(f"{folder_or_repo} holds no {FILE_NAME}: `memory.save_pretrained(folder)` writes it.")
         return path
-    return Path(cached_file(str(folder_or_repo), FILE_NAME, **kwargs))
+    # A name on the Hub has one slash at most, and does not begin like a path.
+    name = os.fspath(folder_or_repo)
+    if name.count("/") > 1 or name.startswith(("/", ".", "~")):
+        raise ValueError(f"{name} is no folder: name one that `memory.save_pretrained(folder)` has written.")
+    return Path(cached_file(name, FILE_NAME, **kwargs))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -86,7 +86,8 @@ class MosaicMemory(MemoryFilesMixin):
 
     def __repr__(self) -> str:
         names = ", ".join(self.sources[:5]) + (", ..." if len(self.sources) > 5 else "")
-        return f"MosaicMemory({len(self):,} pairs of {len(self.sources)} texts: {names})"
+        texts = f"{len(self.sources)} text{'s' if len(self.sources) != 1 else ''}"
+        return f"MosaicMemory({len(self):,} pairs of {texts}: {names})"
 
     @property
     def nbytes(self) -> int:

@@ -59,6 +59,12 @@ def _memorize(folder: str | Path, files: Sequence[Path], output: Path, dtype: st
     return memorize_files(Path(folder), files, output, dtype)
 
 
+def _forget(folder: str | Path, memory: Path, source: str) -> Any:
+    from training.memories import forget_source
+
+    return forget_source(Path(folder), memory, source)
+
+
 def _masked(message: str) -> str:
     from training.secrecy import masked
 
@@ -70,7 +76,7 @@ def main(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
 ) -> None:
-    context.obj = Tools("python -m training", debug, model_folder, _load, _memorize, _masked)
+    context.obj = Tools("python -m training", debug, model_folder, _load, _memorize, _forget, _masked)
 
 
 @app.command()
@@ -172,34 +178,6 @@ def evaluate(
 
 for verb in VERBS:
     app.command()(verb)
-
-
-@app.command()
-def forget(
-    context: typer.Context,
-    folder: Folder,
-    memory: Annotated[Path, typer.Option(help="A folder of `memorize`, which is changed.")],
-    source: Annotated[str, typer.Option(help="The name of a text in it, see `info`.")],
-) -> None:
-    """Forget a text: from then on, answers are those of a memory that never had it."""
-    with plain_errors(context):
-        from training.memories import forget_source
-
-        typer.echo(forget_source(folder, memory, source))
-
-
-@app.command()
-def info(
-    context: typer.Context,
-    memory: Annotated[Path, typer.Argument(help="A folder of `memorize`.")],
-) -> None:
-    """Print what a stored memory is, as JSON."""
-    with plain_errors(context):
-        import json
-
-        from training.memories import describe
-
-        typer.echo(json.dumps(describe(memory), indent=1))
 
 
 @app.command()

@@ -178,8 +178,3 @@ def measure_recall(memory: MosaicMemory, model: Any) -> dict[str, Any] | None:
         "loss": {way: float(table.nanmean()) for way, table in tables.items()},
         "by_place": {way: table.nanmean(0).tolist() for way, table in tables.items()},
     }
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """Return what a stored memory is, without a model."""
-    return {**read_settings(folder / FILE_NAME), "bytes": (folder / FILE_NAME).stat().st_size}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wheel: its command works outside of the clone, with torch and transformers alone, and clashes with nothing."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -101,8 +102,18 @@ def test_files_are_memorized_and_asked(call, model):
     assert [line.split()[1] for line in process.stderr.splitlines()[-3:]] == ["cat.txt", "ball.txt", "the"]
 
 
+def test_a_text_is_forgotten_and_the_rest_stays_in_its_precision(call, model):
+    call("memorize", model, "cat.txt", "ball.txt", "--output", "kept", "--dtype", "int8")
+    assert "1 text: ball.txt" in call("forget", model, "--memory", "kept", "--source", "cat.txt").stdout
+    about = json.loads(call("info", "kept").stdout)
+    assert about["sources"] == ["ball.txt"] and about["precision"] == "int8"
+    assert "cat.txt" in call("forget", model, "--memory", "kept", "--source", "cat.txt", code=1).stderr
+
+
 def test_mistakes_are_one_message(call, model):
     for arguments, message in (
+        (["ask", model, "who?", "--memory", "./absent"], "./absent is no folder"),
+        (["info", "absent"], "absent holds no memory.safetensors"),
         (["generate", "absent", "once"], "ValueError: 'absent' is no folder"),
         (["memorize", model, "cat.txt", "--output", "."], "exists already"),
         (["inspect", model, ""], "give at least two"),

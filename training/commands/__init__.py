@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs that need no clone: `memory-mosaic memorize | ask | generate | chat | inspect`.
+"""The verbs that need no clone: `memory-mosaic memorize | ask | forget | info | generate | chat | inspect`.
 
 Installed, this folder is the package `memory_mosaic_commands`, beside `modeling_memory_mosaic`. In the clone,
 `python -m training` has the same verbs, with tools of its own: what a run has written is checked before it is loaded,
@@ -26,6 +26,7 @@ class Tools(NamedTuple):
         find: returns where a model is, by its name on the command line, without importing anything heavy.
         load: returns model and tokenizer.
         memorize: lets a model read files, and writes the memory into a folder.
+        forget: forgets a text of the memory in a folder.
         shown: returns the text of an error, without what must not be shown.
     """
 
@@ -34,6 +35,7 @@ class Tools(NamedTuple):
     find: Callable[[str], str | Path]
     load: Callable[[str | Path], tuple[Any, Any]]
     memorize: Callable[[str | Path, Sequence[Path], Path, str | None], Any]
+    forget: Callable[[str | Path, Path, str], Any]
     shown: Callable[[str], str]
 
 
@@ -104,6 +106,31 @@ def ask(
             typer.echo(f"{nats:9.2f}  {name}", err=True)
 
 
+def forget(
+    context: typer.Context,
+    folder: Model,
+    memory: Annotated[Path, typer.Option(help="A folder of `memorize`, which is changed.")],
+    source: Annotated[str, typer.Option(help="The name of a text in it, see `info`.")],
+) -> None:
+    """Forget a text: from then on, answers are those of a memory that never had it."""
+    with plain_errors(context):
+        tools: Tools = context.obj
+        typer.echo(tools.forget(tools.find(folder), memory, source))
+
+
+def info(
+    context: typer.Context,
+    memory: Annotated[Path, typer.Argument(help="A folder of `memorize`.")],
+) -> None:
+    """Print what a stored memory is, as JSON."""
+    with plain_errors(context):
+        import json
+
+        from .texts import describe_memory
+
+        typer.echo(json.dumps(describe_memory(memory), indent=1))
+
+
 def generate(
     context: typer.Context,
     folder: Model,
@@ -167,7 +194,7 @@ def inspect(
         typer.echo(units_table(*tools.load(place), text))
 
 
-VERBS = (memorize, ask, generate, chat, inspect)
+VERBS = (memorize, ask, forget, info, generate, chat, inspect)
 
 app = typer.Typer(
     name="memory-mosaic",
@@ -185,4 +212,4 @@ def main(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
 ) -> None:
-    context.obj = Tools("memory-mosaic", debug, loading.find, loading.load, loading.memorize, str)
+    context.obj = Tools("memory-mosaic", debug, loading.find, loading.load, loading.memorize, loading.forget, str)

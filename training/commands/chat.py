@@ -88,7 +88,7 @@ class Chat:
             self.forget()
             return "all forgotten"
         if verb != "/memory":
-            return HELP
+            return HELP if verb == "/help" else f"{command!r} is no command:\n{HELP}"
         memory = self.memory()
         held = f"{self.ids.shape[1]:,} tokens, {len(memory):,} pairs in each head, {memory.nbytes / 1e6:.1f} MB"
         if not argument:

@@ -51,3 +51,25 @@ def memorize(place: str | Path, files: Sequence[Path], output: Path, dtype: str 
     memory = MosaicMemory.union(memorize_texts(model, tokenizer, texts))
     memory.save_pretrained(output, dtype=dtype)
     return memory
+
+
+def forget(place: str | Path, folder: Path, source: str) -> Any:
+    """Forget a text of the memory in a folder, and return the memory.
+
+    Raises:
+        ValueError: there is no such text, or a file of the clone's tools names it too.
+    """
+    from modeling_memory_mosaic import MosaicMemory
+
+    from .texts import describe_memory
+
+    if (folder / "result.json").is_file():
+        raise ValueError(
+            f"{folder} has a result.json, which would go on naming it: use `python -m training forget` in a clone"
+        )
+    precision = describe_memory(folder)["precision"]
+    model, _ = load(place)
+    memory = MosaicMemory.from_pretrained(folder, model)
+    memory.forget(source)
+    memory.save_pretrained(folder, dtype=precision)
+    return memory

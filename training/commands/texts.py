@@ -10,6 +10,7 @@ from transformers import TextStreamer, pipeline, set_seed
 from transformers.utils import logging
 
 from modeling_memory_mosaic import MosaicMemory, inspect_units, summarize_units
+from modeling_memory_mosaic.files_memory_mosaic import FILE_NAME, read_settings
 
 
 def continue_texts(
@@ -104,6 +105,14 @@ def memorize_texts(model: Any, tokenizer: Any, texts: Mapping[str, str]) -> list
         finally:
             hook.remove()
     return memories
+
+
+def describe_memory(folder: Path) -> dict[str, Any]:
+    """Return what a stored memory is, without a model."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {FILE_NAME}: name a folder that `memorize` has written")
+    return {**read_settings(path), "bytes": path.stat().st_size}
 
 
 def answer(
