@@ -88,7 +88,7 @@ def test_a_v2_model_and_its_memory_are_published(run_v2, about, tmp_path):
     memory = memorize(tmp_path / "texts", run_v2 / "model", lily="Lily has the red ball.", tom="Tom had a blue kite.")
     folder = stage_memory(memory, lines=lines)
     log = "\n".join(lines)
-    assert "ok: 5 snippets of the card run" in log and "ok: 3 snippets of the card run" in log
+    assert "ok: 6 snippets of the card run" in log and "ok: 3 snippets of the card run" in log
     assert "ok: loads in a clean offline process, with equal logits" in log
     assert "ok: 2 of 2 texts, read again by the base" in log
     assert (folder / "recall.png").is_file()
