@@ -136,7 +136,7 @@ def _estimate_cost(recipe: TextRecipe, arguments: TrainingArguments, tokens: int
         "training_flops": f"{per_token:.3e} times the tokens" if tokens is None else round(per_token * tokens),
         "memory_parameters_gb": state if is_adamw else f"known of AdamW only, which takes {state}",
         "memory_activations_gb": round(activations / 1e9, 3),
-        "precision": arguments.mixed_precision,
+        "precision": "float32" if arguments.mixed_precision == "no" else arguments.mixed_precision,
     }
 
 
@@ -295,7 +295,7 @@ def whole_steps(windows: Any, arguments: TrainingArguments, state: PartialState)
             "stories, or lower the batch"
         )
     left_out = len(windows) - whole
-    state.print(f"{whole:,} training windows make {whole // per_step:,} steps an epoch; {left_out} are left out")
+    state.print(f"{whole:,} training windows make {whole // per_step:,} steps an epoch; {left_out} more are left out")
     return windows.select(range(whole)) if isinstance(windows, Dataset) else Subset(windows, range(whole))
 
 
