@@ -319,7 +319,8 @@ def backbone_config(given: PreTrainedConfig | dict[str, Any] | None) -> PreTrain
         config = copy.deepcopy(given)  # encoder and decoder may be given the same one
         # Its weights become a part of another folder, which has the code, and names no path of this machine.
         config.name_or_path = ""
-        vars(config).pop("auto_map", None)
+        if hasattr(config, "auto_map"):
+            del config.auto_map
         return config
     fields = dict(given or {})
     model_type = fields.pop("model_type", MemoryMosaicConfig.model_type)

@@ -93,6 +93,7 @@ def test_lora_of_a_pretrained_decoder_is_merged_at_the_end_of_its_stage(family, 
 ORIGIN = {"base_model": "someone/tales", "license": "mit", "origin": "A small model of tales."}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "mosaic", "mamba"])
 def test_a_memory_model_of_pretrained_parts_is_published_with_their_origin(family, folders, tmp_path):
     part = {"pretrained": str(folders[family])}
