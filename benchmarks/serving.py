@@ -29,7 +29,7 @@ def vllm_table(report: dict[str, Any]) -> str:
 
 
 def edge_table(report: dict[str, Any]) -> str:
-    """Return the sizes of edge programs and their speeds on one core, a row for each program of each model."""
+    """Return the sizes of edge programs and their speeds on one core, a row for each program."""
     versions = report["versions"]
     setting = (
         f"Memory Mosaic ({report['parameters'] / 1e6:.1f} M parameters, {report['bytes_of_weights'] / 1e6:.1f} MB of "
