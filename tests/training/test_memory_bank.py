@@ -20,8 +20,9 @@ def small_recipe(tmp_path, **settings):
     values = yaml.safe_load((CONFIGURATION / "recipe" / "memory_bank.yaml").read_text(encoding="utf-8"))
     values |= {"claims": [], "seeds": [0], "num_tokens": 16, "num_texts": 20, "common": SMALL, "workers": 1}
     values["head"] |= {"steps": 2, "batch_size": 8}
-    for run in values["runs"].values():
-        run["stages"][0]["steps"] = 1
+    values["text"] = SMALL["data"]["validation"]
+    for stage in [stage for run in values["runs"].values() for stage in run["stages"]]:
+        stage["steps"] = 1
     path = tmp_path / "memory_bank.yaml"
     path.write_text(yaml.safe_dump(values | settings, sort_keys=False), encoding="utf-8")
     return load_recipe(path)
@@ -80,8 +81,9 @@ def test_an_experiment_finds_and_tells_with_every_model(tmp_path, monkeypatch):
     recipe = small_recipe(tmp_path)
     result = memory_bank.run(recipe)
     assert list(result["effects"]) == recipe.effect_names
+    assert result["data"]["text"]["files"]
     for series in result["measured"]["series"]:
         assert all(0 <= series["seeds"][0][name] <= 1 for name in (FOUND, WRITTEN, COUNTS, PAIRS))
     assert memory_bank.run(recipe) == result
-    with pytest.raises(ValueError, match="raise common.data.validation.num_stories, or lower it"):
+    with pytest.raises(ValueError, match="raise text.num_stories, or lower it"):
         memory_bank.run(small_recipe(tmp_path, num_texts=100_000, name="another"))

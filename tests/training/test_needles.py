@@ -79,7 +79,7 @@ def small_recipe(tmp_path, runs, steps=2):
 
 def test_an_experiment_asks_every_model_and_leaves_it_as_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = small_recipe(tmp_path, ["Combined objectives, gated", "No memory"])
+    recipe = small_recipe(tmp_path, ["Gated, from scratch", "No memory"])
     result = needles.run(recipe)
     assert list(result["effects"]) == recipe.effect_names
     by_distance = result["measured"]["series"][0]["seeds"][0]["exact_by_distance"]
@@ -90,7 +90,7 @@ def test_an_experiment_asks_every_model_and_leaves_it_as_it_was(tmp_path, monkey
 
 def test_fitting_trains_all_but_the_encoder(tmp_path, monkeypatch, tokenizer, texts):
     monkeypatch.chdir(tmp_path)
-    recipe = small_recipe(tmp_path, ["Combined objectives, gated"])
+    recipe = small_recipe(tmp_path, ["Gated, from scratch"])
     needles.run(recipe)
     model = load_causal_lm(recipe.trainings[0].recipe.folder / "model").cpu()
     fitted = needles.fit_reader(recipe, model, texts, tokenizer, seed=0)

@@ -23,9 +23,9 @@ from training.experiments import comparison, memory_models
 from training.experiments.comparison import Trained, summary
 from training.experiments.memory_models import MemoryModelComparison
 from training.progress import progress
-from training.recipe import Section
+from training.recipe import Section, SourceSection
 from training.tables import markdown_table, mean_and_deviation
-from training.text.sources import load_stories
+from training.text.sources import load_stories, source_provenance
 from training.text.windows import pack_windows
 
 
@@ -52,6 +52,7 @@ class Recipe(MemoryModelComparison):
     task: Literal["memory_bank"]
     num_tokens: PositiveInt
     num_texts: PositiveInt = 1000
+    text: SourceSection
     head: HeadSection
 
     @property
@@ -171,8 +172,7 @@ def ask(recipe: Recipe, model: MemoryModelForCausalLM, head: Head, bank: Bank, s
     }
 
 
-def _texts(recipe: Recipe, training: Trained, tokenizer: Any, split: str) -> torch.Tensor:
-    source = getattr(training.recipe.data, split)
+def _texts(recipe: Recipe, source: Any, tokenizer: Any) -> torch.Tensor:
     windows = pack_windows(load_stories(**source.model_dump()), tokenizer, recipe.num_tokens)
     return torch.tensor(windows.with_format("numpy")["input_ids"][:].tolist())
 
@@ -181,12 +181,13 @@ def _measure_training(recipe: Recipe, training: Trained) -> dict[str, Any]:
     loaded: Any
     loaded, tokenizer = training.load()
     model = loaded.cpu().requires_grad_(False)
-    head = train_head(recipe, model, fill_bank(model, _texts(recipe, training, tokenizer, "train")), training.seed)
-    texts = _texts(recipe, training, tokenizer, "validation")
+    known = fill_bank(model, _texts(recipe, training.recipe.data.train, tokenizer))
+    head = train_head(recipe, model, known, training.seed)
+    texts = _texts(recipe, recipe.text, tokenizer)
     if len(texts) < recipe.num_texts:
         raise ValueError(
-            f"the validation text holds {len(texts)} texts of {recipe.num_tokens} tokens, but `num_texts` is "
-            f"{recipe.num_texts}: raise common.data.validation.num_stories, or lower it"
+            f"the stories of `text` hold {len(texts)} texts of {recipe.num_tokens} tokens, but `num_texts` is "
+            f"{recipe.num_texts}: raise text.num_stories, or lower it"
         )
     return {"seed": training.seed} | ask(
         recipe, model, head, fill_bank(model, texts[: recipe.num_texts]), training.seed
@@ -234,5 +235,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     """Train all models and a head for each, and ask; returns the content of `result.json`."""
+    data = {"text": source_provenance(**recipe.text.model_dump())}  # a mistake there shows before the trainings
     memory_models.train_sources(recipe)
-    return comparison.run_comparison(recipe, restart, {}, _measure)
+    return comparison.run_comparison(recipe, restart, data, _measure)

@@ -37,7 +37,7 @@ from training.figures import better, legend_below, new_figure, plot_seeds, save_
 from training.progress import progress
 from training.recipe import SourceSection
 from training.tables import markdown_table, mean_and_deviation
-from training.text.sources import load_stories
+from training.text.sources import load_stories, source_provenance
 
 
 __all__ = ["Recipe", "draw", "effects", "plan", "run", "summary"]
@@ -374,5 +374,6 @@ def _measure(recipe: Recipe) -> dict[str, Any]:
 
 def run(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     """Train all models and measure them beside each other; returns the content of `result.json`."""
+    data = {"text": source_provenance(**recipe.text.model_dump())}  # a mistake there shows before the trainings
     memory_models.train_sources(recipe)
-    return comparison.run_comparison(recipe, restart, {}, _measure)
+    return comparison.run_comparison(recipe, restart, data, _measure)
