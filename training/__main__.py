@@ -42,8 +42,11 @@ Folder = Annotated[Path, typer.Argument(help="An exported folder, a checkpoint, 
 
 
 def _load(folder: str | Path) -> tuple[Any, Any]:
+    from transformers.utils.logging import disable_progress_bar
+
     from training.evaluate import load_model
 
+    disable_progress_bar()  # small models load in no time
     return load_model(folder)
 
 

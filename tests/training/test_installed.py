@@ -67,6 +67,7 @@ def call(command, tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
     (folder / "cat.txt").write_text(TEXT, encoding="utf-8")
     (folder / "ball.txt").write_text("the ball was red", encoding="utf-8")
+    (folder / "runs").mkdir()
 
     def run(*arguments, code=0, **options):
         environment = {"PATH": os.environ["PATH"], "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
@@ -89,7 +90,8 @@ def test_a_wheel_has_two_packages_whose_names_are_nobody_elses(wheel):
 
 
 def test_texts_are_continued_and_looked_into(call, model):
-    assert call("generate", model, "once upon", "--max-new-tokens", 3).stdout.startswith("once upon")
+    generated = call("generate", model, "once upon", "--max-new-tokens", 3)
+    assert generated.stdout.startswith("once upon") and "Loading weights" not in generated.stderr
     table = call("inspect", model, "once upon a time").stdout.splitlines()
     assert table[0].split()[:4] == ["layer", "kind", "head", "error"] and len({*map(len, table)}) == 1
     typed = "once upon\n/memory\n/quit\n"
@@ -115,6 +117,7 @@ def test_mistakes_are_one_message(call, model):
         (["ask", model, "who?", "--memory", "./absent"], "./absent is no folder"),
         (["info", "absent"], "absent holds no memory.safetensors"),
         (["generate", "absent", "once"], "ValueError: 'absent' is no folder"),
+        (["generate", "runs/nope", "once"], "the folder 'runs' has no 'nope'"),
         (["memorize", model, "cat.txt", "--output", "."], "exists already"),
         (["inspect", model, ""], "give at least two"),
         (["generate", "nobody/nothing", "once"], "offline-mode"),

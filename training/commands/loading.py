@@ -22,18 +22,30 @@ def model_folder(name: str | Path) -> Path:
 
 
 def find(name: str) -> str | Path:
-    """Return the folder of a model, or `USER/NAME` if it is no folder here: a name on the Hub."""
-    is_on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
-    return name if is_on_hub else model_folder(name)
+    """Return the folder of a model, or `USER/NAME`, a name on the Hub.
+
+    Raises:
+        ValueError: it has no model, or is nothing in a folder that is here: `runs/nope` is a slip, not a name on the Hub.
+    """
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return model_folder(name)
+    user, rest = name.split("/")
+    if Path(user).is_dir():
+        raise ValueError(
+            f"the folder {user!r} has no {rest!r}: for a model on the Hub of that name start in another folder"
+        )
+    return name
 
 
 def load(place: str | Path) -> tuple[Any, Any]:
     """Return the model of a folder or of the Hub, on the accelerator if there is one, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     import modeling_memory_mosaic  # noqa: F401  (registers the models, so that no code of the folder runs)
 
+    disable_progress_bar()  # small models load in no time
     model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False).eval()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device), AutoTokenizer.from_pretrained(place, trust_remote_code=False)
