@@ -32,7 +32,9 @@ RESULTS ?= three_moons induction induction_search regbench_search regbench_searc
 	babistories_micro
 
 # Pages with tables that are made from result files.
-PAGES := README.md benchmarks/README.md modeling_memory_mosaic/README.md training/README.md training/results/README.md serving/vllm/README.md serving/edge/README.md
+PAGES := README.md benchmarks/README.md modeling_memory_mosaic/README.md serving/vllm/README.md serving/edge/README.md \
+	training/README.md training/results/README.md training/results/memories.md training/results/memory_models.md \
+	training/results/stories.md training/results/tasks.md
 
 # Models of the pictures of the Space: that of `make demo`, and one of stories for the first tab.
 DEMO_MODEL := runs/demo/mosaic-demo-seed0/model
