@@ -25,7 +25,7 @@ def find(name: str) -> str | Path:
     """Return the folder of a model, or `USER/NAME`, a name on the Hub.
 
     Raises:
-        ValueError: it has no model, or is nothing in a folder that is here: `runs/nope` is a slip, not a name on the Hub.
+        ValueError: it has no model, or its first part is a folder here: `runs/nope` is a slip, no name on the Hub.
     """
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return model_folder(name)

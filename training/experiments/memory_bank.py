@@ -20,7 +20,7 @@ from modeling_memory_mosaic import MemoryModelForCausalLM
 from modeling_memory_mosaic.layout_memory_model import TextMemories, pack_text
 from training.claims import Effects, mean_effect
 from training.experiments import comparison, memory_models
-from training.experiments.comparison import Trained, summary
+from training.experiments.comparison import Trained, plan, summary
 from training.experiments.memory_models import MemoryModelComparison
 from training.progress import progress
 from training.recipe import Section, SourceSection
@@ -89,11 +89,6 @@ class Head(nn.Module):
         """Return cosines `(Q, N)` of questions `(Q, K, D)` and the memories `(N, M, K, D)` of texts."""
         texts = F.normalize(self.text_proj(memories.flatten(1)), dim=-1)
         return F.normalize(self.question_proj(questions.flatten(1)), dim=-1) @ texts.T
-
-
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Return the trainings of the experiment and whether each is finished. Reads no data."""
-    return comparison.plan(recipe)
 
 
 def draw_questions(ids: torch.Tensor, length: int, rng: random.Random) -> torch.Tensor:

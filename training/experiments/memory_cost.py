@@ -29,7 +29,7 @@ from modeling_memory_mosaic.cache_memory_mosaic import MEMORY_NAME
 from training.claims import Effect, Effects, mean_effect
 from training.cost import interleaved_seconds
 from training.experiments import comparison, memory_models
-from training.experiments.comparison import Trained, summary
+from training.experiments.comparison import Trained, plan, summary
 from training.experiments.memory_models import MemoryModelComparison
 from training.experiments.memory_questions import Measure, Reading, Series, effect_names, effects_of
 from training.experiments.position_loss import cut_windows
@@ -105,16 +105,6 @@ def _measure_of(name: str, length: int) -> Measure:
         return Reading(series.results[seed]["measured"][name][str(length)])
 
     return Measure(f"{name} behind {length:,} tokens", UNITS[name], read, as_ratio=name != LOSS, of_memory=False)
-
-
-def plan(
-    recipe: Recipe,
-    teraflops: float | None = None,
-    utilisation: float | None = None,
-    devices: int | None = None,
-) -> dict[str, Any]:
-    """Return the trainings of the experiment and whether each is finished; arguments as for `comparison.plan`."""
-    return comparison.plan(recipe, teraflops, utilisation, devices)
 
 
 # One model

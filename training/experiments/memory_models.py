@@ -15,7 +15,7 @@ from pydantic import model_validator
 
 from training.claims import Effects
 from training.experiments import comparison
-from training.experiments.comparison import ComparisonRecipe, Trained, summary
+from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
 from training.experiments.memory_questions import (
     QUESTIONS,
     Measure,
@@ -93,16 +93,6 @@ class Recipe(MemoryModelComparison):
             label for label, settings in self.runs.items() if settings.get("model_args", {}).get("max_memories") == 0
         ]
         return effect_names(QUESTIONS[self.question].measures, list(self.runs), without_memory)
-
-
-def plan(
-    recipe: Recipe,
-    teraflops: float | None = None,
-    utilisation: float | None = None,
-    devices: int | None = None,
-) -> dict[str, Any]:
-    """Return the trainings of the experiment and whether each is finished; arguments as for `comparison.plan`."""
-    return comparison.plan(recipe, teraflops, utilisation, devices)
 
 
 def _summarize(series: Series) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from modeling_memory_mosaic import MemoryModelForCausalLM
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
 from training.claims import Effects, mean_effect
 from training.experiments import comparison, memory_models
-from training.experiments.comparison import Trained, summary
+from training.experiments.comparison import Trained, plan, summary
 from training.experiments.memory_models import MemoryModelComparison
 from training.figures import better, label_lines, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.progress import progress
@@ -72,11 +72,6 @@ def measure_names(recipe: Recipe) -> list[str]:
     """Return what is measured: the share of numbers that are right, at all distances and in the farther half."""
     words = [needles_in_words(number) for number in recipe.num_needles]
     return [f"{place}, {each}" for each in words for place in ("exact", "exact far away")]
-
-
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Return the trainings of the experiment and whether each is finished. Reads no data."""
-    return comparison.plan(recipe)
 
 
 def _texts(recipe: Recipe, training: Trained, tokenizer: Any, split: str) -> list[list[int]]:
