@@ -63,11 +63,11 @@ _FAMILIES = {
     r"[Mm]osaic": "#0072B2",
     r"^No positions": "#999933",
     r"shift": "#D55E00",
-    r"GPT-2|learned positions": "#444444",
-    r"Llama": "#009E73",
-    r"ALiBi": "#8C564B",
-    r"RoPE|transformer": "#E69F00",
-    r"LSTM|Mamba|RWKV|Linear attention": "#CC79A7",
+    r"(?i:\bgpt-?2)|learned positions": "#444444",
+    r"(?i:\bllama)": "#009E73",
+    r"(?i:\balibi)": "#8C564B",
+    r"(?i:\brope)|transformer": "#E69F00",
+    r"(?i:\b(lstm|mamba|rwkv|linear))": "#CC79A7",
 }
 # Tol's muted colours, for what belongs to no family.
 _OTHERS = ("#332288", "#AA4499", "#44AA99", "#882255", "#CC6677", "#117733")

@@ -25,6 +25,7 @@ import optuna
 import torch
 from accelerate import PartialState
 from filelock import FileLock
+from matplotlib.axes import Axes
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -34,7 +35,16 @@ from tqdm import tqdm
 from transformers.utils.generic import flatten_dict
 from typing_extensions import Self
 
-from training.figures import FEWEST_NUMBERS, better, draw_result, in_words, new_figure, save_figure
+from training.figures import (
+    FEWEST_NUMBERS,
+    better,
+    draw_result,
+    in_words,
+    legend_below,
+    new_figure,
+    save_figure,
+    styles_of,
+)
 from training.files import checksum, read_sealed, sealed, set_aside, write_text
 from training.parallel import recipe_job, run_logged, start_workers
 from training.paths import CONFIGURATION, nearest
@@ -421,8 +431,29 @@ def _table(recipe: Recipe, ranking: list[dict[str, Any]], trials: list[dict[str,
     return "\n".join([table, "", note])
 
 
+def _draw_setting(axis: Axes, recipe: Recipe, key: str, trials: list[dict[str, Any]], **style: Any) -> None:
+    """Draw the metric of trials, best first, by one setting, with a line through the best at each value."""
+    values = recipe.space[key]
+    tried = [trial["settings"][key] for trial in trials]
+    if isinstance(values, RangeSection):
+        axis.set_xscale("log" if values.log else "linear")
+    else:
+        tried = [values.index(value) for value in tried]
+        axis.set_xticks(range(len(values)), [_format_value(value) for value in values])
+        axis.set_xlim(-0.5, len(values) - 0.5)
+        place: Any = axis.get_subplotspec()
+        if sum(len(_format_value(value)) for value in values) > 48 // place.get_gridspec().ncols:
+            axis.tick_params("x", rotation=90)
+        best = {place: trial["metric"] for place, trial in reversed([*zip(tried, trials, strict=True)])}
+        axis.plot(sorted(best), [best[place] for place in sorted(best)], **style)
+    axis.scatter(tried, [trial["metric"] for trial in trials], alpha=0.6, color=style["color"])
+    axis.set_xlabel(in_words(key))
+
+
 def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     """Draw the metric of every trial by each setting; nothing of few trials, which the table has.
+
+    Models, if several are tried, have a line each.
 
     Args:
         recipe: of the search.
@@ -432,29 +463,27 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
     ranking = _ranking(recipe, measured["trials"])
     if len(ranking) < FEWEST_NUMBERS:
         return
-    columns = min(2, len(recipe.space))
-    figure, axes = new_figure(math.ceil(len(recipe.space) / columns), columns, sharey=True)
-    for axis in axes.flat[len(recipe.space) :]:
+    models: Any = recipe.space.get("model", [])
+    several = [key for key, values in recipe.space.items() if isinstance(values, RangeSection) or len(values) > 1]
+    settings = [key for key in several if key != "model"] or ["model"]
+    columns = min(2, len(settings))
+    figure, axes = new_figure(math.ceil(len(settings) / columns), columns, sharey=True)
+    for axis in axes.flat[len(settings) :]:
         axis.set_axis_off()
-    metrics = [trial["metric"] for trial in ranking]
-    for axis, (key, values) in zip(axes.flat, recipe.space.items(), strict=False):
-        tried = [trial["settings"][key] for trial in ranking]
-        if isinstance(values, RangeSection):
-            axis.set_xscale("log" if values.log else "linear")
+    for axis, key in zip(axes.flat, settings, strict=False):
+        if key == "model" or not models:
+            _draw_setting(axis, recipe, key, ranking, color="#0072B2")
         else:
-            tried = [values.index(value) for value in tried]
-            axis.set_xticks(range(len(values)), [_format_value(value) for value in values])
-            axis.set_xlim(-0.5, len(values) - 0.5)
-            if sum(len(_format_value(value)) for value in values) > 24:
-                axis.tick_params("x", rotation=90)
-        axis.scatter(tried, metrics, alpha=0.6, color="#0072B2")
-        axis.scatter(tried[:1], metrics[:1], marker="*", s=150, color="#D55E00")
-        axis.set_xlabel(in_words(key))
+            for label, style in styles_of(models).items():
+                trials = [trial for trial in ranking if trial["settings"]["model"] == label]
+                _draw_setting(axis, recipe, key, trials, label=label, **style)
     metric = " ".join(part.replace("_", " ") for part in recipe.metric.removeprefix("metrics.").split("."))
     for axis in axes[:, 0]:
         axis.set_ylabel(better(metric, "lower" if recipe.direction == "minimize" else "higher"))
+    if models and settings != ["model"]:
+        legend_below(figure, axes)
     title = f"{metric[0].upper()}{metric[1:]} of each trial, by setting"
-    save_figure(figure, folder / f"{recipe.name}.png", title, "A star marks the best trial.")
+    save_figure(figure, folder / f"{recipe.name}.png", title, "Lines join the best trials of each value.")
 
 
 # The search
