@@ -436,8 +436,8 @@ def inspect_units(
     return MemoryMosaicUnits(error, **stacked, levels=_levels(model))
 
 
-class UnitsTable(list[dict[str, Any]]):
-    """Rows of [`summarize_units`], as dictionaries; printed, a table."""
+class PrintedTable(list[dict[str, Any]]):
+    """Rows as dictionaries; printed, a table."""
 
     def __str__(self) -> str:
         names = list(dict.fromkeys(name for row in self for name in row))
@@ -453,11 +453,11 @@ def _cell(value: int | str | float | None) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def summarize_units(units: MemoryMosaicUnits) -> UnitsTable:
+def summarize_units(units: MemoryMosaicUnits) -> PrintedTable:
     """Return means of each unit over all tokens that have something stored to read.
 
     Returns:
-        `UnitsTable`, a list of dictionaries that prints as a table: per unit its `layer`, `kind` and `head`, of v2
+        `PrintedTable`, a list of dictionaries that prints as a table: per unit its `layer`, `kind` and `head`, of v2
             also its `level`, and the means of `error` (`None` for persistent units), `entropy`, `effective_pairs`,
             `share` and `norm`. A mean over nothing is NaN.
     """
@@ -467,7 +467,7 @@ def summarize_units(units: MemoryMosaicUnits) -> UnitsTable:
     measures = {name: getattr(units, name) for name in ("entropy", "effective_pairs", "share", "norm")}
     means = {name: numbers.where(known, torch.nan).nanmean(dim=(2, 4)) for name, numbers in measures.items()}
     error = units.error.where(known[:, 0], torch.nan).nanmean(dim=(1, 3))
-    table = UnitsTable()
+    table = PrintedTable()
     num_layers, _, num_heads = means["share"].shape
     levels = [level for level, number in units.levels.items() for _ in range(number)]
     of_kind = [[level for level in levels if (level == KINDS[1]) == (kind == KINDS[1])] for kind in KINDS]

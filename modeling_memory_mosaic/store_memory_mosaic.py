@@ -36,7 +36,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .cache_memory_mosaic import memory_kwargs, memory_layer
 from .files_memory_mosaic import MemoryFilesMixin
 from .identity_memory_mosaic import MemoryWriter, tokenizer_fingerprint, unwrapped
-from .inspection_memory_mosaic import trace_tokens
+from .inspection_memory_mosaic import PrintedTable, trace_tokens
 from .masking_memory_mosaic import find_documents, growth_of_kernels
 from .merging_memory_mosaic import merge_pairs, shares
 
@@ -426,7 +426,7 @@ class MosaicMemory(MemoryFilesMixin):
         # Of contextual units, to the logit of the token behind each: (L, H, T - 1), shared out by the weights.
         units = trace.contribution[:, 0, 0, : trace.weights.shape[2], :-1]
         pairs = torch.einsum("lht,lhts->ts", units, trace.weights[:, 0, :, :-1])
-        return MemoryRecall(pairs, self.source_ids.cpu(), self.places.cpu(), list(self.sources))
+        return MemoryRecall(pairs, self.source_ids.cpu(), self.places.cpu(), list(self.sources), output[0].cpu())
 
     def incomplete_sources(self) -> dict[str, str]:
         """Return the names of texts that a new reading cannot be compared with, each with the reason."""
@@ -484,12 +484,14 @@ class MemoryRecall:
             adds to the logit of tokens 1 to T - 1, over all units.
         source_ids, places (`torch.LongTensor` of shape `(S,)`): of the memory's slots.
         sources (`list[str]`): names of the texts.
+        input_ids (`torch.LongTensor` of shape `(T,)`): of the text.
     """
 
     contribution: torch.Tensor
     source_ids: torch.Tensor
     places: torch.Tensor
     sources: list[str]
+    input_ids: torch.Tensor
 
     def by_source(self) -> torch.Tensor:
         """Return what each text of the memory, and last the text itself, adds to the logit `(T - 1, sources + 1)`."""
@@ -497,6 +499,21 @@ class MemoryRecall:
         owners = torch.cat([self.source_ids.cpu(), own]).expand_as(self.contribution)
         sums = self.contribution.new_zeros(len(self.contribution), len(self.sources) + 1)
         return sums.scatter_add(1, owners, self.contribution)
+
+    def table(self, tokenizer: Any) -> PrintedTable:
+        """Return [`~MemoryRecall.by_source`] in words.
+
+        Args:
+            tokenizer: of the text.
+
+        Returns:
+            `PrintedTable`, a list of dictionaries that prints as a table: for each token but the first its `token`,
+            and in nats what each text adds to its logit, `from NAME`, and what the text itself adds, `own`.
+        """
+        columns = [*(f"from {name}" for name in self.sources), "own"]
+        tokens = [repr(tokenizer.decode([token])) for token in self.input_ids[1:].tolist()]
+        rows = zip(tokens, self.by_source().tolist(), strict=True)
+        return PrintedTable({"token": token, **dict(zip(columns, sums, strict=True))} for token, sums in rows)
 
     def strongest(self, token: int, num: int = 5) -> list[tuple[str | None, int, float]]:
         """Return the pairs that add most to the logit of a token, numbered from 1, the first of the text being 0.

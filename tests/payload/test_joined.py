@@ -2,6 +2,7 @@
 """Texts read alone and joined: any order, any way of reading and any other text forgotten give the same answers."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -379,6 +380,11 @@ def test_recall_shares_out_the_logit_of_each_token(model):
     expected = trace.contribution[:, 0, 0].sum(dim=(0, 1))[:-1]
     torch.testing.assert_close(recall.contribution.sum(-1), expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(recall.by_source().sum(-1), expected, rtol=0, atol=1e-10)
+    rows = recall.table(SimpleNamespace(decode=lambda ids: f"<{ids[0]}>\n"))
+    assert [row["token"] for row in rows] == [repr(f"<{token}>\n") for token in text[0, 1:].tolist()]
+    sums = torch.tensor([[row[f"from {name}"] for name in memory.sources] + [row["own"]] for row in rows])
+    torch.testing.assert_close(sums.double(), recall.by_source().double(), rtol=0, atol=1e-6)
+    assert len(str(rows).splitlines()) == text.shape[1]
     is_empty = (memory.slot_bias[0][0, 0] == -torch.inf).nonzero()[:, 0]
     assert (recall.contribution[:, is_empty] == 0).all()
     name, place, value = recall.strongest(4)[0]
