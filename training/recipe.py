@@ -9,6 +9,7 @@ Two things are registered here: tasks, in `TASKS`, and the models that transform
 `modeling_memory_mosaic` and `training.baselines`.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -346,6 +347,11 @@ def _refuse_unknown(where: str, settings: dict[str, Any], config: PreTrainedConf
             _refuse_unknown(f"{where}.{name}", value, getattr(config, name))
 
 
+@functools.lru_cache  # by its text, as settings cannot be hashed; trainings of several seeds have the same model
+def _config_of(architecture: str) -> PreTrainedConfig:
+    return AutoConfig.for_model(**json.loads(architecture))
+
+
 class TrainingRecipe(BaseRecipe):
     """A model to train: what training recipes of all kinds of data have in common."""
 
@@ -367,7 +373,7 @@ class TrainingRecipe(BaseRecipe):
     def build_config(self) -> PreTrainedConfig:
         """Return the model's configuration; `ValueError` if `model_args` has a key that it does not have."""
         try:
-            config = AutoConfig.for_model(**self.architecture)
+            config = copy.deepcopy(_config_of(json.dumps(self.architecture)))
         except StrictDataclassError as error:
             raise ValueError(f"model {self.model!r} with model_args {self.model_args}: {error}") from error
         _refuse_unknown("model_args", self.model_args, config)
@@ -481,12 +487,19 @@ def _refuse_secrets_and_resolvers(values: Any, where: str) -> None:
             )
 
 
+@functools.lru_cache  # a comparison loads one file for each of its trainings
+def _parsed(path: Path, stamp: tuple[int, int]) -> Any:
+    # Before OmegaConf reads it: a few aliases can stand for any amount of values.
+    check_yaml(path.read_text(encoding="utf-8"), "it")
+    return OmegaConf.load(path)
+
+
 def _merged(path: Path, settings: list[dict[str, Any]], overrides: list[str]) -> Any:
     """Return what a file, settings and overrides give together, with references to other settings followed."""
     try:
-        # Before OmegaConf reads it: a few aliases can stand for any amount of values.
-        check_yaml(path.read_text(encoding="utf-8"), "it")
-        parts = [OmegaConf.load(path), *map(OmegaConf.create, settings), OmegaConf.from_dotlist(overrides)]
+        state = path.stat()
+        file = _parsed(path, (state.st_mtime_ns, state.st_size))
+        parts = [file, *map(OmegaConf.create, settings), OmegaConf.from_dotlist(overrides)]
         containers = [OmegaConf.to_container(part) for part in parts]
     except RecursionError:
         raise ValueError(f"cannot read recipe {str(path)!r}: it is nested too deeply") from None
