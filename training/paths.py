@@ -17,8 +17,8 @@ CONFIGURATION = CLONE / "configuration"
 RESULTS = CLONE / "training" / "results"
 # Within the clone, what git keeps or an environment is made of.
 _SOURCES = (
-    *("benchmarks", "configuration", "hub_cards", "modeling_memory_mosaic", "tests", "training"),
-    *(".git", ".github", ".venv"),
+    *("benchmarks", "configuration", "hub_cards", "modeling_memory_mosaic", "serving", "tests", "training"),
+    *(".ci", ".git", ".github", ".venv"),
 )
 _SYSTEM = (
     *(

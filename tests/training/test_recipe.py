@@ -3,6 +3,7 @@
 
 import base64
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-from training.paths import CONFIGURATION
+from training.paths import CLONE, CONFIGURATION
 from training.recipe import Recipe, load_recipe, task_module
 from training.secrecy import names_secret
 from training.tasks import memory_parts
@@ -428,6 +429,17 @@ def test_a_recipe_has_a_name_or_a_path(tmp_path, monkeypatch):
 def test_a_run_writes_where_runs_belong(path):
     with pytest.raises(ValueError, match="output_dir: |null byte"):
         load_recipe(SMOKE, settings=[{"output_dir": path}])
+
+
+def test_a_run_writes_into_no_folder_of_the_sources():
+    listed = subprocess.run(["git", "ls-files"], cwd=CLONE, capture_output=True, text=True, check=False)
+    folders = {name.partition("/")[0] for name in listed.stdout.splitlines() if "/" in name}
+    if listed.returncode:
+        pytest.skip("this is no clone of git's")
+    assert {"serving", "training"} <= folders
+    for folder in folders:
+        with pytest.raises(ValueError, match="among the sources"):
+            load_recipe(SMOKE, settings=[{"output_dir": str(CLONE / folder / "x")}])
 
 
 def test_a_link_does_not_lead_a_run_elsewhere(tmp_path):
