@@ -234,7 +234,7 @@ def parts_table(language: dict[str, Any], induction: dict[str, Any]) -> str:
 
     Args:
         language: content of the result of `parts`.
-        induction: content of the result of `parts_induction`, on the same runs with one block.
+        induction: content of the result of `parts_induction`, on the same runs, or some of them, with one block.
     """
     texts = language["measured"]
     bases = [f"{text}: {next(iter(measured['effects'].values()))['basis']}" for text, measured in texts.items()]
@@ -242,8 +242,9 @@ def parts_table(language: dict[str, Any], induction: dict[str, Any]) -> str:
     for model in texts["stories"]["models"]:
         label, loss = model["label"], model["mean_loss"]
         fall = Effect(**texts["encyclopaedia"]["effects"][f"fall past 100 tokens, {label}, 4 blocks"])
-        accuracy = [run["accuracy"] for run in induction["measured"]["test"][label]]
-        rows.append([label, f"{loss:.3f}", str(fall).partition(",")[0], mean_and_deviation(accuracy, 3)])
+        accuracy = [run["accuracy"] for run in induction["measured"]["test"].get(label, [])]
+        measured = mean_and_deviation(accuracy, 3) if accuracy else "not measured"
+        rows.append([label, f"{loss:.3f}", str(fall).partition(",")[0], measured])
     columns = [
         "model",
         "loss on stories",
