@@ -358,3 +358,18 @@ def test_a_search_of_trainings_from_the_command_line(tmp_path, monkeypatch):
     assert "best: training.learning_rate=" in ran.stdout
     planned = CliRunner().invoke(app, ["dry-run", str(path)])
     assert "trial 1: training.learning_rate=0.003" in planned.stdout and "done: 2" in planned.stdout
+
+
+@pytest.mark.parametrize("space", [{"model": ["one", "two"]}, {"model": list("abcdefgh")}, {}])
+def test_a_search_in_a_range_is_drawn_with_and_without_models(space, tmp_path):
+    """A range has no line through its values, and a search of models alone has nothing else to stand along an axis."""
+    if len(space.get("model", [])) < 8:
+        space = space | {"training.learning_rate": search.RangeSection(low=1e-3, high=1e-1, log=True)}
+    rows = []
+    for number in range(8):
+        drawn = {"model": space.get("model", [None])[number % len(space.get("model", [None]))]}
+        settings = {key: drawn.get(key, 10 ** (-3 + number / 4)) for key in space}
+        rows.append({"number": number, "settings": settings, "metric": number / 8, "recipe_hash": str(number)})
+    recipe = SimpleNamespace(space=space, direction="maximize", metric="metrics.validation.accuracy", name="drawn")
+    search.draw(recipe, {"trials": rows}, tmp_path)
+    assert (tmp_path / "drawn.png").stat().st_size > 5000

@@ -441,12 +441,14 @@ def _draw_setting(axis: Axes, recipe: Recipe, key: str, trials: list[dict[str, A
         tried = [values.index(value) for value in tried]
         axis.set_xticks(range(len(values)), [_format_value(value) for value in values])
         axis.set_xlim(-0.5, len(values) - 0.5)
-        place: Any = axis.get_subplotspec()
-        if sum(len(_format_value(value)) for value in values) > 48 // place.get_gridspec().ncols:
+        layout: Any = axis.get_subplotspec()
+        if sum(len(_format_value(value)) for value in values) > 48 // layout.get_gridspec().ncols:
             axis.tick_params("x", rotation=90)
         best = {place: trial["metric"] for place, trial in reversed([*zip(tried, trials, strict=True)])}
         axis.plot(sorted(best), [best[place] for place in sorted(best)], **style)
-    axis.scatter(tried, [trial["metric"] for trial in trials], alpha=0.6, color=style["color"])
+    # What is drawn from a range has no line to stand in the legend.
+    label = style.get("label") if isinstance(values, RangeSection) else None
+    axis.scatter(tried, [trial["metric"] for trial in trials], alpha=0.6, color=style["color"], label=label)
     axis.set_xlabel(in_words(key))
 
 
@@ -465,13 +467,13 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
         return
     models: Any = recipe.space.get("model", [])
     several = [key for key, values in recipe.space.items() if isinstance(values, RangeSection) or len(values) > 1]
-    settings = [key for key in several if key != "model"] or ["model"]
+    settings = [key for key in several if key != "model"] or several
     columns = min(2, len(settings))
     figure, axes = new_figure(math.ceil(len(settings) / columns), columns, sharey=True)
     for axis in axes.flat[len(settings) :]:
         axis.set_axis_off()
     for axis, key in zip(axes.flat, settings, strict=False):
-        if key == "model" or not models:
+        if not models or key == "model":
             _draw_setting(axis, recipe, key, ranking, color="#0072B2")
         else:
             for label, style in styles_of(models).items():
