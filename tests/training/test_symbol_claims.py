@@ -147,7 +147,7 @@ def test_induction_takes_any_number_of_models():
 
 SEARCHES = {
     "regbench": ("regbench_search", "regbench_search_baselines", "regbench_search_start", "regbench_search_recurrent"),
-    "induction": ("induction_search",),
+    "induction": ("induction_search", "induction_search_ends"),
 }
 ARE_SEARCHED = ["regbench", "regbench_automata", "regbench_long", "regbench_recurrent", "parts_v2_regbench"]
 ARE_SEARCHED += ["parts_induction"]
