@@ -4,12 +4,10 @@
 Each verb imports what it needs only when it is called, so that `--help` answers at once.
 """
 
-import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,9 +15,6 @@ from training.commands import VERBS, Tools, plain_errors
 from training.commands.loading import model_folder
 from training.paths import recipe_file
 
-
-if TYPE_CHECKING:
-    from training.recipe import BaseRecipe
 
 app = typer.Typer(
     name="python -m training",
@@ -104,16 +99,6 @@ def run(
             typer.echo(task.summary(result, parsed.folder))
 
 
-def _plan(task: ModuleType, recipe: "BaseRecipe", machine: dict[str, Any]) -> dict[str, Any]:
-    """Return the task's plan; `ValueError` for an option of the machine that the task does not take."""
-    options = {name: value for name, value in machine.items() if value is not None}
-    unknown = sorted(options.keys() - inspect.signature(task.plan).parameters.keys())
-    if unknown:
-        names = ", ".join(f"--{name}" for name in unknown)
-        raise ValueError(f"the task {recipe.task!r} estimates no cost of a machine: leave out {names}")
-    return task.plan(recipe, **options)
-
-
 def _readable(value: Any) -> str:
     """Return a value of a plan: digits in groups, trillions in words too, and larger values as powers of ten."""
     if not isinstance(value, (int, float)):
@@ -144,12 +129,12 @@ def dry_run(
     """Show the resolved recipe and what it amounts to: tokens, steps, operations, memory. Reads no data."""
     with plain_errors(context):
         file = recipe_file(recipe)
-        from training.recipe import load_recipe, task_module
+        from training.recipe import load_recipe, plan_of
 
         parsed = load_recipe(file, overrides)
         typer.echo(parsed.to_yaml())
         machine = {"teraflops": teraflops, "utilisation": utilisation, "devices": devices, "layout": layout}
-        for name, value in _plan(task_module(parsed.task), parsed, machine).items():
+        for name, value in plan_of(parsed, **machine).items():
             typer.echo(f"{name}: {_readable(value)}")
 
 

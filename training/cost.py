@@ -10,8 +10,9 @@ of it that the mask removes.
 """
 
 import contextlib
+import copy
+import dataclasses
 import functools
-import json
 import math
 import statistics
 import sys
@@ -27,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import modeling_memory_mosaic  # noqa: F401  (registers the model type with AutoConfig)
@@ -41,11 +42,20 @@ AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_UTILISATION = 0.4
 
 
+def _lstm_flops(inputs: Any, *weights: Any, out_shape: Any, **kwargs: Any) -> int:
+    """Return the operations of one layer by the shapes of its inputs `(T, B, C)` and of its two matrices."""
+    return 2 * math.prod(inputs[:2]) * sum(math.prod(shape) for shape in weights[:2])
+
+
+# Of oneDNN, on CPUs, which torch's counter does not know either.
+LSTM_FLOPS = {torch.ops.aten.mkldnn_rnn_layer: _lstm_flops}
+
+
 def count_flops(compute: Callable[[], Any]) -> int:
     """Return the floating-point operations of the matrix products of a computation, which is done once."""
     # torch's counter does not know `_scaled_dot_product_flash_attention_for_cpu`, which sdpa would choose here; MATH
     # computes the same by two matrix products that it knows.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=LSTM_FLOPS) as counter:
         compute()
     return counter.get_total_flops()
 
@@ -63,10 +73,31 @@ def _training_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-@functools.lru_cache  # by the text of the configuration, as configurations cannot be hashed
-def _forward_flops(config: str, context_length: int) -> int:
+def _counted_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model for tensors without numbers, by which experts could not choose their tokens."""
+    model = _training_model(config)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
+            part.set_experts_implementation("batched_mm")
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class HashedConfig:
+    """A configuration by its text, as configurations themselves cannot be hashed: what caches take."""
+
+    text: str
+    config: PreTrainedConfig = dataclasses.field(compare=False)
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "HashedConfig":
+        return cls(config.to_json_string(use_diff=False), config)
+
+
+@functools.lru_cache
+def _forward_flops(config: HashedConfig, context_length: int) -> int:
     with FakeTensorMode():
-        model = _training_model(AutoConfig.for_model(**json.loads(config)))
+        model = _counted_model(copy.deepcopy(config.config))
         ids = torch.zeros(1, context_length, dtype=torch.long)
         with torch.no_grad():
             return count_flops(lambda: model(input_ids=ids, labels=ids, use_cache=False))
@@ -79,7 +110,7 @@ def flops_per_token(config: PreTrainedConfig, context_length: int) -> float:
         config: of any causal language model.
         context_length (`int`): tokens per sequence; attention costs more per token in a longer one.
     """
-    flops = _forward_flops(config.to_json_string(use_diff=False), context_length)
+    flops = _forward_flops(HashedConfig.of(config), context_length)
     return FORWARD_AND_BACKWARD * flops / context_length
 
 
@@ -165,7 +196,7 @@ def activation_bytes(
             moves away is counted as if it stayed.
     """
     with FakeTensorMode():
-        model = _training_model(config)
+        model = _counted_model(copy.deepcopy(config))
         ids = torch.zeros(batch_size, context_length, dtype=torch.long)
         with _GpuKernels():
             everything = saved_bytes(model, ids, precision)
@@ -179,30 +210,34 @@ def activation_bytes(
     return inputs + (everything - inputs) // math.ceil(config.num_hidden_layers / every)
 
 
-def check_devices(devices: int) -> None:
-    """Raise `ValueError` for less than one device."""
-    if devices < 1:
+def check_machine(teraflops: float | None, utilisation: float | None, devices: int | None) -> None:
+    """Raise `ValueError` for a rate, a share or a number that no machine has, or a share of an unknown rate."""
+    if devices is not None and devices < 1:
         raise ValueError(f"devices is {devices}: give the number of devices that share the work, at least 1")
+    if utilisation is not None and teraflops is None:
+        raise ValueError(f"utilisation is {utilisation}, but a share of what? Give teraflops, the peak of one device")
+    if teraflops is not None and not teraflops > 0:
+        raise ValueError(f"teraflops is {teraflops}: give the peak rate of one device, such as 312 of an A100 in bf16")
+    if utilisation is not None and not 0 < utilisation <= 1:
+        raise ValueError(f"utilisation is {utilisation}: give a share of the peak above 0 and at most 1, such as 0.4")
 
 
-def hours(flops: float, teraflops: float, utilisation: float = DEFAULT_UTILISATION, devices: int = 1) -> float:
-    """Return the wall-clock hours of a training.
+def hours(flops: float, teraflops: float, utilisation: float | None = None, devices: int = 1) -> float:
+    """Return the wall-clock hours of a training, to a thousandth.
 
     Args:
         flops (`float`): of the whole training, forward and backward.
         teraflops (`float`): peak rate of one device in the training precision, in 10^12 operations a second.
-        utilisation (`float`): share of the peak that training reaches, above 0 and at most 1.
+        utilisation (`float`, *optional*): share of the peak that training reaches, above 0 and at most 1; 0.4 by
+            default.
         devices (`int`): that share the work.
 
     Raises:
-        ValueError: a rate, share or number that no machine has.
+        ValueError: see [`check_machine`].
     """
-    if not teraflops > 0:
-        raise ValueError(f"teraflops is {teraflops}: give the peak rate of one device, such as 312 of an A100 in bf16")
-    if not 0 < utilisation <= 1:
-        raise ValueError(f"utilisation is {utilisation}: give a share of the peak above 0 and at most 1, such as 0.4")
-    check_devices(devices)
-    return flops / (teraflops * 1e12 * utilisation * devices) / 3600
+    check_machine(teraflops, utilisation, devices)
+    utilisation = DEFAULT_UTILISATION if utilisation is None else utilisation
+    return round(flops / (teraflops * 1e12 * utilisation * devices) / 3600, 3)
 
 
 def interleaved_seconds(

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import re
@@ -465,6 +466,26 @@ def leaves(settings: dict[str, Any]) -> Iterator[str]:
 def task_module(task: str) -> ModuleType:
     """Return the module of a task. It is imported only now, so that one task needs no library of another."""
     return importlib.import_module(TASKS[task])
+
+
+def plan_of(recipe: "BaseRecipe", **machine: Any) -> dict[str, Any]:
+    """Return what a recipe amounts to, by the `plan` of its task.
+
+    Args:
+        recipe: of any task.
+        machine: `teraflops` and other options of a plan; those that are `None` are left out.
+
+    Raises:
+        ValueError: an option that the task does not take, or whatever the plan refuses.
+    """
+    task = task_module(recipe.task)
+    options = {name: value for name, value in machine.items() if value is not None}
+    unknown = sorted(options.keys() - inspect.signature(task.plan).parameters.keys())
+    if unknown:
+        names = ", ".join(f"--{name}" for name in unknown)
+        raise ValueError(f"the task {recipe.task!r} estimates no cost of a machine: leave out {names}")
+    plan: dict[str, Any] = task.plan(recipe, **options)
+    return plan
 
 
 def _unreadable(path: Path, overrides: list[str], error: Exception) -> ValueError:

@@ -2,6 +2,7 @@
 """What training costs: counts agree with formulas and real tensors, estimates with arithmetic, logs with clocks."""
 
 import json
+import re
 import time
 
 import psutil
@@ -19,6 +20,7 @@ from training.cost import (
     hours,
     interleaved_seconds,
     measured_teraflops,
+    new_model,
     peak_memory_bytes,
     saved_bytes,
     training_step_seconds,
@@ -27,7 +29,7 @@ from training.loop import LanguageModelTrainer
 from training.paths import CONFIGURATION
 from training.recipe import load_recipe
 from training.result import tokens_per_second
-from training.tasks import language_modeling
+from training.tasks import language_modeling, symbols
 
 
 SMOKE = CONFIGURATION / "recipe" / "smoke.yaml"
@@ -45,6 +47,10 @@ SHORT = [
     "training.disable_tqdm=true",
     "generation.prompts=[]",
 ]
+MODELS = sorted((CONFIGURATION / "model").glob("*.json"))
+# Without memory models, whose windows `memory_model` counts in stages.
+SMALL_MODELS = [path for path in MODELS if not re.search("paper|large|small|hub|memory", path.stem)]
+LANGUAGES = ["regbench", "induction", "recall", "suite_classes", "suite_mad", "suite_mqar", "suite_needles"]
 WITHOUT_DROPOUT = [
     "mosaic-tiny",
     "gpt2-tiny",
@@ -183,6 +189,21 @@ def test_dropout_keeps_a_byte_a_number_and_no_weights(model):
 # Estimates
 
 
+@pytest.mark.parametrize("path", SMALL_MODELS, ids=lambda path: path.stem)
+def test_all_matrices_of_all_models_are_counted(path):
+    """A token is multiplied by each matrix but tables of embeddings, forward and twice backward.
+
+    The matrix of a compressor's state, 3 % of its numbers, is used once for each text.
+    """
+    config = AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
+    model = new_model(config)
+    tables = {part.weight for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+    matrices = [
+        part for part in model.parameters() if min(part.shape[-2:]) > 1 and part.ndim > 1 and part not in tables
+    ]
+    assert flops_per_token(config, 32) >= 0.97 * 6 * sum(part.numel() for part in matrices)
+
+
 def test_hours_are_arithmetic():
     assert hours(3.6e18, teraflops=100, utilisation=0.5, devices=2) == pytest.approx(10)
     for wrong, remedy in (
@@ -214,6 +235,42 @@ def test_dry_run_prints_the_cost_of_a_machine():
     flops = int(values["training_flops"].replace(",", ""))
     assert float(values["hours"]) == pytest.approx(flops / (1e9 * 0.5 * 2) / 3600, abs=1e-3)
     assert 0 < float(values["memory_activations_gb"]) < 0.1
+
+
+def hours_of(recipe, *options):
+    result = CliRunner().invoke(app, ["dry-run", recipe, "--teraflops", "0.001", *options])
+    assert result.exit_code == 0, result.stderr
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("hours: "))
+    return float(line.removeprefix("hours: "))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_symbols_are_priced_without_drawing_them(language, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(CONFIGURATION / f"recipe/{language}_training.yaml")
+    few, more = (symbols.plan(recipe, 1e-3, utilisation)["training_flops"] for utilisation in (None, 1.0))
+    assert few == more > 6 * language_modeling.num_parameters(recipe) * symbols.plan(recipe)["steps"]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="devices is 2"):
+        symbols.plan(recipe, 1, devices=2)
+
+
+def test_steps_of_epochs_of_symbols_are_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(CONFIGURATION / "recipe/regbench_paper_training.yaml", ["data.num_automata=65"])
+    size, epochs = recipe.training.per_device_train_batch_size, recipe.training.num_train_epochs
+    assert symbols.plan(recipe)["steps"] == epochs * -(-65 // size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_experiments_and_searches_of_symbols_are_priced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = hours_of("induction_training", "training.max_steps=3000")
+    assert hours_of("induction", "seeds=[0]") > one
+    assert hours_of("recall_search_pairs", "space.model=[mosaic-recall]", "space.training.learning_rate=[1e-3]") > 0
+    drawn = ["sampler=random", "num_trials=2"]
+    result = CliRunner().invoke(app, ["dry-run", "recall_search_pairs", "--teraflops", "1", *drawn])
+    assert result.exit_code == 1 and "draws trials as it goes" in result.stderr
 
 
 def test_dry_run_of_epochs_knows_no_hours():

@@ -23,7 +23,7 @@ from training.claims import Effects, mean_effect
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
 from training.experiments.bound import FORGOTTEN_BY, NUM_SINKS
-from training.experiments.comparison import ComparisonRecipe, Trained, summary
+from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
 from training.figures import better, legend_below, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.synthetic.readings import Reading, model_inputs
 from training.synthetic.recall import RecallDataset
@@ -80,11 +80,6 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
     """
     values = {tuple(one[name] for name in PLACE): one["accuracy"] for one in measured["settings"]}
     return {f"accuracy ({setting_name(*one)})": mean_effect(values[one], "") for one in recipe.settings}
-
-
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Return the trainings of the experiment and whether each is finished. Draws no data."""
-    return comparison.plan(recipe)
 
 
 def _num_right(logits: torch.Tensor, row: Row) -> tuple[int, int]:

@@ -6,8 +6,8 @@ An experiment names a `base` recipe and, for each model, the settings that diffe
 training that is not finished is started or resumed before anything is measured.
 """
 
+import copy
 import functools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +17,16 @@ import torch
 from accelerate import PartialState
 from omegaconf import OmegaConf
 from pydantic import Field, PositiveInt, model_validator
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import Self
 
 from training.claims import RecipeWithClaims, describe_claim, judged
+from training.cost import HashedConfig
 from training.evaluate import load_model
 from training.figures import draw_result
 from training.parallel import Job, recipe_job, run_all
 from training.paths import CONFIGURATION
-from training.recipe import leaves, load_recipe, task_module
+from training.recipe import leaves, load_recipe, plan_of, task_module
 from training.result import SHOWN, header, read_result
 from training.run_folder import run_once
 from training.tasks import language_modeling
@@ -36,11 +37,11 @@ def blocks(depth: int) -> str:
     return "1 block" if depth == 1 else f"{depth} blocks"
 
 
-@functools.lru_cache  # by the text of the configuration, as configurations cannot be hashed
-def _num_positions(config: str) -> float:
+@functools.lru_cache
+def _num_positions(config: HashedConfig) -> float:
     """Return how many tokens a model can read: a model that learns positions, such as GPT-2, has a table of them."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config)))
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config.config))
     table = getattr(model.base_model, "wpe", None)
     return math.inf if table is None else table.num_embeddings
 
@@ -69,7 +70,7 @@ class Trained(NamedTuple):
 
     def can_read(self, num_tokens: int) -> bool:
         """Return whether the model can read so many tokens."""
-        return num_tokens <= _num_positions(self.recipe.build_config().to_json_string(use_diff=False))
+        return num_tokens <= _num_positions(HashedConfig.of(self.recipe.build_config()))
 
     def load(self, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """Return the finished model, in evaluation mode, and its tokenizer."""
@@ -249,8 +250,8 @@ def plan(
             "finished" if finished else "to be trained",
         ]
         if teraflops is not None:
-            priced = task_module(training.recipe.task).plan(training.recipe, teraflops, utilisation, devices)
-            hours = priced["hours"]
+            machine = {"teraflops": teraflops, "utilisation": utilisation, "devices": devices}
+            hours = plan_of(training.recipe, **machine)["hours"]
             facts.append(f"{hours} hours")
             remaining_hours += 0 if finished else hours
         lines[str(training.recipe.folder)] = ", ".join([f"{training.name}, seed {training.seed}", *facts])

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from training.claims import Effects, mean_effect
 from training.experiments import comparison
-from training.experiments.comparison import ComparisonRecipe, summary
+from training.experiments.comparison import ComparisonRecipe, plan, summary
 from training.figures import better, label_lines, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.synthetic import bigrams
 from training.synthetic.bigrams import InformedReader
@@ -45,12 +45,6 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
         name: mean_effect([run["accuracy"] / informed for run in measured["test"][label]], "")
         for name, label in recipe.labels.items()
     }
-
-
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Return the trainings of the experiment and whether each is finished. Draws no data."""
-    # Without an estimate of hours: it counts tokens of text, which these trainings do not read.
-    return comparison.plan(recipe)
 
 
 def _informed(recipe: Recipe) -> dict[str, float]:

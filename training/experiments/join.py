@@ -22,7 +22,7 @@ from modeling_memory_mosaic import MosaicMemory
 from training.claims import Effects, mean_effect
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
-from training.experiments.comparison import ComparisonRecipe, Trained, summary
+from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
 from training.figures import better, legend_below, new_figure, plot_seeds, save_figure, seeds_note, styles_of
 from training.synthetic.readings import Reading, model_inputs
 from training.synthetic.recall import RecallDataset, score_rows
@@ -137,11 +137,6 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
     for name, (label, reading, measure) in recipe.falls.items():
         found[name] = mean_effect(differences(values(label, reading, WHOLE), values(label, reading, measure)), "")
     return found
-
-
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Return the trainings of the experiment and whether each is finished. Draws no data."""
-    return comparison.plan(recipe)
 
 
 # Rows with another order of documents, or without one

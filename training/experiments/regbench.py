@@ -20,7 +20,7 @@ from modeling_memory_mosaic import inspect_units, summarize_units
 from training.claims import Effect, Effects, crossed_effect, mean_effect
 from training.evaluate import load_causal_lm
 from training.experiments import comparison
-from training.experiments.comparison import ComparisonRecipe, Trained, summary
+from training.experiments.comparison import ComparisonRecipe, Trained, plan, summary
 from training.figures import (
     FEWEST_NUMBERS,
     SMALLEST_TEXT,
@@ -111,11 +111,6 @@ class Series(NamedTuple):
     def values(self, split: str, measure: str) -> list[float]:
         """Return a measure on a split for each seed."""
         return [result["metrics"][split][measure] for result in self.results]
-
-
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Return the trainings of the experiment and whether each is finished. Draws no data."""
-    return comparison.plan(recipe)
 
 
 def _result(training: Trained) -> dict[str, Any]:

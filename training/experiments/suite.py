@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from training.claims import Effect, Effects, mean_effect
 from training.experiments import comparison
-from training.experiments.comparison import ComparisonRecipe, Trained, merged, summary
+from training.experiments.comparison import ComparisonRecipe, Trained, merged, plan, summary
 from training.figures import FEWEST_NUMBERS, better, legend_below, new_figure, save_figure, styles_of
 from training.paths import nearest
 from training.tables import markdown_table
@@ -141,11 +141,6 @@ def effects(recipe: Recipe, measured: dict[str, Any]) -> Effects:
         for label in recipe.runs:
             found[f"accuracy ({label}; {one} - {other})"] = difference((label, one), (label, other))
     return found
-
-
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Return the trainings of the experiment and whether each is finished. Draws no data."""
-    return comparison.plan(recipe)
 
 
 def _interval(values: list[float]) -> str:

@@ -28,10 +28,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from training.cost import (
-    DEFAULT_UTILISATION,
     STATE_BYTES_PER_PARAMETER,
     activation_bytes,
-    check_devices,
+    check_machine,
     flops_per_token,
     hours,
     measured_teraflops,
@@ -161,12 +160,10 @@ def plan(
     Raises:
         ValueError: a rate, share, number or layout that no machine has, or `utilisation` without `teraflops`.
     """
-    if utilisation is not None and teraflops is None:
-        raise ValueError(f"utilisation is {utilisation}, but a share of what? Give teraflops, the peak of one device")
+    check_machine(teraflops, utilisation, devices)
     arguments = training_arguments(recipe)
     available = num_devices(arguments)
     devices = available if devices is None else devices
-    check_devices(devices)
     per_step = tokens_per_step(recipe, arguments) // available * devices
     steps = arguments.max_steps if recipe.tokens is None else math.ceil(recipe.tokens / per_step)
     known, epochs = steps > 0, f"{arguments.num_train_epochs:g}"
@@ -182,11 +179,10 @@ def plan(
         size, checkpointing = arguments.per_device_train_batch_size, bool(arguments.activation_checkpointing)
         micro = Micro(size, recipe.data.context_length, arguments.mixed_precision, checkpointing)
         result["layout"] = price(recipe.build_config(), Layout.parse(layout), micro)
-    if teraflops is not None:
-        share = DEFAULT_UTILISATION if utilisation is None else utilisation
-        flops = result["training_flops"] if known else 0
-        estimate = round(hours(flops, teraflops, share, devices), 3)
-        result["hours"] = estimate if known else "unknown, as the number of tokens is"
+    if teraflops is not None and known:
+        result["hours"] = hours(result["training_flops"], teraflops, utilisation, devices)
+    elif teraflops is not None:
+        result["hours"] = "unknown, as the number of tokens is"
     return result | {"folder": str(recipe.folder), "hash": recipe.hash}
 
 

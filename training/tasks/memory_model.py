@@ -5,6 +5,7 @@ Each stage has objectives with their weights, and may freeze the encoder or star
 the model of the stage before, in a folder of its own, so a run resumes within the stage where it was interrupted.
 """
 
+import copy
 import functools
 import json
 from collections import defaultdict
@@ -17,7 +18,6 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -31,7 +31,7 @@ from typing_extensions import Self
 from modeling_memory_mosaic import MemoryModelConfig, MemoryModelForCausalLM
 from modeling_memory_mosaic.backbones_memory_model import build_decoder
 from modeling_memory_mosaic.configuration_memory_model import OBJECTIVES
-from training.cost import DEFAULT_UTILISATION, check_devices, count_flops, hours
+from training.cost import HashedConfig, check_machine, count_flops, hours
 from training.evaluate import load_causal_lm, tokens_and_bytes
 from training.export import export_model
 from training.figures import draw_stages
@@ -349,10 +349,10 @@ def begin_stage(model: MemoryModelForCausalLM, stage: StageSection, seed: int) -
 
 @functools.lru_cache  # models of several seeds, and stages of several models, have the same operations
 def _flops_per_window(
-    config: str, context_length: int, objectives: tuple[tuple[str, float], ...], freezes: tuple[bool, bool]
+    config: HashedConfig, context_length: int, objectives: tuple[tuple[str, float], ...], freezes: tuple[bool, bool]
 ) -> int:
-    """Return the operations of a step on one window, by the text of a configuration, which cannot be hashed."""
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config)))
+    """Return the operations of a step on one window."""
+    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config.config))
     weights: Any = dict(objectives)
     freeze_encoder, freeze_decoder = freezes
     stage = StageSection(
@@ -366,7 +366,7 @@ def _flops_per_window(
 
 def training_flops(recipe: Recipe) -> list[int]:
     """Return the operations of the matrix products of each stage, counted on one window and a new model."""
-    config, flops = recipe.build_config().to_json_string(use_diff=False), []
+    config, flops = HashedConfig.of(recipe.build_config()), []
     for stage in recipe.stages:
         objectives = tuple(sorted(cast("dict[str, float]", stage.objectives).items()))
         freezes = (stage.freeze_encoder, stage.freeze_decoder)
@@ -387,12 +387,10 @@ def plan(
     Arguments and errors are those of `training.tasks.language_modeling.plan`. The number of steps is that of the
     recipe, so that more devices see more tokens.
     """
-    if utilisation is not None and teraflops is None:
-        raise ValueError(f"utilisation is {utilisation}, but a share of what? Give teraflops, the peak of one device")
+    check_machine(teraflops, utilisation, devices)
     arguments = training_arguments(recipe)
     available = language_modeling.num_devices(arguments)
     devices = available if devices is None else devices
-    check_devices(devices)
     per_step = language_modeling.tokens_per_step(recipe, arguments) // available * devices
     operations = [flops // available * devices for flops in training_flops(recipe)]
     stages: dict[str, Any] = {
@@ -401,8 +399,7 @@ def plan(
         for stage, flops in zip(recipe.stages, operations, strict=True)
     }
     if teraflops is not None:
-        share = DEFAULT_UTILISATION if utilisation is None else utilisation
-        stages["hours"] = round(hours(sum(operations), teraflops, share, devices), 3)
+        stages["hours"] = hours(sum(operations), teraflops, utilisation, devices)
     source = {
         part: str(section.pretrained if section.recipe is None else recipe.part_source(cast(Part, part)).folder)
         for part, section in recipe.parts.items()

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from transformers.utils.generic import flatten_dict
 from typing_extensions import Self
 
+from training.cost import check_machine
 from training.figures import (
     FEWEST_NUMBERS,
     better,
@@ -48,7 +49,7 @@ from training.figures import (
 from training.files import checksum, read_sealed, sealed, set_aside, write_text
 from training.parallel import recipe_job, run_logged, start_workers
 from training.paths import CONFIGURATION, nearest
-from training.recipe import BaseRecipe, Section, load_recipe
+from training.recipe import BaseRecipe, Section, load_recipe, plan_of
 from training.result import header, read_result
 from training.run_folder import TRIAL_LOCK, run_once
 from training.tables import markdown_table
@@ -491,8 +492,24 @@ def draw(recipe: Recipe, measured: dict[str, Any], folder: Path) -> None:
 # The search
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Return what the search would do, and how far it is: a line for each trial that is known. Reads no data."""
+def _hours_of_trials(recipe: Recipe, done: list[Settings], machine: dict[str, Any]) -> float:
+    """Return the hours of the trials of a grid that are not done."""
+    if not recipe.points:
+        raise ValueError(
+            f"sampler: {recipe.sampler} draws trials as it goes, which have no price yet: leave out --teraflops"
+        )
+    trials = [recipe.trial(point) for point in recipe.points if point not in done]
+    return sum(plan_of(trial, **machine)["hours"] for trial in trials)
+
+
+def plan(
+    recipe: Recipe, teraflops: float | None = None, utilisation: float | None = None, devices: int | None = None
+) -> dict[str, Any]:
+    """Return what the search would do, and how far it is: a line for each trial that is known. Reads no data.
+
+    Arguments and errors are those of `training.tasks.language_modeling.plan`; `hours` are of trials to come.
+    """
+    check_machine(teraflops, utilisation, devices)
     known: list[FrozenTrial] = []
     if _is_intact(recipe):
         with contextlib.suppress(KeyError):  # the folder is another search's, and `run` will refuse it
@@ -503,8 +520,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         lines[f"trial {number}"] = f"{_format_settings(_settings_of(recipe, trial))}, {states[trial.state]}"
         if trial.value is not None:
             lines[f"trial {number}"] += f", {recipe.metric} {trial.value:.6g}"
-    finished = sum(trial.state.is_finished() for trial in known)
-    return lines | {"trials": recipe.total, "done": finished, "folder": str(recipe.folder), "hash": recipe.hash}
+    ended = [trial for trial in known if trial.state.is_finished()]
+    if teraflops is not None:
+        done = [_settings_of(recipe, trial) for trial in ended]
+        machine = {"teraflops": teraflops, "utilisation": utilisation, "devices": devices}
+        lines["hours"] = round(_hours_of_trials(recipe, done, machine), 3)
+    return lines | {"trials": recipe.total, "done": len(ended), "folder": str(recipe.folder), "hash": recipe.hash}
 
 
 def _search(recipe: Recipe) -> dict[str, Any]:

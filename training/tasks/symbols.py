@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 from transformers.trainer_utils import get_last_checkpoint
 from typing_extensions import Self
 
+from training.cost import check_machine, flops_per_token, hours
 from training.evaluate import load_causal_lm
 from training.export import export_model
 from training.loop import LanguageModelTrainer, build_training_arguments
@@ -91,12 +92,49 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Return the size of a training, known without drawing data."""
+def _first_rows(recipe: Recipe, number: int) -> Any:
+    """Return the first training rows; the others are neither drawn nor written."""
+    if isinstance(recipe.data, AutomataSection):
+        fewer = recipe.data.model_copy(update={"num_automata": min(number, recipe.data.num_automata)})
+        return automata.draw_split(fewer, automata.TRAIN).to_list()
+    rows = LANGUAGES[recipe.data.language].draw_splits(recipe.data)["train"]
+    return [rows[index] for index in range(min(number, len(rows)))]
+
+
+def _num_rows(recipe: Recipe) -> int:
+    if isinstance(recipe.data, AutomataSection):
+        return recipe.data.num_automata
+    return len(LANGUAGES[recipe.data.language].draw_splits(recipe.data)["train"])
+
+
+def plan(
+    recipe: Recipe, teraflops: float | None = None, utilisation: float | None = None, devices: int | None = None
+) -> dict[str, Any]:
+    """Return the size and the cost of a training, known without drawing its data.
+
+    Arguments and errors are those of `training.tasks.language_modeling.plan`. Hours count training steps alone, on
+    rows as long as the longest of a first batch, which the others are padded to.
+
+    Raises:
+        ValueError: more than one device, which one of these small models does not use.
+    """
+    check_machine(teraflops, utilisation, devices)
+    if devices not in (None, 1):
+        raise ValueError(f"devices is {devices}, but a training on symbols uses one: leave it out")
     arguments = training_arguments(recipe)
-    steps = arguments.max_steps if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
-    sizes = {"parameters": language_modeling.num_parameters(recipe), "steps": steps}
-    return sizes | {"folder": str(recipe.folder), "hash": recipe.hash}
+    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    steps = arguments.max_steps
+    if steps <= 0:
+        steps = math.ceil(arguments.num_train_epochs * math.ceil(_num_rows(recipe) / per_step))
+    result: dict[str, Any] = {"parameters": language_modeling.num_parameters(recipe), "steps": steps}
+    if teraflops is not None:
+        config = recipe.build_config()
+        rows = _first_rows(recipe, arguments.train_batch_size)
+        batch = LANGUAGES[recipe.data.language].collator(recipe.data, config)(rows)
+        length = batch["input_ids"].shape[1]
+        flops = flops_per_token(config, length) * length * per_step * steps
+        result |= {"training_flops": round(flops), "hours": hours(flops, teraflops, utilisation)}
+    return result | {"folder": str(recipe.folder), "hash": recipe.hash}
 
 
 def score(recipe: Recipe, model: PreTrainedModel, split: Any) -> dict[str, Any]:
