@@ -65,7 +65,7 @@ def test_the_committed_report_fills_its_block():
 
 
 @pytest.mark.parametrize("what", ["training step", "prefill", "decode"])
-@pytest.mark.parametrize("how", ["eager", speed.DEFAULT_DROPOUT, speed.COMPILED])
+@pytest.mark.parametrize("how", ["eager", speed.DEFAULT_DROPOUT, pytest.param(speed.COMPILED, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("ours", "peers"), [("mosaic", speed.PEERS), (speed_v2.OURS, speed_v2.PEERS)])
 def test_every_case_of_the_speed_benchmark_runs_small(what, how, ours, peers, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -156,6 +156,7 @@ ANSWERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
 @torch.no_grad()
 def test_an_old_folder_gives_the_answers_of_its_own_code(
@@ -254,6 +255,7 @@ for call in (lambda: inspect_units(old, ids), lambda: new.generate(ids, max_new_
 """
 
 
+@pytest.mark.slow
 def test_old_code_in_the_same_process_is_named(formats):
     """Loaded later, it makes the memories of both: transformers knows the layers of a cache by their name alone."""
     process = call("-c", BESIDE_OLD_CODE, str(formats / "finished" / "model"))

@@ -14,6 +14,8 @@ from modeling_memory_mosaic import context_parallel, leaky_average
 from modeling_memory_mosaic.layout_memory_mosaic import Stretch, StretchStates, cuts_of_text
 
 
+pytestmark = pytest.mark.slow  # processes are started
+
 # Texts whose tokens no number of processes shares evenly, one of them longer than a chunk of leaky sums.
 SCRIPT = """
 import sys
@@ -229,7 +231,6 @@ def test_processes_that_share_texts_equal_one(kind, what, texts_that_processes_s
     assert process.stdout.count(f"<{kind}: {what}>") == number, process.stderr[-4000:]
 
 
-@pytest.mark.slow
 @CHECKS
 @for_kinds("mosaic", "narrowing mosaic", "mosaic v2", "mosaic v2 otherwise")
 @pytest.mark.parametrize("texts_that_processes_share", [ON_FOUR], indirect=True, ids=["four"])

@@ -19,6 +19,8 @@ from modeling_memory_mosaic import MemoryMosaicConfig, inspect_continuous_units
 from training.tasks.moon_model import predict_from_prefixes
 
 
+pytestmark = pytest.mark.slow  # processes are started
+
 TENSOR_PARALLEL = """
 import sys
 import pytest
@@ -29,9 +31,6 @@ from transformers.distributed import DistributedConfig
 tests, root, *names = sys.argv[1:]
 sys.path.insert(0, tests)
 from helpers.kinds import KINDS
-
-
-pytestmark = pytest.mark.slow
 
 
 def check(kind, folder):
@@ -103,7 +102,6 @@ def spread_over_two_processes(request, tmp_path_factory):
     return run_on_two_processes(folder / "script.py", request.config.rootpath / "tests", folder, *SPREAD)
 
 
-@pytest.mark.slow
 @for_kinds()
 def test_heads_spread_over_two_processes(kind, spread_over_two_processes):
     """A continuous model has a handful of weights and is refused."""
@@ -295,7 +293,6 @@ def trained_in_several_ways(request, tmp_path_factory):
     return [run_on_processes(number, folder / "script.py", tests, folder, stage, *kinds) for number, stage in stages]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["FSDP2 and TP", "FSDP2 and CP", "HSDP"])
 @for_kinds("mosaic", "mosaic v2")
 def test_a_sharded_training_resumes_on_another_number_of_processes(kind, way, trained_in_several_ways):

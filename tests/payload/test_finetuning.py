@@ -113,6 +113,7 @@ def test_trainer_learns_and_resumes_bitwise(kind, tmp_path):
         assert torch.equal(tensor, whole.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @for_kinds(*MODELS, "memory model of both")
 def test_trainer_accumulates_to_the_large_batch(kind, tmp_path):
     """Five rows in parts of two: the last part is smaller, and each row counts alike."""

@@ -249,6 +249,7 @@ def uneven_texts():
     return [story[: 20 + 45 * index] for index, story in enumerate(held_out(6))]
 
 
+@pytest.mark.slow
 @for_kinds("mosaic", "mosaic v2")
 def test_sft_trains_every_parameter_on_the_models_own_loss(kind, folder, tokenizer, tmp_path):
     """TRL computes the loss from hidden states, so it has to read the scale of the logits."""
@@ -286,6 +287,7 @@ def test_sft_with_lora(folder, tokenizer, tmp_path):
     assert not torch.allclose(load(folder)(ids).logits, expected, rtol=0, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -76,6 +76,7 @@ def test_a_card_begins_with_a_picture_and_five_lines_and_ends_with_checksums(fol
     assert not re.search(r"\b[0-9a-f]{64}\b", used) and re.search(r"\b[0-9a-f]{64}\b", checked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CARDS)
 def test_a_card_names_its_own_paper(folder_of, kind):
     card, (model_type, words) = ModelCard.load(folder_of(kind) / "README.md", ignore_metadata_errors=True), CARDS[kind]

@@ -269,6 +269,7 @@ def test_a_pull_request_leaves_main_alone(hub, folder):
     assert_whole(published(hub), pinned, "refs/pr/1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("request_number", range(1, 12))
 def test_an_interrupted_pull_request_is_continued(hub, folder, request_number):
     send(folder)

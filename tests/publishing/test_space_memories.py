@@ -329,6 +329,7 @@ def test_examples_are_such_as_a_demo_is_trained_on():
     assert not matches("Tom has the red sea in the park.", FACTS)
 
 
+@pytest.mark.slow
 def test_a_program_asks_and_gets_the_messages_of_a_visitor(served):
     client = gradio_client.Client(served, verbose=False, analytics_enabled=False)
     answer = client.predict(*TEXTS, *ALL, ASKED, api_name="/ask")

@@ -140,6 +140,7 @@ def test_every_committed_picture_is_drawn_from_its_numbers_and_no_other_is_commi
         assert not [word for word in words if "_" in word.replace("W_", "")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

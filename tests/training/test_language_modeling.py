@@ -80,6 +80,7 @@ def test_every_parameter_moves_and_the_loss_falls(model, tmp_path, without_clean
     assert curve["validation"][-1]["loss"] < curve["validation"][0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_accumulated_gradients_equal_the_large_batch(model, tmp_path, without_clean_process):
     large, small = tmp_path / "large", tmp_path / "small"

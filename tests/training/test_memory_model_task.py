@@ -110,6 +110,7 @@ def _trained(recipe):
     return Trained("a model", 1, recipe.seed, recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, step", [(0, 2), (1, 2)])
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(trained, tmp_path, monkeypatch, stage, step):
     recipe, expected = trained

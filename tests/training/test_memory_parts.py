@@ -50,6 +50,7 @@ def pretrained_recipe(tmp_path, **settings):
     return read_memory_recipe(tmp_path, **{"tokenizer": None, "stages": [PROBE]} | settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_decoder_probes_the_states_of_a_pretrained_model(family, folders, tmp_path):
     encoder = {"pretrained": str(folders[family]), "layer": -2, "pooling": "mean"}
@@ -70,6 +71,7 @@ def test_a_fresh_decoder_probes_the_states_of_a_pretrained_model(family, folders
     assert not torch.equal(table, source.get_input_embeddings().weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "mosaic", "mamba"])
 def test_lora_of_a_pretrained_decoder_is_merged_at_the_end_of_its_stage(family, folders, tmp_path):
     part = {"pretrained": str(folders[family])}
@@ -169,6 +171,7 @@ def test_a_stage_of_lora_resumes_where_it_was_interrupted(folders, tmp_path, mon
     assert memory_model.run(recipe)["metrics"] == expected["metrics"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["characters_lm", "memory_characters"])
 def test_a_decoder_of_another_recipe_is_trained_first(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -304,6 +304,7 @@ def test_weights_on_copied_places_are_those_of_pairs_or_of_next_tokens():
 # The experiments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_experiments_measure_every_effect_and_a_second_call_shows_them(name, small, monkeypatch):
     recipe = small(name)

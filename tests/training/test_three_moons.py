@@ -271,6 +271,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, monkeyp
     assert not (tmp_path / "cut" / "checkpoint").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoint/model.safetensors", "checkpoint/optimizer.bin", "model/training.json"])
 def test_a_part_whose_state_has_changed_is_trained_again(name, tiny, tmp_path, monkeypatch, caplog):
     recipe = tiny()
