@@ -146,7 +146,13 @@ def test_induction_takes_any_number_of_models():
 # Settings
 
 SEARCHES = {
-    "regbench": ("regbench_search", "regbench_search_baselines", "regbench_search_start", "regbench_search_recurrent"),
+    "regbench": (
+        "regbench_search",
+        "regbench_search_baselines",
+        "regbench_search_start",
+        "regbench_search_ends",
+        "regbench_search_recurrent",
+    ),
     "induction": ("induction_search", "induction_search_ends"),
 }
 ARE_SEARCHED = ["regbench", "regbench_automata", "regbench_long", "regbench_recurrent", "parts_v2_regbench"]
