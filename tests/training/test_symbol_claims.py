@@ -151,6 +151,7 @@ SEARCHES = {
         "regbench_search_baselines",
         "regbench_search_start",
         "regbench_search_ends",
+        "regbench_search_shift",
         "regbench_search_recurrent",
     ),
     "induction": ("induction_search", "induction_search_ends"),
