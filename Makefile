@@ -18,7 +18,8 @@ CORE := $(addprefix tests/payload/test_,modeling.py continuous.py packing.py cac
 
 # `babistories_micro` is last, because it needs a file that is not in the clone: `prompt_lists.json`, a JSON object with a
 # list "openings". That of the committed result has 2,464 first sentences of TinyStories. The other recipes need no file.
-RESULTS ?= three_moons induction induction_search induction_search_ends regbench_search regbench_search_baselines regbench_search_start regbench_search_ends regbench_search_shift regbench regbench_automata \
+RESULTS ?= three_moons induction induction_search induction_search_ends regbench_search regbench_search_baselines \
+	regbench_search_start regbench_search_ends regbench_search_shift regbench regbench_automata \
 	regbench_long regbench_search_recurrent regbench_recurrent stories_tuning stories_tuning_one_block stories_tuning_v2 stories_initialisation \
 	training_curves out_of_distribution beyond_training_length bandwidth parts parts_induction \
 	parts_v2 removed_memory_v2 beyond_training_length_v2 parts_v2_regbench \
